@@ -21,6 +21,8 @@ from control_service.app.store_ports import Store, Transaction
 from control_service.app.supervisor import Supervisor
 from control_service.domain.node import Node
 
+__all__ = ["NodeMonitorConfig", "RetentionConfig", "Runtime", "RuntimeConfig"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetentionConfig:
