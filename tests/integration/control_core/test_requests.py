@@ -19,7 +19,7 @@ from control_service.domain.errors import (
     NotFound,
 )
 from control_service.domain.job_state import JobState
-from tests.fakes.control_core import draft
+from tests.fakes.control_core import draft, until
 from tests.fakes.control_node import FakeNode
 from tests.integration.control_core.conftest import OpenCore
 
@@ -86,8 +86,10 @@ async def test_planning_exactly_pushes_the_data_first(open_core: OpenCore) -> No
 async def test_waiting_writes_share_commits(open_core: OpenCore) -> None:
     core = await open_core()
     before = core.store.num_commits
-    await asyncio.gather(*(core.dataset(f"set-{n}") for n in range(100)))
-    assert len(await datasets.list_datasets(store=core.store, limit=200)) == 100
+    dataset = await core.dataset()
+    drafts = [draft(f"project {n}", dataset.dataset_id) for n in range(100)]
+    await asyncio.gather(*(projects.create_project(d, store=core.store, clock=core.clock) for d in drafts))
+    assert len(await projects.list_projects(store=core.store, limit=200)) == 100
     assert core.store.num_commits - before < 60
 
 
@@ -172,22 +174,39 @@ async def test_uploads(open_core: OpenCore) -> None:
     assert [d.name for d in await datasets.list_datasets(store=core.store)] == ["twin"]
 
 
-async def test_nodes_are_registered_drained_and_interrupted(open_core: OpenCore) -> None:
+async def test_a_drained_nodes_job_goes_on_elsewhere_from_its_checkpoint(open_core: OpenCore) -> None:
     first, second = FakeNode("a"), FakeNode("b")
     core = await open_core(first, second)
     await core.reachable()
     job = await core.start((await core.project()).project_id)
-    node = (await core.running(job.job_id)).node
-    await nodes.drain_node(node, interrupt=True, store=core.store, nodes=core.runtime.nodes, clock=core.clock)
-    # Its checkpoint is small, so control copies it; until then the job waits for the draining node.
-    moved = await core.until_job(job.job_id, lambda j: j.state is JobState.QUEUED or j.attempt == 2)
-    assert moved.num_retries == 0
+    assert (await core.running(job.job_id)).node == "a"
+    await nodes.drain_node("a", interrupt=True, store=core.store, nodes=core.runtime.nodes, clock=core.clock)
+    moved = await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
+    assert (moved.node, moved.num_retries) == ("b", 0)
+    resume = second.run(job.job_id, 2).request.resume_from
+    assert resume is not None
+    assert (resume.step, len(resume.files)) == (10, 1)
     status = await nodes.list_nodes(store=core.store, nodes=core.runtime.nodes)
-    assert {s.view.node.name: s.view.is_draining for s in status} == {"a": node == "a", "b": node == "b"}
-    await nodes.drain_node(node, undo=True, store=core.store, nodes=core.runtime.nodes, clock=core.clock)
-    await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
+    assert {s.view.node.name: (s.view.is_draining, s.job_ids) for s in status} == {
+        "a": (True, ()),
+        "b": (False, (job.job_id,)),
+    }
+    undone = await nodes.drain_node("a", undo=True, store=core.store, nodes=core.runtime.nodes, clock=core.clock)
+    assert not undone.view.is_draining
     with pytest.raises(NotFound, match="NODE_NOT_FOUND"):
         await nodes.drain_node("nobody", store=core.store, nodes=core.runtime.nodes, clock=core.clock)
+
+
+async def test_a_node_may_be_registered_while_control_runs_and_may_move(open_core: OpenCore) -> None:
+    core = await open_core(FakeNode("a"), FakeNode("b"), configure=False)
+    for address in ("a", "b"):
+        await nodes.register_node("it", address, store=core.store, nodes=core.runtime.nodes, clock=core.clock)
+
+        def is_there(address: str = address) -> bool:
+            view = core.runtime.nodes.view("it")
+            return view is not None and view.report is not None and view.report.node_name == address
+
+        await until(is_there)
 
 
 async def test_models_of_reachable_nodes(open_core: OpenCore) -> None:
