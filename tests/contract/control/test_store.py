@@ -23,25 +23,13 @@ from control_service.domain.event import EventKind, StoredEvent
 from control_service.domain.job import Job
 from control_service.domain.job_state import JobState
 from control_service.domain.node import Node
-from control_service.domain.spec import TrainingSpec
+from tests.fakes.control_jobs import JOB_ID, make_job
 
 NOW = datetime(2030, 1, 1, 12, 30, 0, 123456, tzinfo=UTC)
-JOB_ID = "01J00000000000000000000001"
 
 
 def _job() -> Job:
-    spec = TrainingSpec(base_model="org/base", model_type="llama", training_type="qlora", traits=(), datasets=())
-    return Job(
-        job_id=JOB_ID,
-        project_id=1,
-        project_name="p",
-        spec=spec,
-        spec_digest=spec.digest(),
-        output_path="o",
-        create_time=NOW,
-        state=JobState.RUNNING,
-        attempt=1,
-    )
+    return make_job(create_time=NOW, state=JobState.RUNNING, attempt=1)
 
 
 def _events(*run_sequences: int, kind: int = EventKind.STEP) -> list[StoredEvent]:

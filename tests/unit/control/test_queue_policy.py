@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
-from control_service.domain.job import Job, WaitReason
+from control_service.domain.job import WaitReason
 from control_service.domain.node import Device, Node, NodeCapabilities, NodeModel, NodeReport, NodeState, NodeView
 from control_service.domain.queue_policy import QueuedJob, decide
-from control_service.domain.spec import TrainingSpec
-
-NOW = datetime(2030, 1, 1, tzinfo=UTC)
+from tests.fakes.control_jobs import NOW, SPEC, make_job
 
 
 def _job(number: int, *, base: str = "org/base", priority: int = 0, bound: str = "", **changes: object) -> QueuedJob:
-    spec = TrainingSpec(base_model=base, model_type="llama", training_type="qlora", traits=(), datasets=())
-    job = Job(
-        job_id=f"{number:026d}",
-        project_id=1,
-        project_name="p",
-        spec=spec,
-        spec_digest="",
-        output_path="o",
-        create_time=NOW,
-        priority=priority,
-    )
-    return QueuedJob(job=replace(job, **changes), bound_node=bound)  # type: ignore[arg-type]
+    spec = replace(SPEC, base_model=base)
+    return QueuedJob(job=make_job(job_id=f"{number:026d}", spec=spec, priority=priority, **changes), bound_node=bound)
 
 
 def _node(

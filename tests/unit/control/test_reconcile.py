@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from datetime import UTC, datetime
 
 import pytest
 
@@ -24,21 +23,9 @@ from control_service.domain.reconcile import (
 from control_service.domain.resume import bound_node, resume_from
 from control_service.domain.retry import RETRIED_REASONS, back_off_seconds
 from control_service.domain.run import RUN_OVER, ObservedRun, RunKey, RunState, StopMode
-from control_service.domain.spec import TrainingSpec
+from tests.fakes.control_jobs import NOW, make_job
 
-NOW = datetime(2030, 1, 1, tzinfo=UTC)
-SPEC = TrainingSpec(base_model="org/base", model_type="llama", training_type="qlora", traits=(), datasets=())
-JOB = Job(
-    job_id="01J00000000000000000000001",
-    project_id=1,
-    project_name="p",
-    spec=SPEC,
-    spec_digest="d",
-    output_path="out/x",
-    create_time=NOW,
-    attempt=1,
-    node="a",
-)
+JOB = make_job(attempt=1, node="a")
 KILLED = Failure(reason="ENGINE_KILLED", fault=Fault.HARDWARE)
 
 
