@@ -96,10 +96,10 @@ class Collector:
     async def _succeed(self, job: Job, artifacts: Sequence[ArtifactFact]) -> None:
         now = self._clock.utc_now()
 
-        def work(tx: Transaction) -> Sequence[str]:
+        def work(tx: Transaction) -> None:
             current = tx.jobs.get(job.job_id)
             if current is None or not _is_same(current, job):
-                return ()
+                return
             for fact in artifacts:
                 tx.artifacts.put(
                     Artifact(
@@ -113,16 +113,13 @@ class Collector:
                 )
             collected = [replace(fact, collected=True) for fact in artifacts]
             append_facts(tx, current, collected, codec=self._codec, now=now)
-            freed = self._settler.forget_checkpoints(tx, current, JobState.SUCCEEDED, now)
             change_state(tx, current, JobState.SUCCEEDED, codec=self._codec, now=now, message="artifacts are collected")
-            return freed
 
         contents = {file.sha256 for fact in artifacts for file in fact.files}
         async with naming(self._blobs):
             if not await all_are_there(contents, blobs=self._blobs):
                 raise NotFound("BLOB_NOT_FOUND", "content was deleted with another artifact while this one was copied")
-            freed = await self._store.transact(work)
-        await self._settler.free(freed)
+            await self._store.transact(work)
         _log.info("job-succeeded", job_id=job.job_id, attempt=job.attempt, num_artifacts=len(artifacts))
 
 

@@ -1,4 +1,5 @@
-"""Sees to runs that a node still has but no live job needs: stops what runs on, and lets the node free what is over."""
+"""Sees to what no live job needs any more: stops runs that go on without one, lets nodes free those that are over, and
+frees control's copies of checkpoints. Writes into no job's log: that of a job that is over is closed."""
 
 from __future__ import annotations
 
@@ -7,10 +8,12 @@ import asyncio
 import structlog
 
 from control_service.app.back_off import BackOffConfig
+from control_service.app.content import free_unnamed
 from control_service.app.node_monitor import NodeMonitor
-from control_service.app.ports import Clock
-from control_service.app.store_ports import CommitNotice, Store
+from control_service.app.ports import BlobStore, Clock
+from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.app.tasks import TaskSet
+from control_service.domain.artifact import CheckpointStatus
 from control_service.domain.errors import TunesmithError
 from control_service.domain.reconcile import LeftoverFate, leftover_fate
 from control_service.domain.run import ObservedRun, RunKey, RunState, StopMode
@@ -22,8 +25,16 @@ class LeftoverSweeper:
     """Looks at every report of every node, and again when a job moved."""
 
     def __init__(
-        self, *, store: Store, nodes: NodeMonitor, clock: Clock, back_off: BackOffConfig, release_runs: bool
+        self,
+        *,
+        store: Store,
+        nodes: NodeMonitor,
+        blobs: BlobStore,
+        clock: Clock,
+        back_off: BackOffConfig,
+        release_runs: bool,
     ) -> None:
+        self._blobs = blobs
         self._clock = clock
         self._back_off = back_off
         self._store = store
@@ -54,12 +65,27 @@ class LeftoverSweeper:
         while True:
             await self._changed.wait()
             self._changed.clear()
+            if self._release_runs:
+                await self._forget_checkpoints()
             for view in self._nodes.views():
                 runs = view.report.runs if view.is_reachable and view.report is not None else ()
                 for run in runs:
                     await self._see_to(view.node.name, run)
                 present = {run.key for run in runs}
                 self._done = {done for done in self._done if done[0] != view.node.name or done[1] in present}
+
+    async def _forget_checkpoints(self) -> None:
+        """Nothing goes on from the checkpoints of a job that is over, and its run is released."""
+
+        def work(tx: Transaction) -> set[str]:
+            unneeded = tx.checkpoints.list_unneeded()
+            for checkpoint in unneeded:
+                tx.checkpoints.set_status(checkpoint.job_id, checkpoint.name, CheckpointStatus.DELETED)
+            replicated = [c for c in unneeded if c.status is CheckpointStatus.REPLICATED]
+            return {file.sha256 for checkpoint in replicated for file in checkpoint.files}
+
+        if await self._store.read(lambda tx: bool(tx.checkpoints.list_unneeded())):
+            await free_unnamed(await self._store.transact(work), store=self._store, blobs=self._blobs)
 
     async def _see_to(self, node: str, run: ObservedRun) -> None:
         job = await self._store.read(lambda tx: tx.jobs.get(run.key.job_id))

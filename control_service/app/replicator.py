@@ -5,7 +5,6 @@ Only checkpoints up to a size; keeps one. A copy that does not work out is a log
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import structlog
@@ -13,11 +12,11 @@ import structlog
 from control_service.app.content import all_are_there, free_unnamed, naming
 from control_service.app.fetch import fetch_files
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeClient
-from control_service.app.settle import checkpoint_fact
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import append_facts
 from control_service.domain.artifact import Checkpoint, CheckpointStatus
 from control_service.domain.errors import TunesmithError
+from control_service.domain.event import CheckpointFact
 from control_service.domain.job import Job
 from control_service.domain.job_state import ON_NODE
 
@@ -44,23 +43,24 @@ class Replicator:
             return
         if not newest.files or newest.size_bytes > self._max_checkpoint_bytes:
             return
+        contents = {file.sha256 for file in newest.files}
         try:
             await fetch_files(client, self._blobs, newest.files)
+            async with naming(self._blobs):
+                if await all_are_there(contents, blobs=self._blobs):
+                    contents |= await self._store.transact(lambda tx: self._mark(tx, job, newest))
         except TunesmithError as error:
             _log.info("checkpoint-not-replicated", job_id=job.job_id, checkpoint=newest.name, reason=error.reason)
-            return
-        async with naming(self._blobs):
-            if not await all_are_there([file.sha256 for file in newest.files], blobs=self._blobs):
-                return
-            released = await self._store.transact(lambda tx: self._mark(tx, job, newest))
-        await free_unnamed(released, store=self._store, blobs=self._blobs)
+        finally:
+            # Also when the keeper ends it half way: what no record names is freed.
+            await free_unnamed(contents, store=self._store, blobs=self._blobs)
 
-    def _mark(self, tx: Transaction, job: Job, newest: Checkpoint) -> Sequence[str]:
+    def _mark(self, tx: Transaction, job: Job, newest: Checkpoint) -> set[str]:
         """Makes it the one replicated checkpoint; gives the content that lost a holder."""
         current = tx.jobs.get(job.job_id)
         if current is None or current.attempt != job.attempt or current.state not in ON_NODE:
-            return [file.sha256 for file in newest.files]
-        facts = [checkpoint_fact(newest, CheckpointStatus.REPLICATED)]
+            return set()
+        facts = [_fact(newest, CheckpointStatus.REPLICATED)]
         freed: set[str] = set()
         for earlier in tx.checkpoints.list_for_job(job.job_id):
             if earlier.name == newest.name:
@@ -71,6 +71,17 @@ class Replicator:
                 tx.checkpoints.put(replace(earlier, status=status))
                 freed.update(file.sha256 for file in earlier.files)
                 if status is CheckpointStatus.DELETED:
-                    facts.append(checkpoint_fact(earlier, status))
+                    facts.append(_fact(earlier, status))
         append_facts(tx, current, facts, codec=self._codec, now=self._clock.utc_now())
-        return sorted(freed)
+        return freed
+
+
+def _fact(checkpoint: Checkpoint, status: CheckpointStatus) -> CheckpointFact:
+    return CheckpointFact(
+        name=checkpoint.name,
+        step=checkpoint.step,
+        status=status,
+        size_bytes=checkpoint.size_bytes,
+        manifest_sha256=checkpoint.manifest_sha256,
+        files=checkpoint.files,
+    )

@@ -67,9 +67,7 @@ class Runtime:
         self.nodes = self._monitor
         self.hub = EventHub(store=store, codec=codec, config=config.events)
         retention = config.retention
-        settler = Settler(
-            store=store, blobs=blobs, codec=codec, clock=clock, keep_checkpoints=not retention.release_runs
-        )
+        settler = Settler(store=store, blobs=blobs, codec=codec, clock=clock)
         starter = AttemptStarter(
             store=store, nodes=self._monitor, blobs=blobs, codec=codec, clock=clock, settler=settler
         )
@@ -100,7 +98,12 @@ class Runtime:
             store=store, nodes=self._monitor, codec=codec, clock=clock, back_off=config.back_off
         )
         self._sweeper = LeftoverSweeper(
-            store=store, nodes=self._monitor, clock=clock, back_off=config.back_off, release_runs=retention.release_runs
+            store=store,
+            blobs=blobs,
+            nodes=self._monitor,
+            clock=clock,
+            back_off=config.back_off,
+            release_runs=retention.release_runs,
         )
 
     async def start(self, *, configured_nodes: Sequence[tuple[str, str]] = ()) -> None:

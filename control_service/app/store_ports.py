@@ -139,6 +139,9 @@ class CheckpointRepository(Protocol):
     def list_for_job(self, job_id: str) -> Sequence[Checkpoint]:
         """By step."""
 
+    def list_unneeded(self) -> Sequence[Checkpoint]:
+        """Those of jobs that are over, not DELETED; but for jobs that were trained and could not be collected."""
+
     def set_status(self, job_id: str, name: str, status: CheckpointStatus) -> None: ...
 
 

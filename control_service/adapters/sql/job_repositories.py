@@ -21,6 +21,7 @@ from control_service.domain.artifact import Artifact, Checkpoint, CheckpointStat
 from control_service.domain.errors import Aborted
 from control_service.domain.job import Job
 from control_service.domain.job_state import TERMINAL, JobState
+from control_service.domain.run import RunState
 
 _LIVE = tuple(state.value for state in JobState if state not in TERMINAL)
 # Written once; a job's spec may be large and is not written again with every batch of events.
@@ -139,6 +140,24 @@ class SqlCheckpoints:
         """See the port."""
         table = schema.checkpoints
         statement = sa.select(table).where(table.c.job_id == job_id).order_by(table.c.step, table.c.name)
+        return [checkpoint_from_row({**row}) for row in self._connection.execute(statement).mappings()]
+
+    def list_unneeded(self) -> Sequence[Checkpoint]:
+        """See the port."""
+        table, jobs = schema.checkpoints, schema.jobs
+        is_uncollected = sa.and_(
+            jobs.c.state == JobState.FAILED.value,
+            sa.func.coalesce(jobs.c.run_state, "") == RunState.SUCCEEDED.value,
+        )
+        statement = (
+            sa.select(table)
+            .join(jobs, jobs.c.job_id == table.c.job_id)
+            .where(
+                table.c.status != CheckpointStatus.DELETED.value,
+                jobs.c.state.in_([state.value for state in TERMINAL]),
+                sa.not_(is_uncollected),
+            )
+        )
         return [checkpoint_from_row({**row}) for row in self._connection.execute(statement).mappings()]
 
     def set_status(self, job_id: str, name: str, status: CheckpointStatus) -> None:
