@@ -1,1 +1,1 @@
-"""The control service: keeps projects, datasets, the queue and the history of every training job."""
+"""The control service: projects, datasets, the queue and the history of every training job."""
