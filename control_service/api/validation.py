@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, Final
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -75,7 +75,8 @@ def _masked_out(request: Message) -> frozenset[str]:
 
 
 def _check_message(message: Message, prefix: str, skipped: frozenset[str]) -> Iterator[Violation]:
-    for field in message.DESCRIPTOR.fields:
+    field: FieldDescriptor
+    for field in message.DESCRIPTOR.fields:  # type: ignore[assignment]  # the stub's other half is the same class
         path = f"{prefix}{field.name}"
         if path not in skipped:
             yield from _check_field(message, field, path, skipped)
@@ -147,7 +148,9 @@ def _check_mask(field: FieldDescriptor, mask: Any, path: str) -> Iterator[Violat
         return
     for index, name in enumerate(mask.paths):
         if name not in known:
-            yield Violation(field=f"{path}.paths[{index}]", description="is not the name of a field that can be updated")
+            yield Violation(
+                field=f"{path}.paths[{index}]", description="is not the name of a field that can be updated"
+            )
 
 
 def _check_number(field: FieldDescriptor, value: float, path: str, rule: _Rule) -> Iterator[Violation]:
@@ -156,7 +159,9 @@ def _check_number(field: FieldDescriptor, value: float, path: str, rule: _Rule) 
     elif rule.minimum is not None and value < rule.minimum:
         yield Violation(field=path, description=f"must be at least {rule.minimum:.12g}; it is {value:.12g}")
     elif rule.exclusive_minimum is not None and value <= rule.exclusive_minimum:
-        yield Violation(field=path, description=f"must be larger than {rule.exclusive_minimum:.12g}; it is {value:.12g}")
+        yield Violation(
+            field=path, description=f"must be larger than {rule.exclusive_minimum:.12g}; it is {value:.12g}"
+        )
     elif rule.maximum is not None and value > rule.maximum:
         yield Violation(field=path, description=f"must be at most {rule.maximum:.12g}; it is {value:.12g}")
 
@@ -198,7 +203,7 @@ _CHECKS: Final[Mapping[int, Callable[[FieldDescriptor, Any, str, _Rule], Iterato
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rule(field: FieldDescriptor) -> _Rule:
     declared = field.GetOptions().Extensions[constraints_pb2.constraint]
     max_length = declared.max_length or GENERAL_MAX_LENGTH
