@@ -1,4 +1,4 @@
-"""Implements `app.ports.EventCodec` with the contract's messages. Payloads of others are read only for control's facts."""
+"""Implements `app.ports.EventCodec` with the contract's messages. Reads payloads only for the facts control needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How control keeps its channels to nodes. The node's server options must allow these pings; a contract test holds it."""
+"""How control keeps its channels to nodes. Servers of ours allow these pings; a contract test holds them to it."""
 
 from __future__ import annotations
 

@@ -83,14 +83,13 @@ def _details(error: grpc.aio.AioRpcError) -> dict[str, Any]:
         if key != _STATUS_DETAILS or not isinstance(value, bytes):
             continue
         try:
-            status = status_pb2.Status.FromString(value)
+            for detail in status_pb2.Status.FromString(value).details:
+                kind = _DETAIL_KINDS.get(detail.TypeName())
+                if kind is not None:
+                    message = kind()
+                    detail.Unpack(message)
+                    found[kind.DESCRIPTOR.name] = message
         except DecodeError:
-            # A trailer that is not a status says nothing; the code and the message still stand.
-            continue
-        for detail in status.details:
-            kind = _DETAIL_KINDS.get(detail.TypeName())
-            if kind is not None:
-                message = kind()
-                detail.Unpack(message)
-                found[kind.DESCRIPTOR.name] = message
+            # A trailer that cannot be read says nothing; the code and the message still stand.
+            return {}
     return found
