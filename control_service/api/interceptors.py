@@ -56,7 +56,7 @@ class CallConfig:
     )
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc.aio has no complete types
+class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler of ours, unary or streaming in either direction."""
 
     def __init__(self, *, config: CallConfig) -> None:

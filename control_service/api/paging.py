@@ -25,7 +25,9 @@ class PageTokens:
         self._key = hashlib.sha256(b"tunesmith page tokens:" + secret.encode()).digest()
 
     def encode(self, position: str, *, listing: str, filters: Mapping[str, object]) -> str:
-        """A token for what follows `position`."""
+        """A token for what follows `position`; empty for the empty position, which nothing follows."""
+        if not position:
+            return ""
         body = position.encode()
         return base64.urlsafe_b64encode(self._signature(body, listing, filters) + body).decode().rstrip("=")
 
