@@ -120,6 +120,9 @@ class NodeDirectory(Protocol):
     def client(self, name: str) -> NodeClient | None:
         """The client of a registered node, reachable or not."""
 
+    async def refresh(self) -> None:
+        """Asks every reachable node for its capabilities again; one that does not answer keeps what it said last."""
+
 
 class EventCodec(Protocol):
     """Turns control's facts into payload bytes and payloads into the facts control reads. Payloads are opaque else."""

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from control_service.domain.artifact import Artifact, Checkpoint, CheckpointStatus
 from control_service.domain.dataset import Dataset
-from control_service.domain.event import StoredEvent
+from control_service.domain.event import EventKind, StoredEvent
 from control_service.domain.job import Job
 from control_service.domain.job_state import JobState
 from control_service.domain.node import Node
@@ -121,6 +121,9 @@ class EventLog(Protocol):
         with their sequences. FailedPrecondition STALE_EPOCH when `attempt` is not the job's; Internal on a gap."""
 
     def page(self, job_id: str, *, after_sequence: int, limit: int) -> Sequence[StoredEvent]: ...
+
+    def of_kind(self, job_id: str, *, attempt: int, kind: EventKind) -> Sequence[StoredEvent]:
+        """Every event of one kind of one attempt, in sequence."""
 
     def bounds(self, job_id: str) -> tuple[int, int]:
         """(oldest kept sequence or 0, newest sequence)."""

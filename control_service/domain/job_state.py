@@ -36,8 +36,8 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     # QUEUED from PAUSING: the attempt was lost before its checkpoint, so there is nothing to rest on.
     _PG: frozenset({_PD, _OK, _F, _Q, _CG}),
     _PD: frozenset({_Q, _CD}),
-    # SUCCEEDED, FAILED from CANCELLING: the run ended before the cancel reached it; what was recorded is the outcome.
-    _CG: frozenset({_CD, _OK, _F}),
+    # FAILED from CANCELLING: the run failed before the cancel reached it; what was recorded is the outcome.
+    _CG: frozenset({_CD, _F}),
     _OK: frozenset(),
     _F: frozenset(),
     _CD: frozenset(),
