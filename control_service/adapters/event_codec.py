@@ -6,9 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from google.protobuf.message import DecodeError
-from tunesmith.common.v1 import event_pb2
-from tunesmith.control.v1 import job_service_pb2
-from tunesmith.gpu.v1 import run_service_pb2
 
 from control_service.domain import event as facts
 from control_service.domain.artifact import ArtifactKind, CheckpointStatus
@@ -25,6 +22,9 @@ from control_service.wire.values import (
     file_values,
     timestamp,
 )
+from tunesmith.common.v1 import event_pb2
+from tunesmith.control.v1 import job_service_pb2
+from tunesmith.gpu.v1 import run_service_pb2
 
 Payload = event_pb2.EventPayload
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from tunesmith.control.v1 import artifact_service_pb2 as messages
-from tunesmith.control.v1 import artifact_service_pb2_grpc
-
 from control_service.api.dependencies import Dependencies
 from control_service.api.requests import request_key
 from control_service.api.wire.artifacts import artifact_message
 from control_service.app import artifacts
+from tunesmith.control.v1 import artifact_service_pb2 as messages
+from tunesmith.control.v1 import artifact_service_pb2_grpc
 
 
 class ArtifactServicer(artifact_service_pb2_grpc.ArtifactServiceServicer):

@@ -6,9 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, Final
 
-from tunesmith.control.v1 import job_service_pb2 as messages
-from tunesmith.control.v1 import job_service_pb2_grpc
-
 from control_service.api.dependencies import Dependencies
 from control_service.api.paging import cut_page, page_limit
 from control_service.api.requests import request_key
@@ -16,6 +13,8 @@ from control_service.api.wire.artifacts import checkpoint_message
 from control_service.api.wire.jobs import event_messages, job_message, job_states, plan_level, plan_message
 from control_service.app import jobs, training
 from control_service.domain.errors import ResourceExhausted
+from tunesmith.control.v1 import job_service_pb2 as messages
+from tunesmith.control.v1 import job_service_pb2_grpc
 
 DEFAULT_EVENTS: Final = 100
 DEFAULT_MAX_RETRIES: Final = 2

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.control.v1 import model_service_pb2 as messages
-from tunesmith.control.v1 import model_service_pb2_grpc
-
 from control_service.api.dependencies import Dependencies
 from control_service.api.paging import cut_page, page_limit
 from control_service.api.wire.models import model_message, model_type_message
 from control_service.app import models
+from tunesmith.control.v1 import model_service_pb2 as messages
+from tunesmith.control.v1 import model_service_pb2_grpc
 
 
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.control.v1 import node_service_pb2 as messages
-from tunesmith.control.v1 import node_service_pb2_grpc
-
 from control_service.api.dependencies import Dependencies
 from control_service.api.requests import request_key
 from control_service.api.wire.nodes import node_message
 from control_service.app import nodes
+from tunesmith.control.v1 import node_service_pb2 as messages
+from tunesmith.control.v1 import node_service_pb2_grpc
 
 
 class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):

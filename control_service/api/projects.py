@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.control.v1 import project_service_pb2 as messages
-from tunesmith.control.v1 import project_service_pb2_grpc
-
 from control_service.api.dependencies import Dependencies
 from control_service.api.paging import cut_page, page_limit
 from control_service.api.requests import request_key
 from control_service.api.wire.projects import project_draft, project_message
 from control_service.app import projects
+from tunesmith.control.v1 import project_service_pb2 as messages
+from tunesmith.control.v1 import project_service_pb2_grpc
 
 
 class ProjectServicer(project_service_pb2_grpc.ProjectServiceServicer):

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
+
 from tunesmith.common.v1 import constraints_pb2
 
 GENERAL_MAX_LENGTH: Final = 4096

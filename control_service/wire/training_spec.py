@@ -6,9 +6,9 @@ from typing import Any
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from tunesmith.common.v1 import training_spec_pb2
 
 from control_service.domain.spec import TrainingSpec, Trait
+from tunesmith.common.v1 import training_spec_pb2
 
 
 def proto_json(message: Message) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper
 from google.protobuf.timestamp_pb2 import Timestamp
-from tunesmith.common.v1 import errors_pb2, event_pb2
 
 from control_service.domain.artifact import FileReference
 from control_service.domain.failure import Failure, Fault
+from tunesmith.common.v1 import errors_pb2, event_pb2
 
 V = TypeVar("V", bound=int)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import grpc
-from tunesmith.gpu.v1 import blob_service_pb2, blob_service_pb2_grpc, run_service_pb2, run_service_pb2_grpc
 
 from control_service.adapters.gpu_client.channel_options import CHANNEL_OPTIONS
 from control_service.adapters.gpu_client.errors import domain_error
@@ -29,6 +28,7 @@ from control_service.domain.node import NodeCapabilities, NodeReport
 from control_service.domain.run import ObservedRun, RunKey, StopMode
 from control_service.domain.spec import TrainingSpec
 from control_service.wire.training_spec import proto_json, spec_message
+from tunesmith.gpu.v1 import blob_service_pb2, blob_service_pb2_grpc, run_service_pb2, run_service_pb2_grpc
 
 CHUNK_BYTES: Final = 1024**2
 Response = TypeVar("Response")

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from tunesmith.common.v1 import event_pb2, plan_pb2
-from tunesmith.gpu.v1 import run_service_pb2
-
 from control_service.app.ports import PlanLevel, StartRun
 from control_service.domain.artifact import ArtifactKind
 from control_service.domain.errors import Internal
@@ -23,6 +20,8 @@ from control_service.wire.values import (
     file_values,
     utc_time,
 )
+from tunesmith.common.v1 import event_pb2, plan_pb2
+from tunesmith.gpu.v1 import run_service_pb2
 
 PLAN_LEVELS: Final = {level: enum_number(plan_pb2.PlanLevel, level.value) for level in PlanLevel}
 STOP_MODES: Final = {mode: enum_number(run_service_pb2.StopMode, mode.value) for mode in StopMode}

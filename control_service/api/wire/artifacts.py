@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from tunesmith.common.v1 import event_pb2
-from tunesmith.control.v1 import artifact_service_pb2, job_service_pb2
-
 from control_service.domain.artifact import Artifact, Checkpoint
 from control_service.wire.values import enum_number, file_messages, timestamp
+from tunesmith.common.v1 import event_pb2
+from tunesmith.control.v1 import artifact_service_pb2, job_service_pb2
 
 
 def artifact_message(artifact: Artifact) -> artifact_service_pb2.Artifact:

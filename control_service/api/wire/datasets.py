@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from tunesmith.control.v1 import dataset_service_pb2
-
 from control_service.app.datasets import UploadHeader
 from control_service.domain.dataset import Dataset, DatasetRow
 from control_service.wire.values import timestamp
+from tunesmith.control.v1 import dataset_service_pb2
 
 
 def upload_header(message: dataset_service_pb2.UploadDatasetHeader) -> UploadHeader:

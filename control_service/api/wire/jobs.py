@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from google.protobuf import json_format
-from tunesmith.common.v1 import event_pb2, plan_pb2
-from tunesmith.control.v1 import job_service_pb2
 
 from control_service.app.ports import PlanLevel
 from control_service.domain.event import StoredEvent
@@ -15,6 +13,8 @@ from control_service.domain.job import JobProgress, JobView
 from control_service.domain.job_state import JobState
 from control_service.wire.training_spec import spec_message
 from control_service.wire.values import enum_name, enum_number, failure_message, timestamp
+from tunesmith.common.v1 import event_pb2, plan_pb2
+from tunesmith.control.v1 import job_service_pb2
 
 # An unset level means EXACT.
 _PLAN_LEVELS: Final[Mapping[int, PlanLevel]] = {

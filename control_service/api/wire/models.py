@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tunesmith.control.v1 import model_service_pb2
-
 from control_service.app.models import ModelTypeView, ModelView
+from tunesmith.control.v1 import model_service_pb2
 
 
 def model_message(view: ModelView) -> model_service_pb2.Model:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from tunesmith.control.v1 import node_service_pb2
-
 from control_service.app.nodes import NodeStatus
 from control_service.wire.values import enum_number, timestamp
+from tunesmith.control.v1 import node_service_pb2
 
 
 def node_message(status: NodeStatus) -> node_service_pb2.Node:

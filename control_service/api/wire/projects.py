@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from google.protobuf import json_format
-from tunesmith.common.v1 import training_spec_pb2
-from tunesmith.control.v1 import project_service_pb2
 
 from control_service.domain.project import Project, ProjectDraft
 from control_service.wire.training_spec import proto_json, trait_message, trait_value
 from control_service.wire.values import timestamp
+from tunesmith.common.v1 import training_spec_pb2
+from tunesmith.control.v1 import project_service_pb2
 
 
 def project_draft(message: project_service_pb2.Project) -> ProjectDraft:
