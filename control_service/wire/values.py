@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from control_service.domain.artifact import FileReference
 from control_service.domain.failure import Failure, Fault
 from tunesmith.common.v1 import errors_pb2, event_pb2
+
+if TYPE_CHECKING:
+    # The name exists in the type stubs only.
+    from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper
 
 V = TypeVar("V", bound=int)
 
