@@ -126,7 +126,8 @@ def as_text(settings: Settings) -> Mapping[str, Any]:
 
 def _named(item: Mapping[str, Any]) -> str:
     place = ".".join(str(part) for part in item["loc"])
-    return f"{place}: {item['msg']}" if place else str(item["msg"])
+    text = str(item["msg"]).removeprefix("Value error, ")
+    return f"{place}: {text}" if place else text
 
 
 def _plain(value: object) -> object:
