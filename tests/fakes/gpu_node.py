@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -74,6 +75,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: grpc.aio.Server | None = None
         self._instance = 0
+        self._num_changes = 0
 
     @property
     def address(self) -> str:
@@ -198,10 +200,11 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
             elif fake.is_over:
                 return
             else:
-                await self._wait(lambda: len(fake.journal) > position or fake.is_over)
+                await self._wait(lambda after=position: len(fake.journal) > after or fake.is_over)
 
     async def WatchNode(self, request: Any, context: Any) -> AsyncIterator[Any]:
         while True:
+            seen = self._num_changes
             yield run_service_pb2.WatchNodeResponse(
                 node_name=self.name,
                 instance_id=f"{self.name}-{self._instance}",
@@ -210,12 +213,10 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
                 accepting=all(fake.is_over for fake in self.runs.values()),
                 resident_base_model=MODEL if self.runs else "",
             )
-            async with self._changed:
-                try:
-                    await asyncio.wait_for(self._changed.wait(), request.heartbeat_seconds or 5)
-                except TimeoutError:
-                    # A heartbeat is due.
-                    continue
+            # A heartbeat is due when nothing changed.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(request.heartbeat_seconds or 5):
+                    await self._wait(lambda seen=seen: self._num_changes != seen)
 
     async def ReleaseRun(self, request: Any, context: Any) -> Any:
         key = (request.key.job_id, request.key.attempt)
@@ -335,6 +336,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         await context.abort_with_status(rpc_status.to_status(status))
 
     async def _wake(self) -> None:
+        self._num_changes += 1
         async with self._changed:
             self._changed.notify_all()
 
