@@ -24,8 +24,9 @@ class CommitNotice:
 
     # Jobs whose log grew, with their newest sequence.
     job_sequences: Mapping[str, int]
-    # True when the queue, a job's state or the nodes' records may have changed.
+    # True when a job was made or deleted, or a JOB_STATE or NODE_REACHABILITY event was stored.
     jobs_changed: bool
+    # True when a node's record was stored.
     nodes_changed: bool
 
 

@@ -180,10 +180,11 @@ def leftover_fate(run: ObservedRun, job: Job | None) -> LeftoverFate:
         return LeftoverFate.KEEP
     if not run.is_over:
         return LeftoverFate.STOP
-    if job is not None and (not job.is_over or _is_uncollected(job)):
+    if job is not None and (not job.is_over or is_uncollected(job, job.state)):
         return LeftoverFate.KEEP
     return LeftoverFate.RELEASE
 
 
-def _is_uncollected(job: Job) -> bool:
-    return job.state is JobState.FAILED and job.run_state is RunState.SUCCEEDED
+def is_uncollected(job: Job, state: JobState) -> bool:
+    """True for a job that was trained and ends in `state` because control could not get its artifacts."""
+    return state is JobState.FAILED and job.run_state is RunState.SUCCEEDED

@@ -13,6 +13,9 @@ from control_service.adapters.sql.touched import Touched
 from control_service.domain.errors import FailedPrecondition, Internal, NotFound
 from control_service.domain.event import EventKind, StoredEvent
 
+# Events that tell of a change which the queue or a job's keeper must see to.
+_MOVES_JOB = frozenset({int(EventKind.JOB_STATE), int(EventKind.NODE_REACHABILITY)})
+
 
 class SqlEventLog:
     """Implements `EventLog`."""
@@ -98,4 +101,5 @@ class SqlEventLog:
         numbered = [replace(event, sequence=first + index) for index, event in enumerate(events)]
         self._connection.execute(sa.insert(schema.events), [event_to_row(job_id, event) for event in numbered])
         self._touched.job_sequences[job_id] = last
+        self._touched.jobs |= any(event.kind in _MOVES_JOB for event in numbered)
         return numbered

@@ -53,7 +53,6 @@ class SqlJobs:
         )
         if self._connection.execute(statement).rowcount != 1:
             raise Aborted("ETAG_MISMATCH", f"job {job.job_id} was changed by someone else")
-        self._touched.jobs = True
         return following
 
     def list_page(
