@@ -132,7 +132,9 @@ class TrainingSpec:
         """
         spec: TrainingSpec = _decode_message(cls, value, "")
         if spec.hyperparameters.num_steps is not None and spec.hyperparameters.num_epochs is not None:
-            raise refuse_user("INVALID_FIELD", "num_steps and num_epochs exclude each other", field="hyperparameters.num_steps")
+            raise refuse_user(
+                "INVALID_FIELD", "num_steps and num_epochs exclude each other", field="hyperparameters.num_steps"
+            )
         return spec
 
     def find_dataset(self, dataset_id: int) -> DatasetReference:

@@ -6,7 +6,7 @@ ENTRY = FamilyEntry(
     id="code_llama",
     description="CodeLlama, whose config says llama",
     builder="gpu_service.engine.builders.families.code_llama",
-    config_types=("llama", "code_llama"),
+    config_types=("llama",),
     config_class="LlamaConfig",
     architecture="LlamaForCausalLM",
 )
