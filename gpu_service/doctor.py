@@ -55,7 +55,8 @@ KNOWN_BAD: Sequence[KnownBad] = (
         version="4.57.2",
         reason=(
             "AutoTokenizer on a local directory reads config.json as a dict and asks it for .model_type, so that "
-            "loading a Llama 3 fails with \"'dict' object has no attribute 'model_type'\" (huggingface/transformers #42374)"
+            "loading a Llama 3 fails with "
+            "\"'dict' object has no attribute 'model_type'\" (huggingface/transformers #42374)"
         ),
         install="transformers>=5.0,<6",
     ),
