@@ -138,7 +138,7 @@ def read_directory(directory: Path, name: str) -> BaseModel:
 
 
 def _list_directories(models_directory: Path) -> list[tuple[str, Path]]:
-    """`org/name` and directory of everything with a config.json two levels down, by name; hidden ones are passed over."""
+    """`org/name` and directory of everything with a config.json two levels down, by name; no hidden one."""
     found = []
     for config in models_directory.glob("*/*/config.json"):
         organization, model = config.parent.parent.name, config.parent.name

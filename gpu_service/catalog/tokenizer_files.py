@@ -1,4 +1,4 @@
-"""A model directory's tokenizer files as facts: which there are, special tokens, chat template, digest. Tokenizes nothing."""
+"""Tokenizer files as facts: which there are, special tokens, chat template, digest. Tokenizes nothing."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ TEMPLATE_FILE = "chat_template.jinja"
 VOCABULARY_FILES = (FAST_FILE, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # Everything that can change a token id; a file that is absent is absent from the digest.
 _DIGESTED_FILES = (
-    *VOCABULARY_FILES, CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE, "added_tokens.json", "merges.txt", "config.json",
-    "generation_config.json",
+    *VOCABULARY_FILES, CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE, "added_tokens.json", "merges.txt",
+    "config.json", "generation_config.json",
 )  # fmt: skip
 _MAXIMUM_JSON_BYTES = 64 * 1024 * 1024
 
@@ -33,7 +33,7 @@ class TokenizerFacts:
 
 
 def read_tokenizer_facts(directory: Path) -> TokenizerFacts:
-    """Reads the small files only. Raises `Refusal` MODEL_INVALID (stage TOKENIZER) when none or a broken one is there."""
+    """Reads the small files only. Raises `Refusal` MODEL_INVALID (stage TOKENIZER): none there, or broken."""
     if not any((directory / name).is_file() for name in VOCABULARY_FILES):
         raise _invalid(FAST_FILE, "the model has no tokenizer file")
     config = read_json_object(directory / CONFIG_FILE, stage="TOKENIZER")

@@ -1,4 +1,4 @@
-"""Weight files as facts: names, safetensors headers and digests. Reads no tensor, loads no pickle, and imports no library."""
+"""Weight files as facts: names, safetensors headers, digests. Reads no tensor, loads no pickle."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ class TensorFacts:
 def list_weight_files(directory: Path) -> list[Path]:
     """The safetensors files that make the model, by name.
 
-    Raises `Refusal` PICKLE_REFUSED when there are only pickles, MODEL_INVALID when there is nothing or a shard is missing.
+    Raises `Refusal`: PICKLE_REFUSED when there are only pickles, MODEL_INVALID when nothing or a shard is missing.
     """
     index = directory / INDEX_FILE
     if index.is_file():

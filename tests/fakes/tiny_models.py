@@ -2,7 +2,7 @@
 
 `place` builds a real checkpoint with transformers (imported late); `place_header_only` writes a llama whose weights are
 zeros with the standard library and `tokenizers`, for tests that must not import torch. Both are built once a process and
-copied. Every linear layer has rows and columns in multiples of 32 and 64, which 4-bit kernels on a CPU want.
+copied. Every linear layer's sides are multiples of 32 and 64, which 4-bit kernels on a CPU want.
 """
 
 import atexit
@@ -43,7 +43,11 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 _FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
-    "gemma3": {"query_pre_attn_scalar": 16, "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3": {
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "mistral": {"sliding_window": None},
 }
 
@@ -244,6 +248,3 @@ def _make_tokenizer_json(options: TinyOptions) -> str:
     for identifier in range(len(vocabulary), options.vocabulary_size):
         vocabulary[f"unreachable_{identifier}"] = identifier
     return json.dumps(value)
-
-
-
