@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import StrEnum
+from enum import IntEnum
 from types import MappingProxyType
 
 
-class RunState(StrEnum):
-    """Names are those of the wire's `RunState`, without its prefix."""
+class RunState(IntEnum):
+    """Names and numbers are those of the wire's `RunState`; journals hold the numbers."""
 
-    ACCEPTED = "ACCEPTED"
-    RUNNING = "RUNNING"
-    STOPPING = "STOPPING"
-    SUCCEEDED = "SUCCEEDED"
-    FAILED = "FAILED"
-    CANCELLED = "CANCELLED"
-    INTERRUPTED = "INTERRUPTED"
+    ACCEPTED = 1
+    RUNNING = 2
+    STOPPING = 3
+    SUCCEEDED = 4
+    FAILED = 5
+    CANCELLED = 6
+    INTERRUPTED = 7
 
 
 _ENDS = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED, RunState.INTERRUPTED})

@@ -27,7 +27,9 @@ def close_run(run_directory: Path, ending: ExitRecord) -> int | None:
         if summary.is_over:
             return None
         phase = event_pb2.Phase.Name(summary.phase).removeprefix("PHASE_") if summary.phase else ""
-        state, failure = _outcome(ending, phase=phase, has_checkpoint=bool(summary.checkpoints))
+        # A run that no engine ever began has nothing that a checkpoint would have kept.
+        nothing_lost = bool(summary.checkpoints) or summary.last_run_sequence == 0
+        state, failure = _outcome(ending, phase=phase, nothing_lost=nothing_lost)
         if ending.stop_mode is not None:
             writer.append(
                 events.wrap(
@@ -42,13 +44,16 @@ def close_run(run_directory: Path, ending: ExitRecord) -> int | None:
 
 
 def _outcome(
-    ending: ExitRecord, *, phase: str, has_checkpoint: bool
+    ending: ExitRecord, *, phase: str, nothing_lost: bool
 ) -> tuple[event_pb2.RunState.ValueType, errors_pb2.Failure | None]:
     if ending.stop_mode == "cancel":
         return event_pb2.RUN_STATE_CANCELLED, None
-    if ending.stop_mode == "checkpoint" and has_checkpoint:
+    if ending.stop_mode == "checkpoint" and nothing_lost:
         return event_pb2.RUN_STATE_INTERRUPTED, None
-    return event_pb2.RUN_STATE_FAILED, _failure(ending, phase)
+    failure = _failure(ending, phase)
+    if ending.note:
+        failure.message += f": {ending.note}"
+    return event_pb2.RUN_STATE_FAILED, failure
 
 
 def _failure(ending: ExitRecord, phase: str) -> errors_pb2.Failure:

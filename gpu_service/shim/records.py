@@ -48,6 +48,8 @@ class ExitRecord:
     freed_bytes: int = 0
     # From the stop request to the last process' end; 0 without a stop.
     seconds: float = 0.0
+    # What whoever wrote this knows beyond status and signal, for people.
+    note: str = ""
 
     def write(self, directory: Path) -> None:
         durable_json.write(directory / EXIT_FILE_NAME, asdict(self))
