@@ -76,7 +76,10 @@ def from_exception(
     file: str = "",
     details: Mapping[str, str] | None = None,
 ) -> errors_pb2.Failure:
-    """The failure that `error` means: `reason`, unless memory or disk ran out. Message and type are the library's own."""
+    """The failure that `error` means:
+
+    `reason`, unless memory or disk ran out. Message and type are the library's own.
+    """
     resource = _resource_reason(error)
     if resource is not None:
         reason, fault = resource

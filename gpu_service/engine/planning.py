@@ -20,9 +20,7 @@ _LOG_INTERVAL_SECONDS = 2.0
 _MAX_OUTPUT_CHARACTERS = 4000
 
 
-def plan(
-    request: RunRequest, *, device: dict[str, Any], switch: StopSwitch, reporter: Reporter
-) -> Path:
+def plan(request: RunRequest, *, device: dict[str, Any], switch: StopSwitch, reporter: Reporter) -> Path:
     """The plan directory of the run, made anew or from the planner's cache.
 
     Raises RunFailure when the planner refuses (its own reason and fault) or dies (PLANNING), StopRequested, OSError.

@@ -1,7 +1,7 @@
 """Writes a run's events: each goes to the journal first, then a notice goes down the pipe.
 
-Remembers the phase and the loading stage in hand, so that whoever ends the run can say where. Encodes nothing itself and
-keeps no history.
+Remembers the phase and the loading stage in hand, so that whoever ends the run can say where. Encodes nothing itself
+and keeps no history.
 """
 
 from __future__ import annotations
@@ -45,12 +45,15 @@ class Reporter:
         self.emit(event_pb2.PhaseEvent(phase=event_pb2.Phase.Value(f"PHASE_{name}")))
         self._notify({"type": "phase", "run_directory": self._run_directory, "phase": name})
 
-    def enter_state(
-        self, state: event_pb2.RunState.ValueType, failure: errors_pb2.Failure | None = None
-    ) -> None:
+    def enter_state(self, state: event_pb2.RunState.ValueType, failure: errors_pb2.Failure | None = None) -> None:
         """Report that the run's state is now `state`."""
         self.emit(event_pb2.RunStateEvent(previous_state=self._state, state=state, failure=failure))
         self._state = state
+
+    def enter_stopping(self) -> None:
+        """Report that a stop is being carried out, once."""
+        if self._state == event_pb2.RUN_STATE_RUNNING:
+            self.enter_state(event_pb2.RUN_STATE_STOPPING)
 
     def warn(self, code: str, message: str) -> None:
         """Report something worth knowing that stops nothing."""

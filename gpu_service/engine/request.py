@@ -60,7 +60,10 @@ class RunRequest:
 
 
 def read(run_directory: Path) -> RunRequest:
-    """Read `<run_directory>/run.json`. Raises OSError, ValueError (JSON or proto JSON), KeyError for a missing field."""
+    """Read `<run_directory>/run.json`.
+
+    Raises OSError, ValueError (JSON or proto JSON), KeyError for a missing field.
+    """
     document = json.loads((run_directory / "run.json").read_text(encoding="utf-8"))
     spec = json_format.ParseDict(document["spec"], training_spec_pb2.TrainingSpec())
     resume = document.get("resume")

@@ -28,7 +28,10 @@ class IncompleteWeights(ValueError):
 def build_base(
     request: LoadRequest, loaded: Loaded, quantization_config: BitsAndBytesConfig | None, progress: Progress
 ) -> Any:
-    """The base model on its device; `loaded.tensors` is dropped. Raises what from_pretrained raises, IncompleteWeights."""
+    """The base model on its device; `loaded.tensors` is dropped.
+
+    Raises what from_pretrained raises, IncompleteWeights.
+    """
     tensors, loaded.tensors = loaded.tensors, None
     with _tensor_progress(progress), _library_report(loaded):
         model, report = request.family.MODEL_CLASS.from_pretrained(
@@ -87,7 +90,10 @@ class _ReportKeeper(logging.Handler):
 
 @contextmanager
 def _library_report(loaded: Loaded) -> Iterator[None]:
-    """Keep what transformers logs while it loads: its RuntimeError says `see the above report`, and that is where it is."""
+    """Keep what transformers logs while it loads:
+
+    its RuntimeError says `see the above report`, and that is where it is.
+    """
     keeper = _ReportKeeper()
     logger = logging.getLogger("transformers")
     logger.addHandler(keeper)

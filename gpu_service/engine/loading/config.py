@@ -11,8 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
 
-# AutoConfig raises OSError for a file that is missing or no JSON, ValueError for a type it does not know, and KeyError or
-# TypeError for values that a config class cannot take.
+# AutoConfig raises OSError for a file that is missing or no JSON, ValueError for a type it does not know, and KeyError
+# or TypeError for values that a config class cannot take.
 RAISES: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, TypeError)
 
 

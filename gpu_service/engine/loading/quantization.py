@@ -1,7 +1,7 @@
 """Stage QUANTIZATION: the linear layers of the base become quantized ones, on the run's device.
 
-The mapped tensors of the stage before become the model here, through transformers with a BitsAndBytesConfig: bitsandbytes
-quantizes each linear layer as it is placed. Without quantization there is nothing to do.
+The mapped tensors of the stage before become the model here, through transformers with a BitsAndBytesConfig:
+bitsandbytes quantizes each linear layer as it is placed. Without quantization there is nothing to do.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from gpu_service.engine.loading.building import build_base
 from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
 
-# transformers raises ImportError or RuntimeError when a backend is missing, ValueError for options or tensors that do not
-# go together; bitsandbytes RuntimeError and NotImplementedError for what a device cannot do; torch AssertionError when it
-# was built without the device.
+# transformers raises ImportError or RuntimeError when a backend is missing, ValueError for options or tensors that do
+# not go together; bitsandbytes RuntimeError and NotImplementedError for what a device cannot do; torch AssertionError
+# when it was built without the device.
 RAISES: tuple[type[Exception], ...] = (
     ImportError,
     RuntimeError,

@@ -1,8 +1,8 @@
 """The table of loading stages, and the one place that runs them.
 
-A stage starts, goes on, and ends; a failure is wrapped here, once, from the exception classes that the stage's libraries
-document. Anything else passes through to the engine's outermost boundary. Refuses a second attempt: nothing here loops
-over other arguments.
+A stage starts, goes on, and ends; a failure is wrapped here, once, from the exception classes that the stage's
+libraries document. Anything else passes through to the engine's outermost boundary. Refuses a second attempt: nothing
+here loops over other arguments.
 """
 
 from __future__ import annotations
@@ -42,15 +42,11 @@ STAGES: tuple[Stage, ...] = (
 )
 
 
-def load(
-    request: LoadRequest, *, switch: StopSwitch, reporter: Reporter, stages: tuple[Stage, ...] = STAGES
-) -> Loaded:
-    """Run the stages in order. Raises LoadFailure from the library's own exception, StopRequested."""
-    loaded = Loaded()
-    for stage in stages:
+def load(request: LoadRequest, loaded: Loaded, *, switch: StopSwitch, reporter: Reporter) -> None:
+    """Run the stages in order, into `loaded`. Raises LoadFailure from the library's own exception, StopRequested."""
+    for stage in STAGES:
         switch.check()
         _run_stage(stage, request, loaded, switch, reporter)
-    return loaded
 
 
 def _run_stage(stage: Stage, request: LoadRequest, loaded: Loaded, switch: StopSwitch, reporter: Reporter) -> None:

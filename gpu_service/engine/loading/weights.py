@@ -1,15 +1,17 @@
 """Stage WEIGHTS: the weight files are read, and their tensors mapped; without quantization they become the model here.
 
-Every shard is read from front to back once, so that progress in bytes is real and a damaged disk or a short file shows
-here, with the file's name; then safetensors checks the header and maps the tensors, which cost no memory of their own.
-Refuses everything but safetensors.
+Every shard is read from front to back once and hashed, so that progress in bytes is real and a damaged disk shows here,
+with the file's name; safetensors checks the header and maps the tensors, which cost no memory of their own. Refuses
+everything but safetensors, and weights of another digest than the job was pinned to.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +28,10 @@ INDEX_FILE = "model.safetensors.index.json"
 _CHUNK_BYTES = 8 * 1024 * 1024
 
 
+class WeightsChanged(ValueError):
+    """The files are not those that the job was pinned to."""
+
+
 class TensorNotInShard(KeyError):
     """The index names a shard for a tensor that the shard does not hold."""
 
@@ -39,9 +45,12 @@ def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, s
     total = sum((request.model_directory / shard).stat().st_size for shard in shards)
     tensors: dict[str, torch.Tensor] = {}
     done = 0
+    digest = hashlib.sha256()
     for shard, names in shards.items():
         loaded.file = shard
-        done = _read(request.model_directory / shard, done, total, progress)
+        contents = hashlib.sha256()
+        done = _read(request.model_directory / shard, contents, done, total, progress)
+        digest.update(f"{shard}\0{contents.hexdigest()}\n".encode())
         with safe_open(request.model_directory / shard, framework="pt", device="cpu") as opened:
             held = set(opened.keys())
             missing = [name for name in names if name not in held]
@@ -49,12 +58,14 @@ def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, s
                 raise TensorNotInShard(f"{shard} does not hold {', '.join(sorted(missing)[:5])}")
             for name in held:
                 tensors[name] = opened.get_tensor(name)
+    loaded.file = ""
+    if request.weights_digest and digest.hexdigest() != request.weights_digest:
+        raise WeightsChanged(f"the weights' digest is {digest.hexdigest()}; the job is for {request.weights_digest}")
     loaded.tensors = tensors
     loaded.stored_dtype = _most_common_dtype(tensors)
     details = {"shards": str(len(shards)), "tensors": str(len(tensors)), "stored_dtype": str(loaded.stored_dtype)}
     if request.quantization.IS_QUANTIZED:
         return details
-    loaded.file = ""
     loaded.base = build_base(request, loaded, None, progress)
     return details | {"model_class": type(loaded.base).__name__}
 
@@ -74,10 +85,11 @@ def _shards(directory: Path, loaded: Loaded) -> dict[str, list[str]]:
     return dict(sorted(shards.items()))
 
 
-def _read(path: Path, done: int, total: int, progress: Progress) -> int:
-    buffer = bytearray(_CHUNK_BYTES)
+def _read(path: Path, contents: Any, done: int, total: int, progress: Progress) -> int:
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
+            contents.update(buffer[:count])
             done += count
             progress(done, total, "bytes")
     return done

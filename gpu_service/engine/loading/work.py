@@ -41,6 +41,8 @@ class LoadRequest:
 
     model_directory: Path
     base_model: str
+    # Lower-case hex; empty when the job is pinned to none.
+    weights_digest: str
     plan: plan_pb2.Plan
     family: ModuleType
     quantization: ModuleType

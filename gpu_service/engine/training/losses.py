@@ -1,4 +1,7 @@
-"""Negative log-likelihood of target tokens, and its sums by source. Sums, not means: means are taken once, at the end."""
+"""Negative log-likelihood of target tokens, and its sums by source.
+
+Sums, not means: means are taken once, at the end.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,10 @@ class LossTally:
 
     def by_dataset(self) -> list[event_pb2.LossValue]:
         """One value a dataset of each trait."""
-        return [_loss_value(trait, dataset, nats, self.targets[trait, dataset]) for (trait, dataset), nats in self.nats.items()]
+        return [
+            _loss_value(trait, dataset, nats, self.targets[trait, dataset])
+            for (trait, dataset), nats in self.nats.items()
+        ]
 
 
 def finite(value: float) -> float | None:

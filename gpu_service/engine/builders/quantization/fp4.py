@@ -1,4 +1,7 @@
-"""`fp4`: bitsandbytes' 4-bit layers with the floating-point code. Builds the config only; transformers makes the layers."""
+"""`fp4`:
+
+bitsandbytes' 4-bit layers with the floating-point code. Builds the config only; transformers makes the layers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`int8`: bitsandbytes' 8-bit layers with outlier columns apart. Builds the config only; transformers makes the layers."""
+"""`int8`:
+
+bitsandbytes' 8-bit layers with outlier columns apart. Builds the config only; transformers makes the layers.
+"""
 
 from __future__ import annotations
 

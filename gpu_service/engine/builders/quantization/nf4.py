@@ -1,4 +1,7 @@
-"""`nf4`: bitsandbytes' 4-bit layers with the normal-float code. Builds the config only; transformers makes the layers."""
+"""`nf4`:
+
+bitsandbytes' 4-bit layers with the normal-float code. Builds the config only; transformers makes the layers.
+"""
 
 from __future__ import annotations
 
