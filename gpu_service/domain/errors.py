@@ -17,9 +17,9 @@ class Refusal(Exception):
     """Something was refused, for a reason that a program can read.
 
     `reason` is a name of the wire's `ErrorReason` without its prefix (`MIX_INFEASIBLE`). `stage` is the loading stage
-    (`CONFIG`, `TOKENIZER`, `WEIGHTS`, ...) or phase (`PLANNING`) it concerns, empty if neither. `field` is the path of the
-    spec's field at fault (`hyperparameters.lora.rank`), empty if none. `file` is relative to its root. `details` are
-    machine-readable strings by name.
+    (`CONFIG`, `TOKENIZER`, `WEIGHTS`, ...) or phase (`PLANNING`) it concerns, empty if neither. `field` is the path of
+    the spec's field at fault (`hyperparameters.lora.rank`), empty if none. `file` is relative to its root. `details`
+    are machine-readable strings by name.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Our own counter-based permutation, so that an order is the same on every machine. Uses no library's generator.
 
-A balanced Feistel network over the smallest even number of bits that holds n, its round functions tabulated from BLAKE2b
-keyed by the purpose; values that fall outside 0..n-1 are sent through again (cycle walking), which keeps it a bijection.
+A balanced Feistel network over the smallest even number of bits that holds n, its round functions tabulated from
+BLAKE2b keyed by the purpose; values that fall outside 0..n-1 are sent through again (cycle walking), which keeps it a
+bijection.
 """
 
 import hashlib
@@ -55,7 +56,7 @@ class Permutation:
 
 
 def _round_table(key: bytes, number: int, size: int) -> array[int]:
-    table = array("L" if array("L").itemsize == 4 else "I")
+    table = array("I")
     for block in range(-(-size // _WORDS_PER_BLOCK)):
         digest = hashlib.blake2b(struct.pack("<IQ", number, block), key=key, digest_size=64).digest()
         table.extend(struct.unpack("<16I", digest))

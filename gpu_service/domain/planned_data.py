@@ -1,4 +1,4 @@
-"""A plan directory opened for reading: which examples make a step, and their tokens. Standard library, memory maps only.
+"""A plan directory opened for reading: which examples make a step, and their tokens. Memory maps only.
 
 It checks every length and bound it relies on and raises `PlannedDataDamaged` instead of reading beyond one; it writes
 nothing. `gpu_service.planner` writes what is read here; the names of the files are declared here, once.

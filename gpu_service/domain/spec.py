@@ -1,4 +1,4 @@
-"""The training spec as frozen values: decodes proto JSON strictly. Applies no default (`defaults`) and checks no range."""
+"""The training spec as frozen values: decodes proto JSON strictly. Applies no default, checks no range."""
 
 import hashlib
 import json
@@ -128,11 +128,13 @@ class TrainingSpec:
     def from_json(cls, value: Mapping[str, Any]) -> "TrainingSpec":
         """Decodes `TrainingSpec` as proto JSON with proto (snake_case) names: int64 are strings, doubles may be names.
 
-        Raises `Refusal` INVALID_FIELD with the field's path on an unknown name, a wrong type, or a number that is not finite.
+        Raises `Refusal` INVALID_FIELD with the field's path: an unknown name, a wrong type, a number not finite.
         """
-        spec: TrainingSpec = _decode_message(cls, value, "")
+        spec: TrainingSpec = decode_message(cls, value, "")
         if spec.hyperparameters.num_steps is not None and spec.hyperparameters.num_epochs is not None:
-            raise refuse_user("INVALID_FIELD", "num_steps and num_epochs exclude each other", field="hyperparameters.num_steps")
+            raise refuse_user(
+                "INVALID_FIELD", "num_steps and num_epochs exclude each other", field="hyperparameters.num_steps"
+            )
         return spec
 
     def find_dataset(self, dataset_id: int) -> DatasetReference:
@@ -156,7 +158,8 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _decode_message(cls: type, value: object, path: str) -> Any:
+def decode_message(cls: type, value: object, path: str) -> Any:
+    """Decodes one dataclass from proto JSON; `path` names it in refusals. Raises `Refusal` INVALID_FIELD."""
     if not isinstance(value, Mapping):
         raise _wrong(path, "an object", value)
     hints = _hints(cls)
@@ -180,7 +183,7 @@ def _decode(hint: Any, value: object, path: str) -> Any:
         item_hint = typing.get_args(hint)[0]
         return tuple(_decode(item_hint, item, f"{path}[{index}]") for index, item in enumerate(value))
     if is_dataclass(hint):
-        return _decode_message(typing.cast(type, hint), value, path)
+        return decode_message(typing.cast(type, hint), value, path)
     return _DECODERS[hint](value, path)
 
 
@@ -202,8 +205,13 @@ def _decode_float(value: object, path: str) -> float:
             value = float(value)
         except ValueError:
             raise _wrong(path, "a number", value) from None
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number that no double can hold
+            number = math.inf
+        if math.isfinite(number):
+            return number
     raise _wrong(path, "a finite number", value)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class FamilyEntry:
     """`config_types` are the `model_type`s of config.json that it accepts, its own first.
 
-    `config_class` is the transformers class built for a config.json that names no `model_type`. LoRA covers every linear
-    layer but the head unless the project names targets, so a family lists none.
+    `config_class` is the transformers class built for a config.json that names no `model_type`. LoRA covers every
+    linear layer but the head unless the project names targets, so a family lists none.
     """
 
     id: str

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationEntry:
-    """`builder` is a module of the engine; `bits` is per weight of a linear layer, None when weights stay as they are."""
+    """`builder` is a module of the engine; `bits` is per weight of a linear layer, None for not quantized."""
 
     id: str
     description: str
