@@ -23,7 +23,7 @@ class Device(Protocol):
     def torch_device(self) -> torch.device: ...
 
     def describe(self) -> dict[str, Any]:
-        """`type`, `name`, `total_memory_bytes` and `free_memory_bytes`, as the planner wants them."""
+        """`type`, `name`, `total_memory_bytes`, `free_memory_bytes`, and what else a plan asks of a kind of device."""
         ...
 
     def start_counting(self) -> None:
@@ -100,7 +100,14 @@ class CudaDevice:
             return {"type": "cuda", "name": str(self._device), "total_memory_bytes": 0, "free_memory_bytes": 0}
         free, total = torch.cuda.mem_get_info(self._device)
         name = torch.cuda.get_device_name(self._device)
-        return {"type": "cuda", "name": name, "total_memory_bytes": total, "free_memory_bytes": free}
+        major, minor = torch.cuda.get_device_capability(self._device)
+        return {
+            "type": "cuda",
+            "name": name,
+            "total_memory_bytes": total,
+            "free_memory_bytes": free,
+            "compute_capability": f"{major}.{minor}",
+        }
 
     def start_counting(self) -> None:
         if torch.cuda.is_available():

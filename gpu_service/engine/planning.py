@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,18 @@ from tunesmith.common.v1 import event_pb2
 _LOG_INTERVAL_SECONDS = 2.0
 _MAX_OUTPUT_CHARACTERS = 4000
 
+# The request's path is added as the last argument.
+PLANNER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "gpu_service.planner")
 
-def plan(request: RunRequest, *, device: dict[str, Any], switch: StopSwitch, reporter: Reporter) -> Path:
+
+def plan(
+    request: RunRequest,
+    *,
+    command: Sequence[str],
+    device: dict[str, Any],
+    switch: StopSwitch,
+    reporter: Reporter,
+) -> Path:
     """The plan directory of the run, made anew or from the planner's cache.
 
     Raises RunFailure when the planner refuses (its own reason and fault) or dies (PLANNING), StopRequested, OSError.
@@ -41,7 +52,7 @@ def plan(request: RunRequest, *, device: dict[str, Any], switch: StopSwitch, rep
     errors_path = request.run_directory / "planner.log"
     with errors_path.open("wb") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "gpu_service.planner", str(request_path)],
+            [*command, str(request_path)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,

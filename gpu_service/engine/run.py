@@ -6,6 +6,7 @@ events and the memory are the caller's (`ending`). Contains no training step and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +40,7 @@ class Run:
     shelf: BaseShelf
     switch: StopSwitch
     reporter: Reporter
+    planner_command: Sequence[str]
     key: BaseKey | None = None
     method: ModuleType | None = None
     loaded: Loaded | None = None
@@ -48,7 +50,11 @@ class Run:
         """The whole run. Raises StopRequested, RunFailure, and what nothing here understands."""
         self.reporter.enter_phase("PLANNING")
         plan_directory = planning.plan(
-            self.request, device=self.device.describe(), switch=self.switch, reporter=self.reporter
+            self.request,
+            command=self.planner_command,
+            device=self.device.describe(),
+            switch=self.switch,
+            reporter=self.reporter,
         )
         data, plan = _open(plan_directory)
         self.reporter.emit(plan)

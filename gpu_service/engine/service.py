@@ -7,12 +7,14 @@ what it left in the process is unknown. Imports torch: the entry point loads thi
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpu_service.engine import devices, request
 from gpu_service.engine.control import ControlPipe
 from gpu_service.engine.ending import Outcome, conclude
 from gpu_service.engine.failures import RunFailure, unforeseen
+from gpu_service.engine.planning import PLANNER_COMMAND
 from gpu_service.engine.reporter import Notify, Reporter
 from gpu_service.engine.resident import BaseShelf
 from gpu_service.engine.run import Run
@@ -53,7 +55,14 @@ def serve(pipe: ControlPipe) -> int:
     return EXIT_CLEAN
 
 
-def carry_out(run_directory: Path, *, shelf: BaseShelf, switch: StopSwitch, notify: Notify) -> Outcome:
+def carry_out(
+    run_directory: Path,
+    *,
+    shelf: BaseShelf,
+    switch: StopSwitch,
+    notify: Notify,
+    planner_command: Sequence[str] = PLANNER_COMMAND,
+) -> Outcome:
     """One run from its `run.json` to its terminal event. Raises only when the journal itself cannot be used."""
     asked = request.read(run_directory)
     with Writer.open(asked.journal_path, asked.attempt) as writer:
@@ -63,6 +72,7 @@ def carry_out(run_directory: Path, *, shelf: BaseShelf, switch: StopSwitch, noti
             shelf=shelf,
             switch=switch,
             reporter=Reporter(run_directory=run_directory, writer=writer, notify=notify),
+            planner_command=planner_command,
         )
         outcome = _execute(run)
         # Outside the handlers: an exception's traceback keeps the model's memory alive.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy
 import torch
+
+from gpu_service.domain.planned_data import ExampleReference, PlannedData
 
 # Any valid id serves: the attention mask hides it and it never carries loss.
 _PADDING_ID = 0
@@ -39,8 +40,8 @@ class MicroBatch:
         )
 
 
-def collate(data: Any, references: Sequence[Any]) -> MicroBatch:
-    """One micro-batch of `references` of `data` (a PlannedData). A row's first token is never a target."""
+def collate(data: PlannedData, references: Sequence[ExampleReference]) -> MicroBatch:
+    """One micro-batch of `references`. A row's first token is never a target."""
     examples = [data.example(reference) for reference in references]
     longest = max(len(example.tokens) for example in examples)
     input_ids = numpy.full((len(examples), longest), _PADDING_ID, dtype=numpy.int64)
@@ -62,6 +63,6 @@ def collate(data: Any, references: Sequence[Any]) -> MicroBatch:
     )
 
 
-def split(references: Sequence[Any], size: int) -> list[Sequence[Any]]:
+def split(references: Sequence[ExampleReference], size: int) -> list[Sequence[ExampleReference]]:
     """`references` in runs of at most `size`, in order."""
     return [references[start : start + size] for start in range(0, len(references), size)]

@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 
+from gpu_service.domain.planned_data import PlannedData
 from gpu_service.engine.stopping import StopSwitch
 from gpu_service.engine.training.batches import collate, split
 from gpu_service.engine.training.losses import LossTally, as_json, finite, sum_by_row
+from gpu_service.engine.training.modes import measuring
 from tunesmith.common.v1 import event_pb2
 
 
 def evaluate(
     model: Any,
-    data: Any,
+    data: PlannedData,
     *,
     device: torch.device,
     batch_examples: int,
@@ -29,18 +31,13 @@ def evaluate(
         return None
     start = time.monotonic()
     tally = LossTally.empty()
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for part in split(references, batch_examples):
-                switch.check()
-                batch = collate(data, part)
-                if batch.num_target_tokens:
-                    _, by_row = sum_by_row(model, batch.to(device))
-                    tally.add(batch, by_row.tolist(), data.sources)
-    finally:
-        model.train(was_training)
+    with measuring(model):
+        for part in split(references, batch_examples):
+            switch.check()
+            batch = collate(data, part)
+            if batch.num_target_tokens:
+                _, by_row = sum_by_row(model, batch.to(device))
+                tally.add(batch, by_row.tolist(), data.sources)
     return event_pb2.EvaluationEvent(
         moment=moment,
         step=step,

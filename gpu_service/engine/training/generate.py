@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from gpu_service.engine.training.modes import measuring
+
 GENERATION_FILE = "generation_config.json"
 
 
@@ -41,16 +43,11 @@ def answer(
         pad_token_id=stop_ids[0] if stop_ids else 0,
         use_cache=True,
     )
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=encoded["attention_mask"].to(device),
-                generation_config=settings,
-            )
-    finally:
-        model.train(was_training)
+    with measuring(model):
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=encoded["attention_mask"].to(device),
+            generation_config=settings,
+        )
     text: str = tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
     return text

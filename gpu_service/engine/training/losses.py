@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from gpu_service.domain.planned_data import Source
 from gpu_service.engine.training.batches import MicroBatch
 from tunesmith.common.v1 import event_pb2
 
@@ -49,7 +50,7 @@ class LossTally:
     def empty(cls) -> LossTally:
         return cls(nats={}, targets={})
 
-    def add(self, batch: MicroBatch, by_row: Sequence[float], sources: Sequence[Any]) -> None:
+    def add(self, batch: MicroBatch, by_row: Sequence[float], sources: Sequence[Source]) -> None:
         """Add one micro-batch: `by_row` as `sum_by_row` gave it, on the host."""
         targets = batch.is_target.sum(dim=1).tolist()
         for row, source_index in enumerate(batch.sources):

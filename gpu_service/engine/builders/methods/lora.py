@@ -11,8 +11,6 @@ from peft.tuners.lora import LoraLayer
 from tunesmith.common.v1 import training_spec_pb2
 
 TRAINS_ADAPTER = True
-# PEFT's own name for every linear layer but the head.
-_ALL_LINEAR = "all-linear"
 
 
 def base_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -36,7 +34,8 @@ def attach(base: Any, base_model: str, hyperparameters: training_spec_pb2.Hyperp
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules) or _ALL_LINEAR,
+        # The plan names every linear layer but the head unless the project named its own.
+        target_modules=list(lora.target_modules),
         bias="none",
     )
     return get_peft_model(base, config)
@@ -46,7 +45,7 @@ def set_gradient_checkpointing(model: Any, enabled: bool) -> None:
     """Switch recomputation of activations; a resident base comes from a run that may have had it otherwise."""
     if enabled:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif model.is_gradient_checkpointing:
+    elif model.is_activation_checkpointing:
         model.gradient_checkpointing_disable()
 
 
