@@ -72,8 +72,8 @@ def allocate(
     """Examples per epoch of each source.
 
     `available[i]` are the valid examples of `sources[i]`. With `total` None: the largest total at which no source
-    exceeds its policy. Raises `Refusal` MIX_INFEASIBLE naming the first source that cannot give its part, NO_EXAMPLES_LEFT when
-    nothing would be trained on.
+    exceeds its policy. Raises `Refusal` MIX_INFEASIBLE naming the first source that cannot give its part,
+    NO_EXAMPLES_LEFT when nothing would be trained on.
     """
     for source, count in zip(sources, available, strict=True):
         if source.share and not count:

@@ -55,7 +55,7 @@ class Permutation:
         return (self[position] for position in range(self._length))
 
 
-def _round_table(key: bytes, number: int, size: int) -> array[int]:
+def _round_table(key: bytes, number: int, size: int) -> "array[int]":
     table = array("I")
     for block in range(-(-size // _WORDS_PER_BLOCK)):
         digest = hashlib.blake2b(struct.pack("<IQ", number, block), key=key, digest_size=64).digest()

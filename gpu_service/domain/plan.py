@@ -134,7 +134,7 @@ def resolve(
 
 
 def check_fit(needed_bytes: int, device: Device) -> None:
-    """Raises `Refusal` DOES_NOT_FIT when the device, empty, has less memory than this; one of unknown size has enough."""
+    """Raises `Refusal` DOES_NOT_FIT when the empty device has less memory than this; of unknown size, it has enough."""
     if device.total_memory_bytes and needed_bytes > device.total_memory_bytes:
         raise refuse_user(
             "DOES_NOT_FIT",
@@ -249,7 +249,7 @@ def _unsupported(message: str, field: str) -> Refusal:
 
 
 def _cover_layers(given: Hyperparameters, method: MethodEntry, base_model: BaseModel) -> tuple[LinearLayer, ...]:
-    """Layers that get an adapter. Each name must match some: a wrong one among right ones would train less in silence."""
+    """Layers that get an adapter. Each name must match some: a wrong one among right ones would train less."""
     if not method.trains_adapter:
         return ()
     layers, names = base_model.linear_layers, given.lora.target_modules
@@ -280,10 +280,11 @@ def _check_lengths(given: Hyperparameters, base_model: BaseModel) -> None:
             field="hyperparameters.max_length",
         )
     micro = given.batch.micro_batch_examples
-    if micro is not None and micro > (given.batch.examples or DEFAULT_BATCH_EXAMPLES):
+    examples = given.batch.examples or DEFAULT_BATCH_EXAMPLES
+    if micro is not None and micro > examples:
         raise refuse_user(
             "INVALID_FIELD",
-            f"a forward pass of {micro} examples is more than a step of {given.batch.examples or DEFAULT_BATCH_EXAMPLES}",
+            f"a forward pass of {micro} examples is more than a step of {examples}",
             field="hyperparameters.batch.micro_batch_examples",
         )
 

@@ -23,6 +23,7 @@ SHARD_FILE = "shard.json"
 OFFSETS_FILE = "offsets.bin"
 TOKENS_FILE = "tokens.bin"
 MASK_FILE = "mask.bin"
+FLAGS_FILE = "flags.bin"
 # Layout of the files; a reader refuses another.
 DATA_VERSION = 1
 
@@ -69,6 +70,7 @@ class TokenShard:
         self._offsets = _map(directory / OFFSETS_FILE, 8 * (self.num_examples + 1)).cast("Q")
         self._tokens = _map(directory / TOKENS_FILE, 4 * num_tokens).cast("i")
         self._mask = _map(directory / MASK_FILE, num_tokens)
+        self._flags = _map(directory / FLAGS_FILE, self.num_examples)
         if self._offsets[0] != 0 or self._offsets[self.num_examples] != num_tokens:
             raise PlannedDataDamaged(f"{directory / OFFSETS_FILE}: the offsets do not span the tokens")
 
@@ -80,6 +82,10 @@ class TokenShard:
         if not start < end <= len(self._tokens):
             raise PlannedDataDamaged(f"{self.directory / OFFSETS_FILE}: example {index} has no valid extent")
         return Example(tokens=self._tokens[start:end], mask=self._mask[start:end])
+
+    def was_truncated(self, index: int) -> bool:
+        """Whether the example was cut at the plan's max_length."""
+        return self._flags[index] != 0
 
 
 class PlannedData:

@@ -1,8 +1,8 @@
 """Tiny random checkpoints in Hugging Face layout, made on the spot. Nothing is downloaded and nothing is learned.
 
 `place` builds a real checkpoint with transformers (imported late); `place_header_only` writes a llama whose weights are
-zeros with the standard library and `tokenizers`, for tests that must not import torch. Both are built once a process and
-copied. Every linear layer's sides are multiples of 32 and 64, which 4-bit kernels on a CPU want.
+zeros with the standard library and `tokenizers`, for tests that must not import torch. Both are built once a process
+and copied. Every linear layer's sides are multiples of 32 and 64, which 4-bit kernels on a CPU want.
 """
 
 import atexit
@@ -82,7 +82,7 @@ class TinyOptions:
         return "-".join(part for part in parts if part)
 
 
-# A base in the shape of the report: Llama 3.2's vocabulary, tied head, no chat template, written by transformers 4.57.2.
+# The shape of Llama 3.2: its vocabulary, a tied head, no chat template, written by transformers 4.57.2.
 LLAMA_3_2 = TinyOptions(
     tied=True,
     chat_template=False,
