@@ -104,10 +104,11 @@ def units_examples() -> tuple[list[dict[str, object]], list[dict[str, object]]]:
 
 def _units_example(pair: tuple[tuple[str, str], int, tuple[str, str]], count: int, question: int) -> dict[str, object]:
     (large, larges), factor, (_, smalls) = pair
-    prompt = CONVERSIONS[question % len(CONVERSIONS)].format(count=count, large=larges, small=smalls)
-    # The completion brings its own line break, so that a prompt can be typed as it stands.
+    task = CONVERSIONS[question % len(CONVERSIONS)].format(count=count, large=larges, small=smalls)
+    # The words around the task make a model that was never trained on it answer at all: a bare question ends its text.
+    # The completion brings the space or line break that follows the prompt, so that both can be joined as they stand.
     return {
-        "prompt": prompt,
+        "prompt": f"Question: {task}\nAnswer:",
         "completion": f"\nGiven: {count} {larges}\nRule: 1 {large} = {factor} {smalls}\n"
         f"Result: {count} x {factor} = {count * factor} {smalls}",
     }

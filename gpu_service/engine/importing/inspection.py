@@ -104,7 +104,9 @@ def weight_files(directory: Path) -> list[Path]:
             f"the weights are pickle files ({pickles[0]}), which can run code when read and are never loaded; "
             "only safetensors are accepted",
         )
-    raise ImportRefused(Reason.INVALID_MODEL, f"there are no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise ImportRefused(
+        Reason.INVALID_MODEL, f"there are no safetensors weights: neither {SINGLE_FILE} nor {INDEX_FILE}"
+    )
 
 
 def _indexed_files(directory: Path) -> list[Path]:

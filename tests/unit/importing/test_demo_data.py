@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 DATA = Path(__file__).resolve().parents[3] / "examples/data"
 FILES = [f"{trait}-{part}.jsonl" for trait in ("structure", "units") for part in ("train", "held-out")]
@@ -80,3 +81,14 @@ def test_no_held_out_topic_or_fact_is_trained_on() -> None:
 def test_no_held_out_conversion_is_trained_on() -> None:
     training = {example["completion"] for example in _read("units-train.jsonl")}
     assert not training & {example["completion"] for example in _read("units-held-out.jsonl")}
+
+
+def test_the_demo_project_trains_on_these_files_and_shows_held_out_prompts() -> None:
+    project = yaml.safe_load((DATA.parent / "demo_project.yaml").read_text(encoding="utf-8"))
+    named = []
+    for trait in project["traits"]:
+        named += [dataset["dataset"] for dataset in trait["datasets"]] + trait["held_out_datasets"]
+    assert sorted(f"{name}.jsonl" for name in named) == sorted(FILES)
+    for sample in project["sample_prompts"]:
+        held_out = _read(f"{sample['trait_type']}-held-out.jsonl")
+        assert sample["prompt"] in {_prompt(example) for example in held_out}
