@@ -3,9 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
-from typer.main import get_command
 
 from tunesmith_cli.commands import artifacts, datasets, jobs, models, nodes, projects, training
 from tunesmith_cli.demo import command as demo
@@ -42,16 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and gives its exit status."""
     out = Output(Format.TABLE)
     try:
-        result = get_command(app).main(
-            args=list(arguments) if arguments is not None else None, prog_name="tunesmith", standalone_mode=False
-        )
-    except click.exceptions.Abort:
-        return ExitCode.INTERRUPTED
-    except click.ClickException as error:
-        error.show()
-        return ExitCode.USAGE
-    except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
+        # Prints usage errors itself and exits: 2 for those, 130 for Ctrl-C, else what a command raised as typer.Exit.
+        app(args=list(arguments) if arguments is not None else None, prog_name="tunesmith")
+    except SystemExit as end:
+        return int(end.code or 0)
     except ProjectFileError as error:
         out.remark(str(error), style="red")
         return ExitCode.USAGE
@@ -65,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TunesmithError as error:
         report_error(out, error)
         return exit_code_of(error)
-    return int(result or 0)
+    return ExitCode.OK
 
 
 def report_error(out: Output, error: TunesmithError) -> None:

@@ -5,6 +5,7 @@ and `held_out_datasets: [NAME_OR_ID]`. An unknown or repeated key is an error. N
 them (`2e-4`), which YAML 1.1 reads as text.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -103,11 +104,14 @@ def _integer(node: yaml.ScalarNode) -> int:
     return int(node.value)
 
 
-def _number(node: yaml.ScalarNode) -> float:
-    # `.nan` and `.inf` go through: what is legal is the service's to say, once.
+def _number(node: yaml.ScalarNode) -> float | str:
     if node.style in ("'", '"'):
         raise ValueError
-    return float(node.value.replace(".nan", "nan").replace(".inf", "inf"))
+    value = float(node.value.replace(".nan", "nan").replace(".inf", "inf"))
+    if math.isfinite(value):
+        return value
+    # Goes through, as proto JSON spells it: what is legal is the service's to say, once.
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _boolean(node: yaml.ScalarNode) -> bool:
