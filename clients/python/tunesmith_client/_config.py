@@ -77,6 +77,8 @@ class ClientConfig:
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.min_reconnect_backoff_ms", 1000),
             ("grpc.max_reconnect_backoff_ms", 2000),
+            # As much as a service sends; a plan or a page of events can be larger than gRPC's own 4 MiB.
+            ("grpc.max_receive_message_length", 16 * 1024 * 1024),
             # One connection per client: two clients of a process must not share a broken one.
             ("grpc.use_local_subchannel_pool", 1),
         ]

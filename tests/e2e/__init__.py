@@ -1,0 +1,1 @@
+"""The whole pair as processes, driven as its users drive it."""
