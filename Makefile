@@ -51,6 +51,7 @@ lint: $(STAMP) proto-check ## Checks style, import contracts, protos and generat
 	$(BIN)/lint-imports
 	$(BIN)/buf lint proto
 	$(BIN)/buf breaking proto --against proto/image.binpb
+	PATH="$(BIN):$$PATH" $(BIN)/python docs/generate_api.py --check
 
 types: $(STAMP) ## Checks types with mypy, strict
 	$(BIN)/mypy $(wildcard $(SOURCES))
@@ -67,7 +68,7 @@ proto-image: $(STAMP) ## Accepts today's protos as what later ones must stay com
 	$(BIN)/buf build proto -o proto/image.binpb
 
 docs: $(STAMP) ## Generates docs/api.md from the protos
-	$(BIN)/python docs/generate_api.py
+	PATH="$(BIN):$$PATH" $(BIN)/python docs/generate_api.py
 
 clean: ## Removes what was built; keeps ./data
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .cache

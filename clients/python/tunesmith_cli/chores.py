@@ -15,6 +15,11 @@ def module_command(module: str, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
 
+def service_command(module: str, arguments: Sequence[str]) -> list[str]:
+    """The argv that runs a service as its console script would, with this interpreter wherever its scripts are."""
+    return [sys.executable, "-c", f"from {module} import run; run()", *arguments]
+
+
 def run_module(module: str, arguments: Sequence[str]) -> int:
     """Runs a module in the foreground with this terminal, and gives its exit status."""
     return subprocess.run(module_command(module, arguments), check=False).returncode

@@ -1,1 +1,0 @@
-"""The whole pair as processes, driven as its users drive it."""
