@@ -24,6 +24,14 @@ from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, spaw
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
 from gpu_service.shim.records import ExitRecord
 
+_ENGINE_ENVIRONMENT: Mapping[str, str] = {
+    # NVML, which counted the devices, counts by bus id.
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    # Idle OpenMP threads sleep instead of spinning: where other processes want the cores too (both services do), spinning
+    # makes a training step on the CPU take many times as long.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
 _log = structlog.get_logger(__name__)
 # Directories of engines that ended, kept for their logs.
 _KEPT_ENDED_ENGINES = 8
@@ -125,8 +133,7 @@ class EnginePool:
         directory = self._directory / uuid.uuid4().hex[:12]
         configuration = EngineConfiguration(
             argv=self._settings.command,
-            # NVML, which counted the devices, counts by bus id.
-            environment={"CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+            environment=_ENGINE_ENVIRONMENT,
             device={"type": device.type, "index": device.index},
             orphan_limit_seconds=self._settings.orphan_limit_seconds,
             grace_seconds=self._settings.grace_seconds,
