@@ -27,8 +27,8 @@ from gpu_service.shim.records import ExitRecord
 _ENGINE_ENVIRONMENT: Mapping[str, str] = {
     # NVML, which counted the devices, counts by bus id.
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-    # Idle OpenMP threads sleep instead of spinning: where other processes want the cores too (both services do), spinning
-    # makes a training step on the CPU take many times as long.
+    # Idle OpenMP threads sleep instead of spinning: where other processes want the cores too (both services do),
+    # spinning makes a training step on the CPU take many times as long.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
