@@ -27,7 +27,8 @@ from control_service.api.registration import register
 from control_service.api.server_options import MAX_CONCURRENT_CALLS, SERVER_OPTIONS
 from control_service.app.datasets import DatasetLimits
 from control_service.app.event_hub import EventHubConfig
-from control_service.app.runtime import NodeMonitorConfig, RetentionConfig, Runtime, RuntimeConfig
+from control_service.app.node_monitor import NodeMonitorConfig
+from control_service.app.runtime import RetentionConfig, Runtime, RuntimeConfig
 from control_service.config import Settings
 from control_service.data_directory import Taken
 from tunesmith.control.v1 import (
