@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import grpc
@@ -64,12 +65,14 @@ class Application:
 
     async def stop(self) -> None:
         """Says so, ends watches, lets open calls finish within the grace, then ends what they stood on."""
-        await self.health.drain()
-        self.runtime.drain()
-        await self.server.stop(self.settings.grace_seconds)
-        await self.runtime.stop()
-        await self.blobs.close()
-        await self.store.close()
+        async with AsyncExitStack() as parts:
+            # Ended from the last to the first; one that fails keeps no other from ending.
+            parts.push_async_callback(self.store.close)
+            parts.push_async_callback(self.blobs.close)
+            parts.push_async_callback(self.runtime.stop)
+            parts.push_async_callback(self.server.stop, self.settings.grace_seconds)
+            parts.callback(self.runtime.drain)
+            parts.push_async_callback(self.health.drain)
 
 
 async def build(settings: Settings) -> Application:

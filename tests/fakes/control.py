@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from google.rpc import error_details_pb2
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from control_service.bootstrap import build
@@ -50,7 +50,7 @@ class Client:
         self.artifacts: Any = artifact_service_pb2_grpc.ArtifactServiceStub(self.channel)
         self.nodes: Any = node_service_pb2_grpc.NodeServiceStub(self.channel)
 
-    async def upload(self, name: str, content: bytes = ROWS, **header: Any) -> Any:
+    async def upload(self, name: str, content: bytes = ROWS, /, **header: Any) -> Any:
         """Uploads a dataset in small chunks."""
         head = {"name": name, "size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), **header}
         request = dataset_service_pb2.UploadDatasetRequest
@@ -160,7 +160,7 @@ def violated_fields(error: grpc.aio.AioRpcError) -> list[str]:
 
 
 def _detail(error: grpc.aio.AioRpcError, kind: Any) -> Any:
-    status = rpc_status.from_call(error)
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]  # reads what AioRpcError has too
     assert status is not None, error
     for detail in status.details:
         if detail.Is(kind.DESCRIPTOR):

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import grpc
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from tests.fakes.run_script import NUM_STEPS, artifact_files, closing_payloads, opening_payloads, step_payload
@@ -71,10 +71,12 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         self.started: list[run_service_pb2.StartRunRequest] = []
         self.released: list[tuple[str, int]] = []
         self.port = 0
+        self.num_node_watchers = 0
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: grpc.aio.Server | None = None
         self._instance = 0
+        self._unwatched = asyncio.Event()
         self._num_changes = 0
 
     @property
@@ -113,6 +115,10 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         """Lets held runs go on."""
         self.hold_at_step = None
         await self._wake()
+
+    async def until_unwatched(self) -> None:
+        """Waits until nobody has a stream of reports."""
+        await self._unwatched.wait()
 
     # RunService
 
@@ -203,20 +209,28 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
                 await self._wait(lambda after=position: len(fake.journal) > after or fake.is_over)
 
     async def WatchNode(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        while True:
-            seen = self._num_changes
-            yield run_service_pb2.WatchNodeResponse(
-                node_name=self.name,
-                instance_id=f"{self.name}-{self._instance}",
-                devices=[self._device()],
-                runs=[fake.run for fake in self.runs.values()],
-                accepting=all(fake.is_over for fake in self.runs.values()),
-                resident_base_model=MODEL if self.runs else "",
-            )
-            # A heartbeat is due when nothing changed.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(request.heartbeat_seconds or 5):
-                    await self._wait(lambda seen=seen: self._num_changes != seen)
+        self.num_node_watchers += 1
+        self._unwatched.clear()
+        try:
+            while True:
+                seen = self._num_changes
+                yield run_service_pb2.WatchNodeResponse(
+                    node_name=self.name,
+                    instance_id=f"{self.name}-{self._instance}",
+                    devices=[self._device()],
+                    runs=[fake.run for fake in self.runs.values()],
+                    accepting=all(fake.is_over for fake in self.runs.values()),
+                    resident_base_model=MODEL if self.runs else "",
+                )
+                # A heartbeat is due when nothing changed.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(request.heartbeat_seconds or 5):
+                        await self._wait(lambda seen=seen: self._num_changes != seen)
+        finally:
+            self.num_node_watchers -= 1
+            # No await here: this may be the end of a cancelled call.
+            if not self.num_node_watchers:
+                self._unwatched.set()
 
     async def ReleaseRun(self, request: Any, context: Any) -> Any:
         key = (request.key.job_id, request.key.attempt)
@@ -284,6 +298,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
 
     async def _append(self, fake: FakeRun, payload: event_pb2.EventPayload) -> None:
         which = payload.WhichOneof("kind")
+        assert which is not None
         event = event_pb2.EncodedEvent(
             attempt=fake.run.key.attempt,
             run_sequence=len(fake.journal) + 1,

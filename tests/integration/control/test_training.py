@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -21,7 +22,7 @@ async def _project(client: Client) -> int:
     return int(project.project_id)
 
 
-async def _download(client: Client, **request: object) -> bytes:
+async def _download(client: Client, **request: Any) -> bytes:
     content = b""
     async for response in client.artifacts.DownloadArtifact(
         artifact_service_pb2.DownloadArtifactRequest(**request), timeout=60
