@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
+from control_service.app.content import free_unnamed
 from control_service.app.idempotency import RequestKey, once
 from control_service.app.lookups import job_of
 from control_service.app.ports import BlobStore, Clock
@@ -49,21 +50,20 @@ async def delete_artifact(
     now = clock.utc_now()
 
     def work(tx: Transaction) -> tuple[str, Sequence[str]]:
-        """The output path and the contents that nobody holds any more."""
+        """The output path and the contents that lost a holder."""
 
         def delete() -> tuple[str, tuple[str, Sequence[str]]]:
             artifact = _artifact_of(tx, job_id, name)
             tx.artifacts.delete(job_id, name)
             held = {file.sha256 for file in artifact.files}
-            return "", (artifact.path, [sha256 for sha256 in held if not tx.datasets.content_is_used(sha256)])
+            return "", (artifact.path, sorted(held))
 
         return once(tx, request, now, work=delete, replay=lambda _: ("", ()))
 
     path, freed = await store.transact(work)
     if path:
         await blobs.remove_output(path=path)
-    for sha256 in freed:
-        await blobs.delete(sha256)
+    await free_unnamed(freed, store=store, blobs=blobs)
 
 
 def _artifact_of(tx: Transaction, job_id: str, name: str) -> Artifact:

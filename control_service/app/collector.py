@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 
 import structlog
 
+from control_service.app.content import all_are_there, naming
 from control_service.app.fetch import fetch_files
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeClient
 from control_service.app.settle import Settler
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import append_facts, change_state
 from control_service.domain.artifact import Artifact
-from control_service.domain.errors import TunesmithError, Unavailable
+from control_service.domain.errors import NotFound, TunesmithError, Unavailable
 from control_service.domain.event import ArtifactFact, EventKind, PhaseFact
 from control_service.domain.failure import Failure, Fault
 from control_service.domain.job import Job
@@ -60,6 +61,7 @@ class Collector:
         for tries_left in reversed(range(self._config.num_tries)):
             try:
                 await self._copy(job, client, artifacts)
+                await self._succeed(job, artifacts)
             except Unavailable:
                 raise
             except TunesmithError as error:
@@ -69,8 +71,6 @@ class Collector:
                     continue
                 failure = _failure_of(error)
                 await self._settler.settle(job, Settle(state=JobState.FAILED, message=failure.reason, failure=failure))
-            else:
-                await self._succeed(job, artifacts)
             return
 
     async def _begin(self, job: Job) -> Sequence[ArtifactFact]:
@@ -117,7 +117,12 @@ class Collector:
             change_state(tx, current, JobState.SUCCEEDED, codec=self._codec, now=now, message="artifacts are collected")
             return freed
 
-        await self._settler.free(await self._store.transact(work))
+        contents = {file.sha256 for fact in artifacts for file in fact.files}
+        async with naming(self._blobs):
+            if not await all_are_there(contents, blobs=self._blobs):
+                raise NotFound("BLOB_NOT_FOUND", "content was deleted with another artifact while this one was copied")
+            freed = await self._store.transact(work)
+        await self._settler.free(freed)
         _log.info("job-succeeded", job_id=job.job_id, attempt=job.attempt, num_artifacts=len(artifacts))
 
 

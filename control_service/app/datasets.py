@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterable, Sequence
 from dataclasses import dataclass
 
+from control_service.app.content import free_unnamed, naming
 from control_service.app.idempotency import RequestKey, once
 from control_service.app.lookups import dataset_of
 from control_service.app.ports import BlobStore, Clock, ImportRoot, StagedBlob
@@ -97,8 +98,6 @@ async def _register(
     if earlier is not None:
         return earlier
     summary = await asyncio.to_thread(_read_staged, blobs, staged, format)
-    # The bytes are durable before a record names them; a crash between the two leaves an unnamed blob, never a lie.
-    await blobs.commit(staged)
     now = clock.utc_now()
 
     def work(tx: Transaction) -> Dataset:
@@ -111,7 +110,10 @@ async def _register(
             now=now,
         )
 
-    return await store.transact(work)
+    # The bytes are durable before a record names them; a crash between the two leaves an unnamed blob, never a lie.
+    async with naming(blobs):
+        await blobs.commit(staged)
+        return await store.transact(work)
 
 
 def _same_dataset(tx: Transaction, name: str, format: str, sha256: str) -> Dataset | None:
@@ -165,20 +167,18 @@ async def delete_dataset(
     DATASET_NOT_FOUND."""
     now = clock.utc_now()
 
-    def work(tx: Transaction) -> str:
-        """The content that nobody holds any more; empty if somebody does."""
+    def work(tx: Transaction) -> Sequence[str]:
+        """The content that lost a holder."""
 
-        def delete() -> tuple[str, str]:
+        def delete() -> tuple[str, Sequence[str]]:
             dataset = dataset_of(tx, dataset_id)
             _refuse_if_used(tx, dataset_id)
             tx.datasets.delete(dataset_id)
-            return "", "" if tx.datasets.content_is_used(dataset.sha256) else dataset.sha256
+            return "", (dataset.sha256,)
 
-        return once(tx, request, now, work=delete, replay=lambda _: "")
+        return once(tx, request, now, work=delete, replay=lambda _: ())
 
-    freed = await store.transact(work)
-    if freed:
-        await blobs.delete(freed)
+    await free_unnamed(await store.transact(work), store=store, blobs=blobs)
 
 
 def _refuse_if_used(tx: Transaction, dataset_id: int) -> None:

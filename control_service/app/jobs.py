@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from control_service.app.content import free_unnamed
 from control_service.app.idempotency import RequestKey, once
 from control_service.app.lookups import job_of
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeDirectory
@@ -66,7 +67,16 @@ async def cancel_job(
         if job.state in (JobState.QUEUED, JobState.PAUSED):
             change_state(tx, job, JobState.CANCELLED, codec=codec, now=now, message="cancelled before it ran on")
         elif job.state in ON_NODE and job.state is not JobState.CANCELLING:
-            change_state(tx, job, JobState.CANCELLING, codec=codec, now=now, message="cancel was asked for")
+            # The failure stays: it may be the outcome that the log holds already.
+            change_state(
+                tx,
+                job,
+                JobState.CANCELLING,
+                codec=codec,
+                now=now,
+                message="cancel was asked for",
+                failure=job.failure,
+            )
 
     return await _change(job_id, cancel, store=store, nodes=nodes, clock=clock, request=request)
 
@@ -84,7 +94,9 @@ async def pause_job(
 
     def pause(tx: Transaction, job: Job, now: datetime) -> None:
         check_verb("pause", job.state, CAN_PAUSE)
-        change_state(tx, job, JobState.PAUSING, codec=codec, now=now, message="pause was asked for")
+        change_state(
+            tx, job, JobState.PAUSING, codec=codec, now=now, message="pause was asked for", failure=job.failure
+        )
 
     return await _change(job_id, pause, store=store, nodes=nodes, clock=clock, request=request)
 
@@ -138,7 +150,7 @@ async def delete_job(
     now = clock.utc_now()
 
     def work(tx: Transaction) -> tuple[str, Sequence[str]]:
-        """The output path and the contents that nobody holds any more."""
+        """The output path and the contents that lost a holder."""
 
         def delete() -> tuple[str, tuple[str, Sequence[str]]]:
             job = job_of(tx, job_id)
@@ -146,15 +158,14 @@ async def delete_job(
             held = {file.sha256 for artifact in tx.artifacts.list_for_job(job_id) for file in artifact.files}
             held |= {file.sha256 for checkpoint in tx.checkpoints.list_for_job(job_id) for file in checkpoint.files}
             tx.jobs.delete(job_id)
-            return "", (job.output_path, [sha256 for sha256 in held if not tx.datasets.content_is_used(sha256)])
+            return "", (job.output_path, sorted(held))
 
         return once(tx, request, now, work=delete, replay=lambda _: ("", ()))
 
     output_path, freed = await store.transact(work)
     if output_path:
         await blobs.remove_output(path=output_path)
-    for sha256 in freed:
-        await blobs.delete(sha256)
+    await free_unnamed(freed, store=store, blobs=blobs)
 
 
 async def list_job_events(job_id: str, *, store: Store, after_sequence: int = 0, limit: int = 100) -> EventPage:

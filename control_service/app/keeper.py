@@ -97,6 +97,8 @@ class JobKeeper:
         if decision.mark_unreachable is not None:
             await self._mark_unreachable(job, decision.mark_unreachable)
         if decision.settle is not None:
+            if decision.settle.state in (JobState.QUEUED, JobState.PAUSED):
+                await self._replicate_last(job)
             await self._ports.settler.settle(job, decision.settle)
             return
         if decision.mark_running:
@@ -164,6 +166,14 @@ class JobKeeper:
                 )
             if brought.job.run_state in RUN_OVER:
                 return
+
+    async def _replicate_last(self, job: Job) -> None:
+        """Copies the last checkpoint before the job leaves its node, so that it may go on elsewhere."""
+        view, client = self._ports.nodes.view(job.node), self._ports.nodes.client(job.node)
+        if self._replication is not None:
+            await asyncio.wait({self._replication})
+        if view is not None and view.is_reachable and client is not None:
+            await self._ports.replicator.replicate_newest(job, client)
 
     async def _stop(self, job: Job, mode: StopMode) -> bool:
         client = self._ports.nodes.client(job.node)

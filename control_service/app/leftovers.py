@@ -6,7 +6,9 @@ import asyncio
 
 import structlog
 
+from control_service.app.back_off import BackOffConfig
 from control_service.app.node_monitor import NodeMonitor
+from control_service.app.ports import Clock
 from control_service.app.store_ports import CommitNotice, Store
 from control_service.app.tasks import TaskSet
 from control_service.domain.errors import TunesmithError
@@ -19,7 +21,11 @@ _log = structlog.get_logger(__name__)
 class LeftoverSweeper:
     """Looks at every report of every node, and again when a job moved."""
 
-    def __init__(self, *, store: Store, nodes: NodeMonitor, release_runs: bool) -> None:
+    def __init__(
+        self, *, store: Store, nodes: NodeMonitor, clock: Clock, back_off: BackOffConfig, release_runs: bool
+    ) -> None:
+        self._clock = clock
+        self._back_off = back_off
         self._store = store
         self._nodes = nodes
         self._release_runs = release_runs
@@ -32,7 +38,7 @@ class LeftoverSweeper:
 
     def start(self) -> None:
         """Sweeps whenever something changed."""
-        self._tasks.start("leftovers", self._run)
+        self._tasks.keep("leftovers", self._run, clock=self._clock, back_off=self._back_off)
 
     async def stop(self) -> None:
         """Ends the task."""
@@ -43,6 +49,8 @@ class LeftoverSweeper:
             self._changed.set()
 
     async def _run(self) -> None:
+        # Also when it begins again after an error: what woke it then was not seen to.
+        self._changed.set()
         while True:
             await self._changed.wait()
             self._changed.clear()

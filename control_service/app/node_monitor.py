@@ -71,7 +71,9 @@ class NodeMonitor:
     async def start(self) -> None:
         """Dials every recorded node and keeps following the records."""
         await self._follow_records()
-        self._tasks.start("nodes-records", self._keep_following_records)
+        self._tasks.keep(
+            "nodes-records", self._keep_following_records, clock=self._clock, back_off=self._config.back_off
+        )
         self._tasks.start("nodes-lease", self._watch_leases)
         self._tasks.start("nodes-capabilities", self._keep_refreshing)
 
@@ -93,6 +95,8 @@ class NodeMonitor:
             self._records_changed.set()
 
     async def _keep_following_records(self) -> None:
+        # Also when it begins again after an error: what woke it then was not seen to.
+        self._records_changed.set()
         while True:
             await self._records_changed.wait()
             self._records_changed.clear()

@@ -43,7 +43,11 @@ def read_queue(tx: Transaction) -> QueueSnapshot:
 
 def _may_move(tx: Transaction, job: Job) -> bool:
     # A run whose outcome the log has is not moved; and work that only the lost node has is waited for.
-    if job.state is not JobState.RUNNING or not job.node_unreachable or job.run_state in RUN_OVER:
+    if (
+        job.state not in (JobState.DISPATCHING, JobState.RUNNING)
+        or not job.node_unreachable
+        or job.run_state in RUN_OVER
+    ):
         return False
     return not bound_node(tx.checkpoints.list_for_job(job.job_id))
 

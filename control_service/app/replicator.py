@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import structlog
 
+from control_service.app.content import all_are_there, free_unnamed, naming
 from control_service.app.fetch import fetch_files
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeClient
 from control_service.app.settle import checkpoint_fact
@@ -48,14 +49,17 @@ class Replicator:
         except TunesmithError as error:
             _log.info("checkpoint-not-replicated", job_id=job.job_id, checkpoint=newest.name, reason=error.reason)
             return
-        for sha256 in await self._store.transact(lambda tx: self._mark(tx, job, newest)):
-            await self._blobs.delete(sha256)
+        async with naming(self._blobs):
+            if not await all_are_there([file.sha256 for file in newest.files], blobs=self._blobs):
+                return
+            released = await self._store.transact(lambda tx: self._mark(tx, job, newest))
+        await free_unnamed(released, store=self._store, blobs=self._blobs)
 
     def _mark(self, tx: Transaction, job: Job, newest: Checkpoint) -> Sequence[str]:
-        """Makes it the one replicated checkpoint; gives content that nobody holds any more."""
+        """Makes it the one replicated checkpoint; gives the content that lost a holder."""
         current = tx.jobs.get(job.job_id)
         if current is None or current.attempt != job.attempt or current.state not in ON_NODE:
-            return [f.sha256 for f in newest.files if not tx.datasets.content_is_used(f.sha256)]
+            return [file.sha256 for file in newest.files]
         facts = [checkpoint_fact(newest, CheckpointStatus.REPLICATED)]
         freed: set[str] = set()
         for earlier in tx.checkpoints.list_for_job(job.job_id):
@@ -69,4 +73,4 @@ class Replicator:
                 if status is CheckpointStatus.DELETED:
                     facts.append(checkpoint_fact(earlier, status))
         append_facts(tx, current, facts, codec=self._codec, now=self._clock.utc_now())
-        return [sha256 for sha256 in freed if not tx.datasets.content_is_used(sha256)]
+        return sorted(freed)

@@ -21,6 +21,8 @@ from control_service.app.store_ports import Store, Transaction
 from control_service.app.supervisor import Supervisor
 from control_service.domain.node import Node
 
+__all__ = ["NodeMonitorConfig", "RetentionConfig", "Runtime", "RuntimeConfig"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetentionConfig:
@@ -94,8 +96,12 @@ class Runtime:
                 back_off=config.back_off,
             )
         )
-        self._scheduler = Scheduler(store=store, nodes=self._monitor, codec=codec, clock=clock)
-        self._sweeper = LeftoverSweeper(store=store, nodes=self._monitor, release_runs=retention.release_runs)
+        self._scheduler = Scheduler(
+            store=store, nodes=self._monitor, codec=codec, clock=clock, back_off=config.back_off
+        )
+        self._sweeper = LeftoverSweeper(
+            store=store, nodes=self._monitor, clock=clock, back_off=config.back_off, release_runs=retention.release_runs
+        )
 
     async def start(self, *, configured_nodes: Sequence[tuple[str, str]] = ()) -> None:
         """Registers the (name, address) pairs from the settings, dials every node, and takes up every live job."""

@@ -12,6 +12,7 @@ from datetime import datetime
 
 import structlog
 
+from control_service.app.back_off import BackOffConfig
 from control_service.app.node_monitor import NodeMonitor
 from control_service.app.ports import Clock, EventCodec
 from control_service.app.queue import read_queue
@@ -28,7 +29,10 @@ _log = structlog.get_logger(__name__)
 class Scheduler:
     """Started once."""
 
-    def __init__(self, *, store: Store, nodes: NodeMonitor, codec: EventCodec, clock: Clock) -> None:
+    def __init__(
+        self, *, store: Store, nodes: NodeMonitor, codec: EventCodec, clock: Clock, back_off: BackOffConfig
+    ) -> None:
+        self._back_off = back_off
         self._store = store
         self._nodes = nodes
         self._codec = codec
@@ -41,8 +45,7 @@ class Scheduler:
 
     def start(self) -> None:
         """Looks at the queue, now and whenever woken."""
-        self._wake.set()
-        self._tasks.start("scheduler", self._run)
+        self._tasks.keep("scheduler", self._run, clock=self._clock, back_off=self._back_off)
 
     def drain(self) -> None:
         """Dispatches nothing more."""
@@ -57,6 +60,8 @@ class Scheduler:
             self._wake.set()
 
     async def _run(self) -> None:
+        # Also when it begins again after an error: what woke it then was not seen to.
+        self._wake.set()
         while not self._draining:
             await self._wake.wait()
             self._wake.clear()

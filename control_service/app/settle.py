@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 
 import structlog
 
+from control_service.app.content import free_unnamed
 from control_service.app.ports import BlobStore, Clock, EventCodec
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import append_facts, change_state
@@ -65,7 +66,7 @@ class Settler:
         await self.free(freed)
 
     def forget_checkpoints(self, tx: Transaction, job: Job, state: JobState, now: datetime) -> Sequence[str]:
-        """Marks the checkpoints of a job that is about to be over as deleted; gives the content nobody holds now.
+        """Marks the checkpoints of a job that is about to be over as deleted; gives the content that lost a holder.
 
         Nothing goes on from them any more, and their run is released. A job that was trained but could not be
         collected keeps them.
@@ -78,13 +79,11 @@ class Settler:
         facts = [checkpoint_fact(checkpoint, CheckpointStatus.DELETED) for checkpoint in kept]
         if facts:
             append_facts(tx, job, facts, codec=self._codec, now=now)
-        held = {file.sha256 for c in kept if c.status is CheckpointStatus.REPLICATED for file in c.files}
-        return [sha256 for sha256 in held if not tx.datasets.content_is_used(sha256)]
+        return sorted({file.sha256 for c in kept if c.status is CheckpointStatus.REPLICATED for file in c.files})
 
     async def free(self, sha256s: Sequence[str]) -> None:
-        """Deletes content that nobody holds."""
-        for sha256 in sha256s:
-            await self._blobs.delete(sha256)
+        """Deletes those of the contents that nobody holds."""
+        await free_unnamed(sha256s, store=self._store, blobs=self._blobs)
 
 
 def checkpoint_fact(checkpoint: Checkpoint, status: CheckpointStatus) -> CheckpointFact:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from functools import partial
+from typing import Any
 
 from control_service.app.keeper import JobKeeper, KeeperPorts
 from control_service.app.store_ports import CommitNotice
@@ -24,29 +26,32 @@ class Supervisor:
 
     def start(self) -> None:
         """Looks for jobs to keep, now and after every commit that moved one."""
-        self._jobs_changed.set()
-        self._tasks.start("supervisor", self._run)
+        self._keep_up("supervisor", self._run)
 
     async def stop(self) -> None:
         """Ends every keeper. Runs go on."""
         await self._tasks.stop_all()
 
     async def _run(self) -> None:
+        # Also when it begins again after an error: what woke it then was not seen to.
+        self._jobs_changed.set()
         while True:
             await self._jobs_changed.wait()
             self._jobs_changed.clear()
-            for job in await self._ports.store.read(lambda tx: tx.jobs.in_states(ON_NODE)):
+            live = await self._ports.store.read(lambda tx: tx.jobs.in_states(ON_NODE))
+            for job in live:
                 if job.job_id not in self._tasks:
                     keeper = self._keepers[job.job_id] = JobKeeper(job.job_id, self._ports)
-                    self._tasks.start(job.job_id, partial(self._keep, keeper, job.job_id))
+                    self._keep_up(job.job_id, partial(self._keep, keeper, job.job_id))
 
     async def _keep(self, keeper: JobKeeper, job_id: str) -> None:
-        try:
-            await keeper.run()
-        finally:
-            self._keepers.pop(job_id, None)
-            # The job may be on a node again already.
-            self._jobs_changed.set()
+        await keeper.run()
+        self._keepers.pop(job_id, None)
+        # The job may be on a node again already. One whose keeper failed waits for the next commit that moves a job.
+        asyncio.get_running_loop().call_soon(self._jobs_changed.set)
+
+    def _keep_up(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._tasks.keep(name, work, clock=self._ports.clock, back_off=self._ports.back_off)
 
     def _on_commit(self, notice: CommitNotice) -> None:
         if notice.jobs_changed:

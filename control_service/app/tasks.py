@@ -8,6 +8,10 @@ from typing import Any
 
 import structlog
 
+from control_service.app.back_off import BackOff, BackOffConfig
+from control_service.app.ports import Clock
+from control_service.domain.errors import TunesmithError
+
 _log = structlog.get_logger(__name__)
 
 
@@ -31,6 +35,24 @@ class TaskSet:
         task = asyncio.create_task(work(), name=name)
         self._tasks[name] = task
         task.add_done_callback(lambda done: self._ended(name, done))
+
+    def keep(
+        self, name: str, work: Callable[[], Coroutine[Any, Any, None]], *, clock: Clock, back_off: BackOffConfig
+    ) -> None:
+        """Starts a task whose work begins again, after a pause, when it ends with a TunesmithError."""
+
+        async def again_and_again() -> None:
+            pauses = BackOff(back_off)
+            while True:
+                try:
+                    await work()
+                except TunesmithError as error:
+                    _log.warning("task-begins-again", task=name, reason=error.reason, message=error.message)
+                    await clock.sleep(pauses.next_seconds())
+                else:
+                    return
+
+        self.start(name, again_and_again)
 
     async def stop(self, name: str) -> None:
         """Cancels a task and waits for its end."""

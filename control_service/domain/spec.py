@@ -30,10 +30,10 @@ class Trait:
         """The trait as proto JSON with proto field names."""
         value: dict[str, Any] = {
             "trait_type": self.trait_type,
-            "datasets": [{"dataset_id": d.dataset_id, "percentage": d.percentage} for d in self.datasets],
+            "datasets": [{"dataset_id": d.dataset_id, "percentage": float(d.percentage)} for d in self.datasets],
         }
         if self.weight is not None:
-            value["weight"] = self.weight
+            value["weight"] = float(self.weight)
         if self.held_out_dataset_ids:
             value["held_out_dataset_ids"] = list(self.held_out_dataset_ids)
         return value

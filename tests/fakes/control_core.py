@@ -59,8 +59,10 @@ class Core:
     clock: Clock = field(default_factory=SystemClock)
     config: RuntimeConfig = field(default_factory=quick_config)
     codec: PickleCodec = field(default_factory=PickleCodec)
+    # False: no node is in the settings.
+    configure: bool = True
 
-    async def open(self, *, configured: bool = True) -> None:
+    async def open(self) -> None:
         self.store = await SqlStore.open(self.database)
         self.ids = system_ids()
         self.runtime = Runtime(
@@ -71,7 +73,7 @@ class Core:
             clock=self.clock,
             config=self.config,
         )
-        pairs = [(node.name, node.name) for node in self.nodes] if configured else []
+        pairs = [(node.name, node.name) for node in self.nodes] if self.configure else []
         await self.runtime.start(configured_nodes=pairs)
 
     async def close(self) -> None:

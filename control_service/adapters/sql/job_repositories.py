@@ -23,6 +23,10 @@ from control_service.domain.job import Job
 from control_service.domain.job_state import TERMINAL, JobState
 
 _LIVE = tuple(state.value for state in JobState if state not in TERMINAL)
+# Written once; a job's spec may be large and is not written again with every batch of events.
+_IMMUTABLE = frozenset(
+    {"job_id", "project_id", "project_name", "spec", "spec_digest", "output_path", "create_time", "retry_of_job_id"}
+)
 
 
 class SqlJobs:
@@ -49,7 +53,7 @@ class SqlJobs:
         statement = (
             sa.update(table)
             .where(table.c.job_id == job.job_id, table.c.revision == job.revision)
-            .values(job_to_row(following))
+            .values({name: value for name, value in job_to_row(following).items() if name not in _IMMUTABLE})
         )
         if self._connection.execute(statement).rowcount != 1:
             raise Aborted("ETAG_MISMATCH", f"job {job.job_id} was changed by someone else")
