@@ -107,6 +107,15 @@ async def test_a_second_process_refuses_and_leaves_the_first_unharmed(tmp_path: 
         assert await first.end(signal.SIGINT) == 0
 
 
+async def test_a_ready_file_of_a_killed_process_is_not_believed(tmp_path: Path) -> None:
+    ready_file = tmp_path / "ready.json"
+    ready_file.write_text('{"address": "127.0.0.1:1", "pid": 1}')
+    # It cannot serve, so nothing new is announced; what is left would be the lie.
+    process = await ControlProcess.start(tmp_path, "--address", "127.0.0.1:1", "--output-root", "/dev/null/x")
+    assert await process.exit_code() != 0
+    assert not ready_file.exists()
+
+
 async def test_bad_settings_are_named_and_exit_2(tmp_path: Path) -> None:
     for flags, environment, text in (
         ((), {"TUNESMITH_CONTROL_COLOUR": "blue"}, "TUNESMITH_CONTROL_COLOUR"),
@@ -126,7 +135,7 @@ async def test_a_log_line_carries_the_request_and_the_job(tmp_path: Path) -> Non
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        assert dict(caught.value.trailing_metadata() or ())["x-request-id"] == "my-id"
+        assert ("x-request-id", "my-id") in tuple(caught.value.trailing_metadata() or ())
         await process.end()
         line = next(line for line in process.errors.read_text().splitlines() if "my-id" in line)
         assert '"job_id": "01ARZ3NDEKTSV4RRFFQ69G5FAV"' in line
