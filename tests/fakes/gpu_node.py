@@ -51,6 +51,7 @@ class FakeRun:
     resume_step: int = 0
     journal: list[event_pb2.EncodedEvent] = field(default_factory=list)
     stop_mode: int = run_service_pb2.STOP_MODE_UNSPECIFIED
+    task: asyncio.Task[None] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -174,7 +175,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
                 weights_digest=WEIGHTS_DIGEST,
             )
             self.runs[key] = FakeRun(run=run, spec=request.spec, resume_step=request.resume_from.step)
-            task = asyncio.create_task(self._play(self.runs[key]))
+            task = self.runs[key].task = asyncio.create_task(self._play(self.runs[key]))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         if self.runs[key].run.spec_digest != request.spec_digest:
@@ -320,8 +321,9 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
     async def fail(self, job_id: str, attempt: int, failure: errors_pb2.Failure) -> None:
         """Ends a run by a typed failure, as a shim does for a dead engine."""
         fake = self.runs[(job_id, attempt)]
-        for task in tuple(self._tasks):
-            task.cancel()
+        assert fake.task is not None
+        fake.task.cancel()
+        await asyncio.gather(fake.task, return_exceptions=True)
         await self._append(
             fake,
             event_pb2.EventPayload(

@@ -12,7 +12,7 @@ import pytest
 from tests.fakes.control import Client, error_info, is_state, is_step, reason_of
 from tests.fakes.gpu_node import FakeGpuNode, Refusal
 from tests.fakes.run_script import NUM_STEPS, artifact_files
-from tunesmith.common.v1 import event_pb2, plan_pb2
+from tunesmith.common.v1 import errors_pb2, event_pb2, plan_pb2
 from tunesmith.control.v1 import artifact_service_pb2, job_service_pb2
 
 
@@ -161,3 +161,80 @@ async def test_jobs_run_in_order_and_say_why_they_wait(client: Client, node: Fak
     await node.release()
     await client.until_event(second.job_id, is_state(event_pb2.JOB_STATE_SUCCEEDED))
     assert [request.key.job_id for request in node.started] == [first.job_id, second.job_id]
+
+
+async def test_a_paused_job_goes_on_from_its_checkpoint(client: Client, node: FakeGpuNode) -> None:
+    node.hold_at_step = 2
+    job = await client.start_training(await _project(client))
+    await client.until_event(job.job_id, is_step(2))
+    await client.jobs.PauseJob(job_service_pb2.PauseJobRequest(job_id=job.job_id))
+    await client.until_event(job.job_id, is_state(event_pb2.JOB_STATE_PAUSED))
+    listed = await client.jobs.ListCheckpoints(job_service_pb2.ListCheckpointsRequest(job_id=job.job_id))
+    assert [(checkpoint.step, checkpoint.node) for checkpoint in listed.checkpoints] == [(2, "fake")]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.jobs.PauseJob(job_service_pb2.PauseJobRequest(job_id=job.job_id))
+    assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.FAILED_PRECONDITION, "JOB_STATE")
+    await node.release()
+    await client.jobs.ResumeJob(job_service_pb2.ResumeJobRequest(job_id=job.job_id))
+    events = [event async for event in client.events(job.job_id)]
+    assert is_state(event_pb2.JOB_STATE_SUCCEEDED)(events[-1])
+    steps = [event.payload.step.step for event in events if event.kind == event_pb2.EVENT_KIND_STEP]
+    assert steps == list(range(1, NUM_STEPS + 1))
+    assert [event.payload.resumed.from_step for event in events if event.kind == event_pb2.EVENT_KIND_RESUMED] == [2]
+    assert node.started[1].resume_from.step == 2
+
+
+async def test_a_failure_arrives_typed_and_whole_and_the_job_can_be_retried(client: Client, node: FakeGpuNode) -> None:
+    node.hold_at_step = 1
+    job = await client.start_training(await _project(client))
+    await client.until_event(job.job_id, is_step(1))
+    failure = errors_pb2.Failure(
+        reason=errors_pb2.ERROR_REASON_LOAD_TOKENIZER,
+        fault=errors_pb2.FAULT_USER,
+        message="the library's own words",
+        stage="TOKENIZER",
+        exception_type="builtins.OSError",
+        file="tokenizer.json",
+        versions={"transformers": "5.23.0"},
+        exit_status=0,
+    )
+    await node.fail(job.job_id, 1, failure)
+    events = [event async for event in client.events(job.job_id)]
+    assert events[-1].payload.job_state.failure == failure
+    failed = await client.job(job.job_id)
+    assert (failed.state, failed.failure) == (event_pb2.JOB_STATE_FAILED, failure)
+    await node.release()
+    retried = await client.jobs.RetryJob(job_service_pb2.RetryJobRequest(job_id=job.job_id))
+    assert retried.job.retry_of_job_id == job.job_id
+    assert retried.job.spec == failed.spec
+    await client.until_event(retried.job.job_id, is_state(event_pb2.JOB_STATE_SUCCEEDED))
+
+
+async def test_deleting_an_artifact_and_a_job_frees_the_disk(client: Client, tmp_path: Path) -> None:
+    job = await client.start_training(await _project(client))
+    await client.until_event(job.job_id, is_state(event_pb2.JOB_STATE_SUCCEEDED))
+    blobs, outputs = tmp_path / "control" / "blobs", tmp_path / "control" / "output"
+    content = artifact_files(job.job_id)["adapter"]["adapter_model.safetensors"]
+    digest = hashlib.sha256(content).hexdigest()
+    assert (blobs / digest[:2] / digest).exists()
+    for offset, code, reason in (
+        (len(content) + 1, grpc.StatusCode.OUT_OF_RANGE, "INVALID_FIELD"),
+        (-1, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _download(client, job_id=job.job_id, name="adapter", path="adapter_model.safetensors", offset=offset)
+        assert (caught.value.code(), reason_of(caught.value)) == (code, reason)
+    await client.artifacts.DeleteArtifact(
+        artifact_service_pb2.DeleteArtifactRequest(job_id=job.job_id, name="adapter"), timeout=60
+    )
+    assert not (blobs / digest[:2] / digest).exists()
+    assert not list(outputs.rglob("adapter*"))
+    assert list(outputs.rglob("metrics.json"))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await _download(client, job_id=job.job_id, name="adapter", path="adapter_model.safetensors")
+    assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.NOT_FOUND, "ARTIFACT_NOT_FOUND")
+    await client.jobs.DeleteJob(job_service_pb2.DeleteJobRequest(job_id=job.job_id), timeout=60)
+    assert not list(outputs.rglob("metrics.json"))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.job(job.job_id)
+    assert reason_of(caught.value) == "JOB_NOT_FOUND"

@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,3 +157,18 @@ def test_the_ready_file_is_there_while_it_is_true(tmp_path: Path) -> None:
     assert not path.exists()
     with announced(None, address="x"):
         pass
+
+
+def test_the_service_starts_without_the_training_libraries() -> None:
+    code = (
+        "import sys, control_service.main; "
+        "print([name for name in ('torch', 'transformers', 'peft', 'gpu_service') if name in sys.modules])"
+    )
+    finished = subprocess.run(  # a process of its own: this one may have imported anything
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert finished.stdout.strip() == "[]"
