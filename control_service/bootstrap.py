@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+import asyncio
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from typing import Final
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -41,7 +43,8 @@ from tunesmith.control.v1 import (
     project_service_pb2_grpc,
 )
 
-DATABASE_NAME = "control.sqlite"
+DATABASE_NAME: Final = "control.sqlite"
+_LAST_ANSWERS_SECONDS: Final = 1.0
 
 
 @dataclass(kw_only=True)
@@ -49,6 +52,7 @@ class Application:
     """The running parts, in the order in which they end."""
 
     server: grpc.aio.Server
+    calls: CallInterceptor
     health: HealthReporter
     runtime: Runtime
     blobs: DiskBlobStore
@@ -70,15 +74,25 @@ class Application:
             parts.push_async_callback(self.store.close)
             parts.push_async_callback(self.blobs.close)
             parts.push_async_callback(self.runtime.stop)
-            parts.push_async_callback(self.server.stop, self.settings.grace_seconds)
+            parts.push_async_callback(self._end_calls)
             parts.callback(self.runtime.drain)
             parts.push_async_callback(self.health.drain)
+
+    async def _end_calls(self) -> None:
+        grace_seconds = self.settings.grace_seconds
+        self.calls.drain()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_seconds):
+                await self.calls.until_idle()
+        # Last answers are still on their way out; health watches of others would stay for ever.
+        await self.server.stop(min(grace_seconds, _LAST_ANSWERS_SECONDS))
 
 
 async def build(settings: Settings) -> Application:
     """Everything, wired and bound to its port, with nothing running. Taken: the port is another process's."""
+    calls = CallInterceptor(config=CallConfig())
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(config=CallConfig())],
+        interceptors=[calls],
         options=SERVER_OPTIONS,
         maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
     )
@@ -114,6 +128,7 @@ async def build(settings: Settings) -> Application:
     reflection.enable_server_reflection((*services, reflection.SERVICE_NAME, "grpc.health.v1.Health"), server)
     return Application(
         server=server,
+        calls=calls,
         health=health,
         runtime=runtime,
         blobs=blobs,

@@ -134,6 +134,13 @@ def project(*, dataset_id: int, name: str = "first", **fields: Any) -> project_s
     return project_service_pb2.Project(**values)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits, with bounded patience, for something that gives no sign of itself: files on disk."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not condition():  # noqa: ASYNC110  # there is no event to wait for
+            await asyncio.sleep(0.02)
+
+
 def is_state(state: int) -> Callable[[Any], bool]:
     """Whether an event says that the job is in this state."""
     return lambda event: event.kind == event_pb2.EVENT_KIND_JOB_STATE and event.payload.job_state.state == state

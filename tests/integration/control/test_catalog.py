@@ -14,7 +14,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.fakes.control import ROWS, Client, control, project, reason_of, violated_fields
+from tests.fakes.control import ROWS, Client, control, project, reason_of, until, violated_fields
 from tests.fakes.gpu_node import MODEL, FakeGpuNode
 from tunesmith.common.v1 import training_spec_pb2
 from tunesmith.control.v1 import (
@@ -199,6 +199,17 @@ async def test_a_bad_upload_is_refused_and_leaves_nothing(
     assert (await client.datasets.ListDatasets(dataset_service_pb2.ListDatasetsRequest())).datasets == []
     blobs = tmp_path / "control" / "blobs"
     assert [path for path in blobs.rglob("*") if path.is_file() and len(path.name) == 64] == []
+
+
+async def test_an_upload_that_is_given_up_leaves_nothing(client: Client, tmp_path: Path) -> None:
+    staging = tmp_path / "control" / "blobs" / "staging"
+    call = client.datasets.UploadDataset(timeout=60)
+    header = dataset_service_pb2.UploadDatasetHeader(name="rows", sha256="0" * 64, size_bytes=10**9)
+    await call.write(dataset_service_pb2.UploadDatasetRequest(header=header))
+    await call.write(dataset_service_pb2.UploadDatasetRequest(chunk=b"x" * 1000))
+    await until(lambda: list(staging.iterdir()) != [])
+    call.cancel()
+    await until(lambda: list(staging.iterdir()) == [])
 
 
 async def test_an_upload_that_falls_silent_is_cut_off(tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ class _Servicer(job_service_pb2_grpc.JobServiceServicer):
 
 
 @asynccontextmanager
-async def _served(**config: Any) -> AsyncIterator[tuple[_Servicer, Any]]:
-    server = grpc.aio.server(interceptors=[CallInterceptor(config=CallConfig(**config))])
+async def _served(calls: CallInterceptor | None = None, **config: Any) -> AsyncIterator[tuple[_Servicer, Any]]:
+    server = grpc.aio.server(interceptors=[calls or CallInterceptor(config=CallConfig(**config))])
     servicer = _Servicer()  # type: ignore[abstract]  # two methods are enough here
     register(server, (job_service_pb2_grpc.add_JobServiceServicer_to_server, servicer))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -140,6 +140,24 @@ async def test_a_reader_that_leaves_ends_the_behavior() -> None:
         call.cancel()
         async with asyncio.timeout(PATIENCE_SECONDS):
             await servicer.closed.wait()
+
+
+async def test_a_draining_boundary_refuses_new_calls_and_waits_for_open_ones() -> None:
+    calls = CallInterceptor(config=CallConfig())
+    async with _served(calls) as (_, jobs):
+        await calls.until_idle()
+        watch = jobs.WatchJob(job_service_pb2.WatchJobRequest(job_id=JOB_ID), timeout=PATIENCE_SECONDS)
+        assert await watch.read()
+        calls.drain()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await jobs.GetJob(_get(JOB_ID), timeout=PATIENCE_SECONDS)
+        assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        waiting = asyncio.create_task(calls.until_idle())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        watch.cancel()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await waiting
 
 
 class _Store:

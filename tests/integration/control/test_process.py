@@ -87,6 +87,16 @@ async def test_sigterm_ends_watches_with_a_reason_and_exits_clean(tmp_path: Path
     await node.release()
 
 
+async def test_a_health_watch_does_not_hold_up_the_stop(tmp_path: Path) -> None:
+    # Longer than the patience of the test: waiting for the grace would fail it.
+    async with _running(tmp_path, "--grace-seconds", "600") as (process, client):
+        health: Any = health_pb2_grpc.HealthStub(client.channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_SECONDS)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        assert await process.end(signal.SIGTERM) == 0
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
 async def test_a_second_process_refuses_and_leaves_the_first_unharmed(tmp_path: Path) -> None:
     async with _running(tmp_path) as (first, client):
         same_directory = await ControlProcess.start(tmp_path, "--ready-file", str(tmp_path / "other.json"))
