@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from typing import Final
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -27,7 +30,8 @@ from control_service.api.registration import register
 from control_service.api.server_options import MAX_CONCURRENT_CALLS, SERVER_OPTIONS
 from control_service.app.datasets import DatasetLimits
 from control_service.app.event_hub import EventHubConfig
-from control_service.app.runtime import NodeMonitorConfig, RetentionConfig, Runtime, RuntimeConfig
+from control_service.app.node_monitor import NodeMonitorConfig
+from control_service.app.runtime import RetentionConfig, Runtime, RuntimeConfig
 from control_service.config import Settings
 from control_service.data_directory import Taken
 from tunesmith.control.v1 import (
@@ -39,7 +43,8 @@ from tunesmith.control.v1 import (
     project_service_pb2_grpc,
 )
 
-DATABASE_NAME = "control.sqlite"
+DATABASE_NAME: Final = "control.sqlite"
+_LAST_ANSWERS_SECONDS: Final = 1.0
 
 
 @dataclass(kw_only=True)
@@ -47,6 +52,7 @@ class Application:
     """The running parts, in the order in which they end."""
 
     server: grpc.aio.Server
+    calls: CallInterceptor
     health: HealthReporter
     runtime: Runtime
     blobs: DiskBlobStore
@@ -63,18 +69,30 @@ class Application:
 
     async def stop(self) -> None:
         """Says so, ends watches, lets open calls finish within the grace, then ends what they stood on."""
-        await self.health.drain()
-        self.runtime.drain()
-        await self.server.stop(self.settings.grace_seconds)
-        await self.runtime.stop()
-        await self.blobs.close()
-        await self.store.close()
+        async with AsyncExitStack() as parts:
+            # Ended from the last to the first; one that fails keeps no other from ending.
+            parts.push_async_callback(self.store.close)
+            parts.push_async_callback(self.blobs.close)
+            parts.push_async_callback(self.runtime.stop)
+            parts.push_async_callback(self._end_calls)
+            parts.callback(self.runtime.drain)
+            parts.push_async_callback(self.health.drain)
+
+    async def _end_calls(self) -> None:
+        grace_seconds = self.settings.grace_seconds
+        self.calls.drain()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_seconds):
+                await self.calls.until_idle()
+        # Last answers are still on their way out; health watches of others would stay for ever.
+        await self.server.stop(min(grace_seconds, _LAST_ANSWERS_SECONDS))
 
 
 async def build(settings: Settings) -> Application:
     """Everything, wired and bound to its port, with nothing running. Taken: the port is another process's."""
+    calls = CallInterceptor(config=CallConfig())
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(config=CallConfig())],
+        interceptors=[calls],
         options=SERVER_OPTIONS,
         maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
     )
@@ -110,6 +128,7 @@ async def build(settings: Settings) -> Application:
     reflection.enable_server_reflection((*services, reflection.SERVICE_NAME, "grpc.health.v1.Health"), server)
     return Application(
         server=server,
+        calls=calls,
         health=health,
         runtime=runtime,
         blobs=blobs,

@@ -32,6 +32,12 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def forget_earlier(ready_file: Path | None) -> None:
+    """Deletes what a process that was killed still announces; only the holder of the lock may."""
+    if ready_file is not None:
+        ready_file.unlink(missing_ok=True)
+
+
 @contextmanager
 def announced(ready_file: Path | None, *, address: str) -> Iterator[None]:
     """Writes `{"address": ..., "pid": ...}` whole or not at all, and takes it away again."""

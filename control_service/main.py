@@ -13,7 +13,7 @@ import structlog
 
 from control_service.bootstrap import build
 from control_service.config import Settings, SettingsError, as_text, load_settings
-from control_service.data_directory import Taken, announced, locked
+from control_service.data_directory import Taken, announced, forget_earlier, locked
 from control_service.domain.errors import TunesmithError
 from control_service.logs import configure_logs
 
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     configure_logs(service="control", level=settings.log_level)
     try:
         with locked(settings.data_directory):
+            forget_earlier(settings.ready_file)
             asyncio.run(_serve(settings))
     except Taken as error:
         sys.stderr.write(f"tunesmith-control: {error}\n")

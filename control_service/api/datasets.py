@@ -69,21 +69,27 @@ class DatasetServicer(dataset_service_pb2_grpc.DatasetServiceServicer):
             limit=page_limit(request.page_size),
             name_contains=request.name_contains,
         )
-        page, following = cut_page(found, page_size=request.page_size, position=lambda dataset: str(dataset.dataset_id))
+        page, following = cut_page(
+            found,
+            page_size=request.page_size,
+            to_message=dataset_message,
+            position=lambda dataset: str(dataset.dataset_id),
+        )
         return messages.ListDatasetsResponse(
-            datasets=[dataset_message(dataset) for dataset in page],
+            datasets=page,
             next_page_token=self._on.pages.encode(following, listing="datasets", filters=filters),
         )
 
     async def PreviewDataset(self, request: messages.PreviewDatasetRequest, context: Any) -> Any:
-        """Gives the first rows as they are in the file."""
+        """Gives the first rows as they are in the file; fewer when they are large."""
         rows = await datasets.preview_dataset(
             request.dataset_id,
             num_rows=request.num_rows or DEFAULT_PREVIEW_ROWS,
             store=self._on.store,
             blobs=self._on.blobs,
         )
-        return messages.PreviewDatasetResponse(rows=[row_message(row) for row in rows])
+        page, _ = cut_page(rows, page_size=len(rows), to_message=row_message, position=lambda row: str(row.line))
+        return messages.PreviewDatasetResponse(rows=page)
 
     async def DeleteDataset(self, request: messages.DeleteDatasetRequest, context: Any) -> Any:
         """Deletes a dataset that nothing uses."""

@@ -19,8 +19,6 @@ class EdgeConfig:
     upload_idle_seconds: float = 60.0
     # Watches beyond these are refused with TOO_MANY_REQUESTS, so that they cannot crowd out other calls.
     max_watches: int = 4096
-    # Cut of a page of events, far below the 4 MiB that clients take.
-    max_event_page_bytes: int = 1024**2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from control_service.api.errors import (
     trailing_metadata,
 )
 from control_service.api.validation import check
-from control_service.domain.errors import FieldViolation, InvalidArgument, TunesmithError
+from control_service.domain.errors import FieldViolation, InvalidArgument, TunesmithError, Unavailable
 
 _OURS: Final = "/tunesmith."
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
@@ -61,6 +61,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, *, config: CallConfig) -> None:
         self._config = config
+        self._num_open = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+
+    def drain(self) -> None:
+        """Refuses new calls of ours with SHUTTING_DOWN; those that are open go on."""
+        self._draining = True
+
+    async def until_idle(self) -> None:
+        """Waits until no call of ours is open. Health watches and reflection, which need not end, do not count."""
+        await self._idle.wait()
 
     async def intercept_service(
         self,
@@ -129,7 +141,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         start = time.monotonic()
         code, refusal = grpc.StatusCode.OK, None
+        self._num_open += 1
+        self._idle.clear()
         try:
+            if self._draining:
+                raise Unavailable("SHUTTING_DOWN", "the service is stopping", retry_after_seconds=1.0)
             yield self._seconds(method, context)
         except TunesmithError as error:
             refusal = error
@@ -140,6 +156,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             _log.exception("call failed by a defect")
             refusal = internal_error(request_id)
         finally:
+            self._num_open -= 1
+            if not self._num_open:
+                self._idle.set()
             if refusal is not None:
                 code = status_code(refusal)
             _log.info(

@@ -10,7 +10,14 @@ from control_service.api.dependencies import Dependencies
 from control_service.api.paging import cut_page, page_limit
 from control_service.api.requests import request_key
 from control_service.api.wire.artifacts import checkpoint_message
-from control_service.api.wire.jobs import event_messages, job_message, job_states, plan_level, plan_message
+from control_service.api.wire.jobs import (
+    event_message,
+    job_listing_message,
+    job_message,
+    job_states,
+    plan_level,
+    plan_message,
+)
 from control_service.app import jobs, training
 from control_service.domain.errors import ResourceExhausted
 from tunesmith.control.v1 import job_service_pb2 as messages
@@ -75,9 +82,11 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
             project_id=request.project_id,
             states=job_states(request.states),
         )
-        page, following = cut_page(found, page_size=request.page_size, position=lambda view: view.job.job_id)
+        page, following = cut_page(
+            found, page_size=request.page_size, to_message=job_listing_message, position=lambda view: view.job.job_id
+        )
         return messages.ListJobsResponse(
-            jobs=[job_message(view, with_spec=False) for view in page],
+            jobs=page,
             next_page_token=self._on.pages.encode(following, listing="jobs", filters=filters),
         )
 
@@ -157,17 +166,20 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
             self._num_watches -= 1
 
     async def ListJobEvents(self, request: messages.ListJobEventsRequest, context: Any) -> Any:
-        """Reads a page of events after a sequence; at most `max_event_page_bytes` of them."""
+        """Reads a page of events after a sequence; fewer when they are large."""
         page = await jobs.list_job_events(
             request.job_id,
             store=self._on.store,
             after_sequence=request.after_sequence,
             limit=request.page_size or DEFAULT_EVENTS,
         )
-        return messages.ListJobEventsResponse(
-            events=event_messages(page.events, max_bytes=self._on.config.max_event_page_bytes),
-            last_sequence=page.last_sequence,
+        events, _ = cut_page(
+            page.events,
+            page_size=len(page.events),
+            to_message=event_message,
+            position=lambda event: str(event.sequence),
         )
+        return messages.ListJobEventsResponse(events=events, last_sequence=page.last_sequence)
 
     async def ListCheckpoints(self, request: messages.ListCheckpointsRequest, context: Any) -> Any:
         """Lists a job's checkpoints by step."""

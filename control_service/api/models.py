@@ -22,9 +22,11 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         """Lists the models of all nodes by name."""
         after_name = self._on.pages.decode(request.page_token, listing="models", filters={})
         found = models.list_models(nodes=self._on.nodes, after_name=after_name, limit=page_limit(request.page_size))
-        page, following = cut_page(found, page_size=request.page_size, position=lambda view: view.model.name)
+        page, following = cut_page(
+            found, page_size=request.page_size, to_message=model_message, position=lambda view: view.model.name
+        )
         return messages.ListModelsResponse(
-            models=[model_message(view) for view in page],
+            models=page,
             next_page_token=self._on.pages.encode(following, listing="models", filters={}),
         )
 

@@ -10,12 +10,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
+from google.protobuf.message import Message
+
 from control_service.domain.errors import InvalidArgument, invalid_field
 
 DEFAULT_PAGE_SIZE: Final = 50
 _SIGNATURE_BYTES: Final = 16
 
+# Clients take 4 MiB unless they say otherwise.
+MAX_PAGE_BYTES: Final = 3 * 1024**2
+
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 
 
 class PageTokens:
@@ -61,9 +67,19 @@ def page_limit(page_size: int) -> int:
     return (page_size or DEFAULT_PAGE_SIZE) + 1
 
 
-def cut_page(items: Sequence[T], *, page_size: int, position: Callable[[T], str]) -> tuple[Sequence[T], str]:
-    """(the page, the position that the next one follows); the position is empty on the last page."""
-    size = page_size or DEFAULT_PAGE_SIZE
-    if len(items) <= size:
-        return items, ""
-    return items[:size], position(items[size - 1])
+def cut_page(
+    items: Sequence[T], *, page_size: int, to_message: Callable[[T], M], position: Callable[[T], str]
+) -> tuple[list[M], str]:
+    """(messages of the page, the position that the next one follows); the position is empty on the last page.
+
+    A page ends early when its messages would be too large together; a client goes on by the token as always.
+    """
+    messages: list[M] = []
+    size_bytes = 0
+    for item in items[: page_size or DEFAULT_PAGE_SIZE]:
+        message = to_message(item)
+        size_bytes += message.ByteSize()
+        if messages and size_bytes > MAX_PAGE_BYTES:
+            break
+        messages.append(message)
+    return messages, position(items[len(messages) - 1]) if len(messages) < len(items) else ""

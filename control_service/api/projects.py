@@ -44,9 +44,14 @@ class ProjectServicer(project_service_pb2_grpc.ProjectServiceServicer):
             limit=page_limit(request.page_size),
             name_contains=request.name_contains,
         )
-        page, following = cut_page(found, page_size=request.page_size, position=lambda project: str(project.project_id))
+        page, following = cut_page(
+            found,
+            page_size=request.page_size,
+            to_message=project_message,
+            position=lambda project: str(project.project_id),
+        )
         return messages.ListProjectsResponse(
-            projects=[project_message(project) for project in page],
+            projects=page,
             next_page_token=self._on.pages.encode(following, listing="projects", filters=filters),
         )
 

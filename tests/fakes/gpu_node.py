@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import grpc
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from tests.fakes.run_script import NUM_STEPS, artifact_files, closing_payloads, opening_payloads, step_payload
@@ -51,6 +51,7 @@ class FakeRun:
     resume_step: int = 0
     journal: list[event_pb2.EncodedEvent] = field(default_factory=list)
     stop_mode: int = run_service_pb2.STOP_MODE_UNSPECIFIED
+    task: asyncio.Task[None] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -71,10 +72,12 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         self.started: list[run_service_pb2.StartRunRequest] = []
         self.released: list[tuple[str, int]] = []
         self.port = 0
+        self.num_node_watchers = 0
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: grpc.aio.Server | None = None
         self._instance = 0
+        self._unwatched = asyncio.Event()
         self._num_changes = 0
 
     @property
@@ -113,6 +116,10 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         """Lets held runs go on."""
         self.hold_at_step = None
         await self._wake()
+
+    async def until_unwatched(self) -> None:
+        """Waits until nobody has a stream of reports."""
+        await self._unwatched.wait()
 
     # RunService
 
@@ -168,7 +175,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
                 weights_digest=WEIGHTS_DIGEST,
             )
             self.runs[key] = FakeRun(run=run, spec=request.spec, resume_step=request.resume_from.step)
-            task = asyncio.create_task(self._play(self.runs[key]))
+            task = self.runs[key].task = asyncio.create_task(self._play(self.runs[key]))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         if self.runs[key].run.spec_digest != request.spec_digest:
@@ -203,20 +210,28 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
                 await self._wait(lambda after=position: len(fake.journal) > after or fake.is_over)
 
     async def WatchNode(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        while True:
-            seen = self._num_changes
-            yield run_service_pb2.WatchNodeResponse(
-                node_name=self.name,
-                instance_id=f"{self.name}-{self._instance}",
-                devices=[self._device()],
-                runs=[fake.run for fake in self.runs.values()],
-                accepting=all(fake.is_over for fake in self.runs.values()),
-                resident_base_model=MODEL if self.runs else "",
-            )
-            # A heartbeat is due when nothing changed.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(request.heartbeat_seconds or 5):
-                    await self._wait(lambda seen=seen: self._num_changes != seen)
+        self.num_node_watchers += 1
+        self._unwatched.clear()
+        try:
+            while True:
+                seen = self._num_changes
+                yield run_service_pb2.WatchNodeResponse(
+                    node_name=self.name,
+                    instance_id=f"{self.name}-{self._instance}",
+                    devices=[self._device()],
+                    runs=[fake.run for fake in self.runs.values()],
+                    accepting=all(fake.is_over for fake in self.runs.values()),
+                    resident_base_model=MODEL if self.runs else "",
+                )
+                # A heartbeat is due when nothing changed.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(request.heartbeat_seconds or 5):
+                        await self._wait(lambda seen=seen: self._num_changes != seen)
+        finally:
+            self.num_node_watchers -= 1
+            # No await here: this may be the end of a cancelled call.
+            if not self.num_node_watchers:
+                self._unwatched.set()
 
     async def ReleaseRun(self, request: Any, context: Any) -> Any:
         key = (request.key.job_id, request.key.attempt)
@@ -284,6 +299,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
 
     async def _append(self, fake: FakeRun, payload: event_pb2.EventPayload) -> None:
         which = payload.WhichOneof("kind")
+        assert which is not None
         event = event_pb2.EncodedEvent(
             attempt=fake.run.key.attempt,
             run_sequence=len(fake.journal) + 1,
@@ -305,8 +321,9 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
     async def fail(self, job_id: str, attempt: int, failure: errors_pb2.Failure) -> None:
         """Ends a run by a typed failure, as a shim does for a dead engine."""
         fake = self.runs[(job_id, attempt)]
-        for task in tuple(self._tasks):
-            task.cancel()
+        assert fake.task is not None
+        fake.task.cancel()
+        await asyncio.gather(fake.task, return_exceptions=True)
         await self._append(
             fake,
             event_pb2.EventPayload(

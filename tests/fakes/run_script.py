@@ -10,7 +10,7 @@ from tunesmith.gpu.v1 import run_service_pb2
 NUM_STEPS = 4
 Payload = event_pb2.EventPayload
 
-_LAST_STATE = {
+_LAST_STATE: Mapping[int, event_pb2.RunState.ValueType] = {
     run_service_pb2.STOP_MODE_UNSPECIFIED: event_pb2.RUN_STATE_SUCCEEDED,
     run_service_pb2.STOP_MODE_CANCEL: event_pb2.RUN_STATE_CANCELLED,
     run_service_pb2.STOP_MODE_CHECKPOINT: event_pb2.RUN_STATE_INTERRUPTED,

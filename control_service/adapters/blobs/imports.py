@@ -42,8 +42,7 @@ class DirectoryImportRoot:
         ):
             # Opening a FIFO would wait for its writer.
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-        file = os.fdopen(descriptor, "rb")
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            file.close()
+            os.close(descriptor)
             raise InvalidArgument("PATH_NOT_ALLOWED", f"import {path}: not a regular file")
-        return file
+        return os.fdopen(descriptor, "rb")

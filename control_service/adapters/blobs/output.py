@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +22,7 @@ from control_service.adapters.blobs.directories import (
 from control_service.adapters.blobs.disk import BlobDirectory
 from control_service.adapters.blobs.disk_errors import disk_errors
 from control_service.domain.artifact import FileReference
-from control_service.domain.errors import Internal, NotFound
+from control_service.domain.errors import Internal, NotFound, TunesmithError
 
 # Another file system, too many links, or a file system without them: copy instead.
 _CANNOT_LINK: Final = frozenset({errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP})
@@ -32,9 +32,10 @@ _COPY_BYTES: Final = 1024**2
 class OutputTree:
     """One output root."""
 
-    def __init__(self, *, root: Path, blobs: BlobDirectory) -> None:
+    def __init__(self, *, root: Path, blobs: BlobDirectory, link: Callable[..., None] = os.link) -> None:
         self._root = root
         self._blobs = blobs
+        self._link = link
 
     def open(self) -> None:
         """Makes the root."""
@@ -54,10 +55,14 @@ class OutputTree:
             remove_tree(staging, parent)
             remove_tree(replaced, parent)
             os.mkdir(staging, dir_fd=parent)
-            with open_below(parent, (staging,), create=False) as top:
-                for file in files:
-                    self._place(file, top)
-                os.fsync(top)
+            try:
+                with open_below(parent, (staging,), create=False) as top:
+                    for file in files:
+                        self._place(file, top)
+                    os.fsync(top)
+            except (OSError, TunesmithError):
+                remove_tree(staging, parent)
+                raise
             try:
                 os.rename(name, replaced, src_dir_fd=parent, dst_dir_fd=parent)
             except FileNotFoundError:
@@ -92,7 +97,7 @@ class OutputTree:
             raise Internal("INTERNAL", f"{file.path} has {size_bytes} bytes in the store, {file.size_bytes} on record")
         with open_below(top, tuple(above), create=True) as directory:
             try:
-                os.link(source, name, dst_dir_fd=directory, follow_symlinks=False)
+                self._link(source, name, dst_dir_fd=directory, follow_symlinks=False)
             except OSError as error:
                 if error.errno not in _CANNOT_LINK:
                     raise

@@ -22,7 +22,7 @@ from control_service.adapters.gpu_client.messages import (
     start_run_message,
 )
 from control_service.app.ports import PlanLevel, StartRun
-from control_service.domain.errors import NotFound
+from control_service.domain.errors import NotFound, Unavailable
 from control_service.domain.event import StoredEvent
 from control_service.domain.node import NodeCapabilities, NodeReport
 from control_service.domain.run import ObservedRun, RunKey, StopMode
@@ -95,8 +95,17 @@ class GrpcNodeClient:
             spec=spec_message(spec), level=PLAN_LEVELS[level], installation_id=self._installation_id
         )
         timeout = self._plan_timeouts[level] if timeout_seconds is None else timeout_seconds
-        with self._translated():
-            response = await self._runs.PlanRun(request, timeout=timeout)
+        try:
+            with self._translated():
+                response = await self._runs.PlanRun(request, timeout=timeout)
+        except Unavailable as error:
+            cause = error.__cause__
+            if isinstance(cause, grpc.aio.AioRpcError) and cause.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                # The node is there; this plan needs more time than the caller has.
+                raise Unavailable(
+                    "DEADLINE_TOO_SHORT", f"planning took longer than {timeout:g} s", details=error.details
+                ) from cause
+            raise
         return proto_json(response.plan)
 
     async def start_run(self, request: StartRun) -> ObservedRun:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from google.protobuf import json_format
@@ -22,8 +22,6 @@ _PLAN_LEVELS: Final[Mapping[int, PlanLevel]] = {
     plan_pb2.PLAN_LEVEL_CHECK: PlanLevel.CHECK,
     plan_pb2.PLAN_LEVEL_EXACT: PlanLevel.EXACT,
 }
-# Envelope bytes of an event beside its payload, rounded up.
-_ENVELOPE_BYTES: Final = 64
 
 
 def plan_level(number: int) -> PlanLevel:
@@ -41,8 +39,15 @@ def job_states(numbers: Iterable[int]) -> tuple[JobState, ...]:
     return tuple(JobState(enum_name(event_pb2.JobState, number)) for number in numbers)
 
 
-def job_message(view: JobView, *, with_spec: bool = True) -> job_service_pb2.Job:
-    """A job with its place in the queue."""
+def job_message(view: JobView) -> job_service_pb2.Job:
+    """A job with its place in the queue and its spec."""
+    message = job_listing_message(view)
+    message.spec.CopyFrom(spec_message(view.job.spec))
+    return message
+
+
+def job_listing_message(view: JobView) -> job_service_pb2.Job:
+    """A job with its place in the queue; listings leave specs out."""
     job = view.job
     return job_service_pb2.Job(
         job_id=job.job_id,
@@ -59,7 +64,6 @@ def job_message(view: JobView, *, with_spec: bool = True) -> job_service_pb2.Job
         wait_message=view.wait_message,
         progress=_progress_message(job.progress),
         failure=failure_message(job.failure),
-        spec=spec_message(job.spec) if with_spec else None,
         spec_digest=job.spec_digest,
         weights_digest=job.weights_digest,
         output_path=job.output_path,
@@ -94,15 +98,3 @@ def event_message(event: StoredEvent) -> event_pb2.Event:
         time=timestamp(event.time),
         payload=event_pb2.EventPayload.FromString(event.payload),
     )
-
-
-def event_messages(events: Sequence[StoredEvent], *, max_bytes: int) -> list[event_pb2.Event]:
-    """The first events that fit in `max_bytes`, and at least one; the rest is for the next page."""
-    messages: list[event_pb2.Event] = []
-    size_bytes = 0
-    for event in events:
-        size_bytes += len(event.payload) + _ENVELOPE_BYTES
-        if messages and size_bytes > max_bytes:
-            break
-        messages.append(event_message(event))
-    return messages

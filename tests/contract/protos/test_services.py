@@ -104,7 +104,8 @@ def test_time_limits_name_methods_that_there_are() -> None:
 
 
 def test_pings_of_our_channels_are_allowed_by_our_servers() -> None:
-    channel, server_side = dict(channel_options.CHANNEL_OPTIONS), dict(server_options.SERVER_OPTIONS)
+    channel: dict[str, Any] = dict(channel_options.CHANNEL_OPTIONS)
+    server_side: dict[str, Any] = dict(server_options.SERVER_OPTIONS)
     least = server_side["grpc.http2.min_ping_interval_without_data_ms"]
     assert channel["grpc.keepalive_time_ms"] > least
     assert server_side["grpc.keepalive_permit_without_calls"] == channel["grpc.keepalive_permit_without_calls"] == 1
