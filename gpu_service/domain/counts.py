@@ -40,7 +40,7 @@ def plan_datasets(
     if sum(counts) > MAXIMUM_EXAMPLES_PER_EPOCH:
         raise refuse_user(
             "TOO_LARGE",
-            f"the mix comes to {sum(counts):,} examples an epoch; at most {MAXIMUM_EXAMPLES_PER_EPOCH:,} can be planned",
+            f"the mix comes to {sum(counts):,} examples an epoch; {MAXIMUM_EXAMPLES_PER_EPOCH:,} is the most",
             field="mix.total",
             stage="PLANNING",
         )
