@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, normalizers, processors, trainers
 
+from gpu_service.catalog import templates
 from gpu_service.catalog.tokenizer_files import read_json_object, read_tokenizer_facts
 from gpu_service.planner.chat_template import ChatTemplate
 from gpu_service.planner.rendering import Rendered
@@ -204,3 +205,39 @@ def assert_equal_to_auto(directory: Path) -> None:
     document = Rendered(text="two plus two", targets=[(0, 12)], is_document=True)
     [(tokens, _, _)] = tokenizer.encode([document], loss_on_all=False, max_length=4096)
     assert list(tokens) == [*auto("two plus two")["input_ids"], auto.eos_token_id]
+
+
+@pytest.mark.parametrize("name", templates.REGISTRY)
+def test_catalog_templates_render_as_transformers_renders_them(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / place_header_only(tmp_path, TinyOptions(chat_template=False, adds_bos=True))
+    text = templates.REGISTRY[name].read_text()
+    chat = ChatTemplate(text, read_tokenizer_facts(directory).special_tokens)
+    auto = load_auto(directory)
+    for conversation in CONVERSATIONS:
+        for prompt in (False, True):
+            messages = conversation[:-1] if prompt else conversation
+            expected = auto.apply_chat_template(
+                messages, chat_template=text, tokenize=False, add_generation_prompt=prompt
+            )
+            assert chat.render(messages, add_generation_prompt=prompt) == expected
+
+
+def test_generation_tags_give_the_mask_that_transformers_gives(tmp_path: Path) -> None:
+    directory = tmp_path / place_header_only(tmp_path, TinyOptions())
+    text = (
+        "{% for m in messages %}[{{ m.role }}] {% if m.role == 'assistant' %}\n"
+        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
+    tokenizer, chat = load(directory)
+    auto = load_auto(directory)
+    for conversation in CONVERSATIONS[:2]:
+        [(tokens, mask, _)] = tokenizer.encode(
+            [chat.render_conversation(conversation)], loss_on_all=False, max_length=4096
+        )
+        expected = auto.apply_chat_template(
+            conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert list(tokens) == expected["input_ids"]
+        assert list(mask) == expected["assistant_masks"]
