@@ -108,6 +108,9 @@ class RunManager:
         if engine is None:
             self._spawn(self._launch(run, older), f"launch-{run.key.id}")
 
+    def _lingers(self, run: Run) -> bool:
+        return run.is_over and self._pool.engine_of(run) is not None
+
     def _older_of(self, key: RunKey) -> list[Run]:
         """Attempts of the same job before this one that are not over."""
         return [
@@ -168,13 +171,14 @@ class RunManager:
                 return known
             if self.draining:
                 raise Refusal("NODE_DRAINING", Fault.PLATFORM, "this node is draining")
-            older = self._older_of(key)
+            # Runs that are over, but whose engine is still on its way to the next, count as leaving too.
+            leaving = [*self._older_of(key), *(run for run in self._runs.values() if self._lingers(run))]
             admitted = await self._admission.admit(
                 run_id=key.id,
                 spec=request.spec,
                 spec_digest=request.spec_digest,
                 weights_digest=request.weights_digest,
-                older_run_ids=[run.key.id for run in older],
+                leaving_run_ids=[run.key.id for run in leaving],
             )
             try:
                 run = await self._accept(request, admitted)
@@ -183,7 +187,7 @@ class RunManager:
                 self._ledger.release(key.id)
                 raise
         _log.info("run-accepted", job_id=key.job_id, attempt=key.attempt, device=run.device_id)
-        self._spawn(self._launch(run, older), f"launch-{key.id}")
+        self._spawn(self._launch(run, leaving), f"launch-{key.id}")
         return run
 
     async def _accept(self, request: StartRequest, admitted: Admitted) -> Run:
@@ -259,9 +263,11 @@ class RunManager:
         run = self._runs.get(key.id)
         if run is None or run.key.installation_id != key.installation_id:
             return 0
-        if not run.is_over or self._pool.engine_of(run) is not None:
+        if not run.is_over:
             raise Refusal("JOB_STATE", Fault.USER, f"run {key.id} is not over", field="key")
-        del self._runs[key.id]
+        await self._wait_until_left(run)
+        if self._runs.pop(key.id, None) is None:
+            return 0
         await run.close()
         self.changed.fire()
         return await asyncio.to_thread(self._delete, run)
@@ -289,10 +295,11 @@ class RunManager:
 
     # Bringing runs and engines together.
 
-    async def _launch(self, run: Run, older: list[Run]) -> None:
-        for other in older:
-            await self._stop(other, "cancel", self._settings.grace_seconds)
-        for other in older:
+    async def _launch(self, run: Run, leaving: list[Run]) -> None:
+        for other in leaving:
+            if not other.is_over:
+                await self._stop(other, "cancel", self._settings.grace_seconds)
+        for other in leaving:
             await self._wait_until_left(other)
         device = next(device for device in await self._admission.devices() if device.id == run.device_id)
         wanted = {
@@ -328,10 +335,11 @@ class RunManager:
 
     async def _wait_until_left(self, run: Run) -> None:
         """Until the run is over and its engine is ready for another."""
-        while not run.is_over or self._pool.engine_of(run) is not None:
+        while True:
             changed = self.changed.current()
-            if not run.is_over or self._pool.engine_of(run) is not None:
-                await wait_for(changed, _SWEEP_SECONDS)
+            if run.is_over and not self._lingers(run):
+                return
+            await wait_for(changed, _SWEEP_SECONDS)
 
     async def _close_without_engine(self, run: Run, ending: ExitRecord) -> None:
         """Close a run that no engine has, and that no engine or shim will close."""
