@@ -236,7 +236,7 @@ class GpuServer:
         return b"".join(response.chunk for response in self.blobs.ReadBlob(request, timeout=WAIT_SECONDS))
 
 
-def error_info(error: grpc.RpcError) -> tuple[grpc.StatusCode, str, dict[str, str]]:
+def error_info(error: Any) -> tuple[grpc.StatusCode, str, dict[str, str]]:
     """(code, reason, metadata) of a refused call."""
     status: status_pb2.Status = rpc_status.from_call(error)
     info = error_details_pb2.ErrorInfo()

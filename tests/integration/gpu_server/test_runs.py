@@ -166,7 +166,7 @@ def test_the_node_reports_at_once_on_change_and_on_every_heartbeat(server: GpuSe
     assert not first.runs
     assert first.devices[0].total_memory_bytes > 0
     server.start_run()
-    states = []
+    states: list[event_pb2.RunState.ValueType] = []
     for report in reports:
         states.extend(run.state for run in report.runs)
         if report.runs and report.runs[0].state == SUCCEEDED and report.accepting:
