@@ -7,6 +7,7 @@ decide which run goes where.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import subprocess
 import time
@@ -61,6 +62,8 @@ class EnginePool:
         self.on_run_left: Callable[[Run, ExitRecord], None] = _nobody_listens
         self._engines: dict[str, Engine] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
+        # Requests to leave that are on their way.
+        self._leaving: set[asyncio.Task[None]] = set()
 
     def engine_of(self, run: Run) -> Engine | None:
         return next((engine for engine in self._engines.values() if engine.run is run), None)
@@ -187,16 +190,24 @@ class EnginePool:
             engine.resident = dict(message.get("resident") or {})
             engine.run = None
             engine.idle_since = time.monotonic()
+            if message.get("state") == "FAILED":
+                # What a failure left in the process is unknown; many engines end by themselves now.
+                engine.leaving = True
+                self._leaving.add(task := asyncio.create_task(self._ask_to_leave(engine)))
+                task.add_done_callback(self._leaving.discard)
             self.on_run_left(run, NO_ENDING)
 
     async def _retire(self, engine: Engine) -> None:
         watch = self._watches.get(engine.id)
+        await self._ask_to_leave(engine)
+        if watch is not None:
+            await asyncio.shield(watch)
+
+    async def _ask_to_leave(self, engine: Engine) -> None:
         try:
             await engine.shut_down(self._settings.grace_seconds)
         except ShimGone:
             _log.info("engine-gone-already", engine=engine.id)
-        if watch is not None:
-            await asyncio.shield(watch)
 
     async def retire_idle(self) -> None:
         """Ask engines that were idle for too long to leave."""
@@ -210,10 +221,8 @@ class EnginePool:
         """Ask all engines to leave, at a checkpoint, and wait until they have. The shims kill those that do not."""
         watches = list(self._watches.values())
         for engine in list(self._engines.values()):
-            try:
+            with contextlib.suppress(ShimGone):
                 await engine.shut_down(grace_seconds)
-            except ShimGone:
-                continue
         if watches:
             await asyncio.gather(*watches)
 

@@ -228,3 +228,9 @@ def test_a_failure_of_the_engines_own_keeps_its_type(server: GpuServer) -> None:
     failure = server.watch_to_end()[-1].run_state.failure
     assert failure.exception_type == "ArithmeticError"
     assert server.get_run().failure == failure
+    # An engine that failed a run gets no other.
+    [engine] = server.engine_directories()
+    server.start_run(attempt=2)
+    assert server.watch_to_end(attempt=2)[-1].run_state.state == SUCCEEDED
+    assert (engine / "exit.json").exists()
+    assert len(server.engine_directories()) == 2
