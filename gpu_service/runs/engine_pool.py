@@ -21,7 +21,7 @@ import structlog
 from gpu_service.devices import Device
 from gpu_service.runs.engine import Engine
 from gpu_service.runs.run import Run
-from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, spawn
+from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, kill_shim, spawn
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
 from gpu_service.shim.records import ExitRecord
 
@@ -50,6 +50,8 @@ class EngineSettings:
     orphan_limit_seconds: float
     grace_seconds: float
     idle_seconds: float
+    # A shim answers at once; one that does not within this is broken.
+    answer_limit_seconds: float = 30.0
 
 
 class EnginePool:
@@ -98,12 +100,17 @@ class EnginePool:
             device_id=f"{device['type']}:{device['index']}",
             process=None,
             on_notice=self._on_notice,
+            answer_limit_seconds=self._settings.answer_limit_seconds,
         )
+        deadline = time.monotonic() + self._settings.answer_limit_seconds
         while await is_alive(directory):
             try:
                 status = await engine.connect()
-            except ShimGone:
-                # It is on its way in or out; the lock says when it is gone.
+            except ShimGone as error:
+                # It is on its way in or out; the lock says when it is gone. One that hangs must not hold up a node.
+                if time.monotonic() > deadline:
+                    _log.error("shim-does-not-answer", engine=engine.id, error=str(error))
+                    await asyncio.to_thread(kill_shim, directory)
                 await asyncio.sleep(0.1)
                 continue
             engine.run = runs.get(str(status["run_directory"]))
@@ -135,7 +142,13 @@ class EnginePool:
             grace_seconds=self._settings.grace_seconds,
         )
         process = await asyncio.to_thread(_make, directory, configuration)
-        engine = Engine(directory=directory, device_id=device.id, process=process, on_notice=self._on_notice)
+        engine = Engine(
+            directory=directory,
+            device_id=device.id,
+            process=process,
+            on_notice=self._on_notice,
+            answer_limit_seconds=self._settings.answer_limit_seconds,
+        )
         try:
             status = await engine.connect()
         except ShimGone as error:

@@ -186,7 +186,7 @@ class RunManager:
                 # Whatever kept it from the disk, the device is free again; the error goes on to the caller.
                 self._ledger.release(key.id)
                 raise
-        _log.info("run-accepted", job_id=key.job_id, attempt=key.attempt, device=run.device_id)
+        _log.info("run-accepted", device=run.device_id)
         self._spawn(self._launch(run, leaving), f"launch-{key.id}")
         return run
 
@@ -231,7 +231,7 @@ class RunManager:
         return run
 
     async def _stop(self, run: Run, mode: str, grace_seconds: float) -> None:
-        _log.info("run-stop", job_id=run.key.job_id, attempt=run.key.attempt, mode=mode, grace_seconds=grace_seconds)
+        _log.info("run-stop", run=run.key.id, mode=mode, grace_seconds=grace_seconds)
         run.note_stop(mode, grace_seconds)
         engine = self._pool.engine_of(run)
         if engine is not None:
@@ -270,13 +270,10 @@ class RunManager:
             return 0
         await run.close()
         self.changed.fire()
-        return await asyncio.to_thread(self._delete, run)
-
-    def _delete(self, run: Run) -> int:
-        # Renamed first: a crash in the middle must not leave half a run.
-        doomed = self._files.trash / f"{run.key.job_id}-{run.key.attempt}"
-        run.directory.rename(doomed)
-        return remove_tree(doomed)
+        async with self._starting:
+            # Nobody makes a directory of this job meanwhile.
+            doomed = await asyncio.to_thread(self._files.discard_run, key)
+        return await asyncio.to_thread(remove_tree, doomed)
 
     async def find_file(self, sha256: str) -> Path | None:
         """A blob, or a file of a run's artifacts or checkpoints, with this content."""
@@ -296,6 +293,7 @@ class RunManager:
     # Bringing runs and engines together.
 
     async def _launch(self, run: Run, leaving: list[Run]) -> None:
+        structlog.contextvars.bind_contextvars(job_id=run.key.job_id, attempt=run.key.attempt)
         for other in leaving:
             if not other.is_over:
                 await self._stop(other, "cancel", self._settings.grace_seconds)
@@ -310,11 +308,11 @@ class RunManager:
         try:
             engine = None if run.stop_mode else await self._pool.acquire(device, wanted)
         except EngineStartFailed as error:
-            _log.error("engine-start-failed", run=run.key.id, error=str(error))
+            _log.error("engine-start-failed", error=str(error))
             await self._close_without_engine(run, error.ending)
             return
         except OSError as error:
-            _log.error("engine-start-failed", run=run.key.id, error=str(error))
+            _log.error("engine-start-failed", error=str(error))
             await self._close_without_engine(run, replace(NO_ENDING, note=str(error)))
             return
         if engine is None or run.stop_mode is not None:
