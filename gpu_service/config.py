@@ -27,8 +27,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, frozen=True, extra="forbid")
 
-    address: str = Field("127.0.0.1:50052", description="host:port to listen on; port 0 picks a free one")
-    name: str = Field("local", pattern=r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", description="the node's name")
+    address: str = Field(
+        "127.0.0.1:50052", pattern=r"^.+:[0-9]{1,5}$", description="host:port to listen on; port 0 picks a free one"
+    )
+    name: str = Field("local", pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description="the node's name")
     data_directory: Path = Field(
         Path(), description="the node's own directory; one server at a time (default ./data/node-<name>)"
     )

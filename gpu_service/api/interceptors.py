@@ -50,7 +50,7 @@ def _request_id(details: grpc.HandlerCallDetails) -> str:
 def _wrap(handler: Any, method: str, request_id: str) -> grpc.RpcMethodHandler[Any, Any]:
     async def unary(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
         call = handler.stream_unary if handler.request_streaming else handler.unary_unary
-        with _Call(method, request_id) as log:
+        with _Call(method, request_id, request) as log:
             try:
                 return await call(request, context)
             except Refusal as refusal:
@@ -61,7 +61,7 @@ def _wrap(handler: Any, method: str, request_id: str) -> grpc.RpcMethodHandler[A
                 await context.abort_with_status(internal_status(request_id))
 
     async def stream(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        with _Call(method, request_id) as log:
+        with _Call(method, request_id, request) as log:
             try:
                 # Closed at once when the caller goes away, not when it is garbage.
                 async with aclosing(handler.unary_stream(request, context)) as responses:
@@ -92,21 +92,25 @@ def _asks_for_itself(method: str, refusal: Refusal) -> bool:
 class _Call:
     """One call's log lines and its request id."""
 
-    def __init__(self, method: str, request_id: str) -> None:
+    def __init__(self, method: str, request_id: str, request: Any) -> None:
         self._method = method.removeprefix("/")
-        self._request_id = request_id
+        self._ids: dict[str, Any] = {"request_id": request_id}
+        # Requests about a run say which in `key`; streams of requests say nothing here.
+        key = getattr(request, "key", None)
+        if key is not None:
+            self._ids |= {"job_id": key.job_id, "attempt": key.attempt}
         self._outcome = "OK"
 
     def __enter__(self) -> _Call:
         self._started = time.monotonic()
-        structlog.contextvars.bind_contextvars(request_id=self._request_id)
+        structlog.contextvars.bind_contextvars(**self._ids)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         outcome = "CANCELLED" if kind is not None and self._outcome == "OK" else self._outcome
         seconds = round(time.monotonic() - self._started, 4)
         _log.info("call", method=self._method, outcome=outcome, seconds=seconds)
-        structlog.contextvars.unbind_contextvars("request_id")
+        structlog.contextvars.unbind_contextvars(*self._ids)
 
     def refused(self, refusal: Refusal) -> None:
         self._outcome = refusal.reason

@@ -84,13 +84,13 @@ class Admission:
         spec: Mapping[str, Any],
         spec_digest: str,
         weights_digest: str,
-        older_run_ids: Sequence[str],
+        leaving_run_ids: Sequence[str],
     ) -> Admitted:
-        """Check all and reserve the device; older attempts of the job give theirs up. Raises `Refusal`."""
+        """Check all and reserve the device; runs that are leaving give theirs up. Raises `Refusal`."""
         problem = self.problem()
         if problem is not None:
             raise problem
-        device = self._choose(_usable(await self.devices()), older_run_ids)
+        device = self._choose(_usable(await self.devices()), leaving_run_ids)
         checked = await self._planning.check(spec, device, spec_digest=spec_digest)
         found_digest = await self._planning.weights_digest(checked)
         if weights_digest and weights_digest != found_digest:
@@ -102,10 +102,11 @@ class Admission:
                 details={"weights_digest": found_digest},
             )
         await self._planning.check_blobs(spec)
-        for older in older_run_ids:
-            self._ledger.release(older)
-        # What the older attempt still holds is on its way out; only then does this one start.
-        capacity = device.total_memory_bytes if device.type == "cpu" or older_run_ids else device.free_memory_bytes
+        # What a leaving run still holds is on its way out; only then does this one start.
+        holder = self._ledger.holder_of(device.id)
+        if holder is not None:
+            self._ledger.release(holder)
+        capacity = device.total_memory_bytes if device.type == "cpu" or holder is not None else device.free_memory_bytes
         self._ledger.reserve(
             run_id=run_id, device_id=device.id, num_bytes=checked.memory.standing_bytes, capacity_bytes=capacity
         )
@@ -116,11 +117,11 @@ class Admission:
             quantization=checked.quantization.id,
         )
 
-    def _choose(self, devices: Sequence[Device], older_run_ids: Sequence[str]) -> Device:
-        for device in devices:
-            holder = self._ledger.holder_of(device.id)
-            if holder is None or holder in older_run_ids:
-                return device
+    def _choose(self, devices: Sequence[Device], leaving_run_ids: Sequence[str]) -> Device:
+        for allowed in (None, *leaving_run_ids):
+            for device in devices:
+                if self._ledger.holder_of(device.id) == allowed:
+                    return device
         raise Refusal("NODE_BUSY", Fault.PLATFORM, "every device of this node has a run")
 
     async def has_room(self) -> bool:

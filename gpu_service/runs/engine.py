@@ -25,8 +25,10 @@ class Engine:
         device_id: str,
         process: subprocess.Popen[bytes] | None,
         on_notice: Callable[[Engine, Message], None],
+        answer_limit_seconds: float,
     ) -> None:
         """`process` is the shim when this server started it, None when it was adopted."""
+        self._answer_limit_seconds = answer_limit_seconds
         self.directory = directory
         self.device_id = device_id
         self.run: Run | None = None
@@ -52,7 +54,11 @@ class Engine:
         return all(known.get(name, value) == value for name, value in wanted.items())
 
     def _new_client(self) -> None:
-        self.client = ShimClient(self.directory, lambda message: self._on_notice(self, message))
+        self.client = ShimClient(
+            self.directory,
+            lambda message: self._on_notice(self, message),
+            answer_limit_seconds=self._answer_limit_seconds,
+        )
 
     async def connect(self) -> Message:
         """Connect to the shim and give its status. Raises ShimGone."""

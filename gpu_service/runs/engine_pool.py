@@ -7,6 +7,7 @@ decide which run goes where.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import subprocess
 import time
@@ -20,7 +21,7 @@ import structlog
 from gpu_service.devices import Device
 from gpu_service.runs.engine import Engine
 from gpu_service.runs.run import Run
-from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, spawn
+from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, kill_shim, spawn
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
 from gpu_service.shim.records import ExitRecord
 
@@ -57,6 +58,8 @@ class EngineSettings:
     orphan_limit_seconds: float
     grace_seconds: float
     idle_seconds: float
+    # A shim answers at once; one that does not within this is broken.
+    answer_limit_seconds: float = 30.0
 
 
 class EnginePool:
@@ -69,6 +72,8 @@ class EnginePool:
         self.on_run_left: Callable[[Run, ExitRecord], None] = _nobody_listens
         self._engines: dict[str, Engine] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
+        # Requests to leave that are on their way.
+        self._leaving: set[asyncio.Task[None]] = set()
 
     def engine_of(self, run: Run) -> Engine | None:
         return next((engine for engine in self._engines.values() if engine.run is run), None)
@@ -103,12 +108,17 @@ class EnginePool:
             device_id=f"{device['type']}:{device['index']}",
             process=None,
             on_notice=self._on_notice,
+            answer_limit_seconds=self._settings.answer_limit_seconds,
         )
+        deadline = time.monotonic() + self._settings.answer_limit_seconds
         while await is_alive(directory):
             try:
                 status = await engine.connect()
-            except ShimGone:
-                # It is on its way in or out; the lock says when it is gone.
+            except ShimGone as error:
+                # It is on its way in or out; the lock says when it is gone. One that hangs must not hold up a node.
+                if time.monotonic() > deadline:
+                    _log.error("shim-does-not-answer", engine=engine.id, error=str(error))
+                    await asyncio.to_thread(kill_shim, directory)
                 await asyncio.sleep(0.1)
                 continue
             engine.run = runs.get(str(status["run_directory"]))
@@ -139,7 +149,13 @@ class EnginePool:
             grace_seconds=self._settings.grace_seconds,
         )
         process = await asyncio.to_thread(_make, directory, configuration)
-        engine = Engine(directory=directory, device_id=device.id, process=process, on_notice=self._on_notice)
+        engine = Engine(
+            directory=directory,
+            device_id=device.id,
+            process=process,
+            on_notice=self._on_notice,
+            answer_limit_seconds=self._settings.answer_limit_seconds,
+        )
         try:
             status = await engine.connect()
         except ShimGone as error:
@@ -194,16 +210,24 @@ class EnginePool:
             engine.resident = dict(message.get("resident") or {})
             engine.run = None
             engine.idle_since = time.monotonic()
+            if message.get("state") == "FAILED":
+                # What a failure left in the process is unknown; many engines end by themselves now.
+                engine.leaving = True
+                self._leaving.add(task := asyncio.create_task(self._ask_to_leave(engine)))
+                task.add_done_callback(self._leaving.discard)
             self.on_run_left(run, NO_ENDING)
 
     async def _retire(self, engine: Engine) -> None:
         watch = self._watches.get(engine.id)
+        await self._ask_to_leave(engine)
+        if watch is not None:
+            await asyncio.shield(watch)
+
+    async def _ask_to_leave(self, engine: Engine) -> None:
         try:
             await engine.shut_down(self._settings.grace_seconds)
         except ShimGone:
             _log.info("engine-gone-already", engine=engine.id)
-        if watch is not None:
-            await asyncio.shield(watch)
 
     async def retire_idle(self) -> None:
         """Ask engines that were idle for too long to leave."""
@@ -217,10 +241,8 @@ class EnginePool:
         """Ask all engines to leave, at a checkpoint, and wait until they have. The shims kill those that do not."""
         watches = list(self._watches.values())
         for engine in list(self._engines.values()):
-            try:
+            with contextlib.suppress(ShimGone):
                 await engine.shut_down(grace_seconds)
-            except ShimGone:
-                continue
         if watches:
             await asyncio.gather(*watches)
 

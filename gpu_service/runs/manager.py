@@ -108,6 +108,9 @@ class RunManager:
         if engine is None:
             self._spawn(self._launch(run, older), f"launch-{run.key.id}")
 
+    def _lingers(self, run: Run) -> bool:
+        return run.is_over and self._pool.engine_of(run) is not None
+
     def _older_of(self, key: RunKey) -> list[Run]:
         """Attempts of the same job before this one that are not over."""
         return [
@@ -168,13 +171,14 @@ class RunManager:
                 return known
             if self.draining:
                 raise Refusal("NODE_DRAINING", Fault.PLATFORM, "this node is draining")
-            older = self._older_of(key)
+            # Runs that are over, but whose engine is still on its way to the next, count as leaving too.
+            leaving = [*self._older_of(key), *(run for run in self._runs.values() if self._lingers(run))]
             admitted = await self._admission.admit(
                 run_id=key.id,
                 spec=request.spec,
                 spec_digest=request.spec_digest,
                 weights_digest=request.weights_digest,
-                older_run_ids=[run.key.id for run in older],
+                leaving_run_ids=[run.key.id for run in leaving],
             )
             try:
                 run = await self._accept(request, admitted)
@@ -182,8 +186,8 @@ class RunManager:
                 # Whatever kept it from the disk, the device is free again; the error goes on to the caller.
                 self._ledger.release(key.id)
                 raise
-        _log.info("run-accepted", job_id=key.job_id, attempt=key.attempt, device=run.device_id)
-        self._spawn(self._launch(run, older), f"launch-{key.id}")
+        _log.info("run-accepted", device=run.device_id)
+        self._spawn(self._launch(run, leaving), f"launch-{key.id}")
         return run
 
     async def _accept(self, request: StartRequest, admitted: Admitted) -> Run:
@@ -227,7 +231,7 @@ class RunManager:
         return run
 
     async def _stop(self, run: Run, mode: str, grace_seconds: float) -> None:
-        _log.info("run-stop", job_id=run.key.job_id, attempt=run.key.attempt, mode=mode, grace_seconds=grace_seconds)
+        _log.info("run-stop", run=run.key.id, mode=mode, grace_seconds=grace_seconds)
         run.note_stop(mode, grace_seconds)
         engine = self._pool.engine_of(run)
         if engine is not None:
@@ -259,18 +263,17 @@ class RunManager:
         run = self._runs.get(key.id)
         if run is None or run.key.installation_id != key.installation_id:
             return 0
-        if not run.is_over or self._pool.engine_of(run) is not None:
+        if not run.is_over:
             raise Refusal("JOB_STATE", Fault.USER, f"run {key.id} is not over", field="key")
-        del self._runs[key.id]
+        await self._wait_until_left(run)
+        if self._runs.pop(key.id, None) is None:
+            return 0
         await run.close()
         self.changed.fire()
-        return await asyncio.to_thread(self._delete, run)
-
-    def _delete(self, run: Run) -> int:
-        # Renamed first: a crash in the middle must not leave half a run.
-        doomed = self._files.trash / f"{run.key.job_id}-{run.key.attempt}"
-        run.directory.rename(doomed)
-        return remove_tree(doomed)
+        async with self._starting:
+            # Nobody makes a directory of this job meanwhile.
+            doomed = await asyncio.to_thread(self._files.discard_run, key)
+        return await asyncio.to_thread(remove_tree, doomed)
 
     async def find_file(self, sha256: str) -> Path | None:
         """A blob, or a file of a run's artifacts or checkpoints, with this content."""
@@ -289,10 +292,12 @@ class RunManager:
 
     # Bringing runs and engines together.
 
-    async def _launch(self, run: Run, older: list[Run]) -> None:
-        for other in older:
-            await self._stop(other, "cancel", self._settings.grace_seconds)
-        for other in older:
+    async def _launch(self, run: Run, leaving: list[Run]) -> None:
+        structlog.contextvars.bind_contextvars(job_id=run.key.job_id, attempt=run.key.attempt)
+        for other in leaving:
+            if not other.is_over:
+                await self._stop(other, "cancel", self._settings.grace_seconds)
+        for other in leaving:
             await self._wait_until_left(other)
         device = next(device for device in await self._admission.devices() if device.id == run.device_id)
         wanted = {
@@ -303,11 +308,11 @@ class RunManager:
         try:
             engine = None if run.stop_mode else await self._pool.acquire(device, wanted)
         except EngineStartFailed as error:
-            _log.error("engine-start-failed", run=run.key.id, error=str(error))
+            _log.error("engine-start-failed", error=str(error))
             await self._close_without_engine(run, error.ending)
             return
         except OSError as error:
-            _log.error("engine-start-failed", run=run.key.id, error=str(error))
+            _log.error("engine-start-failed", error=str(error))
             await self._close_without_engine(run, replace(NO_ENDING, note=str(error)))
             return
         if engine is None or run.stop_mode is not None:
@@ -328,10 +333,11 @@ class RunManager:
 
     async def _wait_until_left(self, run: Run) -> None:
         """Until the run is over and its engine is ready for another."""
-        while not run.is_over or self._pool.engine_of(run) is not None:
+        while True:
             changed = self.changed.current()
-            if not run.is_over or self._pool.engine_of(run) is not None:
-                await wait_for(changed, _SWEEP_SECONDS)
+            if run.is_over and not self._lingers(run):
+                return
+            await wait_for(changed, _SWEEP_SECONDS)
 
     async def _close_without_engine(self, run: Run, ending: ExitRecord) -> None:
         """Close a run that no engine has, and that no engine or shim will close."""

@@ -5,6 +5,7 @@ Refuses names that are not ids: every path is made here, from parts that were ch
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from dataclasses import dataclass, field, replace
@@ -120,6 +121,16 @@ class NodeFiles:
         durable_json.sync_directory(directory.parent)
         durable_json.sync_directory(self.runs)
         return directory
+
+    def discard_run(self, key: RunKey) -> Path:
+        """Move a run out of the way, whole: a crash never leaves half of one. Gives where to. Raises OSError."""
+        doomed = self.trash / f"{key.job_id}-{key.attempt}"
+        directory = self.run_directory(key)
+        directory.rename(doomed)
+        with contextlib.suppress(OSError):
+            # Stays while the job has other attempts here.
+            directory.parent.rmdir()
+        return doomed
 
     def read_runs(self) -> list[tuple[Path, dict[str, Any]]]:
         """Every run directory with its `run.json`; one without was never accepted and is passed over."""

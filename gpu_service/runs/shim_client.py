@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from gpu_service.shim.lock import is_held
+from gpu_service.shim.process_tree import facts
 from gpu_service.shim.protocol import MAX_LINE_BYTES, encode
+from gpu_service.shim.records import ShimRecord
 
 Message = dict[str, Any]
 _SHIM_COMMAND = (sys.executable, "-m", "gpu_service.shim")
@@ -57,11 +60,29 @@ async def is_alive(directory: Path) -> bool:
     return await asyncio.to_thread(is_held, directory / "shim.lock")
 
 
+def kill_shim(directory: Path) -> None:
+    """SIGKILL to the shim that the directory names, if it is still that process. Blocks. Raises OSError, ValueError."""
+    record = ShimRecord.read(directory)
+    if record is None:
+        return
+    try:
+        descriptor = os.pidfd_open(record.shim_pid)
+    except ProcessLookupError:
+        return
+    try:
+        process = facts(record.shim_pid)
+        if process is not None and process.start_time == record.shim_start_time:
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    finally:
+        os.close(descriptor)
+
+
 class ShimClient:
     """A connection to one shim. `on_notice` gets every message that is not an answer; `gone` is set when it ends."""
 
-    def __init__(self, directory: Path, on_notice: Callable[[Message], None]) -> None:
+    def __init__(self, directory: Path, on_notice: Callable[[Message], None], *, answer_limit_seconds: float) -> None:
         self._directory = directory
+        self._answer_limit_seconds = answer_limit_seconds
         self._on_notice = on_notice
         self._answers: deque[asyncio.Future[Message]] = deque()
         self._writer: asyncio.StreamWriter | None = None
@@ -117,7 +138,11 @@ class ShimClient:
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._answers.append(answer)
         await self.send({"type": "status"})
-        return await answer
+        try:
+            async with asyncio.timeout(self._answer_limit_seconds):
+                return await answer
+        except TimeoutError:
+            raise ShimGone(f"{self._directory}: no answer within {self._answer_limit_seconds} s") from None
 
     async def send(self, message: Message) -> None:
         """Send a command. Raises ShimGone."""

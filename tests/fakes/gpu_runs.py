@@ -66,8 +66,8 @@ class ShimConnection:
         self._socket.settimeout(WAIT_SECONDS)
         descriptor = os.open(directory, os.O_PATH)
         try:
-            wait_for(lambda: (directory / "shim.sock").exists())
-            self._socket.connect(f"/proc/self/fd/{descriptor}/shim.sock")
+            # Not there, then bound, then listening.
+            wait_for(lambda: self._socket.connect_ex(f"/proc/self/fd/{descriptor}/shim.sock") == 0)
         finally:
             os.close(descriptor)
         self._stream = self._socket.makefile("rb")

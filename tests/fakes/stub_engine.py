@@ -146,6 +146,7 @@ class StubRun:
                 self._reach(self._step + 1)
                 self._engine.obey(float(self._script.get("step_seconds", 0.01)))
                 self._train_one_step()
+            self._phase("SAVING")
         except Stopped as stop:
             return self._end_stopped(stop.mode)
         except ArithmeticError as error:
@@ -153,7 +154,6 @@ class StubRun:
                 reason="TRAINING", fault="PLATFORM", message=str(error), exception_type=type(error).__qualname__
             )
             return self._end(event_pb2.RUN_STATE_FAILED, failure=failure)
-        self._phase("SAVING")
         self._write_artifacts()
         return self._end(event_pb2.RUN_STATE_SUCCEEDED)
 

@@ -104,30 +104,22 @@ def test_cancel_is_said_only_when_a_frozen_engine_and_its_detached_child_are_gon
     assert (record["signal"], record["stop_mode"], record["phase"]) == (9, "cancel", "TRAINING")
 
 
+@pytest.mark.parametrize(
+    ("save_every_steps", "expected"), [(0, event_pb2.RUN_STATE_FAILED), (1, event_pb2.RUN_STATE_INTERRUPTED)]
+)
 def test_a_checkpoint_stop_that_is_not_obeyed_is_interrupted_only_with_a_checkpoint(
-    tmp_path: Path, shims: Shims
+    tmp_path: Path, shims: Shims, save_every_steps: int, expected: event_pb2.RunState.ValueType
 ) -> None:
-    for attempt, save_every_steps in ((1, 0), (2, 1)):
-        engine = write_engine(tmp_path / str(attempt))
-        run = write_run(
-            tmp_path,
-            attempt=attempt,
-            num_steps=10,
-            save_every_steps=save_every_steps,
-            script={"freeze_at": 3, "ignore_stop": True},
-        )
-        shims.start(engine)
-        connection = ShimConnection(engine)
-        connection.send(type="start_run", run_directory=str(run))
-        wait_for(
-            lambda run=run: (
-                any(payload.step.step == 2 for payload in payloads(run)) if (run / "journal").exists() else False
-            )
-        )
-        connection.send(type="stop_run", run_directory=str(run), mode="checkpoint", grace_seconds=0.1)
-        wait_for(lambda run=run: summary_of(run).is_over)
-        expected = event_pb2.RUN_STATE_INTERRUPTED if save_every_steps else event_pb2.RUN_STATE_FAILED
-        assert summary_of(run).state == expected
+    engine = write_engine(tmp_path)
+    script = {"freeze_at": 3, "ignore_stop": True}
+    run = write_run(tmp_path, num_steps=10, save_every_steps=save_every_steps, script=script)
+    shims.start(engine)
+    connection = ShimConnection(engine)
+    connection.send(type="start_run", run_directory=str(run))
+    wait_for(lambda: has_done_step(run, 2))
+    connection.send(type="stop_run", run_directory=str(run), mode="checkpoint", grace_seconds=0.1)
+    wait_for(lambda: summary_of(run).is_over)
+    assert summary_of(run).state == expected
 
 
 @pytest.mark.parametrize(
