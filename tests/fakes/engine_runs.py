@@ -1,4 +1,4 @@
-"""Run directories for an engine, and their journals read back. Plays the server's part: writes run.json, nothing else."""
+"""Run directories for an engine, and their journals read back. Plays the server: writes run.json, nothing else."""
 
 from __future__ import annotations
 

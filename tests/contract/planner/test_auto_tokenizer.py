@@ -105,7 +105,9 @@ def test_documents_begin_as_the_tokenizer_has_it_and_end(tmp_path: Path, options
     assert list(tokens) == [*auto(text)["input_ids"], auto.eos_token_id]
     assert mask[0] == 0
     assert mask[-1] == 1
-    assert auto.decode([t for t, carries in zip(tokens, mask, strict=True) if carries][:-1]).strip() == "quick brown fox"
+    assert (
+        auto.decode([t for t, carries in zip(tokens, mask, strict=True) if carries][:-1]).strip() == "quick brown fox"
+    )
 
 
 def test_a_model_without_tokenizer_json_is_converted(tmp_path: Path) -> None:
