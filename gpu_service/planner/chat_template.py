@@ -67,7 +67,7 @@ class ChatTemplate:
         """
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if self.has_generation_tags:
-            if any(_MARKS.search(str(message)) for message in messages):
+            if _MARKS.search(json.dumps(messages, ensure_ascii=False)):
                 raise RowError("holds a Unicode noncharacter (U+FDD0 or U+FDD1)")
             return _read_marks(self.render(messages))
         whole = self.render(messages)
