@@ -19,15 +19,14 @@ from tunesmith.common.v1 import errors_pb2, event_pb2
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended; `failure` is set when the state is FAILED."""
+    """How a run ended; `failure` is set when the state is FAILED.
+
+    `ends_engine`: what the run left in this process is unknown, so no other run may follow.
+    """
 
     state: event_pb2.RunState.ValueType
     failure: errors_pb2.Failure | None = None
-
-    @property
-    def ends_engine(self) -> bool:
-        """True after a failure, but for a refusal by the planner: nothing was loaded then."""
-        return self.failure is not None and self.failure.stage != "PLANNING"
+    ends_engine: bool = False
 
 
 def conclude(run: Run, outcome: Outcome) -> None:

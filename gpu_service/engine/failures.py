@@ -95,8 +95,8 @@ def from_exception(
     )
 
 
-def unforeseen(error: BaseException, *, phase: str, loading_stage: str) -> errors_pb2.Failure:
+def unforeseen(error: BaseException, *, phase: str, loading_stage: str, file: str) -> errors_pb2.Failure:
     """The failure of an exception that nothing on the way understood, for the engine's outermost boundary."""
     if loading_stage:
-        return from_exception(error, reason=f"LOAD_{loading_stage}", fault="PLATFORM", stage=loading_stage)
+        return from_exception(error, reason=f"LOAD_{loading_stage}", fault="PLATFORM", stage=loading_stage, file=file)
     return from_exception(error, reason=_REASON_BY_PHASE.get(phase, "INTERNAL"), fault="PLATFORM", stage=phase)

@@ -83,7 +83,7 @@ def plan(
 def _follow(child: subprocess.Popen[bytes], reporter: Reporter) -> dict[str, Any]:
     """Read the child's lines to their end; the answer, or an empty dict when it gave none."""
     answer: dict[str, Any] = {}
-    last_log = 0.0
+    last_log = time.monotonic()
     assert child.stdout is not None
     with child.stdout as lines:
         for line in lines:

@@ -62,7 +62,7 @@ class RunRequest:
 def read(run_directory: Path) -> RunRequest:
     """Read `<run_directory>/run.json`.
 
-    Raises OSError, ValueError (JSON or proto JSON), KeyError for a missing field.
+    Raises OSError, ValueError (no JSON), KeyError (a missing field), json_format.ParseError (a spec that is none).
     """
     document = json.loads((run_directory / "run.json").read_text(encoding="utf-8"))
     spec = json_format.ParseDict(document["spec"], training_spec_pb2.TrainingSpec())

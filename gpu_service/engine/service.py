@@ -90,11 +90,15 @@ def _execute(run: Run) -> Outcome:
         return Outcome(state=_STATE_BY_STOP[stop.mode])
     except RunFailure as error:
         _LOG.warning("run failed", exc_info=True)
-        return Outcome(state=event_pb2.RUN_STATE_FAILED, failure=error.failure)
+        # A refusal by the planner leaves nothing behind: loading had not begun.
+        return Outcome(state=event_pb2.RUN_STATE_FAILED, failure=error.failure, ends_engine=run.loaded is not None)
     except Exception as error:  # noqa: BLE001 - the run's outermost boundary: typed, told, and the engine ends
         _LOG.exception("run failed in an unforeseen way")
-        stage = run.reporter.loading_stage
-        return Outcome(
-            state=event_pb2.RUN_STATE_FAILED, failure=unforeseen(error, phase=run.reporter.phase, loading_stage=stage)
+        failure = unforeseen(
+            error,
+            phase=run.reporter.phase,
+            loading_stage=run.reporter.loading_stage,
+            file="" if run.loaded is None else run.loaded.file,
         )
+        return Outcome(state=event_pb2.RUN_STATE_FAILED, failure=failure, ends_engine=True)
     return Outcome(state=event_pb2.RUN_STATE_SUCCEEDED)

@@ -42,7 +42,10 @@ def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, s
         loaded.base = request.resident_model
         return {"resident": "true"}
     shards = _shards(request.model_directory, loaded)
-    total = sum((request.model_directory / shard).stat().st_size for shard in shards)
+    total = 0
+    for shard in shards:
+        loaded.file = shard
+        total += (request.model_directory / shard).stat().st_size
     tensors: dict[str, torch.Tensor] = {}
     done = 0
     digest = hashlib.sha256()

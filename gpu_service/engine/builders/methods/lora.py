@@ -45,7 +45,7 @@ def set_gradient_checkpointing(model: Any, enabled: bool) -> None:
     """Switch recomputation of activations; a resident base comes from a run that may have had it otherwise."""
     if enabled:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
+    elif model.is_gradient_checkpointing:
         model.gradient_checkpointing_disable()
 
 
