@@ -79,7 +79,7 @@ def test_deadlines_by_method() -> None:
 
 
 def test_every_deadline_names_a_method_that_exists() -> None:
-    from tests.fakes.control import SERVICES
+    from tests.fakes.scripted_control import SERVICES
     from tunesmith_client._config import DEADLINE_SECONDS
 
     methods = {method.name for service in SERVICES for method in service.methods}
