@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 # Said at set-up, not at the first training step.
 SEES_CUDA := import sys, torch; torch.cuda.is_available() or sys.exit("this torch sees no CUDA device: use TORCH=cpu, or TORCH_INDEX= with a CUDA build")
 STAMP := $(VENV)/.installed-$(TORCH)
-SOURCES := clients/python/tunesmith_client clients/python/tunesmith_cli clients/python/examples control_service gpu_service tests docs
+SOURCES := clients/python/tunesmith_client clients/python/tunesmith_cli clients/python/examples control_service gpu_service tests docs examples benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help setup up demo test test-gpu lint types proto proto-check proto-image docs clean

@@ -8,7 +8,7 @@ from tunesmith_client import JobFailed
 
 pytestmark = pytest.mark.timeout(240)
 
-SUCCEEDED, FAILED = event_pb2.JOB_STATE_SUCCEEDED, event_pb2.JOB_STATE_FAILED
+QUEUED, SUCCEEDED, FAILED = event_pb2.JOB_STATE_QUEUED, event_pb2.JOB_STATE_SUCCEEDED, event_pb2.JOB_STATE_FAILED
 # Long enough that a kill lands in the middle of training.
 NUM_STEPS = 300
 SLOW = {"step_seconds": 0.03}
@@ -68,13 +68,15 @@ def test_the_engine_is_killed_and_the_next_attempt_goes_on_from_the_checkpoint(s
     ended = stub_pair.client.jobs.wait(job.job_id)
     assert (ended.state, ended.attempt) == (SUCCEEDED, 2)
     events = stub_pair.log(job.job_id)
-    failures = [
-        event.payload.job_state.failure
+    returns = [
+        event.payload.job_state
         for event in events
-        if event.kind == event_pb2.EVENT_KIND_JOB_STATE and event.payload.job_state.HasField("failure")
+        if event.kind == event_pb2.EVENT_KIND_JOB_STATE and event.payload.job_state.state == QUEUED
     ]
-    assert [failure.reason for failure in failures] == [errors_pb2.ERROR_REASON_ENGINE_KILLED]
-    assert failures[0].signal == 9
+    # The first is the job's own beginning.
+    assert [change.HasField("failure") for change in returns] == [False, True]
+    assert returns[1].failure.reason == errors_pb2.ERROR_REASON_ENGINE_KILLED
+    assert returns[1].failure.signal == 9
     (resumed,) = [event.payload.resumed for event in events if event.kind == event_pb2.EVENT_KIND_RESUMED]
     assert resumed.from_step >= 20
     assert resumed.from_step % 10 == 0

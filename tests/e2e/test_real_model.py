@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 from tests.e2e.conftest import SMOLLM
@@ -66,17 +67,31 @@ def test_qlora_on_smollm_leaves_an_adapter_that_peft_loads(real_models: Path, tm
 
 def demo_command(directory: Path, models: Path, *options: str) -> list[str]:
     command = [sys.executable, "-m", "tunesmith_cli.main", "demo", "--directory", str(directory)]
-    return [*command, "--models", str(models), "--examples", str(ROOT / "examples"), *options]
+    return [*command, "--models", str(models), *options]
+
+
+def shortened_examples(directory: Path) -> Path:
+    """The demo's own examples, with few held-out rows and short answers: most of its time goes there."""
+    examples = ROOT / "examples"
+    (directory / "data").mkdir(parents=True)
+    for file in (examples / "data").glob("*.jsonl"):
+        rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = rows[:4] if "held-out" in file.name else rows
+        (directory / "data" / file.name).write_text("".join(kept), encoding="utf-8")
+    project = yaml.safe_load((examples / "demo_project.yaml").read_text(encoding="utf-8"))
+    project["sample_prompts"] = [prompt | {"max_new_tokens": 4} for prompt in project["sample_prompts"][:2]]
+    (directory / "demo_project.yaml").write_text(yaml.safe_dump(project), encoding="utf-8")
+    return directory
 
 
 def test_the_demo_teaches_and_shows_it(real_models: Path, tmp_path: Path) -> None:
-    result = subprocess.run(
-        demo_command(tmp_path, real_models, "--steps", "10"), capture_output=True, text=True, timeout=580
-    )
+    options = ("--steps", "10", "--examples", str(shortened_examples(tmp_path / "examples")))
+    command = demo_command(tmp_path / "demo", real_models, *options)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Held-out loss" in result.stdout
     assert "DID NOT FALL" not in result.stdout
-    files = {path.name for path in (tmp_path / "output").rglob("*") if path.is_file()}
+    files = {path.name for path in (tmp_path / "demo" / "output").rglob("*") if path.is_file()}
     assert {"adapter_model.safetensors", "adapter_config.json", "loss.png"} <= files
 
 
@@ -84,7 +99,10 @@ def test_an_interrupted_demo_stops_both_services(real_models: Path, tmp_path: Pa
     log = tmp_path / "demo.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            demo_command(tmp_path, real_models), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            demo_command(tmp_path, real_models, "--examples", str(ROOT / "examples")),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         wait_for("the services", lambda: "control at" in log.read_text() or process.poll() is not None, seconds=120)

@@ -100,7 +100,7 @@ class PairUnderTest:
         found = []
         for file in self.node_directory.glob("engines/*/shim.json"):
             with contextlib.suppress(psutil.NoSuchProcess, OSError, ValueError):
-                process = psutil.Process(json.loads(file.read_text())["pid"])
+                process = psutil.Process(json.loads(file.read_text())["shim_pid"])
                 if "gpu_service.shim" in process.cmdline():
                     found.append(process)
         return found

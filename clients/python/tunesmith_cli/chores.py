@@ -6,18 +6,13 @@ from collections.abc import Sequence
 
 IMPORTING_MODULE = "gpu_service.engine.importing"
 DOCTOR_MODULE = "gpu_service.doctor"
-CONTROL_MODULE = "control_service.main"
-GPU_MODULE = "gpu_service.main"
+CONTROL_MODULE = "control_service"
+GPU_MODULE = "gpu_service"
 
 
 def module_command(module: str, arguments: Sequence[str]) -> list[str]:
     """The argv that runs a module with this interpreter."""
     return [sys.executable, "-m", module, *arguments]
-
-
-def service_command(module: str, arguments: Sequence[str]) -> list[str]:
-    """The argv that runs a service as its console script would, with this interpreter wherever its scripts are."""
-    return [sys.executable, "-c", f"from {module} import run; run()", *arguments]
 
 
 def run_module(module: str, arguments: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from tunesmith.common.v1 import event_pb2
-from tunesmith_cli.describe import describe, loss_of, loss_text, stage_name
+from tunesmith_cli.describe import describe, loss_of, loss_text, phase_name, stage_name
 from tunesmith_cli.output import Output
 from tunesmith_cli.text import duration, printable
 
@@ -81,19 +81,19 @@ class LineFollower:
 
 
 class BarFollower:
-    """A bar for loading and one for training; what is worth keeping scrolls by above them."""
+    """One line for what the run does just now and a bar for training; what is worth keeping scrolls by above them."""
 
     def __init__(self, out: Output) -> None:
         self._out = out
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}", markup=False),
             TimeElapsedColumn(),
             console=out.console,
         )
-        self._loading: TaskID | None = None
+        self._activity: TaskID | None = None
         self._training: TaskID | None = None
 
     def __enter__(self) -> Self:
@@ -109,15 +109,20 @@ class BarFollower:
         """Moves the bars, or prints the event's line above them."""
         if event.kind == event_pb2.EVENT_KIND_STEP:
             self._step(event.payload.step)
+        elif event.kind == event_pb2.EVENT_KIND_PHASE:
+            self._start_activity(phase_name(event.payload.phase.phase))
         elif _is_loading_progress(event):
-            self._load(event.payload.loading)
+            loading = event.payload.loading
+            self._start_activity(f"loading {stage_name(loading.stage)}", loading.done, loading.total, loading.unit)
         else:
-            self._end_loading(event)
+            if event.kind == event_pb2.EVENT_KIND_JOB_STATE:
+                self._end_activity()
             line = describe(event)
             if line:
                 self._bars.console.print(Text(line), soft_wrap=True)
 
     def _step(self, step: event_pb2.StepEvent) -> None:
+        self._end_activity()
         if self._training is None:
             self._training = self._bars.add_task("training", total=step.total_steps, numbers="")
         traits = " ".join(
@@ -131,20 +136,18 @@ class BarFollower:
         )
         self._bars.update(self._training, completed=step.step, total=step.total_steps, numbers=numbers)
 
-    def _load(self, loading: event_pb2.LoadingEvent) -> None:
-        if self._loading is None:
-            self._loading = self._bars.add_task("loading", total=None, numbers="")
-        description = f"loading {stage_name(loading.stage)}"
-        total = loading.total or None
+    def _start_activity(self, description: str, done: int = 0, total: int = 0, unit: str = "") -> None:
+        if self._activity is None:
+            self._activity = self._bars.add_task(description, total=None, numbers="")
+        # Without a total the bar only moves to and fro.
         self._bars.update(
-            self._loading, description=description, completed=loading.done, total=total, numbers=loading.unit
+            self._activity, description=description, completed=done, total=total or None, numbers=printable(unit)
         )
 
-    def _end_loading(self, event: event_pb2.Event) -> None:
-        is_stage = event.kind == event_pb2.EVENT_KIND_LOADING
-        if self._loading is not None and not is_stage:
-            self._bars.remove_task(self._loading)
-            self._loading = None
+    def _end_activity(self) -> None:
+        if self._activity is not None:
+            self._bars.remove_task(self._activity)
+            self._activity = None
 
 
 def _is_loading_progress(event: event_pb2.Event) -> bool:

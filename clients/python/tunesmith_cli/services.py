@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from tunesmith_cli.chores import CONTROL_MODULE, GPU_MODULE, service_command
+from tunesmith_cli.chores import CONTROL_MODULE, GPU_MODULE, module_command
 
 NODE_NAME = "local"
 # The longest orderly stop: engines get their own grace (30 s) to checkpoint, then the server closes.
@@ -170,7 +170,7 @@ class Pair:
             *("--data-directory", str(self.config.data_directory / f"node-{NODE_NAME}")),
             *("--models-directory", str(self.config.models_directory)),
         ]
-        return self._start("gpu", service_command(GPU_MODULE, arguments))
+        return self._start("gpu", module_command(GPU_MODULE, arguments))
 
     def start_control(self) -> ServiceProcess:
         """Starts the control service, told of the GPU service's address; on a restart, at the address that it had."""
@@ -179,7 +179,7 @@ class Pair:
             *("--data-directory", str(self.config.data_directory / "control")),
             *("--node", f"{NODE_NAME}={self.gpu_address}"),
         ]
-        return self._start("control", service_command(CONTROL_MODULE, arguments))
+        return self._start("control", module_command(CONTROL_MODULE, arguments))
 
     @property
     def control(self) -> ServiceProcess:

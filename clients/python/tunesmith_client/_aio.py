@@ -6,14 +6,8 @@ import grpc
 
 from tunesmith_client._caller_aio import AsyncCaller
 from tunesmith_client._config import ClientConfig, address_from_environment
-from tunesmith_client._nouns_aio import (
-    AsyncArtifacts,
-    AsyncDatasets,
-    AsyncJobs,
-    AsyncModels,
-    AsyncNodes,
-    AsyncProjects,
-)
+from tunesmith_client._nouns_aio import AsyncDatasets, AsyncModels, AsyncNodes, AsyncProjects
+from tunesmith_client._nouns_training_aio import AsyncArtifacts, AsyncJobs
 
 
 class AsyncClient:

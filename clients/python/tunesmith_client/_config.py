@@ -24,6 +24,8 @@ DEADLINE_SECONDS = {
     "DeleteArtifact": 60.0,
     "DeleteDataset": 60.0,
 }
+# Items that a list fetches at a time.
+PAGE_SIZE = 200
 # An upload gets this long, and a second more for each mebibyte.
 UPLOAD_BASE_SECONDS = 120.0
 

@@ -6,7 +6,8 @@ import grpc
 
 from tunesmith_client._caller import Caller
 from tunesmith_client._config import ClientConfig, address_from_environment
-from tunesmith_client._nouns import Artifacts, Datasets, Jobs, Models, Nodes, Projects
+from tunesmith_client._nouns import Datasets, Models, Nodes, Projects
+from tunesmith_client._nouns_training import Artifacts, Jobs
 
 
 class Client:

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.fakes.control import FakeControl, refuse
+from tests.fakes.scripted_control import FakeControl, refuse
 from tunesmith.common.v1 import errors_pb2, event_pb2
 from tunesmith.control.v1 import artifact_service_pb2, dataset_service_pb2, job_service_pb2, project_service_pb2
 from tunesmith_client import (

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.fakes.control import FakeControl, refuse
+from tests.fakes.scripted_control import FakeControl, refuse
 from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import job_service_pb2
 from tunesmith_client import AsyncClient, Client, ClientConfig, OutOfRange, RetryPolicy, Unavailable

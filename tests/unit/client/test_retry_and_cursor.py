@@ -18,15 +18,10 @@ from tunesmith_client import (
     Unavailable,
 )
 from tunesmith_client._cursor import Cursor
-from tunesmith_client._nouns import Artifacts, Datasets, Jobs, Models, Nodes, Projects
-from tunesmith_client._nouns_aio import (
-    AsyncArtifacts,
-    AsyncDatasets,
-    AsyncJobs,
-    AsyncModels,
-    AsyncNodes,
-    AsyncProjects,
-)
+from tunesmith_client._nouns import Datasets, Models, Nodes, Projects
+from tunesmith_client._nouns_aio import AsyncDatasets, AsyncModels, AsyncNodes, AsyncProjects
+from tunesmith_client._nouns_training import Artifacts, Jobs
+from tunesmith_client._nouns_training_aio import AsyncArtifacts, AsyncJobs
 from tunesmith_client._retry import give_request_id, method_of, pause_after, pauses
 
 
@@ -79,7 +74,7 @@ def test_deadlines_by_method() -> None:
 
 
 def test_every_deadline_names_a_method_that_exists() -> None:
-    from tests.fakes.control import SERVICES
+    from tests.fakes.scripted_control import SERVICES
     from tunesmith_client._config import DEADLINE_SECONDS
 
     methods = {method.name for service in SERVICES for method in service.methods}

@@ -52,7 +52,11 @@ def demo(
         # Ctrl-C stays a KeyboardInterrupt here: it ends the step that is under way; the pair is stopped on the way out.
         with Pair(config, sink=sink) as pair, Client(pair.address) as client:
             out.remark(f"control at {pair.address}, GPU service at {pair.gpu_address}")
-            result = _train(out, client, example, steps)
+            try:
+                result = _train(out, client, example, steps)
+            except KeyboardInterrupt:
+                out.remark("interrupted; stopping both services (again to stop at once)")
+                raise
             files = fetch_artifacts(out, client, result.job_id, directory / "output" / result.job_id)
     fell = report(out, result, files)
     raise typer.Exit(ExitCode.OK if fell else ExitCode.FAILED)
