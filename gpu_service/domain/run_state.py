@@ -21,8 +21,8 @@ class RunState(IntEnum):
 
 _ENDS = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED, RunState.INTERRUPTED})
 
-# A run may end from ACCEPTED: it was stopped, or its engine was lost, before an engine had it. A stop may come too late:
-# STOPPING reaches every end.
+# A run may end from ACCEPTED: it was stopped, or its engine was lost, before an engine had it. A stop may come too
+# late: STOPPING reaches every end.
 TRANSITIONS: Mapping[RunState, frozenset[RunState]] = MappingProxyType(
     {
         RunState.ACCEPTED: frozenset({RunState.RUNNING, RunState.STOPPING}) | _ENDS - {RunState.SUCCEEDED},
