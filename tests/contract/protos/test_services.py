@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from control_service.adapters.gpu_client import channel_options
-from control_service.api import server_options
 from control_service.api.errors import STATUS_CODES
 from control_service.api.interceptors import CallConfig
 from control_service.bootstrap import register_services
@@ -103,9 +102,10 @@ def test_time_limits_name_methods_that_there_are() -> None:
     assert set(CallConfig().max_seconds_by_method) <= methods
 
 
-def test_pings_of_our_channels_are_allowed_by_our_servers() -> None:
+@pytest.mark.parametrize("server_module", ["control_service.api.server_options", "gpu_service.api.server_options"])
+def test_pings_of_our_channels_are_allowed_by_our_servers(server_module: str) -> None:
     channel: dict[str, Any] = dict(channel_options.CHANNEL_OPTIONS)
-    server_side: dict[str, Any] = dict(server_options.SERVER_OPTIONS)
+    server_side: dict[str, Any] = dict(pytest.importorskip(server_module).SERVER_OPTIONS)
     least = server_side["grpc.http2.min_ping_interval_without_data_ms"]
     assert channel["grpc.keepalive_time_ms"] > least
     assert server_side["grpc.keepalive_permit_without_calls"] == channel["grpc.keepalive_permit_without_calls"] == 1
