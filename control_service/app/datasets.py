@@ -13,7 +13,13 @@ from control_service.app.ports import BlobStore, Clock, ImportRoot, StagedBlob
 from control_service.app.store_ports import Store, Transaction
 from control_service.domain.dataset import Dataset, DatasetRow
 from control_service.domain.dataset_rows import RowSummary, preview_rows, read_dataset
-from control_service.domain.errors import AlreadyExists, FailedPrecondition, FieldViolation, InvalidArgument
+from control_service.domain.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    FieldViolation,
+    InvalidArgument,
+    ResourceExhausted,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,13 @@ async def upload_dataset(
     """Takes a file in, reads every row, registers it. InvalidArgument CHECKSUM_MISMATCH, DATASET_MALFORMED (lines as
     violations), DATASET_EMPTY, DATASET_FORMAT_UNKNOWN; AlreadyExists DATASET_NAME_TAKEN; ResourceExhausted
     TOO_LARGE."""
+    if header.size_bytes > limits.max_dataset_bytes:
+        # Said before a byte is taken in.
+        raise ResourceExhausted(
+            "TOO_LARGE",
+            f"{header.size_bytes} bytes; at most {limits.max_dataset_bytes} are taken",
+            details={"max_bytes": str(limits.max_dataset_bytes)},
+        )
     staged = await blobs.stage(chunks, max_bytes=limits.max_dataset_bytes)
     try:
         if staged.sha256 != header.sha256 or (header.size_bytes and staged.size_bytes != header.size_bytes):

@@ -6,9 +6,6 @@ from enum import Enum
 from typing import Any
 
 import pytest
-from tunesmith.common.v1 import errors_pb2, event_pb2
-from tunesmith.control.v1 import job_service_pb2, node_service_pb2
-from tunesmith.gpu.v1 import run_service_pb2
 
 from control_service.domain import retry
 from control_service.domain.artifact import ArtifactKind, CheckpointStatus
@@ -18,6 +15,9 @@ from control_service.domain.job import WaitReason
 from control_service.domain.job_state import TRANSITIONS, JobState
 from control_service.domain.node import NodeState
 from control_service.domain.run import Phase, RunState, StopMode
+from tunesmith.common.v1 import errors_pb2, event_pb2
+from tunesmith.control.v1 import job_service_pb2, node_service_pb2
+from tunesmith.gpu.v1 import run_service_pb2
 
 PAIRS: list[tuple[type[Enum], Any, str]] = [
     (JobState, event_pb2.JobState, "JOB_STATE_"),

@@ -1,0 +1,35 @@
+"""A device as planning sees it. Asks no driver: the server or the engine says what there is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """`type` is `cuda` or `cpu`. 0 bytes means not known; `compute_capability` is `major.minor`, empty if not known."""
+
+    type: str = "cpu"
+    name: str = "cpu"
+    total_memory_bytes: int = 0
+    free_memory_bytes: int = 0
+    compute_capability: str = ""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Device":
+        """Reads the `device` object of a planner request; further keys are passed over."""
+        return cls(
+            type=str(value.get("type", "cpu")),
+            name=str(value.get("name") or value.get("type") or "cpu"),
+            total_memory_bytes=int(value.get("total_memory_bytes") or 0),
+            free_memory_bytes=int(value.get("free_memory_bytes") or 0),
+            compute_capability=str(value.get("compute_capability") or ""),
+        )
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Compute capability 8.0 or newer; a CUDA device whose capability is not known is taken to be."""
+        if self.type != "cuda":
+            return False
+        major = self.compute_capability.partition(".")[0]
+        return not major.isdecimal() or int(major) >= 8

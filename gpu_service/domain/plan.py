@@ -1,0 +1,371 @@
+"""`resolve`: every check of one option against another, on one page, before a weight or a row of data is read.
+
+It decides nothing about single values (`defaults` does), about counts (`mix`) or bytes (`memory_estimate`), touches no
+device, and knows nothing of library versions that are bad in themselves: the server refuses those.
+"""
+
+from collections.abc import Mapping
+
+from gpu_service.catalog import datasets as dataset_formats
+from gpu_service.catalog import families, methods, optimizers, quantization, templates
+from gpu_service.catalog.base_models import BaseModel, LinearLayer
+from gpu_service.catalog.families.entry import FamilyEntry
+from gpu_service.catalog.methods.entry import MethodEntry
+from gpu_service.catalog.quantization.entry import QuantizationEntry
+from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
+from gpu_service.domain.counts import count_run, plan_datasets
+from gpu_service.domain.defaults import (
+    DEFAULT_BATCH_EXAMPLES,
+    ResolvedHyperparameters,
+    apply_defaults,
+    check_ranges,
+    resolve_mix,
+)
+from gpu_service.domain.device import Device
+from gpu_service.domain.errors import Fault, Refusal, refuse_user
+from gpu_service.domain.memory_estimate import MemoryEstimate, estimate_memory
+from gpu_service.domain.mix import compute_sources
+from gpu_service.domain.spec import Hyperparameters, TrainingSpec
+
+__all__ = [
+    "TOO_LONG_WARNING",
+    "CheckedPlan",
+    "DatasetPlan",
+    "Device",
+    "ResolvedHyperparameters",
+    "check_fit",
+    "resolve",
+]
+
+# Said at level CHECK only; the exact plan knows the longest example and refuses instead.
+TOO_LONG_WARNING = (
+    "examples of max_length would not fit the device's memory; the exact plan measures the longest there is"
+)
+
+
+def resolve(
+    spec: TrainingSpec,
+    base_model: BaseModel,
+    device: Device,
+    versions: Mapping[str, str] | None = None,
+    *,
+    spec_digest: str = "",
+) -> CheckedPlan:
+    """The plan at level CHECK: pure, no torch, no data.
+
+    `versions` are the installed distributions by name; None or empty when not known. Counts come from the registered
+    number of examples. Raises `Refusal` with the reason, the field, and the loading stage that it would have broken:
+    TRAINING_TYPE_UNKNOWN, QUANTIZATION_UNKNOWN, COMBINATION_NOT_ALLOWED, MODEL_TYPE_UNKNOWN, MODEL_TYPE_MISMATCH,
+    MODEL_INVALID, DEVICE_UNSUPPORTED, TARGETS_MATCH_NOTHING, DATASET_NOT_FOUND, DATASET_FORMAT_UNKNOWN,
+    CHAT_TEMPLATE_MISSING, MIX_INFEASIBLE, WEIGHTS_ALL_ZERO, PERCENTAGES_NOT_100, NO_EXAMPLES_LEFT, DOES_NOT_FIT,
+    TOO_LARGE, INVALID_FIELD.
+    """
+    given = spec.hyperparameters
+    if base_model.problem:
+        raise refuse_user("MODEL_INVALID", base_model.problem, field="base_model", stage="CONFIG")
+    check_ranges(given)
+    method = _find_method(spec)
+    quantized = _find_quantization(given, method)
+    family = _find_family(spec, base_model)
+    optimizer = optimizers.REGISTRY.get(given.optimizer.name or "adamw")
+    if optimizer is None:
+        known = ", ".join(optimizers.REGISTRY)
+        raise refuse_user(
+            "INVALID_FIELD",
+            f"the catalog has no optimizer {given.optimizer.name!r}; it has {known}",
+            field="hyperparameters.optimizer.name",
+        )
+    _check_device(given, quantized, device, versions or {})
+    covered = _cover_layers(given, method, base_model)
+    _check_lengths(given, base_model)
+    _check_datasets(spec, base_model)
+    mix = resolve_mix(spec.mix)
+    sources = compute_sources(spec.traits)
+    registered = {reference.dataset_id: reference.num_examples for reference in spec.datasets}
+    planned = plan_datasets(spec.traits, sources, mix, registered)
+    num_epochs, num_steps, total_examples = count_run(
+        given, sum(item.num_examples for item in planned if not item.held_out)
+    )
+    resolved = apply_defaults(
+        given,
+        method=method,
+        quantization=quantized,
+        target_modules=given.lora.target_modules or tuple(sorted({layer.leaf for layer in covered})),
+        device=device,
+        length_limit=base_model.max_position_embeddings,
+        num_steps=num_steps,
+    )
+    trainable = base_model.num_parameters
+    if resolved.lora is not None:
+        trainable = sum(resolved.lora.rank * (layer.in_features + layer.out_features) for layer in covered)
+    memory = estimate_memory(
+        base_model,
+        resolved,
+        quantized,
+        num_trainable_parameters=trainable,
+        optimizer_state_bytes=optimizer.state_bytes_per_parameter,
+        longest_tokens=resolved.max_length,
+        device_type=device.type,
+    )
+    # The data's length is not known yet: only what is needed whatever its length can refuse here.
+    check_fit(memory.standing_bytes, device)
+    return CheckedPlan(
+        level="CHECK",
+        base_model=base_model,
+        device=device,
+        family=family,
+        method=method,
+        quantization=quantized,
+        optimizer=optimizer,
+        hyperparameters=resolved,
+        mix=mix,
+        sources=tuple(sources),
+        datasets=planned,
+        config_type=base_model.config_type or family.config_types[0],
+        covered_layers=covered,
+        num_trainable_parameters=trainable,
+        num_epochs=num_epochs,
+        num_steps=num_steps,
+        total_examples=total_examples,
+        memory=memory,
+        spec_digest=spec_digest,
+        warnings=tuple(_list_warnings(spec, base_model, method, resolved, memory, device)),
+    )
+
+
+def check_fit(needed_bytes: int, device: Device) -> None:
+    """Raises `Refusal` DOES_NOT_FIT when the empty device has less memory than this; of unknown size, it has enough."""
+    if device.total_memory_bytes and needed_bytes > device.total_memory_bytes:
+        raise refuse_user(
+            "DOES_NOT_FIT",
+            f"the run needs about {needed_bytes:,} bytes and {device.name} has {device.total_memory_bytes:,}",
+            stage="WEIGHTS",
+            needed_bytes=needed_bytes,
+            total_memory_bytes=device.total_memory_bytes,
+        )
+
+
+def _find_method(spec: TrainingSpec) -> MethodEntry:
+    method = methods.find(spec.training_type)
+    if method is None:
+        known = ", ".join(methods.REGISTRY)
+        raise refuse_user(
+            "TRAINING_TYPE_UNKNOWN",
+            f"the catalog has no training type {spec.training_type!r}; it has {known}",
+            field="training_type",
+        )
+    return method
+
+
+def _find_quantization(given: Hyperparameters, method: MethodEntry) -> QuantizationEntry:
+    field = "hyperparameters.quantization.method"
+    name = given.quantization.method or method.quantizations[0]
+    entry = quantization.REGISTRY.get(name)
+    if entry is None:
+        known = ", ".join(quantization.REGISTRY)
+        raise refuse_user(
+            "QUANTIZATION_UNKNOWN",
+            f"the catalog has no quantization {name!r}; it has {known}",
+            field=field,
+            stage="QUANTIZATION",
+        )
+    if name not in method.quantizations:
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            f"training type {method.id!r} does not go with quantization {name!r}; it goes with "
+            + ", ".join(method.quantizations),
+            field=field,
+            stage="QUANTIZATION",
+            allowed=",".join(method.quantizations),
+        )
+    if given.quantization.double_quantization and not entry.supports_double_quantization:
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            f"quantization {name!r} has no block scales to quantize again",
+            field="hyperparameters.quantization.double_quantization",
+            stage="QUANTIZATION",
+        )
+    return entry
+
+
+def _find_family(spec: TrainingSpec, base_model: BaseModel) -> FamilyEntry:
+    config_type = base_model.config_type
+    if not spec.model_type:
+        for entry in families.REGISTRY.values():
+            if config_type in entry.config_types:
+                return entry
+        raise refuse_user(
+            "MODEL_TYPE_UNKNOWN",
+            f"no model type of the catalog accepts config type {config_type!r}; name one of "
+            + ", ".join(families.REGISTRY),
+            field="model_type",
+            stage="CONFIG",
+            config_type=config_type,
+        )
+    family = families.REGISTRY.get(spec.model_type)
+    if family is None:
+        raise refuse_user(
+            "MODEL_TYPE_UNKNOWN",
+            f"the catalog has no model type {spec.model_type!r}; it has {', '.join(families.REGISTRY)}",
+            field="model_type",
+            stage="CONFIG",
+        )
+    # A config that names no type is built by the family's own config class.
+    if config_type and config_type not in family.config_types:
+        raise refuse_user(
+            "MODEL_TYPE_MISMATCH",
+            f"the project says model type {family.id!r}, which accepts {', '.join(family.config_types)}, and the "
+            f"model's config.json says {config_type!r}",
+            field="model_type",
+            stage="CONFIG",
+            model_type=family.id,
+            config_type=config_type,
+        )
+    return family
+
+
+def _check_device(
+    given: Hyperparameters, quantized: QuantizationEntry, device: Device, versions: Mapping[str, str]
+) -> None:
+    if device.type not in quantized.devices:
+        raise _unsupported(f"{device.name} cannot do quantization {quantized.id!r}", "quantization.method")
+    missing = [name for name in quantized.requires if versions and name not in versions]
+    if missing:
+        raise _unsupported(
+            f"quantization {quantized.id!r} needs {missing[0]}, which is not here", "quantization.method"
+        )
+    wanted = given.quantization.compute_dtype
+    if wanted == "float16" and device.type == "cpu":
+        raise _unsupported("a CPU does not train in float16", "quantization.compute_dtype")
+    if wanted == "bfloat16" and device.type == "cuda" and not device.has_bfloat16:
+        raise _unsupported(
+            f"{device.name} (compute capability {device.compute_capability}) has no bfloat16",
+            "quantization.compute_dtype",
+        )
+
+
+def _unsupported(message: str, field: str) -> Refusal:
+    return Refusal("DEVICE_UNSUPPORTED", Fault.USER, message, "QUANTIZATION", f"hyperparameters.{field}")
+
+
+def _cover_layers(given: Hyperparameters, method: MethodEntry, base_model: BaseModel) -> tuple[LinearLayer, ...]:
+    """Layers that get an adapter. Each name must match some: a wrong one among right ones would train less."""
+    if not method.trains_adapter:
+        return ()
+    layers, names = base_model.linear_layers, given.lora.target_modules
+    leaves = ", ".join(sorted({layer.leaf for layer in layers}))
+    unmatched = [name for name in names if not any(_matches(layer, name) for layer in layers)]
+    if unmatched or not layers:
+        raise refuse_user(
+            "TARGETS_MATCH_NOTHING",
+            f"no linear layer is called {', '.join(unmatched)}; there are: {leaves or 'none'}",
+            field="hyperparameters.lora.target_modules",
+            stage="ADAPTER",
+            unmatched=",".join(unmatched),
+            available=leaves.replace(" ", ""),
+        )
+    return tuple(layer for layer in layers if not names or any(_matches(layer, name) for name in names))
+
+
+def _matches(layer: LinearLayer, name: str) -> bool:
+    return layer.path == name or layer.path.endswith(f".{name}")
+
+
+def _check_lengths(given: Hyperparameters, base_model: BaseModel) -> None:
+    limit = base_model.max_position_embeddings
+    if given.max_length is not None and limit and given.max_length > limit:
+        raise refuse_user(
+            "INVALID_FIELD",
+            f"max_length is {given.max_length}, and the model has positions for {limit} tokens",
+            field="hyperparameters.max_length",
+        )
+    micro = given.batch.micro_batch_examples
+    examples = given.batch.examples or DEFAULT_BATCH_EXAMPLES
+    if micro is not None and micro > examples:
+        raise refuse_user(
+            "INVALID_FIELD",
+            f"a forward pass of {micro} examples is more than a step of {examples}",
+            field="hyperparameters.batch.micro_batch_examples",
+        )
+
+
+def _check_datasets(spec: TrainingSpec, base_model: BaseModel) -> None:
+    template = spec.hyperparameters.chat_template
+    if template and template not in templates.REGISTRY:
+        raise refuse_user(
+            "INVALID_FIELD",
+            f"the catalog has no chat template {template!r}; it has {', '.join(templates.REGISTRY)}",
+            field="hyperparameters.chat_template",
+        )
+    trained = {dataset.dataset_id for trait in spec.traits for dataset in trait.datasets}
+    for trait in spec.traits:
+        held_out = trait.held_out_dataset_ids
+        both = trained.intersection(held_out)
+        if both or len(set(held_out)) < len(held_out):
+            why = f"dataset {min(both)} is trained on and held out" if both else "a held-out dataset is named twice"
+            raise refuse_user(
+                "INVALID_FIELD", f"trait {trait.trait_type!r}: {why}", field="traits.held_out_dataset_ids"
+            )
+        for dataset_id in (*(dataset.dataset_id for dataset in trait.datasets), *held_out):
+            reference = spec.find_dataset(dataset_id)
+            entry = dataset_formats.REGISTRY.get(reference.format)
+            if entry is None:
+                raise refuse_user(
+                    "DATASET_FORMAT_UNKNOWN",
+                    f"dataset {dataset_id} has format {reference.format!r}; the catalog has "
+                    + ", ".join(dataset_formats.REGISTRY),
+                    field="datasets",
+                    dataset_id=dataset_id,
+                )
+            if entry.needs_chat_template and not (template or base_model.has_chat_template):
+                raise refuse_user(
+                    "CHAT_TEMPLATE_MISSING",
+                    f"dataset {dataset_id} is chat, and the base model has no chat template; name one of the catalog's "
+                    f"in hyperparameters.chat_template: {', '.join(templates.REGISTRY)}",
+                    field="hyperparameters.chat_template",
+                    stage="TOKENIZER",
+                    dataset_id=dataset_id,
+                    available=",".join(templates.REGISTRY),
+                )
+
+
+def _list_warnings(
+    spec: TrainingSpec,
+    base_model: BaseModel,
+    method: MethodEntry,
+    resolved: ResolvedHyperparameters,
+    memory: MemoryEstimate,
+    device: Device,
+) -> list[str]:
+    """Things worth knowing that refuse nothing."""
+    formats = {reference.format for reference in spec.datasets}
+    smallest = min((min(layer.in_features, layer.out_features) for layer in base_model.linear_layers), default=0)
+    has_template = bool(resolved.chat_template or base_model.has_chat_template)
+    checks = (
+        (spec.training_type != method.id, f"training type {spec.training_type!r} means {method.id!r}"),
+        (
+            not method.trains_adapter and spec.hyperparameters.lora != type(spec.hyperparameters.lora)(),
+            f"the lora settings mean nothing for training type {method.id!r}",
+        ),
+        (
+            resolved.lora is not None and resolved.lora.rank > smallest,
+            f"the adapter's rank is larger than the smallest side of a covered layer ({smallest})",
+        ),
+        (
+            bool(resolved.chat_template) and base_model.has_chat_template,
+            f"catalog template {resolved.chat_template!r} is used in place of the base model's own",
+        ),
+        (
+            "prompt-completion" in formats and has_template,
+            "prompt-completion data is rendered with the chat template as one user turn and one assistant turn",
+        ),
+        (
+            bool(device.total_memory_bytes) and memory.total_bytes > device.total_memory_bytes,
+            TOO_LONG_WARNING,
+        ),
+        (
+            bool(device.free_memory_bytes) and memory.standing_bytes > device.free_memory_bytes,
+            f"{device.name} has less free memory just now than the run needs",
+        ),
+    )
+    return [text for holds, text in checks if holds]

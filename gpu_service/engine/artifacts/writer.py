@@ -1,0 +1,166 @@
+"""Writes a run's artifacts, each staged, fsynced and renamed; a table says what is written for which method.
+
+`artifacts/manifest.json` lists them last. Paths in events and manifest are relative to the artifact's own directory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from gpu_service.engine import durable
+from gpu_service.engine.artifacts import model_card, report
+from gpu_service.engine.failures import RunFailure, from_exception
+from gpu_service.engine.training.progress import TrainingProgress
+from tunesmith.common.v1 import event_pb2, plan_pb2, training_spec_pb2
+
+# What saving raises when a disk, a tensor or a template is not as it should be.
+_RAISES = (OSError, SafetensorError, ValueError, RuntimeError)
+_LICENSE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactRequest:
+    """Everything that artifacts are made from."""
+
+    directory: Path
+    model_directory: Path
+    job_id: str
+    spec: training_spec_pb2.TrainingSpec
+    plan: plan_pb2.Plan
+    trains_adapter: bool
+    model: Any
+    tokenizer: Any
+    # Type that a full model is saved in: the base's own.
+    stored_dtype: torch.dtype | None
+    progress: TrainingProgress
+    stopped_early: bool
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Artifact:
+    name: str
+    kind: event_pb2.ArtifactKind.ValueType
+    write: Callable[[ArtifactRequest, Path], None]
+    is_wanted: Callable[[ArtifactRequest], bool]
+
+
+def write_all(request: ArtifactRequest, before_each: Callable[[], None]) -> list[event_pb2.ArtifactEvent]:
+    """Write every artifact that the run leaves, and their manifest. `before_each` may raise to stop.
+
+    Raises RunFailure EXPORT or DISK_FULL naming the artifact.
+    """
+    written: list[event_pb2.ArtifactEvent] = []
+    listed: list[dict[str, Any]] = []
+    for artifact in _ARTIFACTS:
+        if not artifact.is_wanted(request):
+            continue
+        before_each()
+        try:
+            with durable.staged(request.directory / artifact.name) as staging:
+                artifact.write(request, staging)
+                files = durable.list_files(staging)
+        except _RAISES as error:
+            raise _failure(error, artifact.name) from error
+        kind = event_pb2.ArtifactKind.Name(artifact.kind).removeprefix("ARTIFACT_KIND_")
+        listed.append({"name": artifact.name, "kind": kind, "files": [asdict(stored) for stored in files]})
+        written.append(
+            event_pb2.ArtifactEvent(
+                name=artifact.name,
+                kind=artifact.kind,
+                files=[event_pb2.FileReference(**asdict(stored)) for stored in files],
+            )
+        )
+    try:
+        path = request.directory / durable.MANIFEST_FILE
+        path.write_text(json.dumps({"artifacts": listed}, indent=1), encoding="utf-8")
+        durable.sync(path)
+        durable.sync(request.directory)
+    except OSError as error:
+        raise _failure(error, durable.MANIFEST_FILE) from error
+    return written
+
+
+def _failure(error: Exception, name: str) -> RunFailure:
+    return RunFailure(
+        from_exception(error, reason="EXPORT", fault="PLATFORM", stage="SAVING", file=f"artifacts/{name}")
+    )
+
+
+def _write_adapter(request: ArtifactRequest, staging: Path) -> None:
+    # Embeddings are never trained or resized; told so, PEFT has no reason to ask a hub about the base.
+    request.model.save_pretrained(staging, safe_serialization=True, save_embedding_layers=False)
+    _write_common(request, staging)
+
+
+def _write_model(request: ArtifactRequest, staging: Path) -> None:
+    model = request.model
+    if request.stored_dtype is not None:
+        model = model.to(request.stored_dtype)
+    model.save_pretrained(staging)
+    generation = request.model_directory / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, staging / generation.name)
+    _write_common(request, staging)
+
+
+def _write_common(request: ArtifactRequest, staging: Path) -> None:
+    request.tokenizer.save_pretrained(staging)
+    for name in _LICENSE_NAMES:
+        if (request.model_directory / name).is_file():
+            shutil.copyfile(request.model_directory / name, staging / name)
+    card = model_card.render(
+        spec=request.spec,
+        plan=request.plan,
+        progress=request.progress,
+        job_id=request.job_id,
+        trains_adapter=request.trains_adapter,
+        stored_dtype=request.stored_dtype,
+        stopped_early=request.stopped_early,
+        versions=request.versions,
+    )
+    (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_report(request: ArtifactRequest, staging: Path) -> None:
+    metrics = report.collect(
+        spec=request.spec,
+        plan=request.plan,
+        progress=request.progress,
+        job_id=request.job_id,
+        stopped_early=request.stopped_early,
+        versions=request.versions,
+    )
+    (staging / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    report.plot(request.progress, staging / "loss.png")
+
+
+_ARTIFACTS: tuple[_Artifact, ...] = (
+    _Artifact(
+        name="adapter",
+        kind=event_pb2.ARTIFACT_KIND_ADAPTER,
+        write=_write_adapter,
+        is_wanted=lambda request: request.trains_adapter,
+    ),
+    _Artifact(
+        name="report",
+        kind=event_pb2.ARTIFACT_KIND_REPORT,
+        write=_write_report,
+        is_wanted=lambda request: True,
+    ),
+    # Last, because saving in the base's own type changes the model.
+    _Artifact(
+        name="model",
+        kind=event_pb2.ARTIFACT_KIND_MODEL,
+        write=_write_model,
+        is_wanted=lambda request: not request.trains_adapter,
+    ),
+)

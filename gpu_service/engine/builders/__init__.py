@@ -1,0 +1,4 @@
+"""Builders by the names that the catalog gives:
+
+one module an entry, the same attributes in every module of a folder.
+"""

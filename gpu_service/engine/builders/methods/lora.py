@@ -1,0 +1,61 @@
+"""`lora`: a PEFT low-rank adapter over a frozen base. The adapter is float32; the base is held in the compute type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from tunesmith.common.v1 import training_spec_pb2
+
+TRAINS_ADAPTER = True
+
+
+def base_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """Type that the base's unquantized weights are held in."""
+    return compute_dtype
+
+
+def prepare_base(model: Any) -> None:
+    """Nothing: PEFT freezes the base itself."""
+    del model
+
+
+def attach(base: Any, base_model: str, hyperparameters: training_spec_pb2.Hyperparameters) -> Any:
+    """A PEFT model around `base`. Raises ValueError when no layer matches the targets."""
+    lora = hyperparameters.lora
+    # PEFT writes the base's name into the adapter's config: the model's name, never a path of this machine.
+    base.name_or_path = base_model
+    set_gradient_checkpointing(base, hyperparameters.gradient_checkpointing)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        lora_dropout=lora.dropout,
+        # The plan names every linear layer but the head unless the project named its own.
+        target_modules=list(lora.target_modules),
+        bias="none",
+    )
+    return get_peft_model(base, config)
+
+
+def set_gradient_checkpointing(model: Any, enabled: bool) -> None:
+    """Switch recomputation of activations; a resident base comes from a run that may have had it otherwise."""
+    if enabled:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif model.is_gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+
+
+def count_covered(model: Any) -> int:
+    """Linear layers that got an adapter."""
+    return sum(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def detach(model: Any) -> Any:
+    """Take the adapter's layers out and return the base as it was."""
+    base = model.unload()
+    set_gradient_checkpointing(base, False)
+    return base

@@ -1,0 +1,1 @@
+"""One module an optimizer: `build(parameters, settings)` with the resolved `Optimizer` message."""

@@ -1,0 +1,116 @@
+"""The engine's end of the control pipe: JSON lines in both directions, read by one small thread.
+
+Commands become entries of a queue, but for stops, which reach the run in hand at once. Refuses nothing silently: a line
+that is no known command is logged. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from gpu_service.engine.stopping import StopMode, StopSwitch
+
+_LOG = logging.getLogger(__name__)
+_READ_BYTES = 65536
+
+
+class ControlPipe:
+    """Reads commands from, and writes notices to, a stream socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._runs: SimpleQueue[Path | None] = SimpleQueue()
+        self._write_lock = threading.Lock()
+        self._current: tuple[Path, StopSwitch] | None = None
+        # Stops that came for a run before the training thread took it up.
+        self._early_stops: dict[Path, StopMode] = {}
+        self._shutting_down = False
+
+    @property
+    def shutting_down(self) -> bool:
+        return self._shutting_down
+
+    def start(self) -> None:
+        """Begin to read, in a thread that ends with the process."""
+        threading.Thread(target=self._read_commands, name="control", daemon=True).start()
+
+    def next_run(self) -> Path | None:
+        """Wait for the next run directory. None means that the engine is to end."""
+        if self._shutting_down:
+            return None
+        return self._runs.get()
+
+    def begin(self, run_directory: Path, switch: StopSwitch) -> None:
+        """The training thread takes up a run: stops for it reach `switch` from now on."""
+        self._current = (run_directory, switch)
+        early = self._early_stops.pop(run_directory, None)
+        if early is not None:
+            switch.request(early)
+        if self._shutting_down:
+            switch.request(StopMode.CHECKPOINT)
+
+    def end(self) -> None:
+        """The run is over."""
+        self._current = None
+
+    def shut_down(self) -> None:
+        """End the run in hand at a checkpoint, then the engine. Safe in a signal handler."""
+        self._shutting_down = True
+        current = self._current
+        if current is not None:
+            current[1].request(StopMode.CHECKPOINT)
+        self._runs.put(None)
+
+    def notify(self, notice: dict[str, Any]) -> None:
+        """Send one notice. A pipe that is gone is not an error: the journal is the truth, and the reader has ended."""
+        line = json.dumps(notice, separators=(",", ":")).encode() + b"\n"
+        with self._write_lock:
+            try:
+                self._connection.sendall(line)
+            except OSError as error:
+                _LOG.debug("notice not sent: %s", error)
+
+    def _read_commands(self) -> None:
+        pending = b""
+        while True:
+            try:
+                received = self._connection.recv(_READ_BYTES)
+            except OSError as error:
+                _LOG.warning("control pipe failed: %s", error)
+                received = b""
+            if not received:
+                _LOG.info("control pipe closed; ending")
+                self.shut_down()
+                return
+            pending += received
+            *lines, pending = pending.split(b"\n")
+            for line in lines:
+                self._obey(line)
+
+    def _obey(self, line: bytes) -> None:
+        try:
+            command = json.loads(line)
+            kind = command["type"]
+            if kind == "start_run":
+                self._runs.put(Path(command["run_directory"]))
+            elif kind == "stop_run":
+                self._stop(Path(command["run_directory"]), StopMode(command["mode"]))
+            elif kind == "shutdown":
+                self.shut_down()
+            else:
+                _LOG.warning("unknown command %r", kind)
+        except (ValueError, KeyError, TypeError) as error:
+            _LOG.warning("command not understood (%s): %r", error, line[:200])
+
+    def _stop(self, run_directory: Path, mode: StopMode) -> None:
+        self._early_stops[run_directory] = mode
+        current = self._current
+        if current is not None and current[0] == run_directory:
+            self._early_stops.pop(run_directory, None)
+            current[1].request(mode)

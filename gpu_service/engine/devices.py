@@ -1,0 +1,136 @@
+"""What the engine asks of a device: its torch name, its memory, its random state. CPU and CUDA, one class each.
+
+The table at the end is the only place that knows which kinds there are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+from gpu_service.engine.request import DeviceChoice
+
+
+class Device(Protocol):
+    """A device that a run trains on."""
+
+    @property
+    def torch_device(self) -> torch.device: ...
+
+    def describe(self) -> dict[str, Any]:
+        """`type`, `name`, `total_memory_bytes`, `free_memory_bytes`, and what else a plan asks of a kind of device."""
+        ...
+
+    def start_counting(self) -> None:
+        """Forget earlier peaks."""
+        ...
+
+    def used_bytes(self) -> int:
+        """Memory in use now: allocated on the device, or resident set size on a CPU."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """Highest use since `start_counting`."""
+        ...
+
+    def give_back(self) -> None:
+        """Return what nothing refers to any more to the system."""
+        ...
+
+
+class CpuDevice:
+    """The machine itself. Memory is this process' resident set size."""
+
+    def __init__(self, choice: DeviceChoice) -> None:
+        del choice
+        self._process = psutil.Process()
+        self._peak_bytes = 0
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def describe(self) -> dict[str, Any]:
+        memory = psutil.virtual_memory()
+        return {
+            "type": "cpu",
+            "name": "cpu",
+            "total_memory_bytes": int(memory.total),
+            "free_memory_bytes": int(memory.available),
+        }
+
+    def start_counting(self) -> None:
+        self._peak_bytes = 0
+
+    def used_bytes(self) -> int:
+        used = int(self._process.memory_info().rss)
+        self._peak_bytes = max(self._peak_bytes, used)
+        return used
+
+    def peak_bytes(self) -> int:
+        self.used_bytes()
+        return self._peak_bytes
+
+    def give_back(self) -> None:
+        gc.collect()
+        # The C library keeps freed blocks for itself until it is told that they will not be wanted soon.
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
+class CudaDevice:
+    """One CUDA device. Memory is what torch's allocator has handed out."""
+
+    def __init__(self, choice: DeviceChoice) -> None:
+        self._device = torch.device("cuda", max(choice.index, 0))
+
+    @property
+    def torch_device(self) -> torch.device:
+        return self._device
+
+    def describe(self) -> dict[str, Any]:
+        # A machine without CUDA still gets as far as the stage that needs it, which then says what is missing.
+        if not torch.cuda.is_available():
+            return {"type": "cuda", "name": str(self._device), "total_memory_bytes": 0, "free_memory_bytes": 0}
+        free, total = torch.cuda.mem_get_info(self._device)
+        name = torch.cuda.get_device_name(self._device)
+        major, minor = torch.cuda.get_device_capability(self._device)
+        return {
+            "type": "cuda",
+            "name": name,
+            "total_memory_bytes": total,
+            "free_memory_bytes": free,
+            "compute_capability": f"{major}.{minor}",
+        }
+
+    def start_counting(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def used_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self._device) if torch.cuda.is_available() else 0
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device) if torch.cuda.is_available() else 0
+
+    def give_back(self) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+
+
+_KINDS: Mapping[str, Callable[[DeviceChoice], Device]] = {"cpu": CpuDevice, "cuda": CudaDevice}
+
+
+def select(choice: DeviceChoice) -> Device:
+    """The device of a run. Raises ValueError for a kind that the engine does not know."""
+    if choice.type not in _KINDS:
+        raise ValueError(f"no device of type {choice.type!r}; known: {', '.join(sorted(_KINDS))}")
+    return _KINDS[choice.type](choice)

@@ -1,0 +1,126 @@
+"""Directories that are there whole or not at all: staged beside their place, fsynced, renamed. Deletes the same way.
+
+Knows nothing of what is in them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST_FILE = "manifest.json"
+_STAGING_PREFIX = ".staging-"
+_DELETING_PREFIX = ".deleting-"
+_CHUNK_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A file by content; `path` is relative to its directory, with forward slashes."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+class DamagedDirectory(Exception):
+    """A file is missing, or is not the one that the manifest names. `file` is relative to the directory."""
+
+    def __init__(self, file: str, message: str) -> None:
+        super().__init__(f"{file}: {message}")
+        self.file = file
+
+
+@contextmanager
+def staged(destination: Path) -> Iterator[Path]:
+    """A new directory to write into; on a clean exit every file is fsynced and it becomes `destination`.
+
+    What was at `destination` or left by an earlier, failed try is deleted. Raises OSError.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    staging = destination.parent / f"{_STAGING_PREFIX}{destination.name}"
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir()
+    yield staging
+    for directory, _, names in os.walk(staging, topdown=False):
+        for name in names:
+            sync(Path(directory) / name)
+        sync(Path(directory))
+    delete(destination)
+    staging.rename(destination)
+    sync(destination.parent)
+
+
+def delete(directory: Path) -> None:
+    """Delete a directory so that no half of it is ever taken for the whole. Nothing happens when it is not there."""
+    if not directory.exists():
+        return
+    doomed = directory.parent / f"{_DELETING_PREFIX}{directory.name}"
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def sync(path: Path) -> None:
+    """Fsync a file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_files(directory: Path) -> list[StoredFile]:
+    """Every file below `directory` with its SHA-256, by path; the manifest itself is left out."""
+    return [
+        describe(path, directory)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path != directory / MANIFEST_FILE
+    ]
+
+
+def describe(path: Path, directory: Path) -> StoredFile:
+    """One file below `directory` by content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return StoredFile(
+        path=path.relative_to(directory).as_posix(), sha256=digest.hexdigest(), size_bytes=path.stat().st_size
+    )
+
+
+def write_manifest(directory: Path, facts: dict[str, Any], files: Sequence[StoredFile]) -> StoredFile:
+    """Write `manifest.json` with `facts` and `files`, fsynced; every other file must be complete by now."""
+    for stored in files:
+        sync(directory / stored.path)
+    path = directory / MANIFEST_FILE
+    path.write_text(json.dumps(facts | {"files": [asdict(stored) for stored in files]}, indent=1), encoding="utf-8")
+    sync(path)
+    return describe(path, directory)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a directory after every file in it was compared with its SHA-256. Raises DamagedDirectory."""
+    try:
+        manifest: dict[str, Any] = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
+        files = [StoredFile(**entry) for entry in manifest["files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedDirectory(MANIFEST_FILE, str(error)) from error
+    for stored in files:
+        try:
+            found = describe(directory / stored.path, directory)
+        except OSError as error:
+            raise DamagedDirectory(stored.path, str(error)) from error
+        if found != stored:
+            raise DamagedDirectory(stored.path, f"has SHA-256 {found.sha256}, not {stored.sha256}")
+    return manifest

@@ -1,0 +1,45 @@
+"""The engine's process: command line, signals, and the order of its start. Imports torch late, `ready` comes after.
+
+A spare engine has paid for its imports when it is wanted, and a stop is heard while they go on. Never reads the
+network: the hub's client is told to stay offline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from gpu_service.engine.control import ControlPipe
+
+# Read by the libraries when they are imported.
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve the control socket given by `--control-fd` until it closes, `shutdown`, SIGTERM or SIGINT. Exit status."""
+    parser = argparse.ArgumentParser(prog="python -m gpu_service.engine", description="Train runs on one device.")
+    parser.add_argument("--control-fd", type=int, required=True, help="inherited stream socket to the shim")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # One line for each quantized layer of each forward pass is no news.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    faulthandler.enable()
+    os.environ.update(_ENVIRONMENT)
+    with socket.socket(fileno=options.control_fd) as connection:
+        # Children must not hold the pipe open after the engine.
+        os.set_inheritable(connection.fileno(), False)
+        pipe = ControlPipe(connection)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: pipe.shut_down())
+        pipe.start()
+        service = import_module("gpu_service.engine.service")
+        pipe.notify({"type": "ready"})
+        status: int = service.serve(pipe)
+        return status

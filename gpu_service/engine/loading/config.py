@@ -1,0 +1,48 @@
+"""Stage CONFIG: config.json becomes a config object.
+
+A config.json without `model_type` is read by the family's own class. The file is never edited, and no remote code runs.
+"""
+
+from __future__ import annotations
+
+import json
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
+
+# AutoConfig raises OSError for a file that is missing or no JSON, ValueError for a type it does not know, and KeyError
+# or TypeError for values that a config class cannot take.
+RAISES: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, TypeError)
+
+
+class ConfigOfAnotherFamily(ValueError):
+    """The model's config is not of the family that was planned."""
+
+
+def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, str]:
+    """Make `loaded.config`."""
+    loaded.file = "config.json"
+    path = request.model_directory / loaded.file
+    progress(0, 1, "files")
+    if _names_a_type(path.read_text(encoding="utf-8")):
+        config = AutoConfig.from_pretrained(request.model_directory, trust_remote_code=False, local_files_only=True)
+    else:
+        config = request.family.CONFIG_CLASS.from_json_file(path)
+    if not isinstance(config, request.family.CONFIG_CLASS):
+        raise ConfigOfAnotherFamily(
+            f"config.json makes a {type(config).__name__}; the plan is for {request.family.CONFIG_CLASS.__name__}"
+        )
+    assert isinstance(config, PreTrainedConfig)
+    loaded.config = config
+    progress(1, 1, "files")
+    return {"config_class": type(config).__name__, "model_type": config.model_type}
+
+
+def _names_a_type(text: str) -> bool:
+    # What is no JSON object is left to transformers, whose message the failure then carries.
+    try:
+        document = json.loads(text)
+    except ValueError:
+        return True
+    return not isinstance(document, dict) or "model_type" in document

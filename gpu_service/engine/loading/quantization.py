@@ -1,0 +1,48 @@
+"""Stage QUANTIZATION: the linear layers of the base become quantized ones, on the run's device.
+
+The mapped tensors of the stage before become the model here, through transformers with a BitsAndBytesConfig:
+bitsandbytes quantizes each linear layer as it is placed. Without quantization there is nothing to do.
+"""
+
+from __future__ import annotations
+
+from gpu_service.engine.loading.building import build_base
+from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
+
+# transformers raises ImportError or RuntimeError when a backend is missing, ValueError for options or tensors that do
+# not go together; bitsandbytes RuntimeError and NotImplementedError for what a device cannot do; torch AssertionError
+# when it was built without the device.
+RAISES: tuple[type[Exception], ...] = (
+    ImportError,
+    RuntimeError,
+    ValueError,
+    NotImplementedError,
+    AssertionError,
+    KeyError,
+    TypeError,
+)
+
+
+def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, str]:
+    """Make `loaded.base` when the base is quantized."""
+    details = {"quantization": request.plan.resolved.quantization.method}
+    if request.resident_model is not None:
+        return details | {"resident": "true"}
+    if not request.quantization.IS_QUANTIZED:
+        return details
+    settings = request.plan.resolved.quantization
+    loaded.base = build_base(
+        request,
+        loaded,
+        request.quantization.build_config(
+            double_quantization=settings.double_quantization, compute_dtype=request.compute_dtype
+        ),
+        progress,
+    )
+    request.method.prepare_base(loaded.base)
+    return details | {
+        "model_class": type(loaded.base).__name__,
+        "config_class": type(loaded.base.config).__name__,
+        "quantized_linears": str(request.quantization.count_quantized(loaded.base)),
+        "bytes": str(loaded.base.get_memory_footprint()),
+    }

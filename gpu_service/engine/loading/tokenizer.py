@@ -1,0 +1,35 @@
+"""Stage TOKENIZER: the tokenizer's files become a tokenizer, guided by the config object of the stage before.
+
+The config is passed on, so that transformers never reads config.json a second time into something else: that second
+reading is what failed in 4.57.2 (docs/model-loading.md).
+"""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
+
+# AutoTokenizer raises OSError and ValueError for files that are missing or contradict each other, ImportError for a
+# missing backend, and KeyError, TypeError or AttributeError for files of another shape than it expects.
+RAISES: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError)
+
+# One of these holds the vocabulary; the first is the one that is looked for.
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, str]:
+    """Make `loaded.tokenizer`."""
+    present = [name for name in _VOCABULARY_FILES if (request.model_directory / name).is_file()]
+    loaded.file = present[0] if present else _VOCABULARY_FILES[0]
+    progress(0, 1, "files")
+    if not present:
+        # Without a vocabulary transformers would make an empty tokenizer and say nothing.
+        raise FileNotFoundError(f"no vocabulary file; looked for {', '.join(_VOCABULARY_FILES)}")
+    tokenizer = AutoTokenizer.from_pretrained(
+        request.model_directory, config=loaded.config, trust_remote_code=False, local_files_only=True
+    )
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    loaded.tokenizer = tokenizer
+    progress(1, 1, "files")
+    return {"tokenizer_class": type(tokenizer).__name__, "vocabulary_size": str(len(tokenizer))}

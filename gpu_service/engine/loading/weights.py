@@ -1,0 +1,105 @@
+"""Stage WEIGHTS: the weight files are read, and their tensors mapped; without quantization they become the model here.
+
+Every shard is read from front to back once and hashed, so that progress in bytes is real and a damaged disk shows here,
+with the file's name; safetensors checks the header and maps the tensors, which cost no memory of their own. Refuses
+everything but safetensors, and weights of another digest than the job was pinned to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from gpu_service.engine.loading.building import build_base
+from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
+
+# safetensors raises its own error for a file that is not whole, OSError when it cannot be read; from_pretrained raises
+# RuntimeError for tensors of other shapes than the config says, ValueError for missing ones (ours) and bad options.
+RAISES: tuple[type[Exception], ...] = (SafetensorError, OSError, RuntimeError, ValueError, KeyError)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_CHUNK_BYTES = 8 * 1024 * 1024
+
+
+class WeightsChanged(ValueError):
+    """The files are not those that the job was pinned to."""
+
+
+class TensorNotInShard(KeyError):
+    """The index names a shard for a tensor that the shard does not hold."""
+
+
+def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, str]:
+    """Make `loaded.tensors`, or `loaded.base` when the base is not quantized."""
+    if request.resident_model is not None:
+        loaded.base = request.resident_model
+        return {"resident": "true"}
+    shards = _shards(request.model_directory, loaded)
+    total = 0
+    for shard in shards:
+        loaded.file = shard
+        total += (request.model_directory / shard).stat().st_size
+    tensors: dict[str, torch.Tensor] = {}
+    done = 0
+    digest = hashlib.sha256()
+    for shard, names in shards.items():
+        loaded.file = shard
+        contents = hashlib.sha256()
+        done = _read(request.model_directory / shard, contents, done, total, progress)
+        digest.update(f"{shard}\0{contents.hexdigest()}\n".encode())
+        with safe_open(request.model_directory / shard, framework="pt", device="cpu") as opened:
+            held = set(opened.keys())
+            missing = [name for name in names if name not in held]
+            if missing:
+                raise TensorNotInShard(f"{shard} does not hold {', '.join(sorted(missing)[:5])}")
+            for name in held:
+                tensors[name] = opened.get_tensor(name)
+    loaded.file = ""
+    if request.weights_digest and digest.hexdigest() != request.weights_digest:
+        raise WeightsChanged(f"the weights' digest is {digest.hexdigest()}; the job is for {request.weights_digest}")
+    loaded.tensors = tensors
+    loaded.stored_dtype = _most_common_dtype(tensors)
+    details = {"shards": str(len(shards)), "tensors": str(len(tensors)), "stored_dtype": str(loaded.stored_dtype)}
+    if request.quantization.IS_QUANTIZED:
+        return details
+    loaded.base = build_base(request, loaded, None, progress)
+    return details | {"model_class": type(loaded.base).__name__}
+
+
+def _shards(directory: Path, loaded: Loaded) -> dict[str, list[str]]:
+    """Each shard's file name with the tensors that the index says it holds (none said for a single file)."""
+    if not (directory / INDEX_FILE).is_file():
+        loaded.file = SINGLE_FILE
+        return {SINGLE_FILE: []}
+    loaded.file = INDEX_FILE
+    weight_map: dict[str, str] = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+    shards: dict[str, list[str]] = {}
+    for tensor, shard in weight_map.items():
+        if Path(shard).name != shard:
+            raise ValueError(f"the index names a shard outside the model's directory: {shard!r}")
+        shards.setdefault(shard, []).append(tensor)
+    return dict(sorted(shards.items()))
+
+
+def _read(path: Path, contents: Any, done: int, total: int, progress: Progress) -> int:
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            contents.update(buffer[:count])
+            done += count
+            progress(done, total, "bytes")
+    return done
+
+
+def _most_common_dtype(tensors: dict[str, torch.Tensor]) -> torch.dtype:
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += tensor.numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.float32

@@ -1,0 +1,74 @@
+"""What goes into the loading stages and what comes out: values only, no behavior but for progress.
+
+Each stage reads what earlier ones made and adds its own part. The config is a config object from the first stage on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from tunesmith.common.v1 import plan_pb2
+
+# Called with what is done, of what, in which unit; raises StopRequested once a stop was asked for.
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseKey:
+    """Two runs with equal keys train on the same base, bit for bit."""
+
+    weights_digest: str
+    model_directory: Path
+    quantization: str
+    double_quantization: bool
+    compute_dtype: str
+    base_dtype: str
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadRequest:
+    """What is to be loaded, by builders that the catalog named.
+
+    `resident_model` is the base that is on the device already, or None; then nothing of it is read again.
+    """
+
+    model_directory: Path
+    base_model: str
+    # Lower-case hex; empty when the job is pinned to none.
+    weights_digest: str
+    plan: plan_pb2.Plan
+    family: ModuleType
+    quantization: ModuleType
+    method: ModuleType
+    compute_dtype: torch.dtype
+    device: torch.device
+    resident_model: Any | None = None
+
+
+@dataclass(kw_only=True)
+class Loaded:
+    """What the stages have made so far. After the last one nothing is None but `tensors`."""
+
+    # Every weight by its name in the files; dropped once the model holds them.
+    tensors: dict[str, torch.Tensor] | None = None
+    # Type that most weights have in the files, which a full model is saved in.
+    stored_dtype: torch.dtype | None = None
+    config: Any = None
+    tokenizer: Any = None
+    # The base as transformers made it.
+    base: Any = None
+    # What is trained: the base itself, or a PEFT model around it.
+    model: Any = None
+    # Adapter layers, 0 when the base itself is trained.
+    num_covered_linears: int = 0
+    # File in hand, relative to the model directory; part of a failure.
+    file: str = ""
+    # Anything that belongs into a failure's details, by name.
+    failure_details: dict[str, str] = field(default_factory=dict)

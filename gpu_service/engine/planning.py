@@ -1,0 +1,116 @@
+"""Runs the planner as a child process and reads its answer. Plans nothing itself; a stop kills the child at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu_service.engine.failures import RunFailure, library_versions
+from gpu_service.engine.reporter import Reporter
+from gpu_service.engine.request import RunRequest
+from gpu_service.engine.stopping import StopSwitch
+from gpu_service.journal.events import failure
+from tunesmith.common.v1 import event_pb2
+
+_LOG_INTERVAL_SECONDS = 2.0
+_MAX_OUTPUT_CHARACTERS = 4000
+
+# The request's path is added as the last argument.
+PLANNER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "gpu_service.planner")
+
+
+def plan(
+    request: RunRequest,
+    *,
+    command: Sequence[str],
+    device: dict[str, Any],
+    switch: StopSwitch,
+    reporter: Reporter,
+) -> Path:
+    """The plan directory of the run, made anew or from the planner's cache.
+
+    Raises RunFailure when the planner refuses (its own reason and fault) or dies (PLANNING), StopRequested, OSError.
+    """
+    request_path = request.run_directory / "planner-request.json"
+    request_path.write_text(
+        json.dumps(
+            {
+                "spec": request.spec_json,
+                "model_directory": str(request.model_directory),
+                "blobs_directory": str(request.blobs_directory),
+                "cache_directory": str(request.cache_directory),
+                "device": device,
+            }
+        ),
+        encoding="utf-8",
+    )
+    errors_path = request.run_directory / "planner.log"
+    with errors_path.open("wb") as errors:
+        child = subprocess.Popen(
+            [*command, str(request_path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            process_group=0,
+        )
+        with switch.owning(child):
+            answer = _follow(child, reporter)
+            child.wait()
+    switch.check()
+    if answer.get("type") == "planned":
+        return Path(answer["plan_directory"])
+    if answer.get("type") == "refused":
+        raise _refusal(answer["failure"])
+    output = errors_path.read_text(encoding="utf-8", errors="replace")[-_MAX_OUTPUT_CHARACTERS:]
+    raise RunFailure(
+        failure(
+            reason="PLANNING",
+            fault="PLATFORM",
+            message=f"the planner ended with status {child.returncode} and no answer: {output}",
+            stage="PLANNING",
+            versions=library_versions(),
+            exit_status=child.returncode if child.returncode >= 0 else None,
+            signal=-child.returncode if child.returncode < 0 else None,
+        )
+    )
+
+
+def _follow(child: subprocess.Popen[bytes], reporter: Reporter) -> dict[str, Any]:
+    """Read the child's lines to their end; the answer, or an empty dict when it gave none."""
+    answer: dict[str, Any] = {}
+    last_log = time.monotonic()
+    assert child.stdout is not None
+    with child.stdout as lines:
+        for line in lines:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                # A line cut short by the child's death; its exit status tells the rest.
+                continue
+            if message["type"] != "progress":
+                answer = message
+            elif time.monotonic() - last_log >= _LOG_INTERVAL_SECONDS:
+                last_log = time.monotonic()
+                text = f"planning: {message['done']} of {message['total']} {message['unit']}"
+                reporter.emit(event_pb2.LogEvent(level="info", message=text))
+    return answer
+
+
+def _refusal(refused: dict[str, Any]) -> RunFailure:
+    return RunFailure(
+        failure(
+            reason=refused["reason"],
+            fault=refused["fault"],
+            message=refused["message"],
+            stage=refused.get("stage") or "PLANNING",
+            exception_type=refused.get("exception_type", ""),
+            file=refused.get("file", ""),
+            versions=library_versions(),
+            details={name: str(value) for name, value in refused.get("details", {}).items()},
+        )
+    )

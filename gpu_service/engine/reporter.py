@@ -1,0 +1,60 @@
+"""Writes a run's events: each goes to the journal first, then a notice goes down the pipe.
+
+Remembers the phase and the loading stage in hand, so that whoever ends the run can say where. Encodes nothing itself
+and keeps no history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpu_service.journal import Writer
+from gpu_service.journal.events import EventMessage, wrap
+from tunesmith.common.v1 import errors_pb2, event_pb2
+
+Notify = Callable[[dict[str, Any]], None]
+
+
+class Reporter:
+    """The one voice of a run. Used from the training thread only."""
+
+    def __init__(self, *, run_directory: Path, writer: Writer, notify: Notify) -> None:
+        self._run_directory = str(run_directory)
+        self._writer = writer
+        self._notify = notify
+        self._state: event_pb2.RunState.ValueType = event_pb2.RUN_STATE_ACCEPTED
+        self._phase = ""
+        # Set by the loading table while a stage is in hand.
+        self.loading_stage = ""
+
+    @property
+    def phase(self) -> str:
+        """Name of the phase in hand, e.g. `LOADING`; empty before the first."""
+        return self._phase
+
+    def emit(self, message: EventMessage) -> None:
+        """Append one event. Raises JournalFull, OSError."""
+        sequence = self._writer.append(wrap(message))
+        self._notify({"type": "journal", "run_directory": self._run_directory, "run_sequence": sequence})
+
+    def enter_phase(self, name: str) -> None:
+        """Report that the run is now doing `name` (an enum name without its prefix)."""
+        self._phase = name
+        self.emit(event_pb2.PhaseEvent(phase=event_pb2.Phase.Value(f"PHASE_{name}")))
+        self._notify({"type": "phase", "run_directory": self._run_directory, "phase": name})
+
+    def enter_state(self, state: event_pb2.RunState.ValueType, failure: errors_pb2.Failure | None = None) -> None:
+        """Report that the run's state is now `state`."""
+        self.emit(event_pb2.RunStateEvent(previous_state=self._state, state=state, failure=failure))
+        self._state = state
+
+    def enter_stopping(self) -> None:
+        """Report that a stop is being carried out, once."""
+        if self._state == event_pb2.RUN_STATE_RUNNING:
+            self.enter_state(event_pb2.RUN_STATE_STOPPING)
+
+    def warn(self, code: str, message: str) -> None:
+        """Report something worth knowing that stops nothing."""
+        self.emit(event_pb2.WarningEvent(code=code, message=message))

@@ -1,0 +1,86 @@
+"""Reads `run.json`, the whole of what an engine is told about a run. Changes nothing and decides nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format
+
+from tunesmith.common.v1 import training_spec_pb2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceChoice:
+    """Which device the server gave the run: type `cpu` or `cuda`, and its index (-1 for the CPU)."""
+
+    type: str
+    index: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumePoint:
+    """A committed checkpoint to go on from. `directory` holds its manifest; `step` steps were done."""
+
+    directory: Path
+    name: str
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """One attempt at a job, as the server persisted it."""
+
+    run_directory: Path
+    job_id: str
+    attempt: int
+    spec: training_spec_pb2.TrainingSpec
+    # The spec as it stands in the file, for the planner.
+    spec_json: dict[str, Any]
+    weights_digest: str
+    model_directory: Path
+    blobs_directory: Path
+    cache_directory: Path
+    device: DeviceChoice
+    resume: ResumePoint | None
+
+    @property
+    def journal_path(self) -> Path:
+        return self.run_directory / "journal"
+
+    @property
+    def checkpoints_directory(self) -> Path:
+        return self.run_directory / "checkpoints"
+
+    @property
+    def artifacts_directory(self) -> Path:
+        return self.run_directory / "artifacts"
+
+
+def read(run_directory: Path) -> RunRequest:
+    """Read `<run_directory>/run.json`.
+
+    Raises OSError, ValueError (no JSON), KeyError (a missing field), json_format.ParseError (a spec that is none).
+    """
+    document = json.loads((run_directory / "run.json").read_text(encoding="utf-8"))
+    spec = json_format.ParseDict(document["spec"], training_spec_pb2.TrainingSpec())
+    resume = document.get("resume")
+    return RunRequest(
+        run_directory=run_directory,
+        job_id=document["job_id"],
+        attempt=int(document["attempt"]),
+        spec=spec,
+        spec_json=document["spec"],
+        weights_digest=document["weights_digest"],
+        model_directory=Path(document["model_directory"]),
+        blobs_directory=Path(document["blobs_directory"]),
+        cache_directory=Path(document["cache_directory"]),
+        device=DeviceChoice(type=document["device"]["type"], index=int(document["device"].get("index", -1))),
+        resume=None
+        if resume is None
+        else ResumePoint(
+            directory=Path(resume["checkpoint_directory"]), name=resume["checkpoint"], step=int(resume["step"])
+        ),
+    )

@@ -1,0 +1,51 @@
+"""The base that stays on the device between runs, and when it may be used again. Holds at most one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gpu_service.engine.loading.work import BaseKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidentBase:
+    """A frozen base without adapter. `num_bytes` is what its parameters and buffers take."""
+
+    key: BaseKey
+    base_model: str
+    model: Any
+    stored_dtype: Any
+    num_bytes: int
+
+    def describe(self) -> dict[str, Any]:
+        """What the shim and the server are told."""
+        return {
+            "base_model": self.base_model,
+            "weights_digest": self.key.weights_digest,
+            "quantization": self.key.quantization,
+            "bytes": self.num_bytes,
+        }
+
+
+class BaseShelf:
+    """Room for one resident base."""
+
+    def __init__(self) -> None:
+        self._base: ResidentBase | None = None
+
+    def take(self, key: BaseKey) -> ResidentBase | None:
+        """Take the base off the shelf when it is the one that `key` names; any other is dropped first.
+
+        Between `take` and `put` the shelf is empty, so a run that fails leaves nothing behind.
+        """
+        base, self._base = self._base, None
+        return base if base is not None and base.key == key else None
+
+    def put(self, base: ResidentBase) -> None:
+        """Keep `base` for the next run."""
+        self._base = base
+
+    def describe(self) -> dict[str, Any]:
+        """The resident base in words; empty when there is none."""
+        return {} if self._base is None else self._base.describe()

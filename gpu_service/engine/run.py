@@ -1,0 +1,123 @@
+"""One run from its first event to what comes before its last: plan, load, evaluate, train, save.
+
+A straight line of phases over a resident base. Ends by returning, or by raising StopRequested or RunFailure; the last
+events and the memory are the caller's (`ending`). Contains no training step and no loading stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from google.protobuf import json_format
+
+from gpu_service.catalog import families, methods, quantization, templates
+from gpu_service.domain.planned_data import PlannedData, PlannedDataDamaged
+from gpu_service.engine import planning
+from gpu_service.engine.devices import Device
+from gpu_service.engine.failures import RunFailure, from_exception
+from gpu_service.engine.loading import Loaded, LoadRequest, load
+from gpu_service.engine.loading.work import BaseKey
+from gpu_service.engine.precision import DTYPES
+from gpu_service.engine.reporter import Reporter
+from gpu_service.engine.request import RunRequest
+from gpu_service.engine.resident import BaseShelf, ResidentBase
+from gpu_service.engine.session import Session
+from gpu_service.engine.stopping import StopSwitch
+from gpu_service.engine.training import random_state
+from tunesmith.common.v1 import plan_pb2
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run in the making. `method`, `key` and `loaded` are there as soon as loading began, for whoever cleans up."""
+
+    request: RunRequest
+    device: Device
+    shelf: BaseShelf
+    switch: StopSwitch
+    reporter: Reporter
+    planner_command: Sequence[str]
+    key: BaseKey | None = None
+    method: ModuleType | None = None
+    loaded: Loaded | None = None
+    resident: ResidentBase | None = None
+
+    def execute(self) -> None:
+        """The whole run. Raises StopRequested, RunFailure, and what nothing here understands."""
+        self.reporter.enter_phase("PLANNING")
+        plan_directory = planning.plan(
+            self.request,
+            command=self.planner_command,
+            device=self.device.describe(),
+            switch=self.switch,
+            reporter=self.reporter,
+        )
+        data, plan = _open(plan_directory)
+        self.reporter.emit(plan)
+        self.switch.check()
+        loaded, method = self._load(plan)
+        Session(
+            request=self.request,
+            plan=plan,
+            data=data,
+            loaded=loaded,
+            method=method,
+            device=self.device,
+            switch=self.switch,
+            reporter=self.reporter,
+        ).train()
+
+    def _load(self, plan: plan_pb2.Plan) -> tuple[Loaded, ModuleType]:
+        self.reporter.enter_phase("LOADING")
+        settings = plan.resolved.quantization
+        method = self.method = import_module(methods.REGISTRY[plan.training_type].builder)
+        compute_dtype = DTYPES[settings.compute_dtype]
+        self.key = BaseKey(
+            weights_digest=self.request.weights_digest,
+            model_directory=self.request.model_directory,
+            quantization=settings.method,
+            double_quantization=settings.double_quantization,
+            compute_dtype=settings.compute_dtype,
+            base_dtype=str(method.base_dtype(compute_dtype)),
+            device=str(self.device.torch_device),
+        )
+        # What is taken off the shelf is this run's until it is put back, clean.
+        self.resident = self.shelf.take(self.key)
+        self.device.give_back()
+        random_state.seed_all(plan.resolved.seed)
+        # Known before loading ends, so that a run that is stopped on the way can be cleaned up.
+        loaded = self.loaded = Loaded()
+        if self.resident is not None:
+            loaded.stored_dtype = self.resident.stored_dtype
+        load(
+            LoadRequest(
+                model_directory=self.request.model_directory,
+                base_model=self.request.spec.base_model,
+                weights_digest=self.request.weights_digest,
+                plan=plan,
+                family=import_module(families.REGISTRY[plan.model_type].builder),
+                quantization=import_module(quantization.REGISTRY[settings.method].builder),
+                method=method,
+                compute_dtype=compute_dtype,
+                device=self.device.torch_device,
+                resident_model=None if self.resident is None else self.resident.model,
+            ),
+            loaded,
+            switch=self.switch,
+            reporter=self.reporter,
+        )
+        if plan.resolved.chat_template:
+            loaded.tokenizer.chat_template = templates.REGISTRY[plan.resolved.chat_template].read_text()
+        return loaded, method
+
+
+def _open(plan_directory: Path) -> tuple[PlannedData, plan_pb2.Plan]:
+    try:
+        data = PlannedData.open(plan_directory)
+        return data, json_format.ParseDict(dict(data.plan), plan_pb2.Plan())
+    except (PlannedDataDamaged, json_format.ParseError) as error:
+        raise RunFailure(from_exception(error, reason="PLANNING", fault="PLATFORM", stage="PLANNING")) from error

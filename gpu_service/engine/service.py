@@ -1,0 +1,104 @@
+"""Runs what the control pipe brings, one run after the other, and is the outermost boundary of each.
+
+Here, and only here, an exception that nothing understood becomes a typed failure; the engine ends after it, because
+what it left in the process is unknown. Imports torch: the entry point loads this module late.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpu_service.engine import devices, request
+from gpu_service.engine.control import ControlPipe
+from gpu_service.engine.ending import Outcome, conclude
+from gpu_service.engine.failures import RunFailure, unforeseen
+from gpu_service.engine.planning import PLANNER_COMMAND
+from gpu_service.engine.reporter import Notify, Reporter
+from gpu_service.engine.resident import BaseShelf
+from gpu_service.engine.run import Run
+from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
+from gpu_service.journal import Writer
+from tunesmith.common.v1 import event_pb2
+
+_LOG = logging.getLogger(__name__)
+
+EXIT_CLEAN = 0
+# After a run failed in this process; its outcome is in the journal.
+EXIT_AFTER_FAILURE = 70
+
+_STATE_BY_STOP = {
+    StopMode.CANCEL: event_pb2.RUN_STATE_CANCELLED,
+    StopMode.CHECKPOINT: event_pb2.RUN_STATE_INTERRUPTED,
+}
+
+
+def serve(pipe: ControlPipe) -> int:
+    """Carry out runs until the pipe says to end. The process' exit status."""
+    shelf = BaseShelf()
+    while (run_directory := pipe.next_run()) is not None:
+        switch = StopSwitch()
+        pipe.begin(run_directory, switch)
+        outcome = carry_out(run_directory, shelf=shelf, switch=switch, notify=pipe.notify)
+        pipe.end()
+        pipe.notify(
+            {
+                "type": "run_finished",
+                "run_directory": str(run_directory),
+                "state": event_pb2.RunState.Name(outcome.state).removeprefix("RUN_STATE_"),
+                "resident": {} if outcome.ends_engine else shelf.describe(),
+            }
+        )
+        if outcome.ends_engine:
+            return EXIT_AFTER_FAILURE
+    return EXIT_CLEAN
+
+
+def carry_out(
+    run_directory: Path,
+    *,
+    shelf: BaseShelf,
+    switch: StopSwitch,
+    notify: Notify,
+    planner_command: Sequence[str] = PLANNER_COMMAND,
+) -> Outcome:
+    """One run from its `run.json` to its terminal event. Raises only when the journal itself cannot be used."""
+    asked = request.read(run_directory)
+    with Writer.open(asked.journal_path, asked.attempt) as writer:
+        run = Run(
+            request=asked,
+            device=devices.select(asked.device),
+            shelf=shelf,
+            switch=switch,
+            reporter=Reporter(run_directory=run_directory, writer=writer, notify=notify),
+            planner_command=planner_command,
+        )
+        outcome = _execute(run)
+        # Outside the handlers: an exception's traceback keeps the model's memory alive.
+        conclude(run, outcome)
+    return outcome
+
+
+def _execute(run: Run) -> Outcome:
+    try:
+        run.reporter.enter_state(event_pb2.RUN_STATE_RUNNING)
+        run.execute()
+    except StopRequested as stop:
+        run.reporter.loading_stage = ""
+        run.reporter.enter_stopping()
+        return Outcome(state=_STATE_BY_STOP[stop.mode])
+    except RunFailure as error:
+        _LOG.warning("run failed", exc_info=True)
+        # A refusal by the planner leaves nothing behind: loading had not begun.
+        return Outcome(state=event_pb2.RUN_STATE_FAILED, failure=error.failure, ends_engine=run.loaded is not None)
+    except Exception as error:  # noqa: BLE001 - the run's outermost boundary: typed, told, and the engine ends
+        _LOG.exception("run failed in an unforeseen way")
+        failure = unforeseen(
+            error,
+            phase=run.reporter.phase,
+            loading_stage=run.reporter.loading_stage,
+            file="" if run.loaded is None else run.loaded.file,
+        )
+        return Outcome(state=event_pb2.RUN_STATE_FAILED, failure=failure, ends_engine=True)
+    return Outcome(state=event_pb2.RUN_STATE_SUCCEEDED)

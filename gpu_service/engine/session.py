@@ -1,0 +1,214 @@
+"""A loaded model with its data: measures, trains, saves. Ends by returning, StopRequested or RunFailure.
+
+The model, the optimizer and accelerate live here and nowhere else, so that they are gone when the session is.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from gpu_service.catalog import optimizers
+from gpu_service.domain.planned_data import PlannedData
+from gpu_service.engine.artifacts import ArtifactRequest, write_all
+from gpu_service.engine.devices import Device
+from gpu_service.engine.failures import library_versions
+from gpu_service.engine.loading import Loaded
+from gpu_service.engine.precision import DTYPES
+from gpu_service.engine.reporter import Reporter
+from gpu_service.engine.request import RunRequest
+from gpu_service.engine.stopping import StopSwitch
+from gpu_service.engine.training import checkpoint, random_state
+from gpu_service.engine.training.evaluation import as_history, evaluate
+from gpu_service.engine.training.generate import answer, stop_token_ids
+from gpu_service.engine.training.loop import TrainingLoop, make_accelerator
+from gpu_service.engine.training.progress import TrainingProgress
+from tunesmith.common.v1 import event_pb2, plan_pb2
+
+# Examples of one forward pass of an evaluation, when the plan does not cut a step into smaller passes.
+_EVALUATION_EXAMPLES = 8
+_SAMPLE_TOKENS = 64
+
+
+class Session:
+    """Made once the model is loaded; `train` is called once."""
+
+    def __init__(
+        self,
+        *,
+        request: RunRequest,
+        plan: plan_pb2.Plan,
+        data: PlannedData,
+        loaded: Loaded,
+        method: ModuleType,
+        device: Device,
+        switch: StopSwitch,
+        reporter: Reporter,
+    ) -> None:
+        self._request = request
+        self._method = method
+        self._device = device
+        self._switch = switch
+        self._reporter = reporter
+        self._plan = plan
+        self._data = data
+        self._loaded = loaded
+        settings = plan.resolved
+        self._accelerator = make_accelerator(self._device.torch_device, DTYPES[settings.quantization.compute_dtype])
+        trainable = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+        builder = import_module(optimizers.REGISTRY[settings.optimizer.name].builder)
+        self._model, self._optimizer = self._accelerator.prepare(
+            loaded.model, builder.build(trainable, settings.optimizer)
+        )
+        self._identity = checkpoint.Identity(
+            data_digest=plan.data_digest,
+            weights_digest=self._request.weights_digest,
+            training_type=plan.training_type,
+            num_steps=data.num_steps,
+        )
+        self._stop_ids = stop_token_ids(self._request.model_directory, loaded.base, loaded.tokenizer)
+        self._progress = TrainingProgress()
+
+    def train(self) -> None:
+        """From the base's losses to the artifacts."""
+        if self._request.resume is not None:
+            self._resume()
+        else:
+            self._switch.check()
+            self._measure(event_pb2.EVALUATION_MOMENT_BASE)
+            self._answer_samples(event_pb2.EVALUATION_MOMENT_BASE)
+            # Dropout must not depend on what was measured before the first step.
+            random_state.seed_all(self._plan.resolved.seed)
+        self._reporter.enter_phase("TRAINING")
+        loop = TrainingLoop(
+            accelerator=self._accelerator,
+            model=self._model,
+            optimizer=self._optimizer,
+            data=self._data,
+            settings=self._plan.resolved,
+            identity=self._identity,
+            examples_per_epoch=self._plan.examples_per_epoch,
+            checkpoints_directory=self._request.checkpoints_directory,
+            progress=self._progress,
+            device=self._device,
+            switch=self._switch,
+            reporter=self._reporter,
+            evaluate=lambda: self._measure(event_pb2.EVALUATION_MOMENT_DURING),
+        )
+        stopped_early = loop.run()
+        self._switch.check()
+        self._measure(event_pb2.EVALUATION_MOMENT_FINAL)
+        self._answer_samples(event_pb2.EVALUATION_MOMENT_FINAL)
+        self._save(stopped_early)
+
+    def _resume(self) -> None:
+        resume = self._request.resume
+        assert resume is not None
+        self._progress = checkpoint.restore(
+            resume.directory, identity=self._identity, model=self._loaded.model, optimizer=self._optimizer
+        )
+        self._reporter.emit(
+            event_pb2.ResumedEvent(
+                from_step=self._progress.steps_done, checkpoint=checkpoint.name_of(self._progress.steps_done)
+            )
+        )
+
+    def _measure(self, moment: event_pb2.EvaluationMoment.ValueType) -> None:
+        if not any(source.held_out for source in self._data.sources):
+            return
+        self._reporter.enter_phase("EVALUATING")
+        event = evaluate(
+            self._model,
+            self._data,
+            device=self._device.torch_device,
+            batch_examples=self._plan.resolved.batch.micro_batch_examples or _EVALUATION_EXAMPLES,
+            moment=moment,
+            step=self._progress.steps_done,
+            switch=self._switch,
+        )
+        if event is not None:
+            self._reporter.emit(event)
+            self._progress.evaluations.append(as_history(event))
+
+    def _answer_samples(self, moment: event_pb2.EvaluationMoment.ValueType) -> None:
+        prompts = self._request.spec.sample_prompts
+        if prompts:
+            self._reporter.enter_phase("EVALUATING")
+        for sample in prompts:
+            self._switch.check()
+            with self._accelerator.autocast():
+                text = answer(
+                    self._loaded.model,
+                    self._loaded.tokenizer,
+                    sample.prompt,
+                    max_new_tokens=sample.max_new_tokens or _SAMPLE_TOKENS,
+                    stop_ids=self._stop_ids,
+                    device=self._device.torch_device,
+                )
+            event = event_pb2.SampleEvent(
+                moment=moment,
+                step=self._progress.steps_done,
+                trait_type=sample.trait_type,
+                prompt=sample.prompt,
+                answer=text,
+            )
+            self._reporter.emit(event)
+            name = event_pb2.EvaluationMoment.Name(moment).removeprefix("EVALUATION_MOMENT_")
+            self._progress.samples.append(
+                {
+                    "moment": name,
+                    "step": event.step,
+                    "trait_type": event.trait_type,
+                    "prompt": event.prompt,
+                    "answer": text,
+                }
+            )
+
+    def _save(self, stopped_early: bool) -> None:
+        self._reporter.enter_phase("SAVING")
+        artifacts = write_all(
+            ArtifactRequest(
+                directory=self._request.artifacts_directory,
+                model_directory=self._request.model_directory,
+                job_id=self._request.job_id,
+                spec=self._request.spec,
+                plan=self._plan,
+                trains_adapter=self._method.TRAINS_ADAPTER,
+                model=self._accelerator.unwrap_model(self._model),
+                tokenizer=self._loaded.tokenizer,
+                stored_dtype=self._loaded.stored_dtype,
+                progress=self._progress,
+                stopped_early=stopped_early,
+                versions=library_versions(),
+            ),
+            self._switch.check,
+        )
+        self._reporter.emit(self._realized(stopped_early))
+        for artifact in artifacts:
+            self._reporter.emit(artifact)
+
+    def _realized(self, stopped_early: bool) -> event_pb2.RealizedEvent:
+        """What was trained on, counted from the batches; dataset rows are per epoch, as the plan's are."""
+        progress = self._progress
+        planned = {(row.trait_type, row.dataset_id): row for row in self._plan.datasets if not row.held_out}
+        rows: list[plan_pb2.DatasetPlan] = []
+        for index, source in enumerate(self._data.sources):
+            count = progress.counts.get(index)
+            if source.held_out or count is None:
+                continue
+            row = plan_pb2.DatasetPlan()
+            row.CopyFrom(planned[source.trait_type, source.dataset_id])
+            row.num_examples = count.epoch_examples
+            row.num_tokens = count.epoch_tokens
+            row.num_target_tokens = count.epoch_target_tokens
+            rows.append(row)
+        return event_pb2.RealizedEvent(
+            datasets=rows,
+            num_steps=progress.steps_done,
+            total_examples=progress.num_examples,
+            total_tokens=progress.num_tokens,
+            total_target_tokens=progress.num_target_tokens,
+            data_digest=self._plan.data_digest,
+            training_seconds=progress.training_seconds,
+            stopped_early=stopped_early,
+        )

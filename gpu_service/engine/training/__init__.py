@@ -1,0 +1,1 @@
+"""Training on a loaded model: batches, losses, the loop, evaluation, samples and checkpoints."""

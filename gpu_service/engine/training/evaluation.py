@@ -1,0 +1,58 @@
+"""Held-out loss by trait and dataset. Changes no weight and no random state."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from gpu_service.domain.planned_data import PlannedData
+from gpu_service.engine.stopping import StopSwitch
+from gpu_service.engine.training.batches import collate, split
+from gpu_service.engine.training.losses import LossTally, as_json, finite, sum_by_row
+from gpu_service.engine.training.modes import measuring
+from tunesmith.common.v1 import event_pb2
+
+
+def evaluate(
+    model: Any,
+    data: PlannedData,
+    *,
+    device: torch.device,
+    batch_examples: int,
+    moment: event_pb2.EvaluationMoment.ValueType,
+    step: int,
+    switch: StopSwitch,
+) -> event_pb2.EvaluationEvent | None:
+    """Loss over every held-out example; None when the plan has none. Raises StopRequested between batches."""
+    references = list(data.held_out_examples())
+    if not references:
+        return None
+    start = time.monotonic()
+    tally = LossTally.empty()
+    with measuring(model):
+        for part in split(references, batch_examples):
+            switch.check()
+            batch = collate(data, part)
+            if batch.num_target_tokens:
+                _, by_row = sum_by_row(model, batch.to(device))
+                tally.add(batch, by_row.tolist(), data.sources)
+    return event_pb2.EvaluationEvent(
+        moment=moment,
+        step=step,
+        loss=finite(tally.mean),
+        losses=[*tally.by_trait(), *tally.by_dataset()],
+        seconds=time.monotonic() - start,
+    )
+
+
+def as_history(event: event_pb2.EvaluationEvent) -> dict[str, Any]:
+    """The same for the report."""
+    return {
+        "moment": event_pb2.EvaluationMoment.Name(event.moment).removeprefix("EVALUATION_MOMENT_"),
+        "step": event.step,
+        "loss": event.loss if event.HasField("loss") else None,
+        "losses": as_json(list(event.losses)),
+        "seconds": event.seconds,
+    }

@@ -1,0 +1,248 @@
+"""The training loop: planned steps in order, through accelerate. Emits a STEP event for each optimizer step.
+
+Knows when to evaluate and when to save, not what an artifact is. A stop is honored between steps; a loss that is not a
+finite number ends the run before it reaches the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_service.domain.planned_data import PlannedData
+from gpu_service.engine.devices import Device
+from gpu_service.engine.failures import RunFailure, library_versions
+from gpu_service.engine.reporter import Reporter
+from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
+from gpu_service.engine.training import checkpoint
+from gpu_service.engine.training.batches import collate, split
+from gpu_service.engine.training.losses import LossTally, as_json, finite, sum_by_row
+from gpu_service.engine.training.progress import TrainingProgress
+from gpu_service.engine.training.schedule import Schedule
+from gpu_service.journal.events import failure
+from tunesmith.common.v1 import event_pb2, training_spec_pb2
+
+# Steps whose mean time the estimate of the rest is made from.
+_ESTIMATE_STEPS = 20
+
+
+@dataclass(kw_only=True)
+class TrainingLoop:
+    """One training from `progress` to its end. `model` and `optimizer` are accelerate's prepared ones."""
+
+    accelerator: Any
+    model: Any
+    optimizer: Any
+    data: PlannedData
+    settings: training_spec_pb2.Hyperparameters
+    identity: checkpoint.Identity
+    examples_per_epoch: int
+    checkpoints_directory: Path
+    progress: TrainingProgress
+    device: Device
+    switch: StopSwitch
+    reporter: Reporter
+    # Measures held-out loss and reports it.
+    evaluate: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self._schedule = Schedule(
+            name=self.settings.schedule.name,
+            peak=self.settings.optimizer.learning_rate,
+            warmup_steps=self.settings.schedule.warmup_steps,
+            num_steps=self.data.num_steps,
+        )
+        self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._recent_seconds: deque[float] = deque(maxlen=_ESTIMATE_STEPS)
+        self._saved_step = self.progress.steps_done
+
+    def run(self) -> bool:
+        """Train to the end and save. True when the time limit ended it early.
+
+        Raises StopRequested (for a checkpoint stop after the checkpoint is committed) and RunFailure.
+        """
+        self.model.train()
+        self.device.start_counting()
+        try:
+            stopped_early = self._train()
+        except StopRequested as stop:
+            self.reporter.enter_stopping()
+            if stop.mode is StopMode.CHECKPOINT:
+                self.save()
+            raise
+        self.save()
+        return stopped_early
+
+    def _train(self) -> bool:
+        while self.progress.steps_done < self.data.num_steps:
+            self.switch.check()
+            if self._out_of_time():
+                return True
+            self._step(self.progress.steps_done)
+            done = self.progress.steps_done
+            if _is_due(done, self.settings.evaluate_every_steps) and done < self.data.num_steps:
+                self.evaluate()
+                self.reporter.enter_phase("TRAINING")
+            if _is_due(done, self.settings.save_every_steps) and done < self.data.num_steps:
+                self.save()
+                self.reporter.enter_phase("TRAINING")
+        return False
+
+    def _out_of_time(self) -> bool:
+        limit = self.settings.max_duration_seconds
+        # At least one step is done, so that there is something to keep.
+        return bool(limit) and self.progress.steps_done > 0 and self.progress.training_seconds >= limit
+
+    def _step(self, step: int) -> None:
+        start = time.monotonic()
+        references = self.data.step_examples(step)
+        size = self.settings.batch.micro_batch_examples or len(references)
+        batches = [collate(self.data, part) for part in split(references, size)]
+        num_targets = sum(batch.num_target_tokens for batch in batches)
+        learning_rate = self._schedule.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        by_row = []
+        for batch in batches:
+            # Each pass' gradient is of its sum of nats over the whole step's targets: passes of any size add up to the
+            # mean over the step.
+            nats, rows = sum_by_row(self.model, batch.to(self.accelerator.device))
+            self.accelerator.backward(nats / max(num_targets, 1))
+            by_row.append(rows)
+        tally = LossTally.empty()
+        for batch, rows in zip(batches, by_row, strict=True):
+            tally.add(batch, rows.tolist(), self.data.sources)
+        norm = self._clip()
+        # With a gradient scaler (float16) an infinite gradient is how it finds its scale: it skips the update itself.
+        usable = math.isfinite(tally.mean) and (math.isfinite(norm) or self.accelerator.scaler is not None)
+        if usable:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.monotonic() - start
+        if usable:
+            self.progress.steps_done = step + 1
+            self.progress.training_seconds += seconds
+            for batch in batches:
+                self.progress.count(batch, self.examples_per_epoch)
+        self._report(
+            step, tally, norm, learning_rate, seconds, sum(batch.num_tokens for batch in batches), len(references)
+        )
+        if not usable:
+            raise self._not_finite(step)
+
+    def _clip(self) -> float:
+        limit = self.settings.optimizer.max_gradient_norm
+        # A limit of 0 switches clipping off; the norm is measured all the same.
+        norm = self.accelerator.clip_grad_norm_(self._trainable, limit if limit > 0 else math.inf)
+        return float(norm)
+
+    def _report(
+        self,
+        step: int,
+        tally: LossTally,
+        norm: float,
+        learning_rate: float,
+        seconds: float,
+        num_tokens: int,
+        num_examples: int,
+    ) -> None:
+        self._recent_seconds.append(seconds)
+        mean_seconds = sum(self._recent_seconds) / len(self._recent_seconds)
+        traits = tally.by_trait()
+        event = event_pb2.StepEvent(
+            step=step + 1,
+            total_steps=self.data.num_steps,
+            epoch=self.data.epoch_of_step(step + 1),
+            loss=finite(tally.mean),
+            trait_losses=traits,
+            learning_rate=learning_rate,
+            gradient_norm=finite(norm),
+            num_tokens=num_tokens,
+            num_target_tokens=tally.num_target_tokens,
+            tokens_per_second=num_tokens / max(seconds, 1e-9),
+            step_seconds=seconds,
+            peak_memory_bytes=self.device.peak_bytes(),
+            remaining_seconds=mean_seconds * (self.data.num_steps - step - 1),
+            num_examples=num_examples,
+        )
+        self.progress.steps.append(
+            {
+                "step": event.step,
+                "loss": finite(tally.mean),
+                "trait_losses": as_json(traits),
+                "learning_rate": learning_rate,
+                "gradient_norm": finite(norm),
+                "num_tokens": num_tokens,
+                "step_seconds": seconds,
+            }
+        )
+        self.reporter.emit(event)
+
+    def _not_finite(self, step: int) -> RunFailure:
+        message = f"the loss or gradient of step {step + 1} is not a finite number; its update was not applied"
+        self.reporter.warn("non-finite-loss", message)
+        return RunFailure(
+            failure(
+                reason="NON_FINITE_LOSS", fault="USER", message=message, stage="TRAINING", versions=library_versions()
+            )
+        )
+
+    def save(self) -> None:
+        """Commit a checkpoint of the steps done, unless it is there; then delete the oldest beyond the setting."""
+        if self.progress.steps_done == self._saved_step:
+            return
+        self.reporter.enter_phase("SAVING")
+        start = time.monotonic()
+        saved = checkpoint.save(
+            self.checkpoints_directory,
+            identity=self.identity,
+            model=self.accelerator.unwrap_model(self.model),
+            optimizer=self.optimizer,
+            progress=self.progress,
+        )
+        self._saved_step = self.progress.steps_done
+        self.reporter.emit(
+            event_pb2.CheckpointEvent(
+                name=saved.name,
+                step=saved.step,
+                status=event_pb2.CHECKPOINT_STATUS_COMMITTED,
+                size_bytes=saved.size_bytes,
+                manifest_sha256=saved.manifest_sha256,
+                files=[
+                    event_pb2.FileReference(path=stored.path, sha256=stored.sha256, size_bytes=stored.size_bytes)
+                    for stored in saved.files
+                ],
+                seconds=time.monotonic() - start,
+            )
+        )
+        for name, step in checkpoint.prune(self.checkpoints_directory, self.settings.keep_checkpoints):
+            self.reporter.emit(
+                event_pb2.CheckpointEvent(name=name, step=step, status=event_pb2.CHECKPOINT_STATUS_DELETED)
+            )
+
+
+def _is_due(steps_done: int, interval: int) -> bool:
+    return interval > 0 and steps_done % interval == 0
+
+
+def make_accelerator(device: torch.device, compute_dtype: torch.dtype) -> Any:
+    """An Accelerator for one run on `device`, in mixed precision unless `compute_dtype` is float32.
+
+    accelerate keeps one state a process and refuses another precision; an engine outlives a run, so the state of the
+    run before is cleared first.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[compute_dtype]
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)

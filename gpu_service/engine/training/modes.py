@@ -1,0 +1,31 @@
+"""Evaluation mode for a model that goes on training.
+
+bitsandbytes repacks a 4-bit layer on some CPUs when it runs in evaluation mode: the packed form has lost precision, has
+no gradient, and is not undone when training goes on (0.50.2). Quantized layers therefore stay in training mode, which
+changes nothing else in them; everything with a real evaluation mode, such as dropout, is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+
+@contextmanager
+def measuring(model: Any) -> Iterator[None]:
+    """No dropout and no gradients inside; the mode of before afterwards."""
+    was_training = model.training
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, (Linear4bit, Linear8bitLt)):
+            module.training = True
+    try:
+        # Not inference_mode: what a layer caches in there could never be part of a gradient.
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

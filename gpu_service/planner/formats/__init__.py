@@ -1,0 +1,1 @@
+"""One module a dataset format: a row becomes text with the spans that carry loss. They tokenize nothing."""

@@ -1,0 +1,109 @@
+"""Which examples an epoch is made of, in what order, and what that comes to in tokens. Reads shards, writes nothing."""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gpu_service.domain.checked_plan import DatasetPlan
+from gpu_service.domain.order import ORDER_VERSION, Permutation
+from gpu_service.domain.planned_data import TokenShard, epoch_order
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedSource:
+    """A dataset of a trait with its shard. `sha256` is the dataset's, so that a selection does not hang on an id."""
+
+    plan: DatasetPlan
+    sha256: str
+    shard: TokenShard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """An epoch before it is shuffled, in arrays of uint32, because it may be long.
+
+    Example i is `references[2 * i]` (source) and `references[2 * i + 1]` (its example), with its tokens and targets.
+    """
+
+    references: "array[int]"
+    num_tokens: "array[int]"
+    num_target_tokens: "array[int]"
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+    def count_run(self, total_examples: int) -> tuple[int, int]:
+        """Tokens and target tokens of the first `total_examples` of the run, over as many epochs as that takes."""
+        epochs, rest = divmod(total_examples, len(self))
+        order = epoch_order(len(self), seed=self.seed, epoch=epochs)
+        tokens, targets = epochs * sum(self.num_tokens), epochs * sum(self.num_target_tokens)
+        for position in range(rest):
+            place = order[position]
+            tokens += self.num_tokens[place]
+            targets += self.num_target_tokens[place]
+        return tokens, targets
+
+
+def select(sources: Sequence[PlannedSource], *, seed: int) -> tuple[Selection, list[DatasetPlan], int]:
+    """The selection, each source's plan with its tokens counted, and the tokens of the longest example in use.
+
+    A source's examples are taken in the order of its own permutation, from the start again where they repeat.
+    """
+    selection = Selection(references=array("I"), num_tokens=array("I"), num_target_tokens=array("I"), seed=seed)
+    plans = []
+    longest = 0
+    for source_index, source in enumerate(sources):
+        tokens, targets, truncated = array("I"), array("I"), 0
+        chosen = _choose(source, seed)
+        for example_index in chosen:
+            example = source.shard.example(example_index)
+            tokens.append(len(example.tokens))
+            targets.append(bytes(example.mask).count(1))
+            truncated += source.shard.was_truncated(example_index)
+        longest = max(longest, max(tokens, default=0))
+        counts = {
+            "num_tokens": sum(tokens),
+            "num_target_tokens": sum(targets),
+            "num_truncated": truncated,
+            "dropped": source.shard.facts["dropped"],
+        }
+        plans.append(replace(source.plan, **counts))
+        if not source.plan.held_out:
+            for example_index in chosen:
+                selection.references.extend((source_index, example_index))
+            selection.num_tokens.extend(tokens)
+            selection.num_target_tokens.extend(targets)
+    return selection, plans, longest
+
+
+def _choose(source: PlannedSource, seed: int) -> "array[int]":
+    plan = source.plan
+    if plan.held_out:
+        return array("I", range(plan.num_available))
+    order = Permutation(plan.num_available, seed=seed, purpose=f"select {plan.trait_type} {source.sha256}")
+    once = array("I", (order[position] for position in range(min(plan.num_examples, plan.num_available))))
+    return array("I", (once[position % len(once)] for position in range(plan.num_examples)))
+
+
+def compute_data_digest(
+    sources: Sequence[PlannedSource], selection: Selection, *, batch_examples: int, total_examples: int
+) -> str:
+    """Lower-case hex SHA-256 over selection, order, token ids, masks and steps, and over nothing of a machine's.
+
+    Later epochs' orders follow from the seed by the same function as the first one's, which is digested in full.
+    """
+    digest = hashlib.sha256()
+
+    def add(*parts: object) -> None:
+        digest.update(("\t".join(map(str, parts)) + "\n").encode())
+
+    add("data", 1, ORDER_VERSION)
+    for source in sources:
+        add("source", source.plan.trait_type, source.plan.held_out, source.shard.facts["content_digest"])
+    add("selection", hashlib.sha256(selection.references.tobytes()).hexdigest())
+    order = array("I", epoch_order(len(selection), seed=selection.seed, epoch=0))
+    add("order", hashlib.sha256(order.tobytes()).hexdigest())
+    add("steps", selection.seed, batch_examples, total_examples)
+    return digest.hexdigest()

@@ -1,0 +1,101 @@
+"""The engine on a CUDA device: every method trains, memory comes back, and resuming goes on where it was."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.engine_runs import Workspace, read_log
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+_CUDA = {"type": "cuda", "index": 0}
+# What a resident base may differ by, in the contract's words.
+_MEMORY_SLACK_BYTES = 64 * 1024 * 1024
+_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nf4": ("qlora", {}),
+    "fp4": ("qlora", {"quantization": {"method": "fp4"}}),
+    "int8": ("qlora", {"quantization": {"method": "int8"}}),
+    "lora": ("lora", {}),
+    "lora-float16": ("lora", {"quantization": {"compute_dtype": "float16"}}),
+    "full": ("full", {"optimizer": {"learning_rate": 1e-3}}),
+    "gradient-checkpointing": ("qlora", {"gradient_checkpointing": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return Workspace(root=tmp_path_factory.mktemp("node"))
+
+
+@pytest.fixture(scope="module")
+def shelf() -> Any:
+    from gpu_service.engine.resident import BaseShelf
+
+    return BaseShelf()
+
+
+def _carry_out(directory: Path, shelf: Any) -> Any:
+    from gpu_service.engine.service import carry_out
+    from gpu_service.engine.stopping import StopSwitch
+
+    carry_out(directory, shelf=shelf, switch=StopSwitch(), notify=lambda notice: None)
+    return read_log(directory)
+
+
+@pytest.mark.parametrize("case", _METHODS)
+def test_method_trains_and_gives_memory_back(case: str, workspace: Workspace, shelf: Any) -> None:
+    import torch
+
+    training_type, hyperparameters = _METHODS[case]
+    directory = workspace.make_run(
+        case,
+        training_type=training_type,
+        hyperparameters={"num_steps": 4, **hyperparameters},
+        device=_CUDA,
+        sample_prompts=[{"trait_type": "coding", "prompt": "What is 2 plus 2?", "max_new_tokens": 4}],
+    )
+    log = _carry_out(directory, shelf)
+
+    assert log.states[-1] == "SUCCEEDED", log.payloads[-1]
+    assert all(math.isfinite(loss) for loss in log.losses.values())
+    assert len(log.losses) == 4
+    (released,) = log.of("memory_released")
+    assert torch.cuda.memory_allocated() <= released.resident_bytes + _MEMORY_SLACK_BYTES
+    assert released.resident_bytes == shelf.describe().get("bytes", 0)
+    assert log.of("step")[-1].peak_memory_bytes > 0
+
+
+def test_bfloat16_is_the_default_where_there_is_one(workspace: Workspace, shelf: Any) -> None:
+    import torch
+
+    log = _carry_out(workspace.make_run("default", device=_CUDA), shelf)
+    expected = "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float32"
+    assert log.of("plan")[0].resolved.quantization.compute_dtype == expected
+
+
+def test_resumed_training_goes_on(workspace: Workspace, shelf: Any) -> None:
+    hyperparameters = {"num_steps": 6, "save_every_steps": 2, "keep_checkpoints": 3}
+    whole = workspace.make_run("whole", hyperparameters=hyperparameters, device=_CUDA)
+    uninterrupted = _carry_out(whole, shelf)
+    checkpoint = whole / "checkpoints/step-00000004"
+    rest = workspace.make_run(
+        "rest",
+        hyperparameters=hyperparameters,
+        device=_CUDA,
+        attempt=2,
+        resume={"checkpoint_directory": str(checkpoint), "checkpoint": checkpoint.name, "step": 4},
+    )
+    resumed = _carry_out(rest, shelf)
+
+    assert sorted(resumed.losses) == [5, 6]
+    # Kernels on a device may add in another order.
+    for step, loss in resumed.losses.items():
+        assert loss == pytest.approx(uninterrupted.losses[step], rel=1e-2)

@@ -1,0 +1,238 @@
+"""The real engine process over a socket pair: starting, keeping its base, stopping, resuming, ending."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.fakes.engine_process import EngineProcess
+from tests.fakes.engine_runs import Workspace, read_log
+from tests.fakes.tiny_models import TinyOptions
+from tunesmith.common.v1 import errors_pb2, event_pb2
+
+pytestmark = pytest.mark.timeout(240)
+
+# Long enough to be stopped in the middle, whatever the machine does.
+_LONG: dict[str, Any] = {"num_steps": 100_000, "save_every_steps": 0}
+_RESUMED_STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """One engine for every test that leaves it fit for the next."""
+    with EngineProcess(tmp_path_factory.mktemp("engine") / "engine.log") as process:
+        process.wait_ready()
+        yield process
+
+
+def _wait_for_step(engine: EngineProcess, directory: Path, step: int) -> None:
+    engine.wait_for(
+        lambda notice: (
+            notice["type"] == "journal"
+            and notice["run_directory"] == str(directory)
+            and any(event.step >= step for event in read_log(directory).of("step"))
+        )
+    )
+
+
+def test_base_stays_for_the_next_run(engine: EngineProcess, workspace: Workspace) -> None:
+    first, second = workspace.make_run("first"), workspace.make_run("second", hyperparameters={"lora": {"rank": 8}})
+    other = workspace.make_run("other", options=TinyOptions(family="qwen3"))
+    finished = [engine.run(directory) for directory in (first, second, other)]
+
+    assert [notice["state"] for notice in finished] == ["SUCCEEDED"] * 3
+    assert finished[0]["resident"] == finished[1]["resident"]
+    assert finished[0]["resident"]["base_model"] == "tiny/llama"
+    assert finished[0]["resident"]["quantization"] == "nf4"
+    assert finished[0]["resident"]["bytes"] > 0
+    assert finished[2]["resident"]["base_model"] == "tiny/qwen3"
+    logs = [read_log(directory) for directory in (first, second, other)]
+    assert ["resident" in log.stage_details("WEIGHTS") for log in logs] == [False, True, False]
+    assert ["resident" in log.stage_details("QUANTIZATION") for log in logs] == [False, True, False]
+    # The adapter came off without a trace: the second run's base is the first's.
+    before = [log.of("evaluation")[0].loss for log in logs[:2]]
+    assert before[0] == before[1]
+    for log, notice in zip(logs, finished, strict=True):
+        (released,) = log.of("memory_released")
+        assert released.resident_bytes == notice["resident"]["bytes"]
+        assert not released.engine_ended
+
+
+def test_full_training_leaves_nothing(engine: EngineProcess, workspace: Workspace) -> None:
+    directory = workspace.make_run("nothing-left", training_type="full")
+    assert engine.run(directory)["resident"] == {}
+    assert read_log(directory).of("memory_released")[0].resident_bytes == 0
+
+
+def test_notices_follow_the_journal(engine: EngineProcess, workspace: Workspace) -> None:
+    directory = workspace.make_run("notices")
+    engine.run(directory)
+
+    ours = [notice for notice in engine.notices if notice.get("run_directory") == str(directory)]
+    sequences = [notice["run_sequence"] for notice in ours if notice["type"] == "journal"]
+    assert sequences == list(range(1, len(read_log(directory).payloads) + 1))
+    phases = [notice["phase"] for notice in ours if notice["type"] == "phase"]
+    assert phases == read_log(directory).phases
+
+
+def test_refused_plan_leaves_the_engine_fit(engine: EngineProcess, workspace: Workspace) -> None:
+    directory = workspace.make_run("refused", hyperparameters={"lora": {"target_modules": ["no_such_layer"]}})
+    assert engine.run(directory)["state"] == "FAILED"
+
+    failure = read_log(directory).of("run_state")[-1].failure
+    assert failure.reason == errors_pb2.ERROR_REASON_TARGETS_MATCH_NOTHING
+    assert failure.fault == errors_pb2.FAULT_USER
+    assert engine.run(workspace.make_run("after-refusal"))["state"] == "SUCCEEDED"
+
+
+def test_cancel_while_training(engine: EngineProcess, workspace: Workspace) -> None:
+    directory = workspace.make_run("cancelled", hyperparameters=_LONG)
+    engine.send(type="start_run", run_directory=str(directory))
+    _wait_for_step(engine, directory, 2)
+    engine.send(type="stop_run", run_directory=str(directory), mode="cancel", grace_seconds=30)
+
+    assert engine.wait_finished(directory)["state"] == "CANCELLED"
+    log = read_log(directory)
+    assert log.states == ["RUNNING", "STOPPING", "CANCELLED"]
+    assert [payload.WhichOneof("kind") for payload in log.payloads][-2:] == ["memory_released", "run_state"]
+    assert not log.of("checkpoint")
+    # The engine is still warm, and its base clean.
+    assert engine.run(workspace.make_run("after-cancel"))["state"] == "SUCCEEDED"
+
+
+@pytest.mark.parametrize("phase", ["PLANNING", "LOADING", "EVALUATING"])
+def test_cancel_before_training(phase: str, engine: EngineProcess, workspace: Workspace) -> None:
+    """A stop is honored wherever it meets the run; it may come a little later than the phase that was waited for."""
+    directory = workspace.make_run(f"cancelled-{phase}", hyperparameters=_LONG)
+    engine.send(type="start_run", run_directory=str(directory))
+    engine.wait_phase(directory, phase)
+    engine.send(type="stop_run", run_directory=str(directory), mode="cancel", grace_seconds=30)
+
+    assert engine.wait_finished(directory)["state"] == "CANCELLED"
+    log = read_log(directory)
+    assert log.states == ["RUNNING", "STOPPING", "CANCELLED"]
+    assert len(log.of("memory_released")) == 1
+    assert not psutil.Process(engine.process.pid).children()
+
+
+def test_stop_that_comes_before_its_run(engine: EngineProcess, workspace: Workspace) -> None:
+    directory = workspace.make_run("early", hyperparameters=_LONG)
+    engine.send(type="stop_run", run_directory=str(directory), mode="cancel", grace_seconds=30)
+    engine.send(type="start_run", run_directory=str(directory))
+
+    assert engine.wait_finished(directory)["state"] == "CANCELLED"
+
+
+def test_a_line_that_is_no_command_is_passed_over(engine: EngineProcess, workspace: Workspace) -> None:
+    engine.send(type="dance")
+    engine.send(nonsense=1)
+    assert engine.run(workspace.make_run("after-nonsense"))["state"] == "SUCCEEDED"
+
+
+@pytest.mark.parametrize("training_type", ["qlora", "lora", "full"])
+def test_resumed_losses_equal_uninterrupted_ones(
+    training_type: str, engine: EngineProcess, restarted: EngineProcess, workspace: Workspace
+) -> None:
+    """Interrupted in one engine and resumed in another, the losses are the same to the last bit."""
+    hyperparameters: dict[str, Any] = {
+        "num_steps": _RESUMED_STEPS,
+        "save_every_steps": 2,
+        "optimizer": {"learning_rate": 5e-3},
+    }
+    if training_type != "full":
+        # Dropout draws from the generator whose state is kept.
+        hyperparameters["lora"] = {"rank": 4, "dropout": 0.2}
+    whole = workspace.make_run(f"{training_type}-whole", training_type=training_type, hyperparameters=hyperparameters)
+    assert engine.run(whole)["state"] == "SUCCEEDED"
+    uninterrupted = read_log(whole)
+
+    checkpoint = next(event for event in uninterrupted.of("checkpoint") if event.step == 4)
+    rest = workspace.make_run(
+        f"{training_type}-rest",
+        training_type=training_type,
+        hyperparameters=hyperparameters,
+        attempt=2,
+        resume={
+            "checkpoint_directory": str(whole / "checkpoints" / checkpoint.name),
+            "checkpoint": checkpoint.name,
+            "step": 4,
+        },
+    )
+    assert restarted.run(rest)["state"] == "SUCCEEDED"
+    resumed = read_log(rest)
+
+    assert [(event.from_step, event.checkpoint) for event in resumed.of("resumed")] == [(4, "step-00000004")]
+    assert resumed.losses == {step: loss for step, loss in uninterrupted.losses.items() if step > 4}
+    assert resumed.of("evaluation")[-1].loss == uninterrupted.of("evaluation")[-1].loss
+    # What came before the interruption is in the report and in the realized counts.
+    assert resumed.of("realized")[0].total_tokens == uninterrupted.of("realized")[0].total_tokens
+    metrics = json.loads((rest / "artifacts/report/metrics.json").read_text())
+    assert [step["step"] for step in metrics["steps"]] == [1, 2, 3, 4, 5, 6]
+    assert [evaluation["moment"] for evaluation in metrics["evaluations"]] == ["BASE", "FINAL"]
+
+
+@pytest.fixture(scope="module")
+def restarted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """Another process, for what must survive the first."""
+    with EngineProcess(tmp_path_factory.mktemp("restarted") / "engine.log") as process:
+        process.wait_ready()
+        yield process
+
+
+def test_damaged_checkpoint_is_refused(workspace: Workspace, restarted: EngineProcess) -> None:
+    """The last test of this engine: a failed run ends it."""
+    whole = workspace.make_run("damaged", hyperparameters={"num_steps": 2})
+    assert restarted.run(whole)["state"] == "SUCCEEDED"
+    path = whole / "checkpoints/step-00000002/weights.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    resume = {"checkpoint_directory": str(path.parent), "checkpoint": path.parent.name, "step": 2}
+    again = workspace.make_run("damaged", hyperparameters={"num_steps": 2}, attempt=2, resume=resume)
+
+    finished = restarted.run(again)
+
+    assert finished == {**finished, "state": "FAILED", "resident": {}}
+    failure = read_log(again).of("run_state")[-1].failure
+    assert failure.reason == errors_pb2.ERROR_REASON_RESUME_MISMATCH
+    assert failure.file == "checkpoints/step-00000002/weights.safetensors"
+    assert read_log(again).of("memory_released")[0].engine_ended
+    assert restarted.wait_exit() == 70
+
+
+def test_checkpoint_stop_interrupts_and_can_be_resumed(workspace: Workspace, engine: EngineProcess) -> None:
+    directory = workspace.make_run("interrupted", hyperparameters=_LONG)
+    engine.send(type="start_run", run_directory=str(directory))
+    _wait_for_step(engine, directory, 2)
+    engine.send(type="stop_run", run_directory=str(directory), mode="checkpoint", grace_seconds=30)
+
+    assert engine.wait_finished(directory)["state"] == "INTERRUPTED"
+    log = read_log(directory)
+    assert log.states == ["RUNNING", "STOPPING", "INTERRUPTED"]
+    (checkpoint,) = log.of("checkpoint")
+    assert checkpoint.step == log.of("step")[-1].step
+    assert "manifest.json" in {file.path for file in checkpoint.files}
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "closed pipe"])
+def test_end_of_the_engine_saves_the_run(how: str, workspace: Workspace, tmp_path: Path) -> None:
+    """SIGTERM and the death of the shim both end the run at a checkpoint, and then the engine."""
+    with EngineProcess(tmp_path / "engine.log") as engine:
+        directory = workspace.make_run(f"ended-{how.replace(' ', '-')}", hyperparameters=_LONG)
+        engine.send(type="start_run", run_directory=str(directory))
+        _wait_for_step(engine, directory, 1)
+        if how == "SIGTERM":
+            os.kill(engine.process.pid, signal.SIGTERM)
+        else:
+            engine.close()
+        assert engine.wait_exit() == 0
+    log = read_log(directory)
+    assert log.states == ["RUNNING", "STOPPING", "INTERRUPTED"]
+    assert log.of("checkpoint")[-1].status == event_pb2.CHECKPOINT_STATUS_COMMITTED

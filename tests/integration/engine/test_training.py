@@ -1,0 +1,201 @@
+"""Every family and every method trains on a tiny checkpoint, through the planner, in one process."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.fakes.engine_runs import RunLog, Workspace
+from tests.fakes.tiny_models import FAMILIES, TinyOptions
+from tunesmith.common.v1 import errors_pb2, event_pb2
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qlora-fp4": ("qlora", {"quantization": {"method": "fp4"}}),
+    "qlora-int8": ("qlora", {"quantization": {"method": "int8"}}),
+    "qlora-single-quantization": ("qlora", {"quantization": {"double_quantization": False}}),
+    "qlora-bfloat16": ("qlora", {"quantization": {"compute_dtype": "bfloat16"}}),
+    "lora": ("lora", {}),
+    "full": ("full", {"optimizer": {"learning_rate": 1e-3}}),
+    "gradient-checkpointing": ("qlora", {"gradient_checkpointing": True}),
+}
+
+
+def assert_trained(log: RunLog, num_steps: int = 2) -> None:
+    """The run succeeded, each step has a finite loss, and what was realized is what was planned."""
+    assert log.states == ["RUNNING", "SUCCEEDED"], log.payloads[-1]
+    assert sorted(log.losses) == list(range(1, num_steps + 1))
+    assert all(math.isfinite(loss) for loss in log.losses.values())
+    (plan,) = log.of("plan")
+    (realized,) = log.of("realized")
+    assert realized.num_steps == plan.num_steps == num_steps
+    assert realized.total_examples == plan.total_examples
+    assert realized.total_tokens == plan.total_tokens
+    assert realized.total_target_tokens == plan.total_target_tokens
+    assert realized.data_digest == plan.data_digest != ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_trains_in_4_bits(family: str, workspace: Workspace, run_in_process: Any) -> None:
+    log = run_in_process(workspace.make_run(f"family-{family}", options=TinyOptions(family=family)))
+
+    assert_trained(log)
+    (plan,) = log.of("plan")
+    assert log.stage_details("ADAPTER")["covered_linears"] == str(plan.num_covered_linears)
+    assert plan.num_covered_linears == plan.num_linears > 0
+    assert log.stage_details("ADAPTER")["trainable_parameters"] == str(plan.num_trainable_parameters)
+    assert log.stage_details("QUANTIZATION")["quantized_linears"] == str(plan.num_linears)
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_method_trains(case: str, workspace: Workspace, run_in_process: Any) -> None:
+    training_type, hyperparameters = METHODS[case]
+    log = run_in_process(
+        workspace.make_run(f"method-{case}", training_type=training_type, hyperparameters=hyperparameters)
+    )
+
+    assert_trained(log)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        TinyOptions(tied=True),
+        TinyOptions(sharded=True),
+        TinyOptions(tied=True, sharded=True),
+        TinyOptions(family="qwen2", tied=True),
+    ],
+    ids=lambda options: options.name,
+)
+@pytest.mark.parametrize("training_type", ["qlora", "full"])
+def test_heads_and_shards(options: TinyOptions, training_type: str, workspace: Workspace, run_in_process: Any) -> None:
+    log = run_in_process(
+        workspace.make_run(f"{training_type}-{options.name}", options=options, training_type=training_type)
+    )
+
+    assert_trained(log)
+    assert int(log.stage_details("WEIGHTS")["shards"]) > 1 or not options.sharded
+
+
+def test_what_a_run_says(workspace: Workspace, run_in_process: Any) -> None:
+    """The order of events is the contract's, and each step adds up."""
+    directory = workspace.make_run(
+        "says",
+        hyperparameters={"num_steps": 4, "evaluate_every_steps": 2, "save_every_steps": 1, "keep_checkpoints": 2},
+        sample_prompts=[{"trait_type": "arithmetic", "prompt": "What is 2 plus 2?", "max_new_tokens": 3}],
+    )
+    log = run_in_process(directory)
+
+    assert_trained(log, num_steps=4)
+    assert log.phases[:4] == ["PLANNING", "LOADING", "EVALUATING", "EVALUATING"]
+    assert log.phases[-1] == "SAVING"
+    kinds = [payload.WhichOneof("kind") for payload in log.payloads]
+    assert kinds[:4] == ["run_state", "phase", "plan", "phase"]
+    assert kinds[-5:] == ["realized", "artifact", "artifact", "memory_released", "run_state"]
+    finished = [stage for stage, status in log.stages if status == "FINISHED"]
+    assert finished == ["CONFIG", "TOKENIZER", "WEIGHTS", "QUANTIZATION", "ADAPTER"]
+    assert [stage for stage, status in log.stages if status == "STARTED"] == finished
+    assert {stage for stage, status in log.stages if status == "PROGRESS"} == set(finished)
+
+    for event in log.of("step"):
+        weighted = sum(value.loss * value.num_target_tokens for value in event.trait_losses)
+        assert event.num_target_tokens == sum(value.num_target_tokens for value in event.trait_losses)
+        assert weighted / event.num_target_tokens == pytest.approx(event.loss, rel=1e-9)
+        assert event.total_steps == 4
+        assert event.num_examples == 4
+        assert event.gradient_norm > 0
+        assert event.tokens_per_second > 0
+        assert event.peak_memory_bytes > 0
+    assert [event.learning_rate for event in log.of("step")] == pytest.approx([0.005, 0.01, 0.0075, 0.0025])
+    assert [event.remaining_seconds > 0 for event in log.of("step")] == [True, True, True, False]
+
+    moments = [(event.moment, event.step) for event in log.of("evaluation")]
+    assert moments == [
+        (event_pb2.EVALUATION_MOMENT_BASE, 0),
+        (event_pb2.EVALUATION_MOMENT_DURING, 2),
+        (event_pb2.EVALUATION_MOMENT_FINAL, 4),
+    ]
+    for event in log.of("evaluation"):
+        by_trait = {value.trait_type: value for value in event.losses if value.dataset_id == 0}
+        by_dataset = {value.trait_type: value for value in event.losses if value.dataset_id}
+        assert set(by_trait) == set(by_dataset) == {"arithmetic", "coding"}
+        assert {value.dataset_id for value in by_dataset.values()} == {3, 4}
+        assert by_trait["coding"].loss == pytest.approx(by_dataset["coding"].loss)
+    assert [event.moment for event in log.of("sample")] == [
+        event_pb2.EVALUATION_MOMENT_BASE,
+        event_pb2.EVALUATION_MOMENT_FINAL,
+    ]
+
+    checkpoints = [(event.name, event.status) for event in log.of("checkpoint")]
+    assert [name for name, status in checkpoints if status == event_pb2.CHECKPOINT_STATUS_COMMITTED] == [
+        f"step-{step:08d}" for step in (1, 2, 3, 4)
+    ]
+    assert [name for name, status in checkpoints if status == event_pb2.CHECKPOINT_STATUS_DELETED] == [
+        "step-00000001",
+        "step-00000002",
+    ]
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+    metrics = json.loads((directory / "artifacts/report/metrics.json").read_text())
+    assert [step["loss"] for step in metrics["steps"]] == [event.loss for event in log.of("step")]
+    assert (directory / "artifacts/report/loss.png").read_bytes().startswith(b"\x89PNG")
+    listed = json.loads((directory / "artifacts/manifest.json").read_text())["artifacts"]
+    assert [entry["name"] for entry in listed] == ["adapter", "report"]
+
+
+def test_micro_batches_add_up_to_the_batch(workspace: Workspace, run_in_process: Any) -> None:
+    """Passes of one example, weighted by target tokens, train as one pass over the padded batch does."""
+    whole = run_in_process(workspace.make_run("whole", training_type="full", hyperparameters={"num_steps": 3}))
+    parts = run_in_process(
+        workspace.make_run(
+            "parts",
+            training_type="full",
+            hyperparameters={"num_steps": 3, "batch": {"examples": 4, "micro_batch_examples": 1}},
+        )
+    )
+
+    for step, loss in whole.losses.items():
+        assert parts.losses[step] == pytest.approx(loss, rel=1e-4)
+    norms = [[event.gradient_norm for event in log.of("step")] for log in (whole, parts)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_loss_falls_when_the_data_is_learned(workspace: Workspace, run_in_process: Any) -> None:
+    log = run_in_process(workspace.make_run("learns", hyperparameters={"num_steps": 24}))
+
+    before, after = log.of("evaluation")[0], log.of("evaluation")[-1]
+    assert after.loss < before.loss - 0.5
+
+
+def test_loss_that_is_not_finite_fails_the_run(workspace: Workspace, run_in_process: Any) -> None:
+    name = workspace.place_model(TinyOptions(seed=7))
+    path = workspace.models_directory / name / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, path)
+    log = run_in_process(workspace.make_run("not-finite", base_model=name))
+
+    assert log.states == ["RUNNING", "FAILED"]
+    failure = log.of("run_state")[-1].failure
+    assert failure.reason == errors_pb2.ERROR_REASON_NON_FINITE_LOSS
+    assert [event.code for event in log.of("warning")] == ["non-finite-loss"]
+    (step,) = log.of("step")
+    assert not step.HasField("loss")
+    assert not any(value.HasField("loss") for value in step.trait_losses)
+    assert not log.of("checkpoint")
+
+
+def test_time_limit_ends_training_with_artifacts(workspace: Workspace, run_in_process: Any) -> None:
+    log = run_in_process(
+        workspace.make_run("limited", hyperparameters={"num_steps": 5000, "max_duration_seconds": "1"})
+    )
+
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    (realized,) = log.of("realized")
+    assert realized.stopped_early
+    assert 0 < realized.num_steps < 5000
+    assert realized.total_examples == 4 * realized.num_steps
+    assert [event.name for event in log.of("artifact")] == ["adapter", "report"]
+    assert log.of("checkpoint")[-1].step == realized.num_steps

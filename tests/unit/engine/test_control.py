@@ -1,0 +1,117 @@
+"""Commands and notices over a socket pair; nobody trains."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpu_service.engine.control import ControlPipe
+from gpu_service.engine.stopping import StopMode, StopSwitch
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[ControlPipe, socket.socket]]:
+    """The engine's pipe, reading, and the shim's end."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(30)
+    with ours, theirs:
+        pipe = ControlPipe(ours)
+        pipe.start()
+        yield pipe, theirs
+
+
+def _send(shim: socket.socket, *commands: object) -> None:
+    shim.sendall(b"".join(json.dumps(command).encode() + b"\n" for command in commands))
+
+
+def _start(directory: str) -> dict[str, str]:
+    return {"type": "start_run", "run_directory": directory}
+
+
+def _stop(directory: str, mode: str) -> dict[str, str]:
+    return {"type": "stop_run", "run_directory": directory, "mode": mode}
+
+
+def test_runs_come_in_order(ends: tuple[ControlPipe, socket.socket]) -> None:
+    pipe, shim = ends
+    _send(shim, _start("/a"), _start("/b"))
+    assert [pipe.next_run(), pipe.next_run()] == [Path("/a"), Path("/b")]
+
+
+def test_a_command_in_pieces(ends: tuple[ControlPipe, socket.socket]) -> None:
+    pipe, shim = ends
+    line = json.dumps(_start("/a")).encode() + b"\n"
+    shim.sendall(line[:7])
+    shim.sendall(line[7:])
+    assert pipe.next_run() == Path("/a")
+
+
+def test_what_is_no_command_is_passed_over(
+    ends: tuple[ControlPipe, socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe, shim = ends
+    shim.sendall(b"not json\n[]\n{}\n")
+    _send(shim, {"type": "dance"}, {"type": "stop_run", "run_directory": "/a", "mode": "softly"}, _start("/b"))
+    assert pipe.next_run() == Path("/b")
+    assert len(caplog.records) == 5
+
+
+def test_a_stop_reaches_its_run_only(ends: tuple[ControlPipe, socket.socket]) -> None:
+    pipe, shim = ends
+    switch = StopSwitch()
+    pipe.begin(Path("/a"), switch)
+    _send(shim, _stop("/b", "cancel"), _start("/next"))
+    assert pipe.next_run() == Path("/next")
+    assert switch.mode is None
+    _send(shim, _stop("/a", "checkpoint"), _start("/next"))
+    assert pipe.next_run() == Path("/next")
+    assert switch.mode is StopMode.CHECKPOINT
+
+
+def test_a_stop_that_came_before_its_run(ends: tuple[ControlPipe, socket.socket]) -> None:
+    pipe, shim = ends
+    _send(shim, _stop("/a", "cancel"), _start("/a"))
+    assert pipe.next_run() == Path("/a")
+    switch = StopSwitch()
+    pipe.begin(Path("/a"), switch)
+    assert switch.mode is StopMode.CANCEL
+    pipe.end()
+    again = StopSwitch()
+    pipe.begin(Path("/a"), again)
+    assert again.mode is None
+
+
+def test_shutdown_stops_the_run_in_hand_and_the_engine(ends: tuple[ControlPipe, socket.socket]) -> None:
+    pipe, shim = ends
+    switch = StopSwitch()
+    pipe.begin(Path("/a"), switch)
+    _send(shim, {"type": "shutdown", "grace_seconds": 1})
+    assert pipe.next_run() is None
+    assert switch.mode is StopMode.CHECKPOINT
+    late = StopSwitch()
+    pipe.begin(Path("/b"), late)
+    assert late.mode is StopMode.CHECKPOINT
+
+
+def test_a_closed_pipe_is_a_shutdown(ends: tuple[ControlPipe, socket.socket]) -> None:
+    pipe, shim = ends
+    shim.shutdown(socket.SHUT_WR)
+    assert pipe.next_run() is None
+    assert pipe.shutting_down
+
+
+def test_notices_are_lines(ends: tuple[ControlPipe, socket.socket]) -> None:
+    pipe, shim = ends
+    pipe.notify({"type": "ready"})
+    assert shim.recv(1000) == b'{"type":"ready"}\n'
+
+
+def test_a_notice_to_nobody_harms_nothing(ends: tuple[ControlPipe, socket.socket]) -> None:
+    pipe, shim = ends
+    shim.close()
+    for _ in range(3):
+        pipe.notify({"type": "ready"})

@@ -1,0 +1,67 @@
+"""A directory is there whole or not at all, and damage to it is seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gpu_service.engine import durable
+
+
+def _write(destination: Path, content: str = "content") -> None:
+    with durable.staged(destination) as staging:
+        (staging / "inner").mkdir()
+        (staging / "inner/file.txt").write_text(content)
+        durable.write_manifest(staging, {"step": 3}, durable.list_files(staging))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    _write(tmp_path / "made")
+    manifest = durable.read_manifest(tmp_path / "made")
+    assert manifest["step"] == 3
+    assert [entry["path"] for entry in manifest["files"]] == ["inner/file.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_an_exception_leaves_nothing_at_the_destination(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), durable.staged(tmp_path / "made") as staging:
+        (staging / "half.txt").write_text((staging / "missing.txt").read_text())
+    assert not (tmp_path / "made").exists()
+    (tmp_path / ".staging-made/half.txt").write_text("left by a death")
+    _write(tmp_path / "made")
+    assert not (tmp_path / "made/half.txt").exists()
+
+
+def test_an_older_directory_is_replaced(tmp_path: Path) -> None:
+    _write(tmp_path / "made", "old")
+    _write(tmp_path / "made", "new")
+    assert (tmp_path / "made/inner/file.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize("damage", ["change", "cut", "remove"])
+def test_damage_is_named(damage: str, tmp_path: Path) -> None:
+    _write(tmp_path / "made")
+    path = tmp_path / "made/inner/file.txt"
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_text("CONTENT" if damage == "change" else "conten")
+    with pytest.raises(durable.DamagedDirectory) as caught:
+        durable.read_manifest(tmp_path / "made")
+    assert caught.value.file == "inner/file.txt"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": [{"path": "x"}]}', json.dumps({"step": 1})])
+def test_a_manifest_that_is_none_is_damage(content: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(durable.DamagedDirectory):
+        durable.read_manifest(tmp_path)
+
+
+def test_delete(tmp_path: Path) -> None:
+    _write(tmp_path / "made")
+    durable.delete(tmp_path / "made")
+    durable.delete(tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,115 @@
+"""The planner's child process, played by a shell: answers, refusals, deaths and stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_service.engine import planning
+from gpu_service.engine.failures import RunFailure
+from gpu_service.engine.reporter import Reporter
+from gpu_service.engine.request import DeviceChoice, RunRequest
+from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
+from gpu_service.journal import Writer
+from tunesmith.common.v1 import errors_pb2, training_spec_pb2
+
+_REFUSED = {
+    "reason": "MIX_INFEASIBLE",
+    "fault": "USER",
+    "message": "too few",
+    "stage": "PLANNING",
+    "exception_type": "",
+    "file": "",
+    "details": {"dataset_id": 3},
+}
+
+
+def _plan(tmp_path: Path, script: str, switch: StopSwitch | None = None) -> Path:
+    request = RunRequest(
+        run_directory=tmp_path,
+        job_id="job",
+        attempt=1,
+        spec=training_spec_pb2.TrainingSpec(),
+        spec_json={"base_model": "a/b"},
+        weights_digest="",
+        model_directory=Path("/m"),
+        blobs_directory=Path("/b"),
+        cache_directory=Path("/c"),
+        device=DeviceChoice(type="cpu"),
+        resume=None,
+    )
+    notices: list[dict[str, Any]] = []
+    with Writer.open(tmp_path / "journal", 1) as writer:
+        return planning.plan(
+            request,
+            command=("/bin/sh", "-c", script, "planner"),
+            device={"type": "cpu"},
+            switch=switch or StopSwitch(),
+            reporter=Reporter(run_directory=tmp_path, writer=writer, notify=notices.append),
+        )
+
+
+def _say(message: object) -> str:
+    return f"echo '{json.dumps(message)}'"
+
+
+def test_planned(tmp_path: Path) -> None:
+    # The request is the last argument, and it is the whole of it.
+    script = f"cp $1 {tmp_path}/seen; " + _say({"type": "planned", "plan_directory": "/plans/1"})
+    assert _plan(tmp_path, script) == Path("/plans/1")
+    assert json.loads((tmp_path / "seen").read_text()) == {
+        "spec": {"base_model": "a/b"},
+        "model_directory": "/m",
+        "blobs_directory": "/b",
+        "cache_directory": "/c",
+        "device": {"type": "cpu"},
+    }
+
+
+def test_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFailure) as caught:
+        _plan(tmp_path, _say({"type": "refused", "failure": _REFUSED}) + "; exit 3")
+    failure = caught.value.failure
+    assert failure.reason == errors_pb2.ERROR_REASON_MIX_INFEASIBLE
+    assert failure.fault == errors_pb2.FAULT_USER
+    assert dict(failure.details) == {"dataset_id": "3"}
+
+
+@pytest.mark.parametrize(("script", "status"), [("echo why >&2; exit 5", 5), ("echo '{\"type'; exit 0", 0)])
+def test_no_answer(script: str, status: int, tmp_path: Path) -> None:
+    with pytest.raises(RunFailure) as caught:
+        _plan(tmp_path, script)
+    failure = caught.value.failure
+    assert failure.reason == errors_pb2.ERROR_REASON_PLANNING
+    assert failure.fault == errors_pb2.FAULT_PLATFORM
+    assert failure.exit_status == status
+    assert status != 5 or "why" in failure.message
+
+
+def test_killed(tmp_path: Path) -> None:
+    with pytest.raises(RunFailure) as caught:
+        _plan(tmp_path, "kill -9 $$")
+    assert caught.value.failure.signal == 9
+    assert not caught.value.failure.HasField("exit_status")
+
+
+def test_stop_ends_the_child_and_what_it_started(tmp_path: Path) -> None:
+    switch = StopSwitch()
+    fifo = tmp_path / "started"
+    os.mkfifo(fifo)
+
+    def stop() -> None:
+        fifo.read_text()
+        switch.request(StopMode.CANCEL)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(StopRequested):
+        # The grandchild holds the pipe open: only the death of the whole group ends the reading.
+        _plan(tmp_path, f"sleep 600 & echo up > {fifo}; wait", switch)
+    stopper.join()
