@@ -25,9 +25,13 @@ _MAXIMUM_JSON_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFacts:
-    """`special_tokens` is what templates see (`bos_token` -> text); `chat_template` is None for a base without one."""
+    """`special_tokens` is what templates see (`bos_token` -> text); `chat_template` is None for a base without one.
+
+    `tokenizer_class` is the class that tokenizer_config.json names, empty if none.
+    """
 
     has_fast_file: bool
+    tokenizer_class: str
     special_tokens: Mapping[str, str]
     chat_template: str | None
 
@@ -41,6 +45,7 @@ def read_tokenizer_facts(directory: Path) -> TokenizerFacts:
     special = {name: text for name in tokens if name.endswith("_token") and (text := _token_text(tokens[name]))}
     return TokenizerFacts(
         has_fast_file=(directory / FAST_FILE).is_file(),
+        tokenizer_class=str(config.get("tokenizer_class") or ""),
         special_tokens=special,
         chat_template=_read_template(directory, config),
     )

@@ -5,8 +5,12 @@ from fractions import Fraction
 
 from gpu_service.domain.checked_plan import DatasetPlan
 from gpu_service.domain.defaults import DEFAULT_BATCH_EXAMPLES, ResolvedMix
+from gpu_service.domain.errors import refuse_user
 from gpu_service.domain.mix import MixSource, allocate
 from gpu_service.domain.spec import Hyperparameters, Trait
+
+# A planner holds some 30 bytes for each in memory.
+MAXIMUM_EXAMPLES_PER_EPOCH = 50_000_000
 
 
 def count_run(given: Hyperparameters, examples_per_epoch: int) -> tuple[float, int, int]:
@@ -28,10 +32,18 @@ def plan_datasets(
 ) -> tuple[DatasetPlan, ...]:
     """What each source gives per epoch, in the order of `sources`, then the held-out datasets by trait and id.
 
-    `available` are the usable examples by dataset id. Raises `Refusal` as `mix.allocate` does.
+    `available` are the usable examples by dataset id. Raises `Refusal` as `mix.allocate` does,
+    and TOO_LARGE.
     """
     there = [available[source.dataset_id] for source in sources]
     counts = allocate(sources, there, total=mix.total, policy=mix.policy, max_repeats=mix.max_repeats)
+    if sum(counts) > MAXIMUM_EXAMPLES_PER_EPOCH:
+        raise refuse_user(
+            "TOO_LARGE",
+            f"the mix comes to {sum(counts):,} examples an epoch; {MAXIMUM_EXAMPLES_PER_EPOCH:,} is the most",
+            field="mix.total",
+            stage="PLANNING",
+        )
     planned = [
         DatasetPlan(
             trait_type=source.trait_type,

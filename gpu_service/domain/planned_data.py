@@ -8,7 +8,6 @@ import json
 import mmap
 import struct
 import sys
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,14 +201,6 @@ class PlannedData:
 def epoch_order(examples_per_epoch: int, *, seed: int, epoch: int) -> Permutation:
     """The order in which an epoch visits the selection: the same selection each epoch, reshuffled."""
     return Permutation(examples_per_epoch, seed=seed, purpose=f"epoch {epoch}")
-
-
-def pack_references(references: Sequence[tuple[int, int]]) -> bytes:
-    """The bytes of a selection file: for each reference two little-endian uint32."""
-    flat = array("I", (number for reference in references for number in reference))
-    if sys.byteorder != "little":
-        flat.byteswap()
-    return flat.tobytes()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from gpu_service.catalog import templates
 from gpu_service.catalog.base_models import BaseModel, read_directory
-from gpu_service.catalog.tokenizer_files import read_tokenizer_facts, tokenizer_digest
+from gpu_service.catalog.tokenizer_files import read_tokenizer_facts
 from gpu_service.domain.checked_plan import CheckedPlan
 from gpu_service.domain.counts import count_run, plan_datasets
 from gpu_service.domain.defaults import default_warmup_steps
@@ -26,7 +26,6 @@ from gpu_service.domain.planned_data import (
     PlannedData,
     PlannedDataDamaged,
     TokenShard,
-    pack_references,
 )
 from gpu_service.domain.spec import TrainingSpec, spec_digest
 from gpu_service.planner.chat_template import ChatTemplate
@@ -35,6 +34,7 @@ from gpu_service.planner.selection import PlannedSource, Selection, compute_data
 from gpu_service.planner.shards import ShardMaker, ShardSettings
 from gpu_service.planner.staging import stage_directory
 from gpu_service.planner.tokenizer import TextTokenizer
+from gpu_service.planner.tokenizer_source import load_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +94,11 @@ def _make_maker(
     resolved = checked.hyperparameters
     named = resolved.chat_template
     template = templates.REGISTRY[named].read_text() if named else facts.chat_template
-    chat = ChatTemplate(template, facts.special_tokens) if template else None
-    tokenizer = TextTokenizer(request.model_directory, facts, base.config)
+    source = load_source(
+        request.model_directory, facts, config_type=base.config_type, cache_directory=request.cache_directory
+    )
+    chat = ChatTemplate(template, source.special_tokens) if template else None
+    tokenizer = TextTokenizer(source, base.config)
     wanted = {dataset.dataset_id for dataset in checked.datasets}
     references = [reference for reference in request.spec.datasets if reference.dataset_id in wanted]
     progress = Progress(stream, total=sum(reference.num_examples for reference in references))
@@ -103,7 +106,7 @@ def _make_maker(
         blobs_directory=request.blobs_directory,
         tokens_directory=request.cache_directory / "tokens",
         settings=ShardSettings(
-            tokenizer_digest=tokenizer_digest(request.model_directory),
+            tokenizer_digest=source.digest,
             template=template,
             max_length=resolved.max_length,
             loss_on=resolved.loss_on,
@@ -122,18 +125,18 @@ def _make_maker(
 
 
 def _refuse_nothing_left(checked: CheckedPlan, shards: Mapping[int, TokenShard]) -> None:
-    """A dataset that the mix wants and of which nothing was left says why, rather than only that it is empty."""
-    for source in checked.sources:
-        shard = shards[source.dataset_id]
-        if source.share and not shard.num_examples:
+    """A dataset that is wanted and of which nothing was left says why, rather than only that it is empty."""
+    for dataset in checked.datasets:
+        shard = shards[dataset.dataset_id]
+        if (dataset.share or dataset.held_out) and not shard.num_examples:
             dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(shard.facts["dropped"].items()))
             raise refuse_user(
                 "NO_EXAMPLES_LEFT",
-                f"dataset {source.dataset_id} has no example left ({dropped or 'it is empty'}); "
+                f"dataset {dataset.dataset_id} has no example left ({dropped or 'it is empty'}); "
                 f"max_length is {checked.hyperparameters.max_length}",
                 field="hyperparameters.max_length",
                 stage="PLANNING",
-                dataset_id=source.dataset_id,
+                dataset_id=dataset.dataset_id,
             )
 
 
@@ -146,7 +149,7 @@ def _complete(
 ) -> CheckedPlan:
     """The checked plan with its counts, memory and digest made exact. Raises `Refusal` DOES_NOT_FIT."""
     given, resolved = spec.hyperparameters, checked.hyperparameters
-    num_epochs, num_steps, total_examples = count_run(given, len(selection.references))
+    num_epochs, num_steps, total_examples = count_run(given, len(selection))
     if given.schedule.warmup_steps is None:
         schedule = replace(resolved.schedule, warmup_steps=default_warmup_steps(num_steps))
         resolved = replace(resolved, schedule=schedule)
@@ -186,7 +189,7 @@ def _write(cache_directory: Path, plan: CheckedPlan, sources: Sequence[PlannedSo
         "order_version": ORDER_VERSION,
         "seed": selection.seed,
         "batch_examples": plan.hyperparameters.batch.examples,
-        "examples_per_epoch": len(selection.references),
+        "examples_per_epoch": len(selection),
         "total_examples": plan.total_examples,
         "sources": [
             {
@@ -201,7 +204,7 @@ def _write(cache_directory: Path, plan: CheckedPlan, sources: Sequence[PlannedSo
     files = {
         PLAN_FILE: json.dumps(plan.to_json(), sort_keys=True, indent=1).encode(),
         DATA_FILE: json.dumps(data, sort_keys=True, indent=1).encode(),
-        SELECTION_FILE: pack_references(selection.references),
+        SELECTION_FILE: selection.references.tobytes(),
     }
     name = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in files.values())).hexdigest()
     target = cache_directory / "plans" / name

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 _INTERVAL_SECONDS = 0.1
@@ -11,8 +11,9 @@ _INTERVAL_SECONDS = 0.1
 class Progress:
     """Counts examples towards a total and says so; the last one always is."""
 
-    def __init__(self, stream: TextIO, *, total: int) -> None:
+    def __init__(self, stream: TextIO, *, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
+        self._clock = clock
         self._total = total
         self._done = 0
         self._said = -1
@@ -21,7 +22,7 @@ class Progress:
     def advance(self, count: int) -> None:
         """`count` more examples are done."""
         self._done += count
-        now = time.monotonic()
+        now = self._clock()
         if now >= self._next_at:
             self._next_at = now + _INTERVAL_SECONDS
             self._say()

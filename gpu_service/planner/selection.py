@@ -1,12 +1,13 @@
 """Which examples an epoch is made of, in what order, and what that comes to in tokens. Reads shards, writes nothing."""
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gpu_service.domain.checked_plan import DatasetPlan
 from gpu_service.domain.order import ORDER_VERSION, Permutation
-from gpu_service.domain.planned_data import TokenShard, epoch_order, pack_references
+from gpu_service.domain.planned_data import TokenShard, epoch_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,22 +21,29 @@ class PlannedSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """An epoch before it is shuffled: `references[i]` with its number of tokens and of target tokens."""
+    """An epoch before it is shuffled, in arrays of uint32, because it may be long.
 
-    references: Sequence[tuple[int, int]]
-    num_tokens: Sequence[int]
-    num_target_tokens: Sequence[int]
+    Example i is `references[2 * i]` (source) and `references[2 * i + 1]` (its example), with its tokens and targets.
+    """
+
+    references: "array[int]"
+    num_tokens: "array[int]"
+    num_target_tokens: "array[int]"
     seed: int
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
 
     def count_run(self, total_examples: int) -> tuple[int, int]:
         """Tokens and target tokens of the first `total_examples` of the run, over as many epochs as that takes."""
-        epochs, rest = divmod(total_examples, len(self.references))
-        order = epoch_order(len(self.references), seed=self.seed, epoch=epochs)
-        last = [order[place] for place in range(rest)]
-        return (
-            epochs * sum(self.num_tokens) + sum(self.num_tokens[place] for place in last),
-            epochs * sum(self.num_target_tokens) + sum(self.num_target_tokens[place] for place in last),
-        )
+        epochs, rest = divmod(total_examples, len(self))
+        order = epoch_order(len(self), seed=self.seed, epoch=epochs)
+        tokens, targets = epochs * sum(self.num_tokens), epochs * sum(self.num_target_tokens)
+        for position in range(rest):
+            place = order[position]
+            tokens += self.num_tokens[place]
+            targets += self.num_target_tokens[place]
+        return tokens, targets
 
 
 def select(sources: Sequence[PlannedSource], *, seed: int) -> tuple[Selection, list[DatasetPlan], int]:
@@ -43,42 +51,40 @@ def select(sources: Sequence[PlannedSource], *, seed: int) -> tuple[Selection, l
 
     A source's examples are taken in the order of its own permutation, from the start again where they repeat.
     """
-    references: list[tuple[int, int]] = []
-    num_tokens: list[int] = []
-    num_target_tokens: list[int] = []
+    selection = Selection(references=array("I"), num_tokens=array("I"), num_target_tokens=array("I"), seed=seed)
     plans = []
     longest = 0
     for source_index, source in enumerate(sources):
-        plan = source.plan
-        if plan.held_out:
-            chosen: list[int] = list(range(plan.num_available))
-        else:
-            order = Permutation(plan.num_available, seed=seed, purpose=f"select {plan.trait_type} {source.sha256}")
-            once = [order[position] for position in range(min(plan.num_examples, plan.num_available))]
-            chosen = [once[position % len(once)] for position in range(plan.num_examples)]
-        lengths, targets = [], []
-        truncated = 0
+        tokens, targets, truncated = array("I"), array("I"), 0
+        chosen = _choose(source, seed)
         for example_index in chosen:
             example = source.shard.example(example_index)
-            lengths.append(len(example.tokens))
+            tokens.append(len(example.tokens))
             targets.append(bytes(example.mask).count(1))
             truncated += source.shard.was_truncated(example_index)
-        longest = max(longest, *lengths, 0)
-        plans.append(
-            replace(
-                plan,
-                num_tokens=sum(lengths),
-                num_target_tokens=sum(targets),
-                num_truncated=truncated,
-                dropped=dict(source.shard.facts.get("dropped", {})),
-            )
-        )
-        if not plan.held_out:
-            references += [(source_index, example_index) for example_index in chosen]
-            num_tokens += lengths
-            num_target_tokens += targets
-    selection = Selection(references=references, num_tokens=num_tokens, num_target_tokens=num_target_tokens, seed=seed)
+        longest = max(longest, max(tokens, default=0))
+        counts = {
+            "num_tokens": sum(tokens),
+            "num_target_tokens": sum(targets),
+            "num_truncated": truncated,
+            "dropped": source.shard.facts["dropped"],
+        }
+        plans.append(replace(source.plan, **counts))
+        if not source.plan.held_out:
+            for example_index in chosen:
+                selection.references.extend((source_index, example_index))
+            selection.num_tokens.extend(tokens)
+            selection.num_target_tokens.extend(targets)
     return selection, plans, longest
+
+
+def _choose(source: PlannedSource, seed: int) -> "array[int]":
+    plan = source.plan
+    if plan.held_out:
+        return array("I", range(plan.num_available))
+    order = Permutation(plan.num_available, seed=seed, purpose=f"select {plan.trait_type} {source.sha256}")
+    once = array("I", (order[position] for position in range(min(plan.num_examples, plan.num_available))))
+    return array("I", (once[position % len(once)] for position in range(plan.num_examples)))
 
 
 def compute_data_digest(
@@ -96,8 +102,8 @@ def compute_data_digest(
     add("data", 1, ORDER_VERSION)
     for source in sources:
         add("source", source.plan.trait_type, source.plan.held_out, source.shard.facts["content_digest"])
-    add("selection", hashlib.sha256(pack_references(selection.references)).hexdigest())
-    order = epoch_order(len(selection.references), seed=selection.seed, epoch=0)
-    add("order", hashlib.sha256(pack_references([(place, 0) for place in order])).hexdigest())
+    add("selection", hashlib.sha256(selection.references.tobytes()).hexdigest())
+    order = array("I", epoch_order(len(selection), seed=selection.seed, epoch=0))
+    add("order", hashlib.sha256(order.tobytes()).hexdigest())
     add("steps", selection.seed, batch_examples, total_examples)
     return digest.hexdigest()

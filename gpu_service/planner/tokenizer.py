@@ -1,32 +1,23 @@
-"""The model's tokenizer: text and spans to token ids and loss mask. Renders nothing and keeps nothing.
+"""Text and spans to token ids and loss mask. Renders nothing, keeps nothing, and loads no tokenizer itself."""
 
-`tokenizer.json` is read with `tokenizers` alone. Only where a model has none is `transformers` asked to convert what it
-has, and the converted tokenizer is then used in the same way.
-"""
-
-import importlib
 from array import array
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from gpu_service.catalog.tokenizer_files import FAST_FILE, TokenizerFacts
-from gpu_service.domain.errors import Fault, Refusal
 from gpu_service.planner.rendering import Rendered
+from gpu_service.planner.tokenizer_source import TokenizerSource
 
 
 class TextTokenizer:
-    """Loaded once. `end_token_id` is None for a tokenizer that names no end of sequence."""
+    """Made once. `end_token_id` is None for a tokenizer that names no end of sequence; `config` is config.json."""
 
-    def __init__(self, directory: Path, facts: TokenizerFacts, config: Mapping[str, Any]) -> None:
-        self._tokenizer = _load(directory) if facts.has_fast_file else _convert(directory)
+    def __init__(self, source: TokenizerSource, config: Mapping[str, Any]) -> None:
+        self._tokenizer = source.backend
         # Settings saved in the file would cut or pad in silence.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._begin_tokens = self._find_begin_tokens()
-        self.end_token_id = self._find_end_token(facts, config)
+        self.end_token_id = self._find_end_token(source.special_tokens, config)
 
     def encode(
         self, rendered: Sequence[Rendered], *, loss_on_all: bool, max_length: int
@@ -69,9 +60,9 @@ class TextTokenizer:
                 return list(dressed[:start])
         return []
 
-    def _find_end_token(self, facts: TokenizerFacts, config: Mapping[str, Any]) -> int | None:
+    def _find_end_token(self, special_tokens: Mapping[str, str], config: Mapping[str, Any]) -> int | None:
         """The tokenizer's `eos_token`, else the first of config.json's `eos_token_id`."""
-        text = facts.special_tokens.get("eos_token")
+        text = special_tokens.get("eos_token")
         token = self._tokenizer.token_to_id(text) if text else config.get("eos_token_id")
         if isinstance(token, list):
             token = token[0] if token else None
@@ -91,36 +82,3 @@ def _mask(offsets: Sequence[tuple[int, int]], targets: Sequence[tuple[int, int]]
         if start < span_end and end > span_start and end > start:
             mask[index] = 1
     return mask
-
-
-def _load(directory: Path) -> Any:
-    try:
-        return Tokenizer.from_file(str(directory / FAST_FILE))
-    except Exception as error:
-        raise _invalid(FAST_FILE, error) from error
-
-
-def _convert(directory: Path) -> Any:
-    transformers = importlib.import_module("transformers")
-    try:
-        converted = transformers.AutoTokenizer.from_pretrained(
-            str(directory), trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise _invalid("", error) from error
-    backend = getattr(converted, "backend_tokenizer", None)
-    if backend is None:
-        raise _invalid("", TypeError(f"{type(converted).__name__} has no fast form"))
-    return backend
-
-
-def _invalid(file: str, error: Exception) -> Refusal:
-    """A tokenizer that cannot be loaded, with the library's own type and message."""
-    return Refusal(
-        "MODEL_INVALID",
-        Fault.USER,
-        f"the tokenizer cannot be loaded: {error}",
-        stage="TOKENIZER",
-        exception_type=f"{type(error).__module__}.{type(error).__qualname__}",
-        file=file,
-    )

@@ -1,15 +1,20 @@
 """The planner's tokens are those of `AutoTokenizer.apply_chat_template`, and its masks those of the turns."""
 
+import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers, processors, trainers
 
+from gpu_service.catalog import templates
 from gpu_service.catalog.tokenizer_files import read_json_object, read_tokenizer_facts
 from gpu_service.planner.chat_template import ChatTemplate
 from gpu_service.planner.rendering import Rendered
 from gpu_service.planner.tokenizer import TextTokenizer
+from gpu_service.planner.tokenizer_source import load_source
 from tests.fakes.tiny_models import LLAMA_3_2, TinyOptions, place_header_only
 
 CONVERSATIONS: list[list[dict[str, Any]]] = [
@@ -56,7 +61,9 @@ def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def load(directory: Path) -> tuple[TextTokenizer, ChatTemplate]:
     facts = read_tokenizer_facts(directory)
     config = read_json_object(directory / "config.json", stage="CONFIG")
-    return TextTokenizer(directory, facts, config), ChatTemplate(facts.chat_template or "", facts.special_tokens)
+    with tempfile.TemporaryDirectory() as cache:
+        source = load_source(directory, facts, config_type=config.get("model_type", ""), cache_directory=Path(cache))
+    return TextTokenizer(source, config), ChatTemplate(facts.chat_template or "{{ '' }}", source.special_tokens)
 
 
 def load_auto(directory: Path) -> Any:
@@ -95,8 +102,7 @@ def test_only_assistant_turns_and_their_ends_carry_loss(directory: Path) -> None
 @pytest.mark.parametrize("options", [TinyOptions(), TinyOptions(adds_bos=True), LLAMA_3_2], ids=lambda o: o.name)
 def test_documents_begin_as_the_tokenizer_has_it_and_end(tmp_path: Path, options: TinyOptions) -> None:
     directory = tmp_path / place_header_only(tmp_path, options)
-    facts = read_tokenizer_facts(directory)
-    tokenizer = TextTokenizer(directory, facts, {})
+    tokenizer, _ = load(directory)
     auto = load_auto(directory)
     text = "The quick brown fox"
     [(tokens, mask, _)] = tokenizer.encode(
@@ -112,8 +118,6 @@ def test_documents_begin_as_the_tokenizer_has_it_and_end(tmp_path: Path, options
 
 def test_a_model_without_tokenizer_json_is_converted(tmp_path: Path) -> None:
     """GPT-2 style files: vocab.json and merges.txt are all that is there."""
-    import json
-
     directory = tmp_path / place_header_only(tmp_path, TinyOptions())
     model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     reference, _ = load(directory)
@@ -123,8 +127,117 @@ def test_a_model_without_tokenizer_json_is_converted(tmp_path: Path) -> None:
     (directory / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
     config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    converted = TextTokenizer(directory, read_tokenizer_facts(directory), {})
+    converted, _ = load(directory)
     text = [Rendered(text="What is two plus two?", targets=[(0, 4)], is_document=False)]
     assert converted.encode(text, loss_on_all=False, max_length=64) == reference.encode(
         text, loss_on_all=False, max_length=64
     )
+
+
+def write_sentencepiece_style(directory: Path, tokenizer_class: str) -> None:
+    """The pipeline that Llama 2's tokenizer.json has: a normalizer in place of a pre-tokenizer, and byte fallback."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)], show_progress=False
+    )
+    tokenizer.train_from_iterator(["What is two plus two? the quick brown fox [INST] [/INST]"] * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    value = json.loads(tokenizer.to_str())
+    value["added_tokens"] = [token for token in value["added_tokens"] if token["content"] in special]
+    (directory / "tokenizer.json").write_text(json.dumps(value), encoding="utf-8")
+    config = {
+        "tokenizer_class": tokenizer_class,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "legacy": False,
+        "chat_template": "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}"
+        "{% else %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "model_type"),
+    [
+        ("LlamaTokenizer", "llama"),
+        ("PreTrainedTokenizerFast", "llama"),
+        ("LlamaTokenizerFast", "phi3"),
+        ("", "mistral"),
+    ],
+)
+def test_pipelines_that_transformers_rebuilds_are_rebuilt(
+    tmp_path: Path, tokenizer_class: str, model_type: str
+) -> None:
+    """For some classes transformers makes another pipeline than tokenizer.json has; ids must be its ids."""
+    directory = tmp_path / place_header_only(tmp_path, TinyOptions())
+    write_sentencepiece_style(directory, tokenizer_class)
+    rewrite(directory / "config.json", model_type=model_type)
+    assert_equal_to_auto(directory)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("tokenizer_class", ["Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_qwen_s_own_class_is_followed(tmp_path: Path, model_type: str, tokenizer_class: str) -> None:
+    directory = tmp_path / place_header_only(tmp_path, TinyOptions())
+    rewrite(directory / "config.json", model_type=model_type)
+    rewrite(directory / "tokenizer_config.json", tokenizer_class=tokenizer_class)
+    assert_equal_to_auto(directory)
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+def assert_equal_to_auto(directory: Path) -> None:
+    tokenizer, chat = load(directory)
+    auto = load_auto(directory)
+    for conversation in CONVERSATIONS:
+        if any(message["role"] == "system" for message in conversation):
+            conversation = conversation[1:]
+        rendered = chat.render_conversation(conversation)
+        [(tokens, _, _)] = tokenizer.encode([rendered], loss_on_all=False, max_length=4096)
+        assert list(tokens) == auto.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
+    document = Rendered(text="two plus two", targets=[(0, 12)], is_document=True)
+    [(tokens, _, _)] = tokenizer.encode([document], loss_on_all=False, max_length=4096)
+    assert list(tokens) == [*auto("two plus two")["input_ids"], auto.eos_token_id]
+
+
+@pytest.mark.parametrize("name", templates.REGISTRY)
+def test_catalog_templates_render_as_transformers_renders_them(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / place_header_only(tmp_path, TinyOptions(chat_template=False, adds_bos=True))
+    text = templates.REGISTRY[name].read_text()
+    chat = ChatTemplate(text, read_tokenizer_facts(directory).special_tokens)
+    auto = load_auto(directory)
+    for conversation in CONVERSATIONS:
+        for prompt in (False, True):
+            messages = conversation[:-1] if prompt else conversation
+            expected = auto.apply_chat_template(
+                messages, chat_template=text, tokenize=False, add_generation_prompt=prompt
+            )
+            assert chat.render(messages, add_generation_prompt=prompt) == expected
+
+
+def test_generation_tags_give_the_mask_that_transformers_gives(tmp_path: Path) -> None:
+    directory = tmp_path / place_header_only(tmp_path, TinyOptions())
+    text = (
+        "{% for m in messages %}[{{ m.role }}] {% if m.role == 'assistant' %}\n"
+        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
+    tokenizer, chat = load(directory)
+    auto = load_auto(directory)
+    for conversation in CONVERSATIONS[:2]:
+        [(tokens, mask, _)] = tokenizer.encode(
+            [chat.render_conversation(conversation)], loss_on_all=False, max_length=4096
+        )
+        expected = auto.apply_chat_template(
+            conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert list(tokens) == expected["input_ids"]
+        assert list(mask) == expected["assistant_masks"]

@@ -382,6 +382,16 @@ def test_a_named_template_serves_a_base_that_has_none() -> None:
     assert any("in place of the base model's own" in warning for warning in replaced.warnings)
 
 
+def test_an_epoch_that_no_planner_could_hold_is_refused() -> None:
+    spec = make_spec(mix={"policy": "repeat", "max_repeats": 1000, "total": "50000002"})
+    for reference in spec["datasets"]:
+        reference["num_examples"] = str(10**6)
+    with pytest.raises(Refusal, match="TOO_LARGE"):
+        plan(spec)
+    spec["mix"]["total"] = "50000000"
+    assert plan(spec).examples_per_epoch == 50_000_000
+
+
 def test_long_data_is_a_warning_until_its_length_is_known() -> None:
     needed = plan(make_spec()).memory
     device = Device(total_memory_bytes=needed.standing_bytes + 1)

@@ -15,6 +15,7 @@ from gpu_service.domain.spec import TrainingSpec
 from gpu_service.planner.exact import PlanRequest, make_plan
 from gpu_service.planner.rendering import Rendered
 from gpu_service.planner.tokenizer import TextTokenizer
+from gpu_service.planner.tokenizer_source import TokenizerSource, load_source
 from tests.fakes.datasets import make_spec, write_blob
 from tests.fakes.tiny_models import TinyOptions, place_header_only
 
@@ -27,10 +28,15 @@ class Discard:
         return None
 
 
+def load(directory: Path, cache_directory: Path) -> TokenizerSource:
+    facts = read_tokenizer_facts(directory)
+    return load_source(directory, facts, config_type="llama", cache_directory=cache_directory)
+
+
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> TextTokenizer:
     directory = tmp_path / place_header_only(tmp_path, TinyOptions(adds_bos=True))
-    return TextTokenizer(directory, read_tokenizer_facts(directory), {})
+    return TextTokenizer(load(directory, tmp_path), {})
 
 
 def test_first_tokens_never_carry_loss_and_all_means_all_others(tokenizer: TextTokenizer) -> None:
@@ -57,7 +63,7 @@ def test_a_broken_tokenizer_file_is_refused(tmp_path: Path) -> None:
     directory = tmp_path / place_header_only(tmp_path)
     (directory / "tokenizer.json").write_bytes(b'{"version": "1.0"')
     with pytest.raises(Refusal) as caught:
-        TextTokenizer(directory, read_tokenizer_facts(directory), {})
+        load(directory, tmp_path)
     assert (caught.value.reason, caught.value.stage, caught.value.file) == (
         "MODEL_INVALID",
         "TOKENIZER",
