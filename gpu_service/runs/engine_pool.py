@@ -228,7 +228,7 @@ class EnginePool:
         for engine in list(self._engines.values()):
             if engine.is_idle and now - engine.idle_since >= self._settings.idle_seconds:
                 _log.info("engine-idle-too-long", engine=engine.id)
-                await self._retire(engine)
+                await self._ask_to_leave(engine)
 
     async def shut_down(self, grace_seconds: float) -> None:
         """Ask all engines to leave, at a checkpoint, and wait until they have. The shims kill those that do not."""
