@@ -158,7 +158,7 @@ class Launcher:
         self._changed.fire()
 
     def watch_over(self, live_runs: Callable[[], Sequence[Run]]) -> None:
-        """From now on make up for notices that were lost with a shim, and retire idle engines."""
+        """From now on make up for notices that were lost with a shim, and retire engines whose time is over."""
         self._spawn(self._sweep(live_runs), "sweep")
 
     async def _sweep(self, live_runs: Callable[[], Sequence[Run]]) -> None:
@@ -166,7 +166,7 @@ class Launcher:
             await asyncio.sleep(_SWEEP_SECONDS)
             for run in live_runs():
                 run.wake()
-            await self._pool.retire_idle()
+            await self._pool.retire()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work, name=name)
