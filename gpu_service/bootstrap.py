@@ -112,7 +112,7 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
         ledger=ledger,
         blobs=blobs,
         pool=pool,
-        settings=engine_settings,
+        grace_seconds=settings.grace_seconds,
     )
 
     server = aio.server(interceptors=[CallInterceptor()], options=SERVER_OPTIONS)

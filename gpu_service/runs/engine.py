@@ -34,6 +34,10 @@ class Engine:
         self.run: Run | None = None
         self.resident: dict[str, Any] = {}
         self.idle_since = time.monotonic()
+        # Since when its run was seen to be over without the engine having said so.
+        self.lingers_since: float | None = None
+        # Directory of the run that it last said to be over.
+        self.last_finished: str | None = None
         # True once it was asked to leave: it takes no further run.
         self.leaving = False
         self._process = process
@@ -70,6 +74,7 @@ class Engine:
     async def start(self, run: Run) -> None:
         """Hand the run over. Raises ShimGone."""
         self.run = run
+        self.lingers_since = None
         await self.client.send({"type": "start_run", "run_directory": str(run.directory)})
 
     async def stop(self, run: Run) -> None:
@@ -88,6 +93,13 @@ class Engine:
         self.leaving = True
         await self.client.send({"type": "shutdown", "grace_seconds": grace_seconds})
 
+    def _make_up_for_notices(self, status: Message) -> None:
+        """Those that came while there was no connection are lost; the status tells what they would have."""
+        run = self.run
+        if run is not None and status["run_directory"] != str(run.directory):
+            notice = {"type": "run_finished", "run_directory": str(run.directory), "resident": status["resident"]}
+            self._on_notice(self, notice)
+
     async def wait_until_gone(self) -> None:
         """Wait until no shim holds the directory; a connection that only broke is made again."""
         while True:
@@ -98,6 +110,7 @@ class Engine:
                 break
             try:
                 await self.client.connect()
+                self._make_up_for_notices(await self.client.status())
             except ShimGone:
                 self.client.gone.set()
             await asyncio.sleep(_LOOK_AGAIN_SECONDS)

@@ -121,10 +121,12 @@ class EnginePool:
                     await asyncio.to_thread(kill_shim, directory)
                 await asyncio.sleep(0.1)
                 continue
-            engine.run = runs.get(str(status["run_directory"]))
+            # A run may be said to be over right behind the status that says it goes on.
+            if status["run_directory"] != engine.last_finished:
+                engine.run = runs.get(str(status["run_directory"]))
             _log.info("engine-adopted", engine=engine.id, shim_pid=status["shim_pid"], state=status["state"])
             self._keep(engine)
-            if status["run_directory"] is not None and engine.run is None:
+            if status["run_directory"] not in (None, engine.last_finished) and engine.run is None:
                 await engine.shut_down(self._settings.grace_seconds)
             return
         if await asyncio.to_thread(_needs_burial, directory, runs):
@@ -136,7 +138,7 @@ class EnginePool:
         if engine is not None:
             if engine.is_idle and engine.keeps(wanted):
                 return engine
-            await self._retire(engine)
+            await self._replace(engine)
         return await self._start(device)
 
     async def _start(self, device: Device) -> Engine:
@@ -202,6 +204,8 @@ class EnginePool:
                 await asyncio.sleep(_BURY_AGAIN_SECONDS)
 
     def _on_notice(self, engine: Engine, message: Message) -> None:
+        if message["type"] == "run_finished":
+            engine.last_finished = str(message["run_directory"])
         run = engine.run
         if run is None or message.get("run_directory", str(run.directory)) != str(run.directory):
             return
@@ -217,7 +221,7 @@ class EnginePool:
                 task.add_done_callback(self._leaving.discard)
             self.on_run_left(run, NO_ENDING)
 
-    async def _retire(self, engine: Engine) -> None:
+    async def _replace(self, engine: Engine) -> None:
         watch = self._watches.get(engine.id)
         await self._ask_to_leave(engine)
         if watch is not None:
@@ -229,13 +233,18 @@ class EnginePool:
         except ShimGone:
             _log.info("engine-gone-already", engine=engine.id)
 
-    async def retire_idle(self) -> None:
-        """Ask engines that were idle for too long to leave."""
+    async def retire(self) -> None:
+        """Ask engines to leave that were idle for too long, or that hang behind the end of their run."""
         now = time.monotonic()
         for engine in list(self._engines.values()):
             if engine.is_idle and now - engine.idle_since >= self._settings.idle_seconds:
                 _log.info("engine-idle-too-long", engine=engine.id)
-                await self._retire(engine)
+                await self._ask_to_leave(engine)
+            elif engine.run is not None and engine.run.is_over and not engine.leaving:
+                engine.lingers_since = engine.lingers_since or now
+                if now - engine.lingers_since >= self._settings.grace_seconds:
+                    _log.error("engine-hangs-after-run", engine=engine.id, run=engine.run.key.id)
+                    await self._ask_to_leave(engine)
 
     async def shut_down(self, grace_seconds: float) -> None:
         """Ask all engines to leave, at a checkpoint, and wait until they have. The shims kill those that do not."""

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.gpu_runs import WAIT_SECONDS, is_alive, payloads, summary_of, wait_for
-from tests.fakes.gpu_server import GpuServer
+from tests.fakes.gpu_server import INSTALLATION, GpuServer
 from tunesmith.common.v1 import errors_pb2, event_pb2
+from tunesmith.gpu.v1 import run_service_pb2
 
 
 @pytest.fixture
@@ -149,6 +150,24 @@ def test_sigterm_checkpoints_and_ends_everything(server: GpuServer) -> None:
     assert summary.last_checkpoint is not None
     assert server.living_processes() == []
     assert not (server.root / "ready.json").exists()
+
+
+def test_streams_hear_the_end_of_a_drain(server: GpuServer) -> None:
+    request = run_service_pb2.WatchNodeRequest(installation_id=INSTALLATION, heartbeat_seconds=WAIT_SECONDS)
+    reports = server.runs.WatchNode(request, timeout=WAIT_SECONDS)
+    next(reports)
+    server.start_run(num_steps=100_000)
+    events = server.watch()
+    for _, payload in events:
+        if payload.step.step == 2:
+            break
+    os.kill(server.pid, signal.SIGTERM)
+    *_, (_, last) = events
+    assert last.run_state.state == event_pb2.RUN_STATE_INTERRUPTED
+    *_, report = reports
+    assert report.draining
+    assert not report.accepting
+    assert report.runs[0].state == event_pb2.RUN_STATE_INTERRUPTED
 
 
 def test_keep_engines_leaves_them_training(tmp_path: Path) -> None:

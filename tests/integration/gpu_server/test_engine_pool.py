@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 from gpu_service.devices import Device
 from gpu_service.runs import engine_pool
 from gpu_service.runs.engine_pool import EnginePool, EngineSettings
+from gpu_service.runs.run import Run
+from gpu_service.shim.closing import close_run
 from gpu_service.shim.records import ExitRecord
-from tests.fakes.gpu_runs import STUB_COMMAND, child_environment, processes_of, wait_until
+from tests.fakes.gpu_runs import STUB_COMMAND, child_environment, processes_of, wait_until, write_run
 
 CPU = Device(index=-1, type="cpu", name="cpu", total_memory_bytes=1 << 30, free_memory_bytes=1 << 30)
 WANTED = {"base_model": "org/name", "weights_digest": "w", "quantization": "nf4"}
@@ -23,12 +26,12 @@ def _children_find_us(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", child_environment()["PYTHONPATH"])
 
 
-def pool(directory: Path, *, answer_limit_seconds: float = 30) -> EnginePool:
+def pool(directory: Path, *, answer_limit_seconds: float = 30, grace_seconds: float = 20) -> EnginePool:
     directory.mkdir(exist_ok=True)
     settings = EngineSettings(
         command=STUB_COMMAND,
         orphan_limit_seconds=300,
-        grace_seconds=20,
+        grace_seconds=grace_seconds,
         idle_seconds=300,
         answer_limit_seconds=answer_limit_seconds,
     )
@@ -56,6 +59,43 @@ async def test_a_shim_that_hangs_is_ended_and_buried_at_adoption(tmp_path: Path)
     os.kill(shim_pid, signal.SIGSTOP)
     await pool(tmp_path / "engines", answer_limit_seconds=0.2).adopt({})
     await wait_until(lambda: ExitRecord.read(engine.directory) is not None)
+    assert processes_of(engine.directory) == []
+
+
+async def test_a_connection_that_only_broke_is_made_again_and_what_was_missed_made_up_for(tmp_path: Path) -> None:
+    engines = pool(tmp_path / "engines")
+    left: list[Run] = []
+    engines.on_run_left = lambda run, ending: left.append(run)
+    engine = await engines.acquire(CPU, WANTED)
+    directory = write_run(tmp_path)
+    content = {**json.loads((directory / "run.json").read_text()), "device": {"type": "cpu", "index": -1}}
+    run = Run(directory=directory, content=content, on_change=lambda: None)
+    # The engine never got it, or is done with it: the shim says that it has none.
+    engine.run = run
+    first = engine.client
+    await first.close()
+    first.gone.set()
+    await wait_until(lambda: left == [run])
+    assert engine.run is None
+    assert engine.client is not first
+    assert (await engine.client.status())["state"] in ("starting", "idle")
+    await engines.shut_down(20)
+
+
+async def test_an_engine_that_hangs_behind_the_end_of_its_run_is_ended(tmp_path: Path) -> None:
+    engines = pool(tmp_path / "engines", grace_seconds=0)
+    left: list[Run] = []
+    engines.on_run_left = lambda run, ending: left.append(run)
+    engine = await engines.acquire(CPU, WANTED)
+    directory = write_run(tmp_path)
+    close_run(directory, ExitRecord(status=None, signal=None, phase="", run_directory=None, stop_mode="cancel"))
+    content = {**json.loads((directory / "run.json").read_text()), "device": {"type": "cpu", "index": -1}}
+    engine.run = Run(directory=directory, content=content, on_change=lambda: None)
+    await engines.retire()
+    assert not engine.leaving
+    await engine.run.refresh()
+    await engines.retire()
+    await wait_until(lambda: left)
     assert processes_of(engine.directory) == []
 
 
