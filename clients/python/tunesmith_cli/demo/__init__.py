@@ -1,0 +1,1 @@
+"""`tunesmith demo`: a real model through the pair, from nothing. One file for each step."""

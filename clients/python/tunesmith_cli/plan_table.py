@@ -1,0 +1,41 @@
+"""A plan as tables: what each dataset gives, and what the run will be. Shows; computes nothing but sums for display."""
+
+from tunesmith.common.v1 import plan_pb2
+from tunesmith_cli.output import Output
+from tunesmith_cli.text import byte_count
+
+
+def show_plan(out: Output, plan: plan_pb2.Plan, node: str) -> None:
+    """Prints the plan for people."""
+    rows = [
+        (
+            source.trait_type,
+            source.dataset_id,
+            "held out" if source.held_out else f"{source.share * 100:.1f} %",
+            source.num_available,
+            source.num_examples,
+            source.num_tokens,
+            source.num_target_tokens,
+            source.num_truncated,
+            ", ".join(f"{count} {reason}" for reason, count in sorted(source.dropped.items())),
+        )
+        for source in plan.datasets
+    ]
+    columns = ("TRAIT", "DATASET", "SHARE", "AVAILABLE", "EXAMPLES", "TOKENS", "TARGET TOKENS", "CUT", "DROPPED")
+    out.rows(columns, rows, title="Plan")
+    method = plan.resolved.quantization.method
+    lines = [
+        ("steps", f"{plan.num_steps} ({plan.num_epochs:.2f} epochs of {plan.examples_per_epoch} examples)"),
+        ("tokens", f"{plan.total_tokens}, of which {plan.total_target_tokens} carry loss"),
+        ("training", f"{plan.training_type}, base held in {method}" if method else plan.training_type),
+        ("layers", f"{plan.num_covered_linears} of {plan.num_linears} linear layers are covered"),
+        ("trainable", f"{plan.num_trainable_parameters} of {plan.num_parameters} parameters"),
+        ("memory", f"{byte_count(plan.memory.total_bytes)} estimated, on {plan.device or 'an unnamed device'}"),
+        ("node", node),
+        ("data digest", plan.data_digest),
+    ]
+    for name, value in lines:
+        if value:
+            out.line(f"{name:<12} {value}")
+    for warning in plan.warnings:
+        out.line(f"warning: {warning}")

@@ -1,0 +1,51 @@
+"""One asyncio call: deadline, request id, repeats on UNAVAILABLE, typed errors. Knows no noun."""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from tunesmith_client._config import ClientConfig
+from tunesmith_client._errors import TunesmithError, error_from_aio
+from tunesmith_client._retry import give_request_id, method_of, pause_after, pauses
+
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response", bound=Message)
+Result = TypeVar("Result")
+
+if TYPE_CHECKING:
+    AsyncUnaryMethod = grpc.aio.UnaryUnaryMultiCallable[Request, Response]
+
+
+class AsyncCaller:
+    """Calls unary methods of one channel."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        self.config = config
+        self._random = random.Random()
+
+    async def call(self, method: "AsyncUnaryMethod[Request, Response]", request: Request) -> Response:
+        """The response, or a TunesmithError. Repeats with the same request id while the deadline allows."""
+        give_request_id(request)
+        ends_at = time.monotonic() + self.config.deadline_of(method_of(request))
+        return await self.repeat(
+            lambda: method(request, timeout=max(0.001, ends_at - time.monotonic())), ends_at=ends_at
+        )
+
+    async def repeat(self, attempt: Callable[[], Awaitable[Result]], *, ends_at: float) -> Result:
+        """Runs `attempt` until it returns, up to the policy's attempts; `ends_at` is on the monotonic clock."""
+        waits = pauses(self.config.retry, self._random)
+        for remaining in range(self.config.retry.max_attempts - 1, -1, -1):
+            try:
+                return await attempt()
+            except grpc.aio.AioRpcError as error:
+                typed = error_from_aio(error)
+                pause_seconds = pause_after(typed, next(waits))
+                if not remaining or pause_seconds is None or time.monotonic() + pause_seconds >= ends_at:
+                    raise typed from error
+                await asyncio.sleep(pause_seconds)
+        raise TunesmithError("the retry policy allows no attempt at all")

@@ -1,0 +1,91 @@
+"""Settings of a client, frozen: where, how long, how often again. Opens no connection.
+
+The keepalive pair agrees with the services' (they allow a ping every 10 s): change one, and the other cuts the
+connection with "too many pings".
+"""
+
+import os
+from dataclasses import dataclass
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+ADDRESS_VARIABLE = "TUNESMITH_ADDRESS"
+
+# Seconds for a whole call, repeats included. What is not named here takes DEFAULT_DEADLINE_SECONDS.
+DEFAULT_DEADLINE_SECONDS = 15.0
+DEADLINE_SECONDS = {
+    # An EXACT plan reads and tokenizes the data.
+    "PlanTraining": 300.0,
+    # A plan at level CHECK comes first.
+    "StartTraining": 30.0,
+    # Every row is read before the answer.
+    "RegisterDataset": 600.0,
+    # Frees disk.
+    "DeleteJob": 60.0,
+    "DeleteArtifact": 60.0,
+    "DeleteDataset": 60.0,
+}
+# Items that a list fetches at a time.
+PAGE_SIZE = 200
+# An upload gets this long, and a second more for each mebibyte.
+UPLOAD_BASE_SECONDS = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """How a call that met UNAVAILABLE is repeated, and how a watch reconnects."""
+
+    # Calls in all, the first one counted.
+    max_attempts: int = 4
+    initial_backoff_seconds: float = 0.2
+    max_backoff_seconds: float = 5.0
+    # Each pause is drawn from [1 - jitter, 1] of the back-off, so that many clients do not return together.
+    jitter: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """Everything a client is told. `address` is `host:port` of a control service."""
+
+    address: str = DEFAULT_ADDRESS
+    retry: RetryPolicy = RetryPolicy()
+    # Overrides every method's own deadline when set.
+    deadline_seconds: float | None = None
+    # The server's heartbeat on a quiet watch; a stream that is silent for 2.5 of them is dropped and opened again.
+    heartbeat_seconds: float = 15.0
+    # A watch that has heard nothing at all for this long gives up with Unavailable.
+    watch_give_up_seconds: float = 600.0
+    keepalive_seconds: float = 30.0
+    keepalive_timeout_seconds: float = 10.0
+
+    @property
+    def silence_limit_seconds(self) -> float:
+        """How long a watch stream may say nothing."""
+        return 2.5 * self.heartbeat_seconds
+
+    def deadline_of(self, method: str) -> float:
+        """Seconds that `method` (the RPC's bare name) may take, repeats included."""
+        if self.deadline_seconds is not None:
+            return self.deadline_seconds
+        return DEADLINE_SECONDS.get(method, DEFAULT_DEADLINE_SECONDS)
+
+    def channel_options(self) -> list[tuple[str, int]]:
+        """Options of the gRPC channel."""
+        return [
+            ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+            # gRPC's own waits between connection attempts would reach two minutes; ours decide.
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.min_reconnect_backoff_ms", 1000),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+            # As much as a service sends; a plan or a page of events can be larger than gRPC's own 4 MiB.
+            ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+            # One connection per client: two clients of a process must not share a broken one.
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+
+
+def address_from_environment() -> str:
+    """`TUNESMITH_ADDRESS`, or the default port on this machine."""
+    return os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS

@@ -1,0 +1,75 @@
+"""What a watch knows between two streams: the position, and when to stop trying. Pure; opens no stream.
+
+Position moves when an event is given to the user, so a stream that is opened again starts at exactly the next one.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from tunesmith.common.v1 import event_pb2
+from tunesmith.control.v1 import job_service_pb2
+from tunesmith_client._config import ClientConfig
+from tunesmith_client._errors import CallCancelled, ServiceDefect, TunesmithError, Unavailable
+from tunesmith_client._retry import pause_after, pauses
+
+
+class Cursor:
+    """Gives out each event once and in order, and decides after a broken stream whether and when to open the next."""
+
+    def __init__(
+        self,
+        *,
+        job_id: str,
+        after_sequence: int,
+        config: ClientConfig,
+        random_source: random.Random | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.job_id = job_id
+        self.position = after_sequence
+        self._config = config
+        self._random = random_source or random.Random()
+        self._monotonic = monotonic
+        self._failing_since: float | None = None
+        self._pauses = pauses(config.retry, self._random)
+
+    def request(self) -> job_service_pb2.WatchJobRequest:
+        """The request that goes on after the last event that was given out."""
+        return job_service_pb2.WatchJobRequest(job_id=self.job_id, after_sequence=self.position)
+
+    def take(self, response: job_service_pb2.WatchJobResponse) -> Iterator[event_pb2.Event]:
+        """The events of a response that are new. Raises ServiceDefect on a gap: one lost event is worse than an end."""
+        self._failing_since = None
+        for event in response.events:
+            if event.sequence <= self.position:
+                continue
+            if event.sequence != self.position + 1:
+                raise ServiceDefect(
+                    f"the log of job {self.job_id} jumped from {self.position} to {event.sequence}",
+                    reason="SEQUENCE_GAP",
+                )
+            self.position = event.sequence
+            yield event
+
+    def pause_before_reopening(self, error: TunesmithError) -> float:
+        """Seconds to wait before the next stream. Raises `error` when another stream cannot help or time is up."""
+        # A CANCELLED that this side did not ask for is a server that stopped without saying so.
+        lost = Unavailable(error.message, code=error.code) if isinstance(error, CallCancelled) else error
+        now = self._monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+            self._pauses = pauses(self._config.retry, self._random)
+        pause_seconds = pause_after(lost, next(self._pauses))
+        if pause_seconds is None or now - self._failing_since > self._config.watch_give_up_seconds:
+            raise lost
+        return pause_seconds
+
+    def silence(self) -> Unavailable:
+        """The error for a stream that said nothing, not even a heartbeat."""
+        return Unavailable(
+            f"the watch of job {self.job_id} was silent for {self._config.silence_limit_seconds:g} s",
+            code=grpc.StatusCode.UNAVAILABLE,
+        )

@@ -1,0 +1,198 @@
+"""Jobs and artifacts for a blocking client. Builds requests; calls go through the Caller.
+
+Every method raises TunesmithError's subclasses as the service's RPC comments say. Mutating methods take a request_id;
+when it is left out one is made, so that repeats after a lost connection are safe.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import grpc
+
+from tunesmith.common.v1 import event_pb2, plan_pb2
+from tunesmith.control.v1 import (
+    artifact_service_pb2,
+    artifact_service_pb2_grpc,
+    job_service_pb2,
+    job_service_pb2_grpc,
+)
+from tunesmith_client._caller import Caller
+from tunesmith_client._config import PAGE_SIZE
+from tunesmith_client._cursor import Cursor
+from tunesmith_client._errors import NotFound
+from tunesmith_client._outcome import job_result
+from tunesmith_client._transfer import (
+    PartFile,
+    ProgressCallback,
+    destination_of,
+    ignore_progress,
+    upload_seconds,
+)
+from tunesmith_client._watch import Watch
+
+
+class Jobs:
+    """Requests to train."""
+
+    def __init__(self, channel: grpc.Channel, caller: Caller) -> None:
+        self._stub = job_service_pb2_grpc.JobServiceStub(channel)
+        self._config = caller.config
+        self._call = caller.call
+
+    def plan(
+        self, project_id: int, *, level: "plan_pb2.PlanLevel.ValueType" = plan_pb2.PLAN_LEVEL_EXACT
+    ) -> job_service_pb2.PlanTrainingResponse:
+        """Resolves everything without loading a weight. The answer has `plan` and the `node` that planned."""
+        request = job_service_pb2.PlanTrainingRequest(project_id=project_id, level=level)
+        return self._call(self._stub.PlanTraining, request)
+
+    def start(
+        self, project_id: int, *, priority: int = 0, max_retries: int | None = None, request_id: str = ""
+    ) -> job_service_pb2.Job:
+        """Stores a job, QUEUED. The same request_id gives the same job."""
+        request = job_service_pb2.StartTrainingRequest(
+            project_id=project_id, priority=priority, max_retries=max_retries, request_id=request_id
+        )
+        return self._call(self._stub.StartTraining, request).job
+
+    def get(self, job_id: str) -> job_service_pb2.Job:
+        """Reads one job with its queue position and why it waits."""
+        return self._call(self._stub.GetJob, job_service_pb2.GetJobRequest(job_id=job_id)).job
+
+    def list(
+        self,
+        *,
+        project_id: int = 0,
+        states: "Iterable[event_pb2.JobState.ValueType]" = (),
+    ) -> Iterator[job_service_pb2.Job]:
+        """Jobs, newest first, without their specs, fetched page by page while you iterate."""
+        request = job_service_pb2.ListJobsRequest(page_size=PAGE_SIZE, project_id=project_id, states=list(states))
+        while True:
+            page = self._call(self._stub.ListJobs, request)
+            yield from page.jobs
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def cancel(self, job_id: str, *, request_id: str = "") -> job_service_pb2.Job:
+        """Asks for the end of a job; one that is over is answered as it is."""
+        request = job_service_pb2.CancelJobRequest(job_id=job_id, request_id=request_id)
+        return self._call(self._stub.CancelJob, request).job
+
+    def pause(self, job_id: str, *, request_id: str = "") -> job_service_pb2.Job:
+        """Asks a running job to checkpoint and free its device."""
+        request = job_service_pb2.PauseJobRequest(job_id=job_id, request_id=request_id)
+        return self._call(self._stub.PauseJob, request).job
+
+    def resume(self, job_id: str, *, request_id: str = "") -> job_service_pb2.Job:
+        """Queues a paused job again."""
+        request = job_service_pb2.ResumeJobRequest(job_id=job_id, request_id=request_id)
+        return self._call(self._stub.ResumeJob, request).job
+
+    def retry(self, job_id: str, *, request_id: str = "") -> job_service_pb2.Job:
+        """Starts a new job with the snapshot of one that failed or was cancelled."""
+        request = job_service_pb2.RetryJobRequest(job_id=job_id, request_id=request_id)
+        return self._call(self._stub.RetryJob, request).job
+
+    def delete(self, job_id: str, *, request_id: str = "") -> None:
+        """Deletes a job that is over, with its log and artifacts."""
+        request = job_service_pb2.DeleteJobRequest(job_id=job_id, request_id=request_id)
+        self._call(self._stub.DeleteJob, request)
+
+    def watch(self, job_id: str, *, after_sequence: int = 0) -> Watch:
+        """Iterates the job's events, history first, each once and in order, until it is over; reconnects itself."""
+        cursor = Cursor(job_id=job_id, after_sequence=after_sequence, config=self._config)
+        # A watch has no deadline: the silence limit notices a server that hangs.
+        return Watch(lambda request: self._stub.WatchJob(request), cursor, self._config.silence_limit_seconds)
+
+    def events(self, job_id: str, *, after_sequence: int = 0) -> Iterator[event_pb2.Event]:
+        """The events written so far, page by page; does not wait for more."""
+        while True:
+            request = job_service_pb2.ListJobEventsRequest(
+                job_id=job_id, after_sequence=after_sequence, page_size=PAGE_SIZE
+            )
+            page = self._call(self._stub.ListJobEvents, request)
+            yield from page.events
+            if not page.events or page.events[-1].sequence >= page.last_sequence:
+                return
+            after_sequence = page.events[-1].sequence
+
+    def checkpoints(self, job_id: str) -> Sequence[job_service_pb2.Checkpoint]:
+        """The job's checkpoints by step."""
+        request = job_service_pb2.ListCheckpointsRequest(job_id=job_id)
+        return self._call(self._stub.ListCheckpoints, request).checkpoints
+
+    def wait(
+        self, job_id: str, *, check: bool = True, on_event: Callable[[event_pb2.Event], object] | None = None
+    ) -> job_service_pb2.Job:
+        """Watches until the job is over and gives it. With `check`, raises JobFailed unless it SUCCEEDED."""
+        with self.watch(job_id) as events:
+            for event in events:
+                if on_event is not None:
+                    on_event(event)
+        return job_result(self.get(job_id), check=check)
+
+
+class Artifacts:
+    """What jobs left."""
+
+    def __init__(self, channel: grpc.Channel, caller: Caller) -> None:
+        self._stub = artifact_service_pb2_grpc.ArtifactServiceStub(channel)
+        self._caller = caller
+        self._call = caller.call
+
+    def list(self, job_id: str) -> Sequence[artifact_service_pb2.Artifact]:
+        """A job's collected artifacts."""
+        return self._call(self._stub.ListArtifacts, artifact_service_pb2.ListArtifactsRequest(job_id=job_id)).artifacts
+
+    def get(self, job_id: str, name: str) -> artifact_service_pb2.Artifact:
+        """The artifact of this name. NotFound when there is none."""
+        for artifact in self.list(job_id):
+            if artifact.name == name:
+                return artifact
+        message = f"job {job_id} has no artifact {name!r}"
+        raise NotFound(message, reason="ARTIFACT_NOT_FOUND", code=grpc.StatusCode.NOT_FOUND)
+
+    def download(
+        self, job_id: str, name: str, directory: str | Path, *, progress: ProgressCallback = ignore_progress
+    ) -> Sequence[Path]:
+        """Downloads every file of an artifact into `directory`, verified by SHA-256; what is there already stays.
+
+        An interrupted download leaves `<file>.part` and goes on from there next time. Raises TransferDamaged.
+        """
+        artifact = self.get(job_id, name)
+        targets = [(destination_of(Path(directory), file), file) for file in artifact.files]
+        return [self._download_file(artifact, file, target, progress) for target, file in targets]
+
+    def delete(self, job_id: str, name: str, *, request_id: str = "") -> None:
+        """Deletes an artifact's bytes and record."""
+        request = artifact_service_pb2.DeleteArtifactRequest(job_id=job_id, name=name, request_id=request_id)
+        self._call(self._stub.DeleteArtifact, request)
+
+    def _download_file(
+        self,
+        artifact: artifact_service_pb2.Artifact,
+        file: event_pb2.FileReference,
+        target: Path,
+        progress: ProgressCallback,
+    ) -> Path:
+        part = PartFile(target, file, progress)
+        if part.is_there():
+            return target
+        ends_at = time.monotonic() + upload_seconds(file.size_bytes)
+
+        def fetch_rest() -> None:
+            request = artifact_service_pb2.DownloadArtifactRequest(
+                job_id=artifact.job_id, name=artifact.name, path=file.path, offset=part.offset
+            )
+            for response in self._stub.DownloadArtifact(request, timeout=max(0.001, ends_at - time.monotonic())):
+                part.write(response.chunk)
+
+        part.open()
+        try:
+            if part.offset < file.size_bytes:
+                self._caller.repeat(fetch_rest, ends_at=ends_at)
+            return part.finish()
+        finally:
+            part.close()

@@ -1,0 +1,42 @@
+"""An asyncio watch of a job: each event once, in order, over as many streams as it takes. Never skips or repeats.
+
+The same rules as the blocking watch. Cancelling the task that iterates cancels the stream.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING
+
+import grpc
+
+from tunesmith.common.v1 import event_pb2
+from tunesmith.control.v1 import job_service_pb2
+from tunesmith_client._cursor import Cursor
+from tunesmith_client._errors import TunesmithError, error_from_aio
+
+if TYPE_CHECKING:
+    AsyncStream = grpc.aio.UnaryStreamCall[job_service_pb2.WatchJobRequest, job_service_pb2.WatchJobResponse]
+
+
+async def watch(
+    open_stream: "Callable[[job_service_pb2.WatchJobRequest], AsyncStream]", cursor: Cursor, limit_seconds: float
+) -> AsyncIterator[event_pb2.Event]:
+    """Yields a job's events until its last one."""
+    while True:
+        stream = open_stream(cursor.request())
+        error: TunesmithError
+        try:
+            while True:
+                # Only the wait for the server counts as silence, not the time that the user takes with an event.
+                response = await asyncio.wait_for(stream.read(), limit_seconds)
+                if not isinstance(response, job_service_pb2.WatchJobResponse):  # grpc.aio.EOF
+                    return
+                for event in cursor.take(response):
+                    yield event
+        except TimeoutError:
+            error = cursor.silence()
+        except grpc.aio.AioRpcError as cause:
+            error = error_from_aio(cause)
+        finally:
+            stream.cancel()
+        await asyncio.sleep(cursor.pause_before_reopening(error))

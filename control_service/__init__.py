@@ -1,0 +1,1 @@
+"""The control service: projects, datasets, the queue and the history of every training job."""

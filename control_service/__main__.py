@@ -1,0 +1,5 @@
+"""`python -m control_service` is the command `tunesmith-control`."""
+
+from control_service.main import run
+
+run()

@@ -1,0 +1,1 @@
+"""Bytes on disk: content-addressed blobs, the output tree that people read, and the operator's import root."""

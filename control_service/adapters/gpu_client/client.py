@@ -1,0 +1,213 @@
+"""Implements `app.ports.NodeClient` and `NodeDialer` over grpc.aio. Keeps no state of runs and never retries a call."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import grpc
+
+from control_service.adapters.gpu_client.channel_options import CHANNEL_OPTIONS
+from control_service.adapters.gpu_client.errors import domain_error
+from control_service.adapters.gpu_client.messages import (
+    PLAN_LEVELS,
+    STOP_MODES,
+    capabilities_value,
+    event_values,
+    key_message,
+    report_value,
+    run_value,
+    start_run_message,
+)
+from control_service.app.ports import PlanLevel, StartRun
+from control_service.domain.errors import NotFound, Unavailable
+from control_service.domain.event import StoredEvent
+from control_service.domain.node import NodeCapabilities, NodeReport
+from control_service.domain.run import ObservedRun, RunKey, StopMode
+from control_service.domain.spec import TrainingSpec
+from control_service.wire.training_spec import proto_json, spec_message
+from tunesmith.gpu.v1 import blob_service_pb2, blob_service_pb2_grpc, run_service_pb2, run_service_pb2_grpc
+
+CHUNK_BYTES: Final = 1024**2
+Response = TypeVar("Response")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeClientConfig:
+    """How long a call to a node may take. Watches have no deadline: keepalive notices a dead link."""
+
+    call_timeout_seconds: float = 15.0
+    start_timeout_seconds: float = 60.0
+    plan_check_timeout_seconds: float = 15.0
+    plan_exact_timeout_seconds: float = 1800.0
+    # A transfer may take its base time and then as long as its bytes need at this rate.
+    transfer_base_seconds: float = 60.0
+    transfer_minimum_bytes_per_second: float = 256 * 1024
+
+
+class GrpcNodeDialer:
+    """Implements `app.ports.NodeDialer`."""
+
+    def __init__(self, *, config: NodeClientConfig) -> None:
+        self._config = config
+
+    def dial(self, *, name: str, address: str, installation_id: str) -> GrpcNodeClient:
+        """A client for `host:port`; the connection is made by the first call."""
+        return GrpcNodeClient(
+            name=name,
+            channel=grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS),
+            installation_id=installation_id,
+            config=self._config,
+        )
+
+
+class GrpcNodeClient:
+    """Implements `app.ports.NodeClient`. Owns its channel."""
+
+    def __init__(self, *, name: str, channel: grpc.aio.Channel, installation_id: str, config: NodeClientConfig) -> None:
+        self._name = name
+        self._channel = channel
+        self._installation_id = installation_id
+        self._config = config
+        self._runs = run_service_pb2_grpc.RunServiceStub(channel)
+        self._blobs = blob_service_pb2_grpc.BlobServiceStub(channel)
+        self._plan_timeouts: Mapping[PlanLevel, float] = {
+            PlanLevel.CHECK: config.plan_check_timeout_seconds,
+            PlanLevel.EXACT: config.plan_exact_timeout_seconds,
+        }
+
+    async def capabilities(self) -> NodeCapabilities:
+        """What the node is and can do."""
+        with self._translated():
+            return capabilities_value(
+                await self._runs.GetCapabilities(
+                    run_service_pb2.GetCapabilitiesRequest(), timeout=self._config.call_timeout_seconds
+                )
+            )
+
+    async def plan_run(
+        self, *, spec: TrainingSpec, level: PlanLevel, timeout_seconds: float | None = None
+    ) -> Mapping[str, Any]:
+        """`Plan` as proto JSON with proto field names."""
+        request = run_service_pb2.PlanRunRequest(
+            spec=spec_message(spec), level=PLAN_LEVELS[level], installation_id=self._installation_id
+        )
+        timeout = self._plan_timeouts[level] if timeout_seconds is None else timeout_seconds
+        try:
+            with self._translated():
+                response = await self._runs.PlanRun(request, timeout=timeout)
+        except Unavailable as error:
+            cause = error.__cause__
+            if isinstance(cause, grpc.aio.AioRpcError) and cause.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                # The node is there; this plan needs more time than the caller has.
+                raise Unavailable(
+                    "DEADLINE_TOO_SHORT", f"planning took longer than {timeout:g} s", details=error.details
+                ) from cause
+            raise
+        return proto_json(response.plan)
+
+    async def start_run(self, request: StartRun) -> ObservedRun:
+        """Starts an attempt; the same request again is the same run."""
+        with self._translated():
+            response = await self._runs.StartRun(start_run_message(request), timeout=self._config.start_timeout_seconds)
+        return run_value(response.run)
+
+    async def get_run(self, key: RunKey) -> ObservedRun | None:
+        """The run as it stands; None when the node has no such run."""
+        try:
+            with self._translated():
+                response = await self._runs.GetRun(
+                    run_service_pb2.GetRunRequest(key=key_message(key)), timeout=self._config.call_timeout_seconds
+                )
+        except NotFound:
+            return None
+        return run_value(response.run)
+
+    async def stop_run(self, key: RunKey, *, mode: StopMode, grace_seconds: float = 0.0) -> ObservedRun | None:
+        """Asks a run to end; answers at once. None: the node has no such run."""
+        request = run_service_pb2.StopRunRequest(
+            key=key_message(key), mode=STOP_MODES[mode], grace_seconds=grace_seconds
+        )
+        try:
+            with self._translated():
+                response = await self._runs.StopRun(request, timeout=self._config.call_timeout_seconds)
+        except NotFound:
+            return None
+        return run_value(response.run)
+
+    async def release_run(self, key: RunKey) -> int:
+        """Lets the node delete a run that is over; bytes freed."""
+        with self._translated():
+            response = await self._runs.ReleaseRun(
+                run_service_pb2.ReleaseRunRequest(key=key_message(key)), timeout=self._config.call_timeout_seconds
+            )
+        return response.freed_bytes
+
+    async def watch_run(self, key: RunKey, *, after_run_sequence: int) -> AsyncIterator[Sequence[StoredEvent]]:
+        """Batches in run sequence, history then tail; ends after the last event of a run that is over."""
+        call = self._runs.WatchRun(
+            run_service_pb2.WatchRunRequest(key=key_message(key), after_run_sequence=after_run_sequence)
+        )
+        async for message in self._messages(call):
+            yield event_values(message)
+
+    async def watch_node(self, *, heartbeat_seconds: float) -> AsyncIterator[NodeReport]:
+        """The node's report at once, on every change, and every heartbeat."""
+        call = self._runs.WatchNode(
+            run_service_pb2.WatchNodeRequest(installation_id=self._installation_id, heartbeat_seconds=heartbeat_seconds)
+        )
+        async for message in self._messages(call):
+            yield report_value(message)
+
+    async def find_missing_blobs(self, sha256s: Sequence[str]) -> Mapping[str, int]:
+        """Blobs that the node lacks -> bytes of an unfinished write that can be continued."""
+        with self._translated():
+            response = await self._blobs.FindMissingBlobs(
+                blob_service_pb2.FindMissingBlobsRequest(sha256=sha256s), timeout=self._config.call_timeout_seconds
+            )
+        return {blob.sha256: blob.stored_bytes for blob in response.missing}
+
+    async def write_blob(self, *, sha256: str, size_bytes: int, offset: int, chunks: AsyncIterable[bytes]) -> None:
+        """Sends a blob from `offset` on; visible on the node only when size and SHA-256 are right."""
+
+        async def requests() -> AsyncIterator[blob_service_pb2.WriteBlobRequest]:
+            yield blob_service_pb2.WriteBlobRequest(sha256=sha256, size_bytes=size_bytes, offset=offset)
+            async for chunk in chunks:
+                for start in range(0, len(chunk), CHUNK_BYTES):
+                    yield blob_service_pb2.WriteBlobRequest(chunk=chunk[start : start + CHUNK_BYTES])
+
+        with self._translated():
+            await self._blobs.WriteBlob(requests(), timeout=self._transfer_seconds(size_bytes - offset))
+
+    async def read_blob(self, sha256: str, *, offset: int = 0) -> AsyncIterator[bytes]:
+        """A blob, or a file of a run's artifact or checkpoint, by content."""
+        # The size is not known here, so there is no deadline; the reader's own cancel and keepalive end a dead read.
+        call = self._blobs.ReadBlob(blob_service_pb2.ReadBlobRequest(sha256=sha256, offset=offset))
+        async for message in self._messages(call):
+            yield message.chunk
+
+    async def close(self) -> None:
+        """Gives the connection back; calls that are under way are cancelled."""
+        await self._channel.close()
+
+    async def _messages(self, call: Any) -> AsyncIterator[Any]:
+        """A stream's messages; the call is cancelled when its reader goes away."""
+        try:
+            with self._translated():
+                async for message in call:
+                    yield message
+        finally:
+            call.cancel()
+
+    def _transfer_seconds(self, size_bytes: int) -> float:
+        config = self._config
+        return config.transfer_base_seconds + max(0, size_bytes) / config.transfer_minimum_bytes_per_second
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise domain_error(error, node=self._name) from error

@@ -1,0 +1,1 @@
+"""The database: schema, migrations, the store with its one writer, the event log."""

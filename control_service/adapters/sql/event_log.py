@@ -1,0 +1,105 @@
+"""Each job's events: numbered under the job's row, stored once, read by cursor. Payloads are never opened here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import sqlalchemy as sa
+
+from control_service.adapters.sql import schema
+from control_service.adapters.sql.records import event_from_row, event_to_row
+from control_service.adapters.sql.touched import Touched
+from control_service.domain.errors import FailedPrecondition, Internal, NotFound
+from control_service.domain.event import EventKind, StoredEvent
+
+# Events that tell of a change which the queue or a job's keeper must see to.
+_MOVES_JOB = frozenset({int(EventKind.JOB_STATE), int(EventKind.NODE_REACHABILITY)})
+
+
+class SqlEventLog:
+    """Implements `EventLog`."""
+
+    def __init__(self, connection: sa.Connection, touched: Touched) -> None:
+        self._connection = connection
+        self._touched = touched
+
+    def append(self, job_id: str, *, attempt: int, events: Sequence[StoredEvent]) -> int:
+        """See the port."""
+        stored = self._store(job_id, [replace(event, attempt=attempt, run_sequence=0) for event in events])
+        return stored[-1].sequence if stored else self.bounds(job_id)[1]
+
+    def append_run_events(self, job_id: str, *, attempt: int, events: Sequence[StoredEvent]) -> Sequence[StoredEvent]:
+        """See the port."""
+        table = schema.jobs
+        row = self._connection.execute(
+            sa.select(table.c.attempt, table.c.run_cursor).where(table.c.job_id == job_id)
+        ).one_or_none()
+        if row is None or row.attempt != attempt:
+            raise FailedPrecondition(
+                "STALE_EPOCH",
+                f"attempt {attempt} of job {job_id} is over",
+                details={"attempt": str(0 if row is None else row.attempt)},
+            )
+        fresh = [replace(event, attempt=attempt) for event in events if event.run_sequence > row.run_cursor]
+        expected = range(row.run_cursor + 1, row.run_cursor + 1 + len(fresh))
+        if [event.run_sequence for event in fresh] != list(expected):
+            raise Internal("INTERNAL", f"events of job {job_id} do not continue at run sequence {row.run_cursor + 1}")
+        if not fresh:
+            return []
+        self._connection.execute(
+            sa.update(table).where(table.c.job_id == job_id).values(run_cursor=fresh[-1].run_sequence)
+        )
+        return self._store(job_id, fresh)
+
+    def page(self, job_id: str, *, after_sequence: int, limit: int) -> Sequence[StoredEvent]:
+        """See the port."""
+        table = schema.events
+        statement = (
+            sa.select(table)
+            .where(table.c.job_id == job_id, table.c.sequence > after_sequence)
+            .order_by(table.c.sequence)
+            .limit(limit)
+        )
+        return [event_from_row({**row}) for row in self._connection.execute(statement).mappings()]
+
+    def of_kind(self, job_id: str, *, attempt: int, kind: EventKind) -> Sequence[StoredEvent]:
+        """See the port."""
+        table = schema.events
+        statement = (
+            sa.select(table)
+            .where(table.c.job_id == job_id, table.c.attempt == attempt, table.c.kind == int(kind))
+            .order_by(table.c.sequence)
+        )
+        return [event_from_row({**row}) for row in self._connection.execute(statement).mappings()]
+
+    def bounds(self, job_id: str) -> tuple[int, int]:
+        """See the port."""
+        newest = self._connection.execute(
+            sa.select(schema.jobs.c.last_sequence).where(schema.jobs.c.job_id == job_id)
+        ).scalar()
+        table = schema.events
+        oldest = self._connection.execute(
+            sa.select(sa.func.min(table.c.sequence)).where(table.c.job_id == job_id)
+        ).scalar()
+        return oldest or 0, newest or 0
+
+    def _store(self, job_id: str, events: Sequence[StoredEvent]) -> list[StoredEvent]:
+        if not events:
+            return []
+        # Raising the counter locks the job's row, so sequence order is commit order.
+        table = schema.jobs
+        last = self._connection.execute(
+            sa.update(table)
+            .where(table.c.job_id == job_id)
+            .values(last_sequence=table.c.last_sequence + len(events))
+            .returning(table.c.last_sequence)
+        ).scalar()
+        if last is None:
+            raise NotFound("JOB_NOT_FOUND", f"no job {job_id}")
+        first = last - len(events) + 1
+        numbered = [replace(event, sequence=first + index) for index, event in enumerate(events)]
+        self._connection.execute(sa.insert(schema.events), [event_to_row(job_id, event) for event in numbered])
+        self._touched.job_sequences[job_id] = last
+        self._touched.jobs |= any(event.kind in _MOVES_JOB for event in numbered)
+        return numbered

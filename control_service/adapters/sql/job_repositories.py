@@ -1,0 +1,182 @@
+"""Jobs, their checkpoints and their artifacts over SQLAlchemy Core. Events are in `event_log`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+
+import sqlalchemy as sa
+
+from control_service.adapters.sql import schema
+from control_service.adapters.sql.records import (
+    artifact_from_row,
+    artifact_to_row,
+    checkpoint_from_row,
+    checkpoint_to_row,
+    job_from_row,
+    job_to_row,
+)
+from control_service.adapters.sql.touched import Touched
+from control_service.domain.artifact import Artifact, Checkpoint, CheckpointStatus, FileReference
+from control_service.domain.errors import Aborted
+from control_service.domain.job import Job
+from control_service.domain.job_state import TERMINAL, JobState
+
+_LIVE = tuple(state.value for state in JobState if state not in TERMINAL)
+# Written once; a job's spec may be large and is not written again with every batch of events.
+_IMMUTABLE = frozenset(
+    {"job_id", "project_id", "project_name", "spec", "spec_digest", "output_path", "create_time", "retry_of_job_id"}
+)
+
+
+class SqlJobs:
+    """Implements `JobRepository`."""
+
+    def __init__(self, connection: sa.Connection, touched: Touched) -> None:
+        self._connection = connection
+        self._touched = touched
+
+    def insert(self, job: Job) -> None:
+        """See the port."""
+        self._connection.execute(sa.insert(schema.jobs).values(**job_to_row(job), last_sequence=0))
+        self._touched.jobs = True
+
+    def get(self, job_id: str) -> Job | None:
+        """See the port."""
+        row = self._connection.execute(sa.select(schema.jobs).where(schema.jobs.c.job_id == job_id)).mappings().first()
+        return None if row is None else job_from_row({**row})
+
+    def update(self, job: Job) -> Job:
+        """See the port."""
+        table = schema.jobs
+        following = replace(job, revision=job.revision + 1)
+        statement = (
+            sa.update(table)
+            .where(table.c.job_id == job.job_id, table.c.revision == job.revision)
+            .values({name: value for name, value in job_to_row(following).items() if name not in _IMMUTABLE})
+        )
+        if self._connection.execute(statement).rowcount != 1:
+            raise Aborted("ETAG_MISMATCH", f"job {job.job_id} was changed by someone else")
+        return following
+
+    def list_page(
+        self, *, before_job_id: str, limit: int, project_id: int, states: Collection[JobState]
+    ) -> Sequence[Job]:
+        """See the port."""
+        table = schema.jobs
+        statement = sa.select(table).order_by(table.c.job_id.desc()).limit(limit)
+        if before_job_id:
+            statement = statement.where(table.c.job_id < before_job_id)
+        if project_id:
+            statement = statement.where(table.c.project_id == project_id)
+        if states:
+            statement = statement.where(table.c.state.in_([state.value for state in states]))
+        return self._jobs(statement)
+
+    def in_states(self, states: Collection[JobState]) -> Sequence[Job]:
+        """See the port."""
+        table = schema.jobs
+        names = [state.value for state in states]
+        return self._jobs(sa.select(table).where(table.c.state.in_(names)).order_by(table.c.job_id))
+
+    def count_live_of_project(self, project_id: int) -> int:
+        """See the port."""
+        table = schema.jobs
+        statement = (
+            sa.select(sa.func.count())
+            .select_from(table)
+            .where(table.c.project_id == project_id, table.c.state.in_(_LIVE))
+        )
+        return int(self._connection.execute(statement).scalar_one())
+
+    def live_job_ids_of_dataset(self, dataset_id: int) -> Sequence[str]:
+        """See the port."""
+        live = self._jobs(sa.select(schema.jobs).where(schema.jobs.c.state.in_(_LIVE)).order_by(schema.jobs.c.job_id))
+        return [job.job_id for job in live if any(d.dataset_id == dataset_id for d in job.spec.datasets)]
+
+    def delete(self, job_id: str) -> None:
+        """See the port."""
+        # Every table of a job refers to it and is deleted with it.
+        self._connection.execute(sa.delete(schema.jobs).where(schema.jobs.c.job_id == job_id))
+        self._touched.jobs = True
+
+    def _jobs(self, statement: sa.Select[tuple[object, ...]]) -> list[Job]:
+        return [job_from_row({**row}) for row in self._connection.execute(statement).mappings()]
+
+
+class BlobReferences:
+    """Which record of a job holds which content."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    def replace(self, job_id: str, holder: str, files: Iterable[FileReference]) -> None:
+        """The holder holds exactly these files."""
+        table = schema.blob_references
+        self._connection.execute(sa.delete(table).where(table.c.job_id == job_id, table.c.holder == holder))
+        rows = [{"sha256": sha256, "job_id": job_id, "holder": holder} for sha256 in {file.sha256 for file in files}]
+        if rows:
+            self._connection.execute(sa.insert(table), rows)
+
+
+class SqlCheckpoints:
+    """Implements `CheckpointRepository`."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+        self._references = BlobReferences(connection)
+
+    def put(self, checkpoint: Checkpoint) -> None:
+        """See the port."""
+        table = schema.checkpoints
+        self._connection.execute(
+            sa.delete(table).where(table.c.job_id == checkpoint.job_id, table.c.name == checkpoint.name)
+        )
+        self._connection.execute(sa.insert(table).values(checkpoint_to_row(checkpoint)))
+        self._refer(checkpoint)
+
+    def list_for_job(self, job_id: str) -> Sequence[Checkpoint]:
+        """See the port."""
+        table = schema.checkpoints
+        statement = sa.select(table).where(table.c.job_id == job_id).order_by(table.c.step, table.c.name)
+        return [checkpoint_from_row({**row}) for row in self._connection.execute(statement).mappings()]
+
+    def set_status(self, job_id: str, name: str, status: CheckpointStatus) -> None:
+        """See the port."""
+        found = [checkpoint for checkpoint in self.list_for_job(job_id) if checkpoint.name == name]
+        for checkpoint in found:
+            self.put(replace(checkpoint, status=status))
+
+    def _refer(self, checkpoint: Checkpoint) -> None:
+        held = checkpoint.files if checkpoint.status is CheckpointStatus.REPLICATED else ()
+        self._references.replace(checkpoint.job_id, f"checkpoint:{checkpoint.name}", held)
+
+
+class SqlArtifacts:
+    """Implements `ArtifactRepository`."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+        self._references = BlobReferences(connection)
+
+    def put(self, artifact: Artifact) -> None:
+        """See the port."""
+        self.delete(artifact.job_id, artifact.name)
+        self._connection.execute(sa.insert(schema.artifacts).values(artifact_to_row(artifact)))
+        self._references.replace(artifact.job_id, f"artifact:{artifact.name}", artifact.files)
+
+    def get(self, job_id: str, name: str) -> Artifact | None:
+        """See the port."""
+        return next((artifact for artifact in self.list_for_job(job_id) if artifact.name == name), None)
+
+    def list_for_job(self, job_id: str) -> Sequence[Artifact]:
+        """See the port."""
+        table = schema.artifacts
+        statement = sa.select(table).where(table.c.job_id == job_id).order_by(table.c.name)
+        return [artifact_from_row({**row}) for row in self._connection.execute(statement).mappings()]
+
+    def delete(self, job_id: str, name: str) -> None:
+        """See the port."""
+        table = schema.artifacts
+        self._connection.execute(sa.delete(table).where(table.c.job_id == job_id, table.c.name == name))
+        self._references.replace(job_id, f"artifact:{name}", ())

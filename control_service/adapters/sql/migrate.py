@@ -1,0 +1,29 @@
+"""Brings a database to the newest schema, in one transaction. Refuses a database that a newer version made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from control_service.domain.errors import FailedPrecondition
+
+_SCRIPTS = Path(__file__).parent / "migrations"
+
+
+def migrate(connection: sa.Connection) -> None:
+    """Runs the missing steps inside the caller's transaction."""
+    config = Config()
+    config.set_main_option("script_location", str(_SCRIPTS))
+    config.attributes["connection"] = connection
+    revision = MigrationContext.configure(connection).get_current_revision()
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if revision is not None and revision not in known:
+        raise FailedPrecondition(
+            "STORE_UNAVAILABLE", f"the database has schema {revision}, which a newer version of this service made"
+        )
+    command.upgrade(config, "head")

@@ -1,0 +1,1 @@
+"""One file per step, named for what it does; a released step is never changed."""

@@ -1,0 +1,223 @@
+"""The store over SQLAlchemy Core: one writer thread that commits in groups, readers on connections of their own.
+
+The writer takes every function that waits, runs each in a savepoint of one BEGIN IMMEDIATE, commits once, and then
+answers all. It never retries a function and never commits half of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import secrets
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from control_service.adapters.sql import schema
+from control_service.adapters.sql.engine import connect, make_engine
+from control_service.adapters.sql.migrate import migrate
+from control_service.adapters.sql.touched import Touched
+from control_service.adapters.sql.transaction import SqlTransaction
+from control_service.app.store_ports import CommitNotice, Transaction
+from control_service.domain.errors import Unavailable
+
+T = TypeVar("T")
+
+_MAX_GROUP = 256
+_NUM_READERS = 4
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """One waiting function, and what became of it."""
+
+    function: Callable[[Transaction], Any]
+    answer: asyncio.Future[Any]
+    result: Any = None
+    error: BaseException | None = None
+
+
+class SqlStore:
+    """Implements `app.store_ports.Store`."""
+
+    def __init__(self, engine: sa.Engine, writer: sa.Connection, installation_id: str) -> None:
+        self._engine = engine
+        self._connection = writer
+        self._installation_id = installation_id
+        self._loop = asyncio.get_running_loop()
+        self._waiting: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._listeners: list[Callable[[CommitNotice], None]] = []
+        self._closed = False
+        self.num_commits = 0
+        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="store-reader")
+        self._reader_state = threading.local()
+        self._reader_connections: list[sa.Connection] = []
+        self._writer = threading.Thread(target=self._write_groups, name="store-writer")
+        self._writer.start()
+
+    @classmethod
+    async def open(cls, database: Path) -> SqlStore:
+        """Opens and migrates the SQLite database file. FailedPrecondition STORE_UNAVAILABLE when SQLite is too old, or
+        a newer version of this service made the database."""
+        engine, writer, installation_id = await asyncio.to_thread(_open, database)
+        return cls(engine, writer, installation_id)
+
+    @property
+    def installation_id(self) -> str:
+        """A random id made with the database."""
+        return self._installation_id
+
+    async def close(self) -> None:
+        """Commits what waits, then ends the threads."""
+        if self._closed:
+            return
+        self._closed = True
+        self._waiting.put(None)
+        await asyncio.to_thread(self._end)
+
+    def subscribe(self, listener: Callable[[CommitNotice], None]) -> None:
+        """See the port."""
+        self._listeners.append(listener)
+
+    async def transact(self, work: Callable[[Transaction], T]) -> T:
+        """See the port."""
+        self._refuse_if_closed()
+        answer: asyncio.Future[T] = self._loop.create_future()
+        self._waiting.put(_Work(function=work, answer=answer))
+        return await answer
+
+    async def read(self, work: Callable[[Transaction], T]) -> T:
+        """See the port."""
+        self._refuse_if_closed()
+        return await self._loop.run_in_executor(self._readers, self._read, work)
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise Unavailable("STORE_UNAVAILABLE", "the store is closed", retry_after_seconds=1.0)
+
+    # In reader threads.
+
+    def _read(self, work: Callable[[Transaction], T]) -> T:
+        connection: sa.Connection | None = getattr(self._reader_state, "connection", None)
+        if connection is None:
+            connection = self._reader_state.connection = connect(self._engine, read_only=True)
+            self._reader_connections.append(connection)
+        try:
+            connection.exec_driver_sql("BEGIN")
+            try:
+                return work(SqlTransaction(connection, Touched()))
+            finally:
+                connection.exec_driver_sql("ROLLBACK")
+        except sa.exc.OperationalError as error:
+            raise _unavailable(error) from error
+
+    # In the writer thread.
+
+    def _write_groups(self) -> None:
+        while (first := self._waiting.get()) is not None:
+            group = [first]
+            ends = False
+            while len(group) < _MAX_GROUP and not self._waiting.empty():
+                following = self._waiting.get()
+                if following is None:
+                    ends = True
+                    break
+                group.append(following)
+            touched = self._commit_group(group)
+            self._loop.call_soon_threadsafe(self._answer, group, touched)
+            if ends:
+                return
+
+    def _commit_group(self, group: list[_Work]) -> Touched:
+        touched = Touched()
+        try:
+            self._connection.exec_driver_sql("BEGIN IMMEDIATE")
+            for work in group:
+                touched.merge(self._run_in_savepoint(work))
+            self._connection.exec_driver_sql("COMMIT")
+            self.num_commits += 1
+        except sa.exc.DBAPIError as error:
+            self._roll_back()
+            for work in group:
+                work.error = _unavailable(error)
+            return Touched()
+        return touched
+
+    def _run_in_savepoint(self, work: _Work) -> Touched:
+        touched = Touched()
+        self._connection.exec_driver_sql("SAVEPOINT work")
+        try:
+            work.result = work.function(SqlTransaction(self._connection, touched))
+        except BaseException as error:  # noqa: BLE001 - a thread's boundary: raised again where the caller awaits
+            work.error = _unavailable(error) if isinstance(error, sa.exc.OperationalError) else error
+            touched = Touched()
+            self._connection.exec_driver_sql("ROLLBACK TO work")
+        self._connection.exec_driver_sql("RELEASE work")
+        return touched
+
+    def _roll_back(self) -> None:
+        # After a full disk SQLite may have rolled back by itself; then there is nothing to undo.
+        try:
+            self._connection.exec_driver_sql("ROLLBACK")
+        except sa.exc.OperationalError as error:
+            if "no transaction is active" not in str(error):
+                raise
+
+    def _end(self) -> None:
+        self._writer.join()
+        self._readers.shutdown()
+        for connection in (*self._reader_connections, self._connection):
+            connection.close()
+        self._engine.dispose()
+
+    # On the event loop.
+
+    def _answer(self, group: list[_Work], touched: Touched) -> None:
+        if touched:
+            notice = CommitNotice(
+                job_sequences=touched.job_sequences, jobs_changed=touched.jobs, nodes_changed=touched.nodes
+            )
+            for listener in self._listeners:
+                listener(notice)
+        for work in group:
+            if work.answer.done():  # the caller was cancelled; its work is committed all the same
+                continue
+            if work.error is not None:
+                work.answer.set_exception(work.error)
+            else:
+                work.answer.set_result(work.result)
+
+
+def _unavailable(error: BaseException) -> Unavailable:
+    return Unavailable("STORE_UNAVAILABLE", f"the database cannot be used just now: {error}", retry_after_seconds=1.0)
+
+
+def _open(database: Path) -> tuple[sa.Engine, sa.Connection, str]:
+    database.parent.mkdir(parents=True, exist_ok=True)
+    engine = make_engine(database)
+    connection = connect(engine, read_only=False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    try:
+        migrate(connection)
+        installation_id = _installation_id(connection)
+    except BaseException:
+        connection.exec_driver_sql("ROLLBACK")
+        connection.close()
+        raise
+    connection.exec_driver_sql("COMMIT")
+    return engine, connection, installation_id
+
+
+def _installation_id(connection: sa.Connection) -> str:
+    table = schema.meta
+    found = connection.execute(sa.select(table.c.value).where(table.c.key == "installation_id")).scalar()
+    if found is not None:
+        return str(found)
+    made = secrets.token_hex(16)
+    connection.execute(sa.insert(table).values(key="installation_id", value=made))
+    return made

@@ -1,0 +1,123 @@
+"""Serves `DatasetService`: wire in, use case, wire out. Bytes pass through in chunks; rows are never read here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from control_service.api.dependencies import Dependencies
+from control_service.api.errors import DeadlineTooShort
+from control_service.api.paging import cut_page, page_limit
+from control_service.api.requests import request_key
+from control_service.api.wire.datasets import dataset_message, row_message, upload_header
+from control_service.app import datasets
+from control_service.domain.errors import invalid_field
+from tunesmith.control.v1 import dataset_service_pb2 as messages
+from tunesmith.control.v1 import dataset_service_pb2_grpc
+
+DEFAULT_PREVIEW_ROWS: Final = 5
+
+
+class DatasetServicer(dataset_service_pb2_grpc.DatasetServiceServicer):
+    """Datasets, towards clients."""
+
+    def __init__(self, dependencies: Dependencies) -> None:
+        self._on = dependencies
+
+    async def UploadDataset(self, requests: AsyncIterator[messages.UploadDatasetRequest], context: Any) -> Any:
+        """Takes a file in: a header, then chunks."""
+        first = await self._next(requests)
+        if first is None or first.WhichOneof("part") != "header":
+            raise invalid_field("header", "must be the first message")
+        dataset = await datasets.upload_dataset(
+            upload_header(first.header),
+            self._chunks(requests),
+            store=self._on.store,
+            blobs=self._on.blobs,
+            clock=self._on.clock,
+            limits=self._on.dataset_limits,
+        )
+        return messages.UploadDatasetResponse(dataset=dataset_message(dataset))
+
+    async def RegisterDataset(self, request: messages.RegisterDatasetRequest, context: Any) -> Any:
+        """Registers a file below the import root."""
+        dataset = await datasets.register_dataset(
+            request.name,
+            request.path,
+            format=request.format,
+            store=self._on.store,
+            blobs=self._on.blobs,
+            imports=self._on.imports,
+            clock=self._on.clock,
+            limits=self._on.dataset_limits,
+        )
+        return messages.RegisterDatasetResponse(dataset=dataset_message(dataset))
+
+    async def GetDataset(self, request: messages.GetDatasetRequest, context: Any) -> Any:
+        """Reads one dataset's record."""
+        dataset = await datasets.get_dataset(request.dataset_id, store=self._on.store)
+        return messages.GetDatasetResponse(dataset=dataset_message(dataset))
+
+    async def ListDatasets(self, request: messages.ListDatasetsRequest, context: Any) -> Any:
+        """Lists datasets by id."""
+        filters = {"name_contains": request.name_contains}
+        position = self._on.pages.decode(request.page_token, listing="datasets", filters=filters)
+        found = await datasets.list_datasets(
+            store=self._on.store,
+            after_id=int(position or 0),
+            limit=page_limit(request.page_size),
+            name_contains=request.name_contains,
+        )
+        page, following = cut_page(
+            found,
+            page_size=request.page_size,
+            to_message=dataset_message,
+            position=lambda dataset: str(dataset.dataset_id),
+        )
+        return messages.ListDatasetsResponse(
+            datasets=page,
+            next_page_token=self._on.pages.encode(following, listing="datasets", filters=filters),
+        )
+
+    async def PreviewDataset(self, request: messages.PreviewDatasetRequest, context: Any) -> Any:
+        """Gives the first rows as they are in the file; fewer when they are large."""
+        rows = await datasets.preview_dataset(
+            request.dataset_id,
+            num_rows=request.num_rows or DEFAULT_PREVIEW_ROWS,
+            store=self._on.store,
+            blobs=self._on.blobs,
+        )
+        page, _ = cut_page(rows, page_size=len(rows), to_message=row_message, position=lambda row: str(row.line))
+        return messages.PreviewDatasetResponse(rows=page)
+
+    async def DeleteDataset(self, request: messages.DeleteDatasetRequest, context: Any) -> Any:
+        """Deletes a dataset that nothing uses."""
+        await datasets.delete_dataset(
+            request.dataset_id,
+            store=self._on.store,
+            blobs=self._on.blobs,
+            clock=self._on.clock,
+            request=request_key(request, method="DeleteDataset"),
+        )
+        return messages.DeleteDatasetResponse()
+
+    async def _chunks(self, requests: AsyncIterator[messages.UploadDatasetRequest]) -> AsyncIterator[bytes]:
+        while (request := await self._next(requests)) is not None:
+            if request.WhichOneof("part") != "chunk":
+                raise invalid_field("chunk", "must be set in every message after the first")
+            yield request.chunk
+
+    async def _next(
+        self, requests: AsyncIterator[messages.UploadDatasetRequest]
+    ) -> messages.UploadDatasetRequest | None:
+        """The next message; None at the end. A client that falls silent is cut off, and its staged bytes with it."""
+        idle_seconds = self._on.config.upload_idle_seconds
+        limit = asyncio.timeout(idle_seconds)
+        try:
+            async with limit:
+                return await anext(requests, None)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineTooShort("DEADLINE_TOO_SHORT", f"nothing arrived for {idle_seconds:g} s") from error

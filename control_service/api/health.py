@@ -1,0 +1,62 @@
+"""Says by `grpc.health.v1` whether the service can work: SERVING while the store answers and nothing drains."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Any, Final
+
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from control_service.app.ports import Clock
+from control_service.app.store_ports import Store
+
+_log: Final = structlog.get_logger("control.health")
+_CHECK_SECONDS: Final = 5.0
+
+
+class HealthReporter:
+    """Reports for the whole server (the empty name) and for each service."""
+
+    def __init__(self, *, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._servicer = health.aio.HealthServicer()
+        self._services: Collection[str] = ("",)
+        self._task: asyncio.Task[None] | None = None
+
+    def add_to(self, server: Any, *, services: Collection[str]) -> None:
+        """Registers the health service; `services` are full names."""
+        self._services = ("", *services)
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+
+    async def start(self) -> None:
+        """Looks at the store once, then every few seconds."""
+        await self._look()
+        self._task = asyncio.create_task(self._look_again(), name="health")
+
+    async def drain(self) -> None:
+        """NOT_SERVING from now on."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        await self._servicer.enter_graceful_shutdown()
+
+    async def _look_again(self) -> None:
+        while True:
+            await self._clock.sleep(_CHECK_SECONDS)
+            await self._look()
+
+    async def _look(self) -> None:
+        try:
+            await self._store.read(lambda tx: tx.nodes.list_all())
+            serving = True
+        except Exception:  # noqa: BLE001  # the outermost boundary of this task: whatever it is, the store does not work
+            _log.exception("the store does not answer")
+            serving = False
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in self._services:
+            await self._servicer.set(service, status)

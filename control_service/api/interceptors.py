@@ -1,0 +1,221 @@
+"""What every call of ours goes through: request id, deadline, validation, one mapping of errors, one line of log.
+
+Health and reflection pass untouched. No servicer aborts, logs its call or checks a field's declaration by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import grpc
+import structlog
+from google.protobuf.message import Message
+
+from control_service.api.errors import (
+    REQUEST_ID_KEY,
+    DeadlineTooShort,
+    internal_error,
+    status_code,
+    status_message,
+    trailing_metadata,
+)
+from control_service.api.validation import check
+from control_service.domain.errors import FieldViolation, InvalidArgument, TunesmithError, Unavailable
+
+_OURS: Final = "/tunesmith."
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_log: Final = structlog.get_logger("control.api")
+
+_HOUR_SECONDS: Final = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallConfig:
+    """How long calls may take. A caller's shorter deadline is kept; streams to the caller have no limit here."""
+
+    # A call with less time left than this is refused before it can write anything.
+    min_remaining_seconds: float = 0.005
+    max_seconds: float = 60.0
+    # By the last part of the method's name.
+    max_seconds_by_method: Mapping[str, float] = field(
+        default_factory=lambda: {
+            "PlanTraining": _HOUR_SECONDS,
+            "UploadDataset": 12 * _HOUR_SECONDS,
+            "RegisterDataset": 12 * _HOUR_SECONDS,
+            "DeleteDataset": _HOUR_SECONDS,
+            "DeleteJob": _HOUR_SECONDS,
+            "DeleteArtifact": _HOUR_SECONDS,
+        }
+    )
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler of ours, unary or streaming in either direction."""
+
+    def __init__(self, *, config: CallConfig) -> None:
+        self._config = config
+        self._num_open = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+
+    def drain(self) -> None:
+        """Refuses new calls of ours with SHUTTING_DOWN; those that are open go on."""
+        self._draining = True
+
+    async def until_idle(self) -> None:
+        """Waits until no call of ours is open. Health watches and reflection, which need not end, do not count."""
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Gives the handler with the boundary around it; an unknown method stays unknown."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(_OURS):
+            return handler
+        for kind, (wrap, make) in _KINDS.items():
+            behavior = getattr(handler, kind)
+            if behavior is not None:
+                return make(
+                    wrap(self, behavior, method),
+                    request_deserializer=handler.request_deserializer,
+                    response_serializer=handler.response_serializer,
+                )
+        raise NotImplementedError(f"{method} streams in both directions, which no method of the contract does")
+
+    def unary_unary(self, behavior: Any, method: str) -> Any:
+        """One request, one answer."""
+
+        async def serve(request: Message, context: Any) -> Any:
+            async with self._boundary(method, context) as seconds:
+                _accept(request)
+                async with _limited(seconds):
+                    return await behavior(request, context)
+
+        return serve
+
+    def unary_stream(self, behavior: Any, method: str) -> Any:
+        """One request, a stream of answers."""
+
+        async def serve(request: Message, context: Any) -> AsyncIterator[Any]:
+            async with self._boundary(method, context):
+                _accept(request)
+                # A reader that goes away ends this generator at its yield; the behavior's own must end with it.
+                async with aclosing(behavior(request, context)) as messages:
+                    async for message in messages:
+                        yield message
+
+        return serve
+
+    def stream_unary(self, behavior: Any, method: str) -> Any:
+        """A stream of requests, one answer."""
+
+        async def serve(requests: AsyncIterator[Message], context: Any) -> Any:
+            async def accepted() -> AsyncIterator[Message]:
+                async for request in requests:
+                    _accept(request)
+                    yield request
+
+            async with self._boundary(method, context) as seconds, _limited(seconds):
+                return await behavior(accepted(), context)
+
+        return serve
+
+    @asynccontextmanager
+    async def _boundary(self, method: str, context: Any) -> AsyncIterator[float]:
+        """Gives the seconds that the call may take; turns what is raised inside into the call's status."""
+        request_id = _request_id(context)
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id, method=method)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+        start = time.monotonic()
+        code, refusal = grpc.StatusCode.OK, None
+        self._num_open += 1
+        self._idle.clear()
+        try:
+            if self._draining:
+                raise Unavailable("SHUTTING_DOWN", "the service is stopping", retry_after_seconds=1.0)
+            yield self._seconds(method, context)
+        except TunesmithError as error:
+            refusal = error
+        except (asyncio.CancelledError, GeneratorExit):
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception:  # noqa: BLE001  # the outermost boundary of a call: a defect must not leak to the caller
+            _log.exception("call failed by a defect")
+            refusal = internal_error(request_id)
+        finally:
+            self._num_open -= 1
+            if not self._num_open:
+                self._idle.set()
+            if refusal is not None:
+                code = status_code(refusal)
+            _log.info(
+                "call",
+                code=code.name,
+                seconds=round(time.monotonic() - start, 6),
+                reason=refusal.reason if refusal else None,
+                message=refusal.message if refusal else None,
+            )
+        if refusal is not None:
+            await context.abort(
+                code, status_message(refusal), trailing_metadata=trailing_metadata(refusal, request_id=request_id)
+            )
+
+    def _seconds(self, method: str, context: Any) -> float:
+        remaining = context.time_remaining()
+        if remaining is not None and remaining < self._config.min_remaining_seconds:
+            raise DeadlineTooShort("DEADLINE_TOO_SHORT", f"only {max(0.0, remaining):.3f} s are left for the call")
+        return self._config.max_seconds_by_method.get(method.rsplit("/", 1)[-1], self._config.max_seconds)
+
+
+_KINDS: Final[Mapping[str, tuple[Callable[[CallInterceptor, Any, str], Any], Callable[..., Any]]]] = {
+    "unary_unary": (CallInterceptor.unary_unary, grpc.unary_unary_rpc_method_handler),
+    "unary_stream": (CallInterceptor.unary_stream, grpc.unary_stream_rpc_method_handler),
+    "stream_unary": (CallInterceptor.stream_unary, grpc.stream_unary_rpc_method_handler),
+}
+
+
+def _request_id(context: Any) -> str:
+    """The caller's request id if it gave a usable one, else a new one. For logs and answers; it makes nothing once."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+            return value
+    return secrets.token_hex(8)
+
+
+def _accept(request: Message) -> None:
+    violations = check(request)
+    if violations:
+        first, more = violations[0], len(violations) - 1
+        raise InvalidArgument(
+            "INVALID_FIELD",
+            f"{first.field}: {first.description}" + (f" (and {more} more)" if more else ""),
+            violations=tuple(FieldViolation(violation.field, violation.description) for violation in violations),
+        )
+    job_id = getattr(request, "job_id", "")
+    if job_id:
+        structlog.contextvars.bind_contextvars(job_id=job_id)
+
+
+@asynccontextmanager
+async def _limited(seconds: float) -> AsyncIterator[None]:
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlineTooShort("DEADLINE_TOO_SHORT", f"the call took longer than {seconds:g} s") from error

@@ -1,0 +1,28 @@
+"""How the control server keeps its connections. Channel options of ours agree with these; a contract test holds it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MIN_CLIENT_PING_SECONDS: Final = 10
+KEEPALIVE_SECONDS: Final = 30
+KEEPALIVE_TIMEOUT_SECONDS: Final = 10
+MAX_REQUEST_BYTES: Final = 4 * 1024**2
+MAX_RESPONSE_BYTES: Final = 16 * 1024**2
+# Watches are capped below this (api.dependencies.EdgeConfig), so that other calls always find room.
+MAX_CONCURRENT_CALLS: Final = 5120
+
+SERVER_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
+    # Without this a second server binds the same port silently, and calls go to either.
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Quiet watches are pinged by clients; ones that ping more often than this are cut off.
+    ("grpc.http2.min_ping_interval_without_data_ms", MIN_CLIENT_PING_SECONDS * 1000),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
+    ("grpc.max_concurrent_streams", MAX_CONCURRENT_CALLS),
+    ("grpc.max_metadata_size", 16 * 1024),
+)

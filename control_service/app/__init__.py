@@ -1,0 +1,1 @@
+"""Use cases over ports. Knows neither the wire nor a store."""

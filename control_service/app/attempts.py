@@ -1,0 +1,114 @@
+"""Starts the current attempt of a job on its node: pushes what the node lacks, then StartRun. Does nothing twice: the
+same request again is the same run."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import structlog
+
+from control_service.app.blob_push import blobs_of_spec, push_missing_blobs
+from control_service.app.node_monitor import NodeMonitor
+from control_service.app.ports import BlobStore, Clock, EventCodec, NodeClient, StartRun
+from control_service.app.settle import Settler
+from control_service.app.store_ports import Store, Transaction
+from control_service.app.transitions import change_state
+from control_service.domain import retry
+from control_service.domain.errors import InvalidArgument, TunesmithError, Unavailable
+from control_service.domain.failure import Failure, Fault
+from control_service.domain.job import Job
+from control_service.domain.job_state import JobState
+from control_service.domain.reconcile import Settle, after_failure
+from control_service.domain.resume import resume_from
+from control_service.domain.run import ObservedRun
+
+_log = structlog.get_logger(__name__)
+
+# The node takes no run just now; the job goes back to the queue and nothing is counted.
+_NOT_NOW: frozenset[str] = frozenset({"NODE_BUSY", "NODE_DRAINING", "STALE_EPOCH"})
+
+
+class AttemptStarter:
+    """Stateless but for its ports."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        nodes: NodeMonitor,
+        blobs: BlobStore,
+        codec: EventCodec,
+        clock: Clock,
+        settler: Settler,
+    ) -> None:
+        self._store = store
+        self._nodes = nodes
+        self._blobs = blobs
+        self._codec = codec
+        self._clock = clock
+        self._settler = settler
+
+    async def start(self, job: Job, client: NodeClient) -> None:
+        """Starts the attempt and stores what came of it. Unavailable when the node did not answer: ask it again."""
+        checkpoints = await self._store.read(lambda tx: tx.checkpoints.list_for_job(job.job_id))
+        resume = resume_from(checkpoints, job.node)
+        request = StartRun(
+            key=job.run_key(self._store.installation_id),
+            spec=job.spec,
+            spec_digest=job.spec_digest,
+            weights_digest=job.weights_digest,
+            resume_from=resume,
+        )
+        try:
+            await push_missing_blobs(client, self._blobs, blobs_of_spec(job.spec))
+            if resume is not None:
+                await push_missing_blobs(client, self._blobs, resume.files)
+            run = await client.start_run(request)
+        except Unavailable:
+            raise
+        except TunesmithError as error:
+            await self._refused(job, error)
+            return
+        await self.mark_running(job, run)
+
+    async def mark_running(self, job: Job, run: ObservedRun | None) -> None:
+        """The node has the attempt: DISPATCHING becomes RUNNING."""
+        now = self._clock.utc_now()
+
+        def work(tx: Transaction) -> None:
+            current = tx.jobs.get(job.job_id)
+            if current is None or current.attempt != job.attempt or current.state is not JobState.DISPATCHING:
+                return
+            change_state(
+                tx,
+                current,
+                JobState.RUNNING,
+                codec=self._codec,
+                now=now,
+                failure=current.failure if current.run_state else None,
+                start_time=current.start_time or now,
+                weights_digest=current.weights_digest or (run.weights_digest if run else ""),
+            )
+
+        await self._store.transact(work)
+
+    async def _refused(self, job: Job, error: TunesmithError) -> None:
+        log = _log.bind(job_id=job.job_id, attempt=job.attempt, node=job.node)
+        log.info("attempt-refused", reason=error.reason, message=error.message)
+        if error.reason in _NOT_NOW:
+            self._nodes.mark_busy(job.node)
+            settle = Settle(state=JobState.QUEUED, message=f"node {job.node}: {error.reason}", failure=job.failure)
+            pause = timedelta(seconds=retry.INITIAL_BACK_OFF_SECONDS)
+            await self._settler.settle(job, settle, not_before=self._clock.utc_now() + pause)
+            return
+        await self._settler.settle(job, after_failure(job, failure_of(error)))
+
+
+def failure_of(error: TunesmithError) -> Failure:
+    """A refusal as the failure of a job, with the same reason."""
+    details = dict(error.details)
+    stage = details.pop("stage", "")
+    fault = details.pop("fault", "")
+    guess = Fault.USER if isinstance(error, InvalidArgument) else Fault.PLATFORM
+    known = Fault(fault) if fault in Fault.__members__ else guess
+    return Failure(reason=error.reason, fault=known, message=error.message, stage=stage, details=details)

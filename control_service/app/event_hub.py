@@ -1,0 +1,183 @@
+"""Serves watchers of jobs from encoded pages that all watchers of a job share. Keeps no queue per watcher: each reads
+by its own cursor, after commit, so a slow one holds up nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from control_service.app.jobs import check_position
+from control_service.app.lookups import job_of
+from control_service.app.ports import EventCodec
+from control_service.app.store_ports import CommitNotice, Store, Transaction
+from control_service.domain.errors import Unavailable
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventHubConfig:
+    """How pages are cut and kept."""
+
+    heartbeat_seconds: float = 15.0
+    max_page_events: int = 256
+    max_page_bytes: int = 1024**2
+    cache_bytes: int = 64 * 1024**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Page:
+    """Encoded events after a sequence, up to `last_sequence`."""
+
+    last_sequence: int
+    message: bytes
+
+
+@dataclass(kw_only=True)
+class _Feed:
+    """What the hub knows of one watched job."""
+
+    num_watchers: int = 0
+    last_sequence: int = 0
+    is_over: bool = False
+    grew: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class EventHub:
+    """Built once; `watch` may be called by any number of watchers."""
+
+    def __init__(self, *, store: Store, codec: EventCodec, config: EventHubConfig) -> None:
+        self._store = store
+        self._codec = codec
+        self._config = config
+        self._feeds: dict[str, _Feed] = {}
+        self._pages: OrderedDict[tuple[str, int], _Page] = OrderedDict()
+        self._cached_bytes = 0
+        self._reading: dict[tuple[str, int], asyncio.Task[_Page]] = {}
+        self._draining = False
+        self.num_pages_read = 0
+        store.subscribe(self._on_commit)
+
+    @property
+    def num_watchers(self) -> int:
+        """Watches that are open."""
+        return sum(feed.num_watchers for feed in self._feeds.values())
+
+    async def watch(self, job_id: str, *, after_sequence: int = 0) -> AsyncIterator[bytes]:
+        """Serialized WatchJobResponses: history, then the tail, heartbeats between.
+
+        Ends after the last event of a job that is over. NotFound JOB_NOT_FOUND; OutOfRange HISTORY_COMPACTED with
+        `oldest_sequence`, SEQUENCE_IN_FUTURE; Unavailable SHUTTING_DOWN once `drain` was called.
+        """
+        feed = self._feeds.setdefault(job_id, _Feed())
+        feed.num_watchers += 1
+        try:
+            # Taken before every look, so that a commit during the look is not missed.
+            grew = feed.grew
+            await self._look(job_id, feed, after_sequence)
+            position = after_sequence
+            while True:
+                self._refuse_if_draining()
+                if position < feed.last_sequence:
+                    page = await self._page(job_id, position)
+                    position = page.last_sequence
+                    yield page.message
+                elif feed.is_over:
+                    return
+                elif not await self._is_set(grew):
+                    yield self._codec.encode_heartbeat(position)
+                else:
+                    grew = feed.grew
+                    await self._look(job_id, feed, position)
+        finally:
+            feed.num_watchers -= 1
+            if feed.num_watchers == 0:
+                self._feeds.pop(job_id, None)
+
+    def drain(self) -> None:
+        """Ends every watch with Unavailable SHUTTING_DOWN after what it has already been given."""
+        self._draining = True
+        for feed in self._feeds.values():
+            _tell(feed)
+
+    def _refuse_if_draining(self) -> None:
+        if self._draining:
+            raise Unavailable(
+                "SHUTTING_DOWN", "the service is stopping; go on from the last sequence", retry_after_seconds=1.0
+            )
+
+    def _on_commit(self, notice: CommitNotice) -> None:
+        for job_id in notice.job_sequences:
+            if (feed := self._feeds.get(job_id)) is not None:
+                _tell(feed)
+
+    async def _look(self, job_id: str, feed: _Feed, position: int) -> None:
+        def read(tx: Transaction) -> tuple[int, bool]:
+            job = job_of(tx, job_id)
+            return check_position(tx, job_id, position), job.is_over
+
+        last_sequence, is_over = await self._store.read(read)
+        # Several watchers look at once; an older look never takes back a newer one.
+        if last_sequence >= feed.last_sequence:
+            feed.last_sequence, feed.is_over = last_sequence, is_over
+
+    async def _is_set(self, grew: asyncio.Event) -> bool:
+        """Waits for the log to grow; False when a heartbeat is due first."""
+        try:
+            await asyncio.wait_for(grew.wait(), self._config.heartbeat_seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    # Pages.
+
+    async def _page(self, job_id: str, after_sequence: int) -> _Page:
+        key = (job_id, after_sequence)
+        page = self._pages.get(key)
+        if page is not None:
+            self._pages.move_to_end(key)
+            return page
+        reading = self._reading.get(key)
+        if reading is None:
+            reading = self._reading[key] = asyncio.create_task(self._read_page(key))
+            reading.add_done_callback(lambda _: self._reading.pop(key, None))
+        # One watcher that goes away must not take the page from the others.
+        return await asyncio.shield(reading)
+
+    async def _read_page(self, key: tuple[str, int]) -> _Page:
+        job_id, after_sequence = key
+        # Cut at multiples of the page size, so that watchers who start anywhere soon share pages.
+        limit = self._config.max_page_events - after_sequence % self._config.max_page_events
+
+        def read(tx: Transaction) -> _Page:
+            events = tx.events.page(job_id, after_sequence=after_sequence, limit=limit)
+            size_bytes = 0
+            for count, event in enumerate(events):
+                size_bytes += len(event.payload)
+                if count and size_bytes > self._config.max_page_bytes:
+                    events = events[:count]
+                    break
+            if not events:
+                # Deleted while it was watched.
+                job_of(tx, job_id)
+                return _Page(last_sequence=after_sequence, message=self._codec.encode_heartbeat(after_sequence))
+            return _Page(last_sequence=events[-1].sequence, message=self._codec.encode_page(events))
+
+        page = await self._store.read(read)
+        self.num_pages_read += 1
+        self._keep(key, page)
+        return page
+
+    def _keep(self, key: tuple[str, int], page: _Page) -> None:
+        earlier = self._pages.pop(key, None)
+        self._cached_bytes += len(page.message) - (len(earlier.message) if earlier else 0)
+        self._pages[key] = page
+        while self._cached_bytes > self._config.cache_bytes:
+            _, oldest = self._pages.popitem(last=False)
+            self._cached_bytes -= len(oldest.message)
+
+
+def _tell(feed: _Feed) -> None:
+    # Whoever waits now is woken; whoever comes later waits for the next growth.
+    feed.grew.set()
+    feed.grew = asyncio.Event()

@@ -1,0 +1,42 @@
+"""Reads one thing by its id inside a transaction, or refuses with the reason for that thing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from control_service.app.store_ports import Transaction
+from control_service.domain.dataset import Dataset
+from control_service.domain.errors import NotFound
+from control_service.domain.job import Job
+from control_service.domain.project import Project
+
+
+def project_of(tx: Transaction, project_id: int) -> Project:
+    """NotFound PROJECT_NOT_FOUND."""
+    project = tx.projects.get(project_id)
+    if project is None:
+        raise NotFound("PROJECT_NOT_FOUND", f"no project {project_id}", details={"project_id": str(project_id)})
+    return project
+
+
+def dataset_of(tx: Transaction, dataset_id: int) -> Dataset:
+    """NotFound DATASET_NOT_FOUND."""
+    return datasets_of(tx, (dataset_id,))[0]
+
+
+def datasets_of(tx: Transaction, dataset_ids: Sequence[int]) -> list[Dataset]:
+    """All of them, in the order given; NotFound DATASET_NOT_FOUND names those that are not there."""
+    found = tx.datasets.get_many(dataset_ids)
+    missing = [str(dataset_id) for dataset_id in dataset_ids if dataset_id not in found]
+    if missing:
+        names = ", ".join(missing)
+        raise NotFound("DATASET_NOT_FOUND", f"no dataset {names}", details={"dataset_id": names})
+    return [found[dataset_id] for dataset_id in dataset_ids]
+
+
+def job_of(tx: Transaction, job_id: str) -> Job:
+    """NotFound JOB_NOT_FOUND."""
+    job = tx.jobs.get(job_id)
+    if job is None:
+        raise NotFound("JOB_NOT_FOUND", f"no job {job_id}", details={"job_id": job_id})
+    return job

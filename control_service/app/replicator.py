@@ -1,0 +1,76 @@
+"""Copies a job's newest checkpoint into control's store while its run goes on, so that another node can go on from it.
+
+Only checkpoints up to a size; keeps one. A copy that does not work out is a log line: the checkpoint stays on its node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import structlog
+
+from control_service.app.content import all_are_there, free_unnamed, naming
+from control_service.app.fetch import fetch_files
+from control_service.app.ports import BlobStore, Clock, EventCodec, NodeClient
+from control_service.app.settle import checkpoint_fact
+from control_service.app.store_ports import Store, Transaction
+from control_service.app.transitions import append_facts
+from control_service.domain.artifact import Checkpoint, CheckpointStatus
+from control_service.domain.errors import TunesmithError
+from control_service.domain.job import Job
+from control_service.domain.job_state import ON_NODE
+
+_log = structlog.get_logger(__name__)
+
+
+class Replicator:
+    """Stateless but for its ports."""
+
+    def __init__(
+        self, *, store: Store, blobs: BlobStore, codec: EventCodec, clock: Clock, max_checkpoint_bytes: int
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._codec = codec
+        self._clock = clock
+        self._max_checkpoint_bytes = max_checkpoint_bytes
+
+    async def replicate_newest(self, job: Job, client: NodeClient) -> None:
+        """Copies the newest committed checkpoint of the current attempt, if there is one that is small enough."""
+        checkpoints = await self._store.read(lambda tx: tx.checkpoints.list_for_job(job.job_id))
+        newest = checkpoints[-1] if checkpoints else None
+        if newest is None or newest.status is not CheckpointStatus.COMMITTED or newest.node != job.node:
+            return
+        if not newest.files or newest.size_bytes > self._max_checkpoint_bytes:
+            return
+        try:
+            await fetch_files(client, self._blobs, newest.files)
+        except TunesmithError as error:
+            _log.info("checkpoint-not-replicated", job_id=job.job_id, checkpoint=newest.name, reason=error.reason)
+            return
+        async with naming(self._blobs):
+            if not await all_are_there([file.sha256 for file in newest.files], blobs=self._blobs):
+                return
+            released = await self._store.transact(lambda tx: self._mark(tx, job, newest))
+        await free_unnamed(released, store=self._store, blobs=self._blobs)
+
+    def _mark(self, tx: Transaction, job: Job, newest: Checkpoint) -> Sequence[str]:
+        """Makes it the one replicated checkpoint; gives the content that lost a holder."""
+        current = tx.jobs.get(job.job_id)
+        if current is None or current.attempt != job.attempt or current.state not in ON_NODE:
+            return [file.sha256 for file in newest.files]
+        facts = [checkpoint_fact(newest, CheckpointStatus.REPLICATED)]
+        freed: set[str] = set()
+        for earlier in tx.checkpoints.list_for_job(job.job_id):
+            if earlier.name == newest.name:
+                # Its node may have freed its copy in the meantime; then control's is the only one.
+                tx.checkpoints.put(replace(earlier, status=CheckpointStatus.REPLICATED))
+            elif earlier.status is CheckpointStatus.REPLICATED:
+                status = CheckpointStatus.COMMITTED if earlier.node else CheckpointStatus.DELETED
+                tx.checkpoints.put(replace(earlier, status=status))
+                freed.update(file.sha256 for file in earlier.files)
+                if status is CheckpointStatus.DELETED:
+                    facts.append(checkpoint_fact(earlier, status))
+        append_facts(tx, current, facts, codec=self._codec, now=self._clock.utc_now())
+        return sorted(freed)

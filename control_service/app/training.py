@@ -1,0 +1,196 @@
+"""Use cases that ask for training: plan, start, retry. Nothing is dispatched here; a commit wakes the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from control_service.app.blob_push import blobs_of_spec, push_missing_blobs
+from control_service.app.idempotency import RequestKey, earlier_reference, once
+from control_service.app.lookups import datasets_of, job_of, project_of
+from control_service.app.models import models_by_name
+from control_service.app.ports import BlobStore, Clock, EventCodec, IdSource, NodeClient, NodeDirectory, PlanLevel
+from control_service.app.queue import views_of
+from control_service.app.store_ports import Store, Transaction
+from control_service.app.transitions import insert_job
+from control_service.domain.errors import FailedPrecondition, Unavailable
+from control_service.domain.job import Job, JobView
+from control_service.domain.job_state import CAN_RETRY, check_verb
+from control_service.domain.node import NodeView
+from control_service.domain.project import Project, dataset_ids
+from control_service.domain.queue_policy import can_train
+from control_service.domain.spec import TrainingSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanResult:
+    """`plan` is `Plan` as proto JSON with proto field names; `node` planned it."""
+
+    plan: Mapping[str, Any]
+    node: str
+
+
+async def plan_training(
+    project_id: int,
+    *,
+    level: PlanLevel = PlanLevel.EXACT,
+    timeout_seconds: float | None = None,
+    store: Store,
+    nodes: NodeDirectory,
+    blobs: BlobStore,
+) -> PlanResult:
+    """Resolves a project on a node that has its base. NotFound PROJECT_NOT_FOUND; FailedPrecondition NO_NODE,
+    MODEL_NOT_FOUND (`available_models`, `nodes`); else what the node refuses with."""
+    _, spec = await store.read(lambda tx: _snapshot(tx, project_id))
+    candidates = await _planning_nodes(spec, nodes)
+    if not candidates:
+        raise FailedPrecondition("NO_NODE", "no node is reachable", details=_nodes_and_models(nodes.views()))
+    name, client = candidates[0]
+    if level is PlanLevel.EXACT:
+        await push_missing_blobs(client, blobs, blobs_of_spec(spec))
+    plan = await client.plan_run(spec=spec, level=level, timeout_seconds=timeout_seconds)
+    return PlanResult(plan=plan, node=name)
+
+
+async def start_training(
+    project_id: int,
+    *,
+    priority: int = 0,
+    max_retries: int = 2,
+    store: Store,
+    nodes: NodeDirectory,
+    clock: Clock,
+    ids: IdSource,
+    codec: EventCodec,
+    request: RequestKey | None = None,
+) -> JobView:
+    """Stores a job in state QUEUED. Fails as `plan_training` at level CHECK does, and then writes no job; with no node
+    reachable the job waits with NO_NODE."""
+    now = clock.utc_now()
+
+    def earlier_or_snapshot(tx: Transaction) -> JobView | TrainingSpec:
+        reference = earlier_reference(tx, request)
+        return _snapshot(tx, project_id)[1] if reference is None else _view(tx, reference)
+
+    def _view(tx: Transaction, job_id: str) -> JobView:
+        return views_of(tx, [job_of(tx, job_id)], nodes.views(), now)[0]
+
+    found = await store.read(earlier_or_snapshot)
+    if isinstance(found, JobView):
+        return found
+    await _check_plan(found, nodes)
+
+    def work(tx: Transaction) -> JobView:
+        def insert() -> tuple[str, JobView]:
+            # The project is read again: it may have changed while a node was asked. Its dispatch plans it again.
+            project, spec = _snapshot(tx, project_id)
+            job_id = ids.new_id()
+            job = Job(
+                job_id=job_id,
+                project_id=project_id,
+                project_name=project.draft.name,
+                spec=spec,
+                spec_digest=spec.digest(),
+                output_path=f"{project.draft.output_directory}/{job_id}",
+                create_time=now,
+                priority=priority,
+                max_retries=max_retries,
+            )
+            insert_job(tx, job, codec=codec, now=now)
+            return job_id, _view(tx, job_id)
+
+        return once(tx, request, now, work=insert, replay=lambda reference: _view(tx, reference))
+
+    return await store.transact(work)
+
+
+async def retry_job(
+    job_id: str,
+    *,
+    store: Store,
+    nodes: NodeDirectory,
+    clock: Clock,
+    ids: IdSource,
+    codec: EventCodec,
+    request: RequestKey | None = None,
+) -> JobView:
+    """Queues a new job with the snapshot of one that failed or was cancelled. FailedPrecondition JOB_STATE; NotFound
+    DATASET_NOT_FOUND when a dataset of the snapshot was deleted."""
+    now = clock.utc_now()
+
+    def work(tx: Transaction) -> JobView:
+        def view(reference: str) -> JobView:
+            return views_of(tx, [job_of(tx, reference)], nodes.views(), now)[0]
+
+        def insert() -> tuple[str, JobView]:
+            earlier = job_of(tx, job_id)
+            check_verb("retry", earlier.state, CAN_RETRY)
+            datasets_of(tx, [reference.dataset_id for reference in earlier.spec.datasets])
+            new_id = ids.new_id()
+            job = Job(
+                job_id=new_id,
+                project_id=earlier.project_id,
+                project_name=earlier.project_name,
+                spec=earlier.spec,
+                spec_digest=earlier.spec_digest,
+                output_path=f"{earlier.output_path.rpartition('/')[0]}/{new_id}",
+                create_time=now,
+                priority=earlier.priority,
+                max_retries=earlier.max_retries,
+                retry_of_job_id=earlier.job_id,
+            )
+            insert_job(tx, job, codec=codec, now=now, message=f"retry of job {earlier.job_id}")
+            return new_id, view(new_id)
+
+        return once(tx, request, now, work=insert, replay=view)
+
+    return await store.transact(work)
+
+
+def _snapshot(tx: Transaction, project_id: int) -> tuple[Project, TrainingSpec]:
+    project = project_of(tx, project_id)
+    datasets = datasets_of(tx, dataset_ids(project.draft.traits))
+    return project, project.spec([dataset.reference() for dataset in datasets])
+
+
+async def _check_plan(spec: TrainingSpec, nodes: NodeDirectory) -> None:
+    """Raises what a node refuses the spec with. Asks the next node when one does not answer; none answers: passes."""
+    for _, client in await _planning_nodes(spec, nodes):
+        try:
+            await client.plan_run(spec=spec, level=PlanLevel.CHECK)
+        except Unavailable:
+            continue
+        return
+
+
+async def _planning_nodes(spec: TrainingSpec, nodes: NodeDirectory) -> Sequence[tuple[str, NodeClient]]:
+    """Reachable nodes with the base, best first; none when no node is reachable. FailedPrecondition MODEL_NOT_FOUND."""
+    if not any(view.is_reachable for view in nodes.views()):
+        return []
+    having = _having(spec, nodes.views())
+    if not having:
+        # The model may have been put there a moment ago.
+        await nodes.refresh()
+        having = _having(spec, nodes.views())
+    if not having:
+        details = {"model": spec.base_model, **_nodes_and_models(nodes.views())}
+        available = details["available_models"] or "none"
+        raise FailedPrecondition(
+            "MODEL_NOT_FOUND", f"no reachable node has {spec.base_model}; there are: {available}", details=details
+        )
+    return [(name, client) for name in having if (client := nodes.client(name)) is not None]
+
+
+def _having(spec: TrainingSpec, views: Sequence[NodeView]) -> list[str]:
+    # One that cannot train it is asked last: it knows best why it refuses.
+    having = [view for view in views if view.is_reachable and view.model(spec.base_model) is not None]
+    ranked = sorted(having, key=lambda view: (not can_train(view, spec.base_model, ""), view.is_draining))
+    return [view.node.name for view in ranked]
+
+
+def _nodes_and_models(views: Sequence[NodeView]) -> dict[str, str]:
+    return {
+        "available_models": ",".join(sorted(models_by_name(views))),
+        "nodes": ",".join(view.node.name for view in views if view.is_reachable),
+    }

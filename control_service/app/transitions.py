@@ -1,0 +1,68 @@
+"""Moves a job to another state: the record and the event of it in one transaction. The only writer of JOB_STATE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from control_service.app.ports import EventCodec
+from control_service.app.store_ports import Transaction
+from control_service.domain.event import ControlFact, JobStateFact, StoredEvent
+from control_service.domain.failure import Failure
+from control_service.domain.job import Job
+from control_service.domain.job_state import TERMINAL, JobState
+from control_service.domain.run import Phase
+
+
+def control_event(fact: ControlFact, *, codec: EventCodec, now: datetime) -> StoredEvent:
+    """An event of control's own; the event log numbers it."""
+    kind, payload = codec.encode(fact)
+    return StoredEvent(sequence=0, attempt=0, run_sequence=0, kind=kind, time=now, payload=payload)
+
+
+def append_facts(tx: Transaction, job: Job, facts: Sequence[ControlFact], *, codec: EventCodec, now: datetime) -> None:
+    """Appends control's facts to the job's log under its current attempt."""
+    tx.events.append(
+        job.job_id, attempt=job.attempt, events=[control_event(fact, codec=codec, now=now) for fact in facts]
+    )
+
+
+def insert_job(tx: Transaction, job: Job, *, codec: EventCodec, now: datetime, message: str = "") -> None:
+    """Stores a new job with the event of its first state."""
+    tx.jobs.insert(job)
+    append_facts(tx, job, [JobStateFact(previous_state=None, state=job.state, message=message)], codec=codec, now=now)
+
+
+def change_state(
+    tx: Transaction,
+    job: Job,
+    state: JobState,
+    *,
+    codec: EventCodec,
+    now: datetime,
+    message: str = "",
+    failure: Failure | None = None,
+    **changes: Any,
+) -> Job:
+    """Moves a job by the table and appends the event; `changes` are further fields of the record.
+
+    `failure` becomes the job's. A job that leaves its node rests without phase and reachability; one that is over gets
+    its end time.
+    """
+    rests = state in TERMINAL or state in (JobState.QUEUED, JobState.PAUSED)
+    if rests:
+        changes = {"phase": Phase.UNSPECIFIED, "node_unreachable": False, **changes}
+    if state in TERMINAL:
+        changes = {"end_time": now, **changes}
+    moved = tx.jobs.update(replace(job.with_state(state), failure=failure, **changes))
+    fact = JobStateFact(
+        previous_state=job.state,
+        state=state,
+        message=message,
+        failure=failure,
+        node="" if not moved.attempt else moved.node,
+    )
+    append_facts(tx, moved, [fact], codec=codec, now=now)
+    return moved

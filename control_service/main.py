@@ -1,0 +1,69 @@
+"""The process: settings, logs, the lock, one event loop, signals, exit codes. Knows nothing of what it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Final, NoReturn
+
+import structlog
+
+from control_service.bootstrap import build
+from control_service.config import Settings, SettingsError, as_text, load_settings
+from control_service.data_directory import Taken, announced, forget_earlier, locked
+from control_service.domain.errors import TunesmithError
+from control_service.logs import configure_logs
+
+EXIT_BAD_SETTINGS: Final = 2
+EXIT_TAKEN: Final = 3
+
+_log: Final = structlog.get_logger("control.main")
+
+
+def run() -> NoReturn:
+    """The command `tunesmith-control`."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serves until SIGTERM or SIGINT; the exit code."""
+    try:
+        settings, print_only = load_settings(argv)
+    except SettingsError as error:
+        sys.stderr.write(f"tunesmith-control: bad settings: {error}\n")
+        return EXIT_BAD_SETTINGS
+    if print_only:
+        sys.stdout.write(json.dumps(as_text(settings), indent=2) + "\n")
+        return 0
+    configure_logs(service="control", level=settings.log_level)
+    try:
+        with locked(settings.data_directory):
+            forget_earlier(settings.ready_file)
+            asyncio.run(_serve(settings))
+    except Taken as error:
+        sys.stderr.write(f"tunesmith-control: {error}\n")
+        return EXIT_TAKEN
+    except TunesmithError as error:
+        sys.stderr.write(f"tunesmith-control: cannot start: {error}\n")
+        return 1
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    application = await build(settings)
+    try:
+        await application.start()
+        with announced(settings.ready_file, address=application.address):
+            _log.info("serving", address=application.address, data_directory=str(settings.data_directory))
+            await stopping.wait()
+            _log.info("stopping", grace_seconds=settings.grace_seconds)
+    finally:
+        await application.stop()
+    _log.info("stopped")

@@ -1,0 +1,32 @@
+"""Translates training specs and their parts. Mix, hyper-parameters and prompts pass as proto JSON, unread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from control_service.domain.spec import TrainingSpec, Trait
+from tunesmith.common.v1 import training_spec_pb2
+
+
+def proto_json(message: Message) -> dict[str, Any]:
+    """A message as proto JSON with proto field names; unset fields are left out, int64 values are strings."""
+    value: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    return value
+
+
+def spec_message(spec: TrainingSpec) -> training_spec_pb2.TrainingSpec:
+    """A spec for the wire. Fields of a later version that an older database row holds no more are passed over."""
+    return json_format.ParseDict(spec.to_json(), training_spec_pb2.TrainingSpec(), ignore_unknown_fields=True)
+
+
+def trait_value(message: training_spec_pb2.Trait) -> Trait:
+    """A trait from the wire."""
+    return Trait.from_json(proto_json(message))
+
+
+def trait_message(trait: Trait) -> training_spec_pb2.Trait:
+    """A trait for the wire."""
+    return json_format.ParseDict(trait.to_json(), training_spec_pb2.Trait())

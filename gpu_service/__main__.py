@@ -1,0 +1,5 @@
+"""`python -m gpu_service` is the command `tunesmith-gpu`."""
+
+from gpu_service.main import run
+
+run()

@@ -1,0 +1,97 @@
+"""All errors of this service on one page: refusal reasons to gRPC codes, with ErrorInfo, BadRequest and RetryInfo.
+
+Refuses to leak a defect's text: what is not a refusal is INTERNAL with the request id, and the log has the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status
+
+from gpu_service.domain.errors import Refusal
+
+DOMAIN = "tunesmith"
+
+_CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
+    {
+        "BLOB_NOT_FOUND": grpc.StatusCode.FAILED_PRECONDITION,
+        "CHECKPOINT_NOT_FOUND": grpc.StatusCode.FAILED_PRECONDITION,
+        "DEVICE_UNSUPPORTED": grpc.StatusCode.FAILED_PRECONDITION,
+        "DISK_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "DOES_NOT_FIT": grpc.StatusCode.FAILED_PRECONDITION,
+        "JOB_STATE": grpc.StatusCode.FAILED_PRECONDITION,
+        "LIBRARY_KNOWN_BAD": grpc.StatusCode.FAILED_PRECONDITION,
+        "MODEL_INVALID": grpc.StatusCode.FAILED_PRECONDITION,
+        "MODEL_NOT_FOUND": grpc.StatusCode.FAILED_PRECONDITION,
+        "NODE_BUSY": grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "NODE_DRAINING": grpc.StatusCode.FAILED_PRECONDITION,
+        "OFFSET_MISMATCH": grpc.StatusCode.FAILED_PRECONDITION,
+        "PICKLE_REFUSED": grpc.StatusCode.FAILED_PRECONDITION,
+        "PLANNING": grpc.StatusCode.INTERNAL,
+        "REMOTE_CODE_REFUSED": grpc.StatusCode.FAILED_PRECONDITION,
+        "RESUME_MISMATCH": grpc.StatusCode.FAILED_PRECONDITION,
+        "RUN_CONFLICT": grpc.StatusCode.ALREADY_EXISTS,
+        "RUN_NOT_FOUND": grpc.StatusCode.NOT_FOUND,
+        "STALE_EPOCH": grpc.StatusCode.FAILED_PRECONDITION,
+        "WRONG_INSTALLATION": grpc.StatusCode.FAILED_PRECONDITION,
+    }
+)
+# Everything else that a refusal can say is about the request or its data.
+_OTHER_CODE = grpc.StatusCode.INVALID_ARGUMENT
+
+# Seconds after which asking again may help.
+_RETRY_SECONDS: Mapping[str, float] = MappingProxyType({"NODE_BUSY": 5.0, "DISK_FULL": 30.0})
+
+
+def code_of(reason: str) -> grpc.StatusCode:
+    """The gRPC status code of a refusal's reason."""
+    return _CODES.get(reason, _OTHER_CODE)
+
+
+def status_of(refusal: Refusal, *, not_found: bool = False) -> grpc.Status:
+    """The rich status of a refusal. `not_found`: the call asked for the missing thing itself."""
+    code = grpc.StatusCode.NOT_FOUND if not_found else code_of(refusal.reason)
+    metadata = {**refusal.details, "fault": refusal.fault.value}
+    for name, value in (
+        ("stage", refusal.stage),
+        ("field", refusal.field),
+        ("file", refusal.file),
+        ("exception_type", refusal.exception_type),
+    ):
+        if value:
+            metadata[name] = value
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(reason=refusal.reason, domain=DOMAIN, metadata=metadata),
+    ]
+    if refusal.field and code is grpc.StatusCode.INVALID_ARGUMENT:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=refusal.field, description=refusal.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if refusal.reason in _RETRY_SECONDS:
+        delay = Duration()
+        delay.FromMilliseconds(int(_RETRY_SECONDS[refusal.reason] * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    return _status(code, refusal.message, details)
+
+
+def internal_status(request_id: str) -> grpc.Status:
+    """The status of a defect."""
+    info = error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"request_id": request_id})
+    return _status(grpc.StatusCode.INTERNAL, f"a defect of the GPU service; its log has request {request_id}", [info])
+
+
+def _status(code: grpc.StatusCode, message: str, details: list[Message]) -> grpc.Status:
+    packed: list[AnyMessage] = []
+    for detail in details:
+        wrapped = AnyMessage()
+        wrapped.Pack(detail)
+        packed.append(wrapped)
+    # grpc's enum holds (number, name).
+    number: int = code.value[0]
+    return rpc_status.to_status(status_pb2.Status(code=number, message=message, details=packed))

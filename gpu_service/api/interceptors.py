@@ -1,0 +1,120 @@
+"""What every call goes through: a request id on every log line, a line for its end, and errors by the one table.
+
+Refuses to swallow anything: a defect is logged with its trace and told as INTERNAL.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+import structlog
+from grpc import aio
+
+from gpu_service.api.errors import internal_status, status_of
+from gpu_service.domain.errors import Refusal
+
+_log = structlog.get_logger(__name__)
+_REQUEST_ID_KEY = "x-request-id"
+_MAX_REQUEST_ID_LENGTH = 64
+# Probes and reflection would drown the rest.
+_QUIET_SERVICES = ("/grpc.health.", "/grpc.reflection.")
+
+
+class CallInterceptor(aio.ServerInterceptor):
+    """Wraps every handler of ours."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        method = str(handler_call_details.method)
+        if handler is None or method.startswith(_QUIET_SERVICES):
+            return handler
+        return _wrap(handler, method, _request_id(handler_call_details))
+
+
+def _request_id(details: grpc.HandlerCallDetails) -> str:
+    for key, value in details.invocation_metadata or ():
+        if key == _REQUEST_ID_KEY and isinstance(value, str) and len(value) <= _MAX_REQUEST_ID_LENGTH:
+            return value
+    return uuid.uuid4().hex
+
+
+def _wrap(handler: Any, method: str, request_id: str) -> grpc.RpcMethodHandler[Any, Any]:
+    async def unary(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+        call = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        with _Call(method, request_id, request) as log:
+            try:
+                return await call(request, context)
+            except Refusal as refusal:
+                log.refused(refusal)
+                await context.abort_with_status(status_of(refusal, not_found=_asks_for_itself(method, refusal)))
+            except Exception as defect:  # noqa: BLE001 - the outermost boundary of a call; logged with its trace
+                log.failed(defect)
+                await context.abort_with_status(internal_status(request_id))
+
+    async def stream(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        with _Call(method, request_id, request) as log:
+            try:
+                # Closed at once when the caller goes away, not when it is garbage.
+                async with aclosing(handler.unary_stream(request, context)) as responses:
+                    async for response in responses:
+                        yield response
+            except Refusal as refusal:
+                log.refused(refusal)
+                await context.abort_with_status(status_of(refusal, not_found=_asks_for_itself(method, refusal)))
+            except Exception as defect:  # noqa: BLE001 - the outermost boundary of a call; logged with its trace
+                log.failed(defect)
+                await context.abort_with_status(internal_status(request_id))
+
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(
+            stream, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+        )
+    make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+    return make(
+        unary, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+    )
+
+
+def _asks_for_itself(method: str, refusal: Refusal) -> bool:
+    # A blob that StartRun needs is a precondition; one that ReadBlob was asked for is simply not there.
+    return refusal.reason == "BLOB_NOT_FOUND" and method.endswith("/ReadBlob")
+
+
+class _Call:
+    """One call's log lines and its request id."""
+
+    def __init__(self, method: str, request_id: str, request: Any) -> None:
+        self._method = method.removeprefix("/")
+        self._ids: dict[str, Any] = {"request_id": request_id}
+        # Requests about a run say which in `key`; streams of requests say nothing here.
+        key = getattr(request, "key", None)
+        if key is not None:
+            self._ids |= {"job_id": key.job_id, "attempt": key.attempt}
+        self._outcome = "OK"
+
+    def __enter__(self) -> _Call:
+        self._started = time.monotonic()
+        structlog.contextvars.bind_contextvars(**self._ids)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        outcome = "CANCELLED" if kind is not None and self._outcome == "OK" else self._outcome
+        seconds = round(time.monotonic() - self._started, 4)
+        _log.info("call", method=self._method, outcome=outcome, seconds=seconds)
+        structlog.contextvars.unbind_contextvars(*self._ids)
+
+    def refused(self, refusal: Refusal) -> None:
+        self._outcome = refusal.reason
+
+    def failed(self, defect: Exception) -> None:
+        self._outcome = "INTERNAL"
+        _log.error("defect", method=self._method, exc_info=defect)

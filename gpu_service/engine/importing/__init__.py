@@ -1,0 +1,1 @@
+"""Brings a base model into the models directory from a GGUF file, a directory, a wheel or a hub; trains nothing."""

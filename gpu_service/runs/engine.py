@@ -1,0 +1,106 @@
+"""One engine as the server sees it: its shim's connection, the run it has, the base it keeps, and when it got idle."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpu_service.runs.run import Run
+from gpu_service.runs.shim_client import Message, ShimClient, ShimGone, is_alive
+
+_LOOK_AGAIN_SECONDS = 0.05
+
+
+class Engine:
+    """From the shim's start, or its adoption, to its end."""
+
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        device_id: str,
+        process: subprocess.Popen[bytes] | None,
+        on_notice: Callable[[Engine, Message], None],
+        answer_limit_seconds: float,
+    ) -> None:
+        """`process` is the shim when this server started it, None when it was adopted."""
+        self._answer_limit_seconds = answer_limit_seconds
+        self.directory = directory
+        self.device_id = device_id
+        self.run: Run | None = None
+        self.resident: dict[str, Any] = {}
+        self.idle_since = time.monotonic()
+        # True once it was asked to leave: it takes no further run.
+        self.leaving = False
+        self._process = process
+        self._on_notice = on_notice
+        self._new_client()
+
+    @property
+    def id(self) -> str:
+        return self.directory.name
+
+    @property
+    def is_idle(self) -> bool:
+        return self.run is None and not self.leaving
+
+    def keeps(self, wanted: dict[str, str]) -> bool:
+        """Whether a run on this base starts warm: no fact that both know differs."""
+        known = {name: value for name, value in self.resident.items() if value}
+        return all(known.get(name, value) == value for name, value in wanted.items())
+
+    def _new_client(self) -> None:
+        self.client = ShimClient(
+            self.directory,
+            lambda message: self._on_notice(self, message),
+            answer_limit_seconds=self._answer_limit_seconds,
+        )
+
+    async def connect(self) -> Message:
+        """Connect to the shim and give its status. Raises ShimGone."""
+        await self.client.connect(self._process)
+        status = await self.client.status()
+        self.resident = dict(status.get("resident") or {})
+        return status
+
+    async def start(self, run: Run) -> None:
+        """Hand the run over. Raises ShimGone."""
+        self.run = run
+        await self.client.send({"type": "start_run", "run_directory": str(run.directory)})
+
+    async def stop(self, run: Run) -> None:
+        """Pass on the stop that was asked for. Raises ShimGone."""
+        await self.client.send(
+            {
+                "type": "stop_run",
+                "run_directory": str(run.directory),
+                "mode": run.stop_mode,
+                "grace_seconds": run.stop_grace_seconds,
+            }
+        )
+
+    async def shut_down(self, grace_seconds: float) -> None:
+        """Ask the engine to leave, at a checkpoint when it has a run. Raises ShimGone."""
+        self.leaving = True
+        await self.client.send({"type": "shutdown", "grace_seconds": grace_seconds})
+
+    async def wait_until_gone(self) -> None:
+        """Wait until no shim holds the directory; a connection that only broke is made again."""
+        while True:
+            await self.client.gone.wait()
+            await self.client.close()
+            self._new_client()
+            if not await is_alive(self.directory):
+                break
+            try:
+                await self.client.connect()
+            except ShimGone:
+                self.client.gone.set()
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+        if self._process is not None:
+            # It has ended, or is on its last instructions: this reaps it.
+            await asyncio.to_thread(self._process.wait)

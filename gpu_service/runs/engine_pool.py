@@ -1,0 +1,288 @@
+"""The engines of this node, one per device: starts, reuses, adopts and retires them.
+
+An engine that failed is never reused: its shim ends with it, and a fresh one is started for the next run. Refuses to
+decide which run goes where.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import structlog
+
+from gpu_service.devices import Device
+from gpu_service.runs.engine import Engine
+from gpu_service.runs.run import Run
+from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, kill_shim, spawn
+from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
+from gpu_service.shim.records import ExitRecord
+
+_ENGINE_ENVIRONMENT: Mapping[str, str] = {
+    # NVML, which counted the devices, counts by bus id.
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    # Idle OpenMP threads sleep instead of spinning: where other processes want the cores too (both services do),
+    # spinning makes a training step on the CPU take many times as long.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+_log = structlog.get_logger(__name__)
+# Directories of engines that ended, kept for their logs.
+_KEPT_ENDED_ENGINES = 8
+_BURY_AGAIN_SECONDS = 5.0
+_LOG_TAIL_BYTES = 2000
+# Of an engine that nobody saw end.
+NO_ENDING = ExitRecord(status=None, signal=None, phase="", run_directory=None, stop_mode=None)
+
+
+class EngineStartFailed(Exception):
+    """No engine came up; `ending` says how it ended, with the end of its log."""
+
+    def __init__(self, ending: ExitRecord) -> None:
+        super().__init__(ending.note)
+        self.ending = ending
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """How engines are started, and how long they may take or wait."""
+
+    command: tuple[str, ...]
+    orphan_limit_seconds: float
+    grace_seconds: float
+    idle_seconds: float
+    # A shim answers at once; one that does not within this is broken.
+    answer_limit_seconds: float = 30.0
+
+
+class EnginePool:
+    """Whoever hands runs to engines sets `on_run_left`."""
+
+    def __init__(self, *, directory: Path, settings: EngineSettings) -> None:
+        self._directory = directory
+        self._settings = settings
+        # Called when an engine has let go of a run: in order, or by its own ending.
+        self.on_run_left: Callable[[Run, ExitRecord], None] = _nobody_listens
+        self._engines: dict[str, Engine] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        # Requests to leave that are on their way.
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    def engine_of(self, run: Run) -> Engine | None:
+        return next((engine for engine in self._engines.values() if engine.run is run), None)
+
+    def resident_bytes(self, device_id: str) -> int:
+        """What an idle engine keeps on the device: evictable, so it counts as free."""
+        engine = self._engines.get(device_id)
+        return int(engine.resident.get("bytes") or 0) if engine is not None and engine.is_idle else 0
+
+    @property
+    def resident_base_model(self) -> str:
+        """A base that is in memory now; empty when there is none."""
+        return next(
+            (name for engine in self._engines.values() if (name := str(engine.resident.get("base_model") or ""))), ""
+        )
+
+    async def adopt(self, runs: Mapping[str, Run]) -> None:
+        """Take over every engine that a former server left, and bury the dead. `runs` is by run directory."""
+        for directory in await asyncio.to_thread(lambda: sorted(self._directory.iterdir())):
+            await self._adopt_one(directory, runs)
+        await asyncio.to_thread(_remove_ended, self._directory, {engine.id for engine in self._engines.values()})
+
+    async def _adopt_one(self, directory: Path, runs: Mapping[str, Run]) -> None:
+        try:
+            configuration = await asyncio.to_thread(EngineConfiguration.read, directory)
+        except EngineDirectoryInvalid as error:
+            _log.warning("engine-directory-unusable", engine=directory.name, error=str(error))
+            return
+        device = configuration.device
+        engine = Engine(
+            directory=directory,
+            device_id=f"{device['type']}:{device['index']}",
+            process=None,
+            on_notice=self._on_notice,
+            answer_limit_seconds=self._settings.answer_limit_seconds,
+        )
+        deadline = time.monotonic() + self._settings.answer_limit_seconds
+        while await is_alive(directory):
+            try:
+                status = await engine.connect()
+            except ShimGone as error:
+                # It is on its way in or out; the lock says when it is gone. One that hangs must not hold up a node.
+                if time.monotonic() > deadline:
+                    _log.error("shim-does-not-answer", engine=engine.id, error=str(error))
+                    await asyncio.to_thread(kill_shim, directory)
+                await asyncio.sleep(0.1)
+                continue
+            engine.run = runs.get(str(status["run_directory"]))
+            _log.info("engine-adopted", engine=engine.id, shim_pid=status["shim_pid"], state=status["state"])
+            self._keep(engine)
+            if status["run_directory"] is not None and engine.run is None:
+                await engine.shut_down(self._settings.grace_seconds)
+            return
+        if await asyncio.to_thread(_needs_burial, directory, runs):
+            await self._bury(directory)
+
+    async def acquire(self, device: Device, wanted: dict[str, str]) -> Engine:
+        """An idle engine on the device that keeps the wanted base, or a new one. Raises EngineStartFailed, OSError."""
+        engine = self._engines.get(device.id)
+        if engine is not None:
+            if engine.is_idle and engine.keeps(wanted):
+                return engine
+            await self._retire(engine)
+        return await self._start(device)
+
+    async def _start(self, device: Device) -> Engine:
+        directory = self._directory / uuid.uuid4().hex[:12]
+        configuration = EngineConfiguration(
+            argv=self._settings.command,
+            environment=_ENGINE_ENVIRONMENT,
+            device={"type": device.type, "index": device.index},
+            orphan_limit_seconds=self._settings.orphan_limit_seconds,
+            grace_seconds=self._settings.grace_seconds,
+        )
+        process = await asyncio.to_thread(_make, directory, configuration)
+        engine = Engine(
+            directory=directory,
+            device_id=device.id,
+            process=process,
+            on_notice=self._on_notice,
+            answer_limit_seconds=self._settings.answer_limit_seconds,
+        )
+        try:
+            status = await engine.connect()
+        except ShimGone as error:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+            await self._bury(directory)
+            raise EngineStartFailed(await asyncio.to_thread(_ending_with_log, directory)) from error
+        _log.info("engine-started", engine=engine.id, shim_pid=status["shim_pid"], device=device.id)
+        self._keep(engine)
+        return engine
+
+    def _keep(self, engine: Engine) -> None:
+        self._engines[engine.device_id] = engine
+        self._watches[engine.id] = asyncio.create_task(self._watch(engine), name=f"engine-{engine.id}")
+
+    async def _watch(self, engine: Engine) -> None:
+        await engine.wait_until_gone()
+        ending = await asyncio.to_thread(ExitRecord.read, engine.directory)
+        run = engine.run
+        if run is not None:
+            await run.refresh()
+        if ending is None or (run is not None and not run.is_over):
+            await self._bury(engine.directory)
+        _log.info("engine-ended", engine=engine.id, status=ending and ending.status, signal=ending and ending.signal)
+        if self._engines.get(engine.device_id) is engine:
+            del self._engines[engine.device_id]
+        self._watches.pop(engine.id, None)
+        # Looked at again: from here on nobody can hand it a run any more.
+        run = engine.run
+        if run is not None:
+            await run.refresh()
+            engine.run = None
+            self.on_run_left(run, ending or NO_ENDING)
+        await asyncio.to_thread(_remove_ended, self._directory, {engine.id for engine in self._engines.values()})
+
+    async def _bury(self, directory: Path) -> None:
+        while True:
+            try:
+                await bury(directory)
+                return
+            except (ShimGone, OSError) as error:
+                # A full disk, for one, gets free again; until then the run must not be called over.
+                _log.error("burial-failed", engine=directory.name, error=str(error))
+                await asyncio.sleep(_BURY_AGAIN_SECONDS)
+
+    def _on_notice(self, engine: Engine, message: Message) -> None:
+        run = engine.run
+        if run is None or message.get("run_directory", str(run.directory)) != str(run.directory):
+            return
+        run.wake()
+        if message["type"] == "run_finished":
+            engine.resident = dict(message.get("resident") or {})
+            engine.run = None
+            engine.idle_since = time.monotonic()
+            if message.get("state") == "FAILED":
+                # What a failure left in the process is unknown; many engines end by themselves now.
+                engine.leaving = True
+                self._leaving.add(task := asyncio.create_task(self._ask_to_leave(engine)))
+                task.add_done_callback(self._leaving.discard)
+            self.on_run_left(run, NO_ENDING)
+
+    async def _retire(self, engine: Engine) -> None:
+        watch = self._watches.get(engine.id)
+        await self._ask_to_leave(engine)
+        if watch is not None:
+            await asyncio.shield(watch)
+
+    async def _ask_to_leave(self, engine: Engine) -> None:
+        try:
+            await engine.shut_down(self._settings.grace_seconds)
+        except ShimGone:
+            _log.info("engine-gone-already", engine=engine.id)
+
+    async def retire_idle(self) -> None:
+        """Ask engines that were idle for too long to leave."""
+        now = time.monotonic()
+        for engine in list(self._engines.values()):
+            if engine.is_idle and now - engine.idle_since >= self._settings.idle_seconds:
+                _log.info("engine-idle-too-long", engine=engine.id)
+                await self._retire(engine)
+
+    async def shut_down(self, grace_seconds: float) -> None:
+        """Ask all engines to leave, at a checkpoint, and wait until they have. The shims kill those that do not."""
+        watches = list(self._watches.values())
+        for engine in list(self._engines.values()):
+            with contextlib.suppress(ShimGone):
+                await engine.shut_down(grace_seconds)
+        if watches:
+            await asyncio.gather(*watches)
+
+    async def leave_alone(self) -> None:
+        """Let go of all engines; they go on without this server."""
+        for watch in self._watches.values():
+            watch.cancel()
+        await asyncio.gather(*self._watches.values(), return_exceptions=True)
+        for engine in self._engines.values():
+            await engine.client.close()
+
+
+def _remove_ended(directory: Path, alive: set[str]) -> None:
+    ended = [path for path in directory.iterdir() if path.name not in alive and (path / "exit.json").exists()]
+    ended.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in ended[_KEPT_ENDED_ENGINES:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _nobody_listens(run: Run, ending: ExitRecord) -> None:
+    raise RuntimeError(f"nobody takes run {run.key.id} back")
+
+
+def _make(directory: Path, configuration: EngineConfiguration) -> subprocess.Popen[bytes]:
+    directory.mkdir(parents=True)
+    configuration.write(directory)
+    return spawn(directory)
+
+
+def _needs_burial(directory: Path, runs: Mapping[str, Run]) -> bool:
+    ending = ExitRecord.read(directory)
+    if ending is None:
+        return True
+    run = runs.get(str(ending.run_directory))
+    return run is not None and not run.is_over
+
+
+def _ending_with_log(directory: Path) -> ExitRecord:
+    with (directory / "engine.log").open("rb") as log:
+        log.seek(max(0, log.seek(0, 2) - _LOG_TAIL_BYTES))
+        tail = log.read().decode(errors="replace")
+    ending = ExitRecord.read(directory) or NO_ENDING
+    return replace(ending, note=f"the engine did not come up; its log ends with: {tail}")

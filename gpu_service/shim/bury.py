@@ -1,0 +1,46 @@
+"""Ends what is left of an engine whose shim is gone, and closes its run.
+
+Called with the shim's lock held, which proves the shim dead. Refuses to overwrite an exit record: a shim that died
+between record and journal has said the truth already.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from gpu_service.shim import process_tree
+from gpu_service.shim.closing import close_run
+from gpu_service.shim.records import ExitRecord, ShimRecord
+
+# Every engine is started with this variable naming its directory: descendants carry it wherever they move.
+ENGINE_MARK = "TUNESMITH_ENGINE_DIRECTORY"
+_LOOK_AGAIN_SECONDS = 0.05
+
+
+def bury(directory: Path) -> None:
+    """Kill every process of the engine, write `exit.json`, close the run's journal. Raises OSError, ValueError."""
+    started = time.monotonic()
+    mark = str(directory)
+    freed_bytes = process_tree.resident_bytes(process_tree.with_environment(ENGINE_MARK, mark))
+    while process_tree.kill_with_environment(ENGINE_MARK, mark):
+        time.sleep(_LOOK_AGAIN_SECONDS)
+    shim = ShimRecord.read(directory)
+    ending = ExitRecord.read(directory)
+    if ending is None:
+        ending = ExitRecord(
+            status=None,
+            signal=None,
+            phase="",
+            run_directory=shim.run_directory if shim else None,
+            stop_mode=shim.stop_mode if shim else None,
+            freed_bytes=freed_bytes,
+            seconds=time.monotonic() - started,
+        )
+        ending.write(directory)
+    if ending.run_directory is None:
+        return
+    run_directory = Path(ending.run_directory)
+    # A run that was released since has nothing left to close.
+    if run_directory.is_dir():
+        close_run(run_directory, ending)

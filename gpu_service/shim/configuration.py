@@ -1,0 +1,64 @@
+"""`engine.json`: what the server wants started. Refuses a file that does not say it all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_service.shim import durable_json
+
+FILE_NAME = "engine.json"
+
+
+class EngineDirectoryInvalid(Exception):
+    """The engine directory has no usable `engine.json`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfiguration:
+    """How to start an engine, and the times that hold for it."""
+
+    # Without `--control-fd N`, which the shim adds.
+    argv: tuple[str, ...]
+    # Added to the shim's own environment.
+    environment: Mapping[str, str]
+    # `{"type": "cuda", "index": 0}`; the shim only passes it on.
+    device: Mapping[str, Any]
+    # Without any server connection for this long, the engine is asked to checkpoint and end.
+    orphan_limit_seconds: float
+    # Grace for stops that name none.
+    grace_seconds: float
+
+    @classmethod
+    def read(cls, directory: Path) -> EngineConfiguration:
+        """Raises EngineDirectoryInvalid."""
+        try:
+            content = durable_json.read(directory / FILE_NAME)
+        except (OSError, ValueError) as error:
+            raise EngineDirectoryInvalid(f"{directory / FILE_NAME} cannot be read: {error}") from error
+        if content is None:
+            raise EngineDirectoryInvalid(f"{directory} has no {FILE_NAME}")
+        try:
+            return cls(
+                argv=tuple(str(part) for part in content["argv"]),
+                environment={str(name): str(value) for name, value in content["environment"].items()},
+                device=dict(content["device"]),
+                orphan_limit_seconds=float(content["limits"]["orphan_limit_seconds"]),
+                grace_seconds=float(content["limits"]["grace_seconds"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise EngineDirectoryInvalid(f"{directory / FILE_NAME} lacks or breaks a field: {error!r}") from error
+
+    def write(self, directory: Path) -> None:
+        """Raises OSError."""
+        durable_json.write(
+            directory / FILE_NAME,
+            {
+                "argv": list(self.argv),
+                "environment": dict(self.environment),
+                "device": dict(self.device),
+                "limits": {"orphan_limit_seconds": self.orphan_limit_seconds, "grace_seconds": self.grace_seconds},
+            },
+        )

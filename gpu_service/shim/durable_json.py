@@ -1,0 +1,41 @@
+"""Reads and writes small JSON files that must survive a crash whole: staged, fsynced, renamed, directory fsynced."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace the file. Either the old or the new content is there at any time. Raises OSError."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    with staged.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=1)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    staged.replace(path)
+    sync_directory(path.parent)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The object in the file; None when there is no file. Raises OSError, ValueError when it is not a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and creations in a directory durable. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,45 @@
+"""Starts the engine process and holds the pipe to it. Exec only; refuses to wait for it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+from gpu_service.shim import process_tree
+from gpu_service.shim.bury import ENGINE_MARK
+from gpu_service.shim.configuration import EngineConfiguration
+from gpu_service.shim.protocol import Channel
+
+
+class EngineProcess:
+    """A started engine. Whoever reaps children reports its end with `has_ended`."""
+
+    def __init__(self, configuration: EngineConfiguration, *, directory: Path, working_directory: Path) -> None:
+        """Start it. Raises OSError when the program cannot be executed."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            environment = {**os.environ, **configuration.environment, ENGINE_MARK: str(directory)}
+            self._process = subprocess.Popen(
+                [*configuration.argv, "--control-fd", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                cwd=working_directory,
+                env=environment,
+            )
+        self.channel = Channel(ours)
+        process = process_tree.facts(self.pid)
+        # Our own child that was not reaped: it has an entry even when it has ended.
+        self.start_time = process.start_time if process else 0
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def has_ended(self, wait_status: int) -> tuple[int | None, int | None]:
+        """Take the wait status of the reaped process: (exit status, None) or (None, signal)."""
+        code = os.waitstatus_to_exitcode(wait_status)
+        # Popen must not look for a child that is reaped already.
+        self._process.returncode = code
+        return (None, -code) if code < 0 else (code, None)

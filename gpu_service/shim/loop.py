@@ -1,0 +1,303 @@
+"""The shim's one thread: passes messages between servers and engine, times stops and orphanhood, and ends the engine.
+
+Refuses to leave before every descendant is reaped, the exit record is on the disk and the run's journal says how it
+ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gpu_service.shim import process_tree
+from gpu_service.shim.closing import close_run
+from gpu_service.shim.configuration import EngineConfiguration
+from gpu_service.shim.engine_process import EngineProcess
+from gpu_service.shim.oom_counter import oom_kills
+from gpu_service.shim.protocol import Channel, Message, ProtocolBroken
+from gpu_service.shim.records import ExitRecord, ShimRecord
+from gpu_service.shim.server_connections import ServerConnections
+from gpu_service.shim.stop import Stop
+
+_ENDING_TICK_SECONDS = 0.02
+_IDLE_TICK_SECONDS = 60.0
+
+
+class Shim:
+    """One engine's parent, from its start to the last of its descendants."""
+
+    def __init__(self, *, directory: Path, configuration: EngineConfiguration) -> None:
+        self._directory = directory
+        self._configuration = configuration
+        self._selector = selectors.DefaultSelector()
+        self._state = "starting"
+        self._run_directory: str | None = None
+        self._resident: dict[str, Any] = {}
+        self._phase = ""
+        self._stop: Stop | None = None
+        self._shutting_down = False
+        self._termination_requested = False
+        # Wait status of the engine once it was reaped.
+        self._ended: tuple[int | None, int | None] | None = None
+
+    def run(self) -> int:
+        """Run until the engine is gone; gives the exit code. Raises OSError when it cannot even start."""
+        working_directory = Path.cwd()
+        os.chdir(self._directory)
+        process_tree.become_subreaper()
+        self._catch_signals()
+        self._servers = ServerConnections(self._selector, self._from_server)
+        self._oom_kills_at_start = oom_kills()
+        self._engine = EngineProcess(
+            self._configuration, directory=self._directory, working_directory=working_directory
+        )
+        self._selector.register(self._engine.channel.connection, selectors.EVENT_READ, self._engine_ready)
+        self._write_record()
+        self._log("started", engine_pid=self._engine.pid)
+        while not self._all_ended():
+            for key, mask in self._selector.select(self._seconds_to_next_deadline()):
+                key.data(mask)
+            self._check_deadlines()
+        self._finish()
+        return 0
+
+    # Signals and reaping.
+
+    def _catch_signals(self) -> None:
+        reading, writing = socket.socketpair()
+        reading.setblocking(False)
+        writing.setblocking(False)
+        self._signal_sockets = (reading, writing)
+        signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+        # A handler of our own is needed for the wake-up; reaping is done on every turn of the loop.
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note_termination)
+        self._selector.register(reading, selectors.EVENT_READ, lambda mask: reading.recv(4096))
+
+    def _note_termination(self, _number: int, _frame: FrameType | None) -> None:
+        # A handler may run in the middle of anything; the loop does the work on its next turn.
+        self._termination_requested = True
+
+    def _all_ended(self) -> bool:
+        ended, any_left = process_tree.reap()
+        for pid, status in ended:
+            if pid == self._engine.pid:
+                self._ended = self._engine.has_ended(status)
+                self._state = "exited"
+                self._read_last_words()
+        if self._ended is None:
+            return False
+        if any_left:
+            process_tree.kill_children()
+        return not any_left
+
+    def _read_last_words(self) -> None:
+        """What the engine said before its end still counts."""
+        if self._selector.get_map().get(self._engine.channel.connection.fileno()) is not None:
+            while self._engine_ready(selectors.EVENT_READ):
+                pass
+
+    # Deadlines, all on the monotonic clock.
+
+    def _seconds_to_next_deadline(self) -> float:
+        if self._ended is not None:
+            return _ENDING_TICK_SECONDS
+        now = time.monotonic()
+        deadlines = [now + _IDLE_TICK_SECONDS]
+        if self._stop is not None and not self._stop.killed:
+            deadlines.append(self._stop.deadline)
+        if not self._servers.connected and not self._shutting_down:
+            deadlines.append(self._servers.last_connected + self._configuration.orphan_limit_seconds)
+        return max(0.0, min(deadlines) - now)
+
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        if self._ended is not None:
+            return
+        if self._termination_requested and not self._shutting_down:
+            self._shut_down(self._configuration.grace_seconds)
+        if self._stop is not None and now >= self._stop.deadline and not self._stop.killed:
+            self._log("grace-over", mode=self._stop.mode)
+            self._stop.measure(self._tree_bytes())
+            self._stop.killed = True
+            os.kill(self._engine.pid, signal.SIGKILL)
+        orphaned_since = self._servers.last_connected
+        if (
+            not self._servers.connected
+            and not self._shutting_down
+            and now >= orphaned_since + self._configuration.orphan_limit_seconds
+        ):
+            self._log("orphaned")
+            self._shut_down(self._configuration.grace_seconds)
+
+    # Messages.
+
+    def _from_server(self, message: Message, channel: Channel) -> None:
+        kind = message["type"]
+        if kind == "status":
+            self._servers.send(channel, self._status())
+        elif kind == "start_run":
+            self._start_run(message)
+        elif kind == "stop_run":
+            self._stop_run(message)
+        elif kind == "shutdown":
+            self._shut_down(float(message["grace_seconds"]))
+        else:
+            self._log("unknown-message", message_type=kind)
+
+    def _status(self) -> Message:
+        return {
+            "type": "status",
+            "shim_pid": os.getpid(),
+            "engine_pid": self._engine.pid,
+            "state": self._state,
+            "run_directory": self._run_directory,
+            "resident": self._resident,
+        }
+
+    def _start_run(self, message: Message) -> None:
+        run_directory = str(message["run_directory"])
+        if self._run_directory is not None or self._shutting_down or self._ended is not None:
+            # The same run again is an answer lost on the way; another one is refused by the status that follows.
+            self._log("start-ignored", run_directory=run_directory)
+            return
+        self._run_directory, self._phase, self._stop = run_directory, "", None
+        self._state = "busy"
+        # On the disk first: whoever buries this engine must know the run.
+        self._write_record()
+        self._to_engine(message)
+
+    def _stop_run(self, message: Message) -> None:
+        if self._run_directory is None or message["run_directory"] != self._run_directory or self._ended is not None:
+            return
+        mode, grace_seconds = str(message["mode"]), float(message["grace_seconds"])
+        if not self._begin_stop(mode, grace_seconds):
+            return
+        self._to_engine(message)
+
+    def _begin_stop(self, mode: str, grace_seconds: float) -> bool:
+        if self._stop is None:
+            self._stop = Stop(mode=mode, grace_seconds=grace_seconds)
+        elif not self._stop.tighten(mode=mode, grace_seconds=grace_seconds):
+            return False
+        self._stop.measure(self._tree_bytes())
+        self._write_record()
+        return True
+
+    def _shut_down(self, grace_seconds: float) -> None:
+        if self._ended is not None:
+            return
+        again, self._shutting_down = self._shutting_down, True
+        if self._begin_stop("checkpoint", grace_seconds) or not again:
+            self._to_engine({"type": "shutdown", "grace_seconds": grace_seconds})
+
+    def _to_engine(self, message: Message) -> None:
+        try:
+            self._engine.channel.send(message)
+        except (OSError, ProtocolBroken) as error:
+            # It is about to be reaped, or the stop's deadline ends it.
+            self._log("engine-does-not-read", error=str(error))
+        self._watch_engine_writes()
+
+    def _watch_engine_writes(self) -> None:
+        connection = self._engine.channel.connection
+        key = self._selector.get_map().get(connection.fileno())
+        if key is not None:
+            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._engine.channel.has_unsent else 0)
+            self._selector.modify(connection, wanted, key.data)
+
+    def _engine_ready(self, mask: int) -> bool:
+        """Handle what the engine sent; False when there is nothing more."""
+        channel = self._engine.channel
+        try:
+            if mask & selectors.EVENT_WRITE:
+                channel.flush()
+            messages = channel.receive() if mask & selectors.EVENT_READ else []
+        except OSError:
+            messages = None
+        except ProtocolBroken as error:
+            # An engine that does not keep to the protocol cannot be stopped in order either.
+            self._log("engine-broke-protocol", error=str(error))
+            os.kill(self._engine.pid, signal.SIGKILL)
+            messages = None
+        if messages is None:
+            self._selector.unregister(channel.connection)
+            return False
+        for message in messages:
+            self._from_engine(message)
+        if self._ended is None:
+            self._watch_engine_writes()
+        return bool(messages)
+
+    def _from_engine(self, message: Message) -> None:
+        kind = message["type"]
+        if kind == "ready":
+            self._state = "busy" if self._run_directory is not None else "idle"
+        elif kind == "phase":
+            self._phase = str(message["phase"])
+        elif kind == "run_finished":
+            self._resident = dict(message.get("resident") or {})
+            self._run_directory, self._phase = None, ""
+            self._state = "idle"
+            if not self._shutting_down:
+                self._stop = None
+            self._write_record()
+        self._servers.send_all(message)
+
+    # The end.
+
+    def _finish(self) -> None:
+        assert self._ended is not None
+        status, signal_number = self._ended
+        # A stop without a run is only the end of an idle engine.
+        stop = self._stop if self._run_directory is not None else None
+        ending = ExitRecord(
+            status=status,
+            signal=signal_number,
+            phase=self._phase,
+            run_directory=self._run_directory,
+            stop_mode=stop.mode if stop else None,
+            out_of_memory=signal_number == signal.SIGKILL
+            and not (self._stop is not None and self._stop.killed)
+            and oom_kills() > self._oom_kills_at_start,
+            freed_bytes=stop.freed_bytes(self._tree_bytes()) if stop else 0,
+            seconds=stop.seconds() if stop else 0.0,
+        )
+        ending.write(self._directory)
+        self._log("ended", status=status, signal=signal_number)
+        if self._run_directory is not None:
+            sequence = close_run(Path(self._run_directory), ending)
+            if sequence is not None:
+                self._servers.send_all(
+                    {"type": "journal", "run_directory": self._run_directory, "run_sequence": sequence}
+                )
+        self._servers.send_all({"type": "engine_exited", "status": status, "signal": signal_number})
+        self._servers.close()
+
+    def _tree_bytes(self) -> int:
+        return process_tree.resident_bytes(process_tree.tree(os.getpid()))
+
+    def _write_record(self) -> None:
+        shim = process_tree.facts(os.getpid())
+        ShimRecord(
+            shim_pid=os.getpid(),
+            shim_start_time=shim.start_time if shim else 0,
+            engine_pid=self._engine.pid,
+            engine_start_time=self._engine.start_time,
+            run_directory=self._run_directory,
+            stop_mode=self._stop.mode if self._stop is not None and self._run_directory is not None else None,
+        ).write(self._directory)
+
+    def _log(self, event: str, **fields: Any) -> None:
+        sys.stderr.write(json.dumps({"event": f"shim-{event}", "shim_pid": os.getpid(), **fields}) + "\n")
+        sys.stderr.flush()

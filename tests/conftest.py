@@ -1,0 +1,23 @@
+"""Fixtures that more than one kind of test uses. Imports neither service and no training library."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _children_find_the_packages() -> None:
+    """Processes that tests start import from this checkout, installed or not."""
+    parts = [str(ROOT), str(ROOT / "clients" / "python"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(part for part in parts if part)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's own settings must not reach the services under test."""
+    for name in list(os.environ):
+        if name.startswith(("TUNESMITH_CONTROL_", "TUNESMITH_GPU_")) or name == "TUNESMITH_ADDRESS":
+            monkeypatch.delenv(name)

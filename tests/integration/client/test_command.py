@@ -1,0 +1,200 @@
+"""The command line against a real server: exit statuses, formats, filters, lines that are safe to print."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.fakes.scripted_control import FakeControl, refuse
+from tunesmith.common.v1 import event_pb2
+from tunesmith.control.v1 import dataset_service_pb2, job_service_pb2, node_service_pb2, project_service_pb2
+from tunesmith_cli.main import main
+
+JOB = "01JZZZZZZZZZZZZZZZZZZZZZZZ"
+
+
+@pytest.fixture
+def control(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeControl]:
+    with FakeControl() as fake:
+        monkeypatch.setenv("TUNESMITH_ADDRESS", fake.address)
+        yield fake
+
+
+def job(state: "event_pb2.JobState.ValueType", **fields: Any) -> job_service_pb2.Job:
+    return job_service_pb2.Job(job_id=JOB, project_id=1, project_name="demo", state=state, **fields)
+
+
+def give_job(control: FakeControl, answer: job_service_pb2.Job) -> None:
+    control.handlers["GetJob"] = lambda *_: job_service_pb2.GetJobResponse(job=answer)
+
+
+def step(number: int) -> event_pb2.Event:
+    event = event_pb2.Event(sequence=number, kind=event_pb2.EVENT_KIND_STEP)
+    event.payload.step.MergeFrom(event_pb2.StepEvent(step=number, total_steps=3, loss=4.0 - number))
+    return event
+
+
+def test_a_table_off_a_terminal_has_one_line_for_each_row(
+    control: FakeControl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = [
+        node_service_pb2.Node(name="local", address="127.0.0.1:1", state=node_service_pb2.NODE_STATE_REACHABLE),
+        node_service_pb2.Node(name="far", problem="x" * 300),
+    ]
+    control.handlers["ListNodes"] = lambda *_: node_service_pb2.ListNodesResponse(nodes=nodes)
+    assert main(["nodes", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].split() == ["NAME", "ADDRESS", "STATE", "DEVICES", "RESIDENT", "JOBS", "PROBLEM"]
+    assert lines[1].split()[:3] == ["local", "127.0.0.1:1", "REACHABLE"]
+
+
+def test_json_has_the_contracts_field_names(control: FakeControl, capsys: pytest.CaptureFixture[str]) -> None:
+    node = node_service_pb2.Node(name="local", state=node_service_pb2.NODE_STATE_REACHABLE)
+    control.handlers["ListNodes"] = lambda *_: node_service_pb2.ListNodesResponse(nodes=[node])
+    assert main(["nodes", "list", "--output", "json"]) == 0
+    (parsed,) = json.loads(capsys.readouterr().out)
+    assert (parsed["name"], parsed["state"], parsed["job_ids"]) == ("local", "NODE_STATE_REACHABLE", [])
+
+
+def test_a_refusal_is_exit_status_3_and_says_everything(
+    control: FakeControl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_model(request: Any, context: grpc.ServicerContext) -> Any:
+        refuse(
+            context,
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "MODEL_NOT_FOUND",
+            "no node has it",
+            metadata={"available_models": "org/other"},
+            violations={"project.base_model": "not there"},
+            request_id="r-9",
+        )
+
+    project = project_service_pb2.Project(project_id=1)
+    control.handlers["GetProject"] = lambda *_: project_service_pb2.GetProjectResponse(project=project)
+    control.handlers["StartTraining"] = no_model
+    assert main(["start", "1"]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for part in ("MODEL_NOT_FOUND", "no node has it", "org/other", "project.base_model: not there", "r-9"):
+        assert part in captured.err
+
+
+def test_nobody_there_is_exit_status_4() -> None:
+    with FakeControl() as gone:
+        address = gone.address
+    assert main(["jobs", "list", "--address", address]) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["jobs", "list", "--state", "sleeping"],
+        ["no-such-command"],
+        ["jobs", "show"],
+        ["jobs", "list", "--output", "xml"],
+    ],
+)
+def test_wrong_usage_is_exit_status_2(arguments: list[str], control: FakeControl) -> None:
+    assert main(arguments) == 2
+    assert control.requests == {}
+
+
+def test_ctrl_c_is_exit_status_130(control: FakeControl, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tunesmith_client._nouns.Nodes.list", interrupted)
+    assert main(["nodes", "list"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [(event_pb2.JOB_STATE_SUCCEEDED, 0), (event_pb2.JOB_STATE_FAILED, 1), (event_pb2.JOB_STATE_CANCELLED, 1)],
+)
+def test_a_watch_ends_with_the_jobs_own_outcome(
+    state: "event_pb2.JobState.ValueType", status: int, control: FakeControl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = [step(1), step(2), step(3)]
+    control.handlers["WatchJob"] = lambda *_: iter([job_service_pb2.WatchJobResponse(events=events)])
+    give_job(control, job(state))
+    assert main(["watch", JOB]) == status
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+
+
+def test_a_watch_as_json_is_one_event_a_line(control: FakeControl, capsys: pytest.CaptureFixture[str]) -> None:
+    control.handlers["WatchJob"] = lambda *_: iter([job_service_pb2.WatchJobResponse(events=[step(1), step(2)])])
+    give_job(control, job(event_pb2.JOB_STATE_SUCCEEDED))
+    assert main(["watch", JOB, "-o", "json"]) == 0
+    parsed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["payload"]["step"]["step"] for event in parsed] == ["1", "2"]
+
+
+def test_what_a_server_sends_cannot_drive_the_terminal(
+    control: FakeControl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = job(event_pb2.JOB_STATE_QUEUED, wait_message="\x1b[2Jwaits\nfor nothing")
+    control.handlers["ListJobs"] = lambda *_: job_service_pb2.ListJobsResponse(jobs=[answer])
+    assert main(["jobs", "list"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\\x1b[2Jwaits\\x0afor nothing" in out
+
+
+def test_list_filters_reach_the_service(control: FakeControl) -> None:
+    project = project_service_pb2.Project(project_id=7, name="demo")
+    other = project_service_pb2.Project(project_id=8, name="demo-2")
+    control.handlers["ListProjects"] = lambda *_: project_service_pb2.ListProjectsResponse(projects=[other, project])
+    control.handlers["ListJobs"] = lambda *_: job_service_pb2.ListJobsResponse()
+    assert main(["jobs", "list", "--project", "demo", "--state", "running", "--state", "QUEUED"]) == 0
+    (request,) = control.calls("ListJobs")
+    assert request.project_id == 7
+    assert list(request.states) == [event_pb2.JOB_STATE_RUNNING, event_pb2.JOB_STATE_QUEUED]
+
+
+def test_a_project_file_becomes_a_project(control: FakeControl, tmp_path: Path) -> None:
+    file = tmp_path / "project.yaml"
+    file.write_text("name: demo\ntraits: [{trait_type: a, datasets: [{dataset: rows, percentage: 100}]}]\n")
+    dataset = dataset_service_pb2.Dataset(dataset_id=12, name="rows")
+    control.handlers["ListDatasets"] = lambda *_: dataset_service_pb2.ListDatasetsResponse(datasets=[dataset])
+    control.handlers["CreateProject"] = lambda request, _: project_service_pb2.CreateProjectResponse(
+        project=request.project
+    )
+    assert main(["projects", "create", "-f", str(file)]) == 0
+    (request,) = control.calls("CreateProject")
+    assert request.project.traits[0].datasets[0].dataset_id == 12
+
+
+def test_a_wrong_project_file_sends_nothing(
+    control: FakeControl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "project.yaml"
+    file.write_text("name: demo\nbase: x\n")
+    assert main(["projects", "create", "-f", str(file)]) == 2
+    assert "project.yaml:2: unknown key `base`" in capsys.readouterr().err
+    assert control.requests == {}
+
+
+@pytest.mark.parametrize(
+    ("verb", "method"),
+    [("cancel", "CancelJob"), ("pause", "PauseJob"), ("resume", "ResumeJob"), ("retry", "RetryJob")],
+)
+def test_the_verbs_call_their_methods(verb: str, method: str, control: FakeControl) -> None:
+    response = getattr(job_service_pb2, f"{method}Response")
+    control.handlers[method] = lambda *_: response(job=job(event_pb2.JOB_STATE_QUEUED))
+    assert main([verb, JOB]) == 0
+    (request,) = control.calls(method)
+    assert request.job_id == JOB
+    assert request.request_id
+
+
+def test_no_color_is_honored(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert Console(force_terminal=True).no_color

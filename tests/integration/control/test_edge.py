@@ -1,0 +1,209 @@
+"""The boundary around every call, on a real server with behaviors made to go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from structlog.testing import capture_logs
+
+from control_service.api.health import HealthReporter
+from control_service.api.interceptors import CallConfig, CallInterceptor
+from control_service.api.registration import register
+from control_service.domain.errors import Unavailable
+from tests.fakes.control import reason_of
+from tunesmith.control.v1 import job_service_pb2, job_service_pb2_grpc
+
+PATIENCE_SECONDS = 60.0
+JOB_ID = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
+
+
+class _Servicer(job_service_pb2_grpc.JobServiceServicer):
+    """Fails on demand: the job's id says how."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.closed = asyncio.Event()
+
+    async def GetJob(self, request: Any, context: Any) -> Any:  # noqa: N802  # an RPC's name
+        self.calls += 1
+        if request.job_id == "defect":
+            raise KeyError("the secret of the house")
+        if request.job_id == "slow":
+            await asyncio.Event().wait()
+        return job_service_pb2.GetJobResponse()
+
+    async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802  # an RPC's name
+        try:
+            yield job_service_pb2.WatchJobResponse(heartbeat=job_service_pb2.Heartbeat(position=5)).SerializeToString()
+            if request.job_id == "ends":
+                raise Unavailable("SHUTTING_DOWN", "the service is stopping", retry_after_seconds=1.0)
+            await asyncio.Event().wait()
+        finally:
+            self.closed.set()
+
+
+@asynccontextmanager
+async def _served(calls: CallInterceptor | None = None, **config: Any) -> AsyncIterator[tuple[_Servicer, Any]]:
+    server = grpc.aio.server(interceptors=[calls or CallInterceptor(config=CallConfig(**config))])
+    servicer = _Servicer()  # type: ignore[abstract]  # two methods are enough here
+    register(server, (job_service_pb2_grpc.add_JobServiceServicer_to_server, servicer))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield servicer, job_service_pb2_grpc.JobServiceStub(channel)
+    finally:
+        await server.stop(None)
+
+
+def _get(job_id: str) -> job_service_pb2.GetJobRequest:
+    return job_service_pb2.GetJobRequest(job_id=job_id)
+
+
+async def test_a_defect_is_logged_whole_and_told_as_a_request_id() -> None:
+    with capture_logs() as logs:
+        async with _served() as (_, jobs):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await jobs.GetJob(_get("defect"), metadata=(("x-request-id", "find-me"),), timeout=PATIENCE_SECONDS)
+    assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    assert "find-me" in str(caught.value.details())
+    assert "secret" not in repr(caught.value)
+    assert any(line["log_level"] == "error" and line.get("exc_info") for line in logs)
+    assert [(line["event"], line.get("code")) for line in logs][-1] == ("call", "INTERNAL")
+
+
+async def test_a_request_id_is_made_when_none_of_use_comes() -> None:
+    async with _served() as (_, jobs):
+        seen: set[Any] = set()
+        for metadata in ((), (("x-request-id", "spaces are not taken"),), (("x-request-id", "i" * 65),)):
+            call = jobs.GetJob(_get(JOB_ID), metadata=metadata, timeout=PATIENCE_SECONDS)
+            await call
+            # Older versions of grpc give metadata that dict() cannot take.
+            seen.update(value for key, value in await call.trailing_metadata() if key == "x-request-id")
+        assert len(seen) == 3
+        assert all(len(request_id) == 16 for request_id in seen)
+
+
+async def test_a_call_without_time_is_refused_before_it_begins() -> None:
+    # No call of a test has 1,000 s left.
+    async with _served(min_remaining_seconds=1000.0) as (servicer, jobs):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await jobs.GetJob(_get(JOB_ID), timeout=PATIENCE_SECONDS)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert reason_of(caught.value) == "DEADLINE_TOO_SHORT"
+        assert servicer.calls == 0
+        await jobs.GetJob(_get(JOB_ID))
+
+
+async def test_a_call_without_a_deadline_has_ours() -> None:
+    async with _served(max_seconds=0.05) as (_, jobs):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await jobs.GetJob(_get("slow"))
+        assert reason_of(caught.value) == "DEADLINE_TOO_SHORT"
+    async with _served(max_seconds=1000.0, max_seconds_by_method={"GetJob": 0.05}) as (_, jobs):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await jobs.GetJob(_get("slow"))
+        assert reason_of(caught.value) == "DEADLINE_TOO_SHORT"
+
+
+async def test_a_bad_request_does_not_reach_the_behavior() -> None:
+    async with _served() as (servicer, jobs):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await jobs.GetJob(_get("x" * 27), timeout=PATIENCE_SECONDS)
+        assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await jobs.WatchJob(job_service_pb2.WatchJobRequest(), timeout=PATIENCE_SECONDS).read()
+        assert reason_of(caught.value) == "INVALID_FIELD"
+        assert servicer.calls == 0
+
+
+async def test_a_stream_gives_encoded_pages_and_then_its_reason() -> None:
+    async with _served() as (servicer, jobs):
+        call = jobs.WatchJob(job_service_pb2.WatchJobRequest(job_id="ends"), timeout=PATIENCE_SECONDS)
+        assert (await call.read()).heartbeat.position == 5
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        assert servicer.closed.is_set()
+
+
+async def test_a_reader_that_leaves_ends_the_behavior() -> None:
+    async with _served() as (servicer, jobs):
+        call = jobs.WatchJob(job_service_pb2.WatchJobRequest(job_id=JOB_ID), timeout=PATIENCE_SECONDS)
+        assert await call.read()
+        call.cancel()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await servicer.closed.wait()
+
+
+async def test_a_draining_boundary_refuses_new_calls_and_waits_for_open_ones() -> None:
+    calls = CallInterceptor(config=CallConfig())
+    async with _served(calls) as (_, jobs):
+        await calls.until_idle()
+        watch = jobs.WatchJob(job_service_pb2.WatchJobRequest(job_id=JOB_ID), timeout=PATIENCE_SECONDS)
+        assert await watch.read()
+        calls.drain()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await jobs.GetJob(_get(JOB_ID), timeout=PATIENCE_SECONDS)
+        assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        waiting = asyncio.create_task(calls.until_idle())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        watch.cancel()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await waiting
+
+
+class _Store:
+    """Answers reads, or fails them."""
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+
+    async def read(self, work: Any) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+class _Clock:
+    """Sleeps until it is told to wake."""
+
+    def __init__(self) -> None:
+        self.wake = asyncio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        await self.wake.wait()
+        self.wake.clear()
+
+
+@pytest.mark.parametrize("failure", [Unavailable("STORE_UNAVAILABLE", "locked"), ValueError("damaged")])
+async def test_health_follows_the_store_and_ends_with_the_drain(failure: Exception) -> None:
+    store, clock = _Store(), _Clock()
+    parts: Any = {"store": store, "clock": clock}
+    server = grpc.aio.server()
+    reporter = HealthReporter(**parts)
+    reporter.add_to(server, services=["a.Service"])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    await reporter.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service="a.Service"), timeout=PATIENCE_SECONDS)
+        states = health_pb2.HealthCheckResponse
+        assert (await watch.read()).status == states.SERVING
+        store.failure = failure
+        clock.wake.set()
+        assert (await watch.read()).status == states.NOT_SERVING
+        store.failure = None
+        clock.wake.set()
+        assert (await watch.read()).status == states.SERVING
+        await reporter.drain()
+        assert (await watch.read()).status == states.NOT_SERVING
+        watch.cancel()
+    await server.stop(None)

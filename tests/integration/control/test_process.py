@@ -1,0 +1,153 @@
+"""Control as a process: killed and started again, told to stop, and a second one beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.fakes.control import PATIENCE_SECONDS, Client, ControlProcess, is_state, is_step, reason_of
+from tests.fakes.gpu_node import FakeGpuNode
+from tests.fakes.run_script import NUM_STEPS
+from tunesmith.common.v1 import event_pb2
+from tunesmith.control.v1 import job_service_pb2, project_service_pb2
+
+
+@asynccontextmanager
+async def _running(directory: Path, *flags: str) -> AsyncIterator[tuple[ControlProcess, Client]]:
+    """A process that is ended with the test, and a client of it."""
+    process = await ControlProcess.start(directory, *flags)
+    try:
+        client = Client(await process.until_ready())
+        try:
+            yield process, client
+        finally:
+            await client.close()
+    finally:
+        await process.end(signal.SIGKILL)
+
+
+async def _start_job(client: Client) -> str:
+    await client.until_node_reachable()
+    dataset = await client.upload("rows")
+    project = await client.create_project(dataset_id=dataset.dataset_id)
+    return str((await client.start_training(project.project_id)).job_id)
+
+
+async def test_a_kill_in_the_middle_of_a_run_loses_nothing(tmp_path: Path, node: FakeGpuNode) -> None:
+    flags = ("--node", f"fake={node.address}", "--node-heartbeat-seconds", "0.5")
+    node.hold_at_step = 2
+    async with _running(tmp_path, *flags) as (process, client):
+        job_id = await _start_job(client)
+        before = await client.until_event(job_id, is_step(2))
+        await process.end(signal.SIGKILL)
+    # The node trains on while nobody listens.
+    await node.release()
+    async with _running(tmp_path, *flags) as (process, client):
+        after = await client.until_event(
+            job_id, is_state(event_pb2.JOB_STATE_SUCCEEDED), after_sequence=before[-1].sequence
+        )
+        events = [*before, *after]
+        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+        steps = [event.payload.step.step for event in events if event.kind == event_pb2.EVENT_KIND_STEP]
+        assert steps == list(range(1, NUM_STEPS + 1))
+        assert [event async for event in client.events(job_id)] == events
+        assert (await client.job(job_id)).attempt == 1
+        assert len(node.started) == 1
+        assert await process.end() == 0
+
+
+async def test_sigterm_ends_watches_with_a_reason_and_exits_clean(tmp_path: Path, node: FakeGpuNode) -> None:
+    node.hold_at_step = 1
+    async with _running(tmp_path, "--node", f"fake={node.address}") as (process, client):
+        job_id = await _start_job(client)
+        reached = asyncio.Event()
+
+        async def watch() -> None:
+            async for event in client.events(job_id):
+                if is_step(1)(event):
+                    reached.set()
+
+        watching = asyncio.create_task(watch())
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await reached.wait()
+        assert await process.end(signal.SIGTERM) == 0
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await watching
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert reason_of(caught.value) == "SHUTTING_DOWN"
+        assert not process.ready_file.exists()
+    await node.release()
+
+
+async def test_a_health_watch_does_not_hold_up_the_stop(tmp_path: Path) -> None:
+    # Longer than the patience of the test: waiting for the grace would fail it.
+    async with _running(tmp_path, "--grace-seconds", "600") as (process, client):
+        health: Any = health_pb2_grpc.HealthStub(client.channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_SECONDS)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        assert await process.end(signal.SIGTERM) == 0
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_a_second_process_refuses_and_leaves_the_first_unharmed(tmp_path: Path) -> None:
+    async with _running(tmp_path) as (first, client):
+        same_directory = await ControlProcess.start(tmp_path, "--ready-file", str(tmp_path / "other.json"))
+        assert await same_directory.exit_code() == 3
+        assert "in use by another process" in same_directory.errors.read_text()
+        assert str(first.process.pid) in same_directory.errors.read_text()
+
+        (tmp_path / "second").mkdir()
+        address = await first.until_ready()
+        same_port = await ControlProcess.start(tmp_path / "second", "--address", address)
+        assert await same_port.exit_code() == 3
+        assert address in same_port.errors.read_text()
+
+        assert (await client.projects.ListProjects(project_service_pb2.ListProjectsRequest())).projects == []
+        health: Any = health_pb2_grpc.HealthStub(client.channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        assert await first.end(signal.SIGINT) == 0
+
+
+async def test_a_ready_file_of_a_killed_process_is_not_believed(tmp_path: Path) -> None:
+    ready_file = tmp_path / "ready.json"
+    ready_file.write_text('{"address": "127.0.0.1:1", "pid": 1}')
+    # It cannot serve, so nothing new is announced; what is left would be the lie.
+    process = await ControlProcess.start(tmp_path, "--address", "127.0.0.1:1", "--output-root", "/dev/null/x")
+    assert await process.exit_code() != 0
+    assert not ready_file.exists()
+
+
+async def test_bad_settings_are_named_and_exit_2(tmp_path: Path) -> None:
+    for flags, environment, text in (
+        ((), {"TUNESMITH_CONTROL_COLOUR": "blue"}, "TUNESMITH_CONTROL_COLOUR"),
+        (("--grace-seconds", "-1"), {}, "grace_seconds"),
+        (("--address", "0.0.0.0:0"), {}, "loopback"),
+    ):
+        process = await ControlProcess.start(tmp_path, *flags, environment=environment)
+        assert await process.exit_code() == 2
+        assert text in process.errors.read_text()
+
+
+async def test_a_log_line_carries_the_request_and_the_job(tmp_path: Path) -> None:
+    async with _running(tmp_path) as (process, client):
+        call = client.jobs.GetJob(
+            job_service_pb2.GetJobRequest(job_id="01ARZ3NDEKTSV4RRFFQ69G5FAV"), metadata=(("x-request-id", "my-id"),)
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert ("x-request-id", "my-id") in tuple(caught.value.trailing_metadata() or ())
+        await process.end()
+        line = next(line for line in process.errors.read_text().splitlines() if "my-id" in line)
+        assert '"job_id": "01ARZ3NDEKTSV4RRFFQ69G5FAV"' in line
+        assert '"code": "NOT_FOUND"' in line
+        assert '"service": "control"' in line

@@ -1,0 +1,229 @@
+"""What survives: a control that dies, a node that falls silent, an engine that is killed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from control_service.app.ingest import ingest
+from control_service.domain.errors import FailedPrecondition
+from control_service.domain.event import NodeReachabilityFact, StoredEvent
+from control_service.domain.failure import Fault
+from control_service.domain.job_state import JobState
+from control_service.domain.run import RunState
+from tests.fakes.control_core import quick_config, until
+from tests.fakes.control_node import FakeNode, FakeRun
+from tests.integration.control_core.conftest import OpenCore
+
+
+def _assert_whole(log: Sequence[StoredEvent]) -> None:
+    assert [event.sequence for event in log] == list(range(1, len(log) + 1))
+    stored = Counter((event.attempt, event.run_sequence) for event in log if event.run_sequence)
+    assert max(stored.values()) == 1
+
+
+async def test_control_restarts_mid_run_and_the_log_is_complete(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    run = node.run(job.job_id)
+    run.step(1)
+    await core.until_job(job.job_id, lambda j: j.progress.step == 1)
+    await core.close()
+    for number in range(2, 30):
+        run.step(number)
+    run.succeed()
+    await core.open()
+    done = await core.until_state(job.job_id, JobState.SUCCEEDED)
+    assert done.attempt == 1
+    log = await core.log(job.job_id)
+    _assert_whole(log)
+    assert [event.run_sequence for event in log if event.run_sequence] == list(range(1, len(run.events) + 1))
+    assert len(node.start_calls) == 1
+
+
+async def test_control_dies_between_the_choice_and_the_call(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    node.on_start = lambda run: node.set_up(False)  # the run is made, but the answer never arrives
+    job = await core.start((await core.project()).project_id)
+    await until(lambda: not node.is_up)
+    await core.close()
+    node.on_start = FakeRun.begin
+    node.is_up = True
+    node.run(job.job_id).begin()
+    await core.open()
+    running = await core.running(job.job_id)
+    assert running.attempt == 1
+    assert len(node.runs) == 1
+
+
+async def test_events_of_an_older_attempt_are_refused(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    old = node.run(job.job_id)
+    old.end(RunState.INTERRUPTED)
+    await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING and j.run_cursor > 0)
+    before = len(await core.log(job.job_id))
+    late = replace(old.events[-1], run_sequence=len(old.events) + 1)
+    with pytest.raises(FailedPrecondition) as refused:
+        await ingest(job.job_id, 1, [late], store=core.store, codec=core.codec)
+    assert refused.value.reason == "STALE_EPOCH"
+    assert len(await core.log(job.job_id)) == before
+
+
+async def test_the_same_batch_twice_is_stored_once(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    run = node.run(job.job_id)
+    await core.until_job(job.job_id, lambda j: j.run_cursor == len(run.events))
+    await ingest(job.job_id, 1, run.events, store=core.store, codec=core.codec)
+    _assert_whole(await core.log(job.job_id))
+
+
+async def test_a_killed_engine_is_retried_from_its_last_checkpoint(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    node.run(job.job_id).checkpoint(20)
+    node.run(job.job_id).checkpoint(40)
+    node.run(job.job_id).fail("ENGINE_KILLED", Fault.HARDWARE)
+    again = await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
+    assert (again.num_retries, again.retries_left) == (1, 1)
+    resume = node.run(job.job_id, 2).request.resume_from
+    assert resume is not None
+    assert (resume.checkpoint, resume.attempt) == ("step-00000040", 1)
+
+
+async def test_what_trying_again_cannot_mend_fails_at_once(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    node.run(job.job_id).fail("TRAINING")
+    failed = await core.until_state(job.job_id, JobState.FAILED)
+    assert failed.attempt == 1
+    assert failed.failure is not None
+    assert failed.failure.reason == "TRAINING"
+
+
+async def test_retries_are_used_up(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id, max_retries=1)
+    for attempt in (1, 2):
+        await until(lambda key=(job.job_id, attempt): key in node.runs)  # type: ignore[misc]
+        node.run(job.job_id, attempt).fail("ENGINE_EXITED")
+    failed = await core.until_state(job.job_id, JobState.FAILED)
+    assert failed.failure is not None
+    assert failed.failure.reason == "RETRIES_EXHAUSTED"
+    assert failed.failure.details["last_reason"] == "ENGINE_EXITED"
+
+
+async def test_a_silent_node_leaves_the_job_running_and_the_same_attempt_goes_on(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    config = quick_config()
+    core = await open_core(node, config=replace(config, nodes=replace(config.nodes, lease_seconds=0.3)))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    node.set_up(False)
+    lost = await core.until_job(job.job_id, lambda j: j.node_unreachable)
+    assert lost.state is JobState.RUNNING
+    node.run(job.job_id).step(3)
+    node.set_up(True)
+    back = await core.until_job(job.job_id, lambda j: not j.node_unreachable and j.progress.step == 3)
+    assert (back.state, back.attempt) == (JobState.RUNNING, 1)
+    told = [fact.reachable for fact in await core.facts(job.job_id) if isinstance(fact, NodeReachabilityFact)]
+    assert told == [False, True]
+
+
+async def test_a_lost_job_goes_on_elsewhere_and_the_first_run_is_stopped(open_core: OpenCore) -> None:
+    first, second = FakeNode("a"), FakeNode("b")
+    config = quick_config()
+    core = await open_core(first, second, config=replace(config, nodes=replace(config.nodes, lease_seconds=0.3)))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    assert (await core.running(job.job_id)).node == "a"
+    first.run(job.job_id).checkpoint(20)
+    checkpoint = first.run(job.job_id).events[-1]
+    await core.until_job(job.job_id, lambda j: j.run_cursor == checkpoint.run_sequence)
+    await until(lambda: len(core.blobs.blobs) == 2)  # the data set and the replicated checkpoint
+    first.set_up(False)
+    moved = await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
+    assert moved.node == "b"
+    resume = second.run(job.job_id, 2).request.resume_from
+    assert resume is not None
+    assert resume.step == 20
+    assert {file.sha256 for file in resume.files} <= second.blobs.keys()
+    first.set_up(True)
+    await until(lambda: first.run(job.job_id).is_over)
+    assert (await core.view(job.job_id)).job.state is JobState.RUNNING
+    _assert_whole(await core.log(job.job_id))
+
+
+async def test_a_lost_job_whose_checkpoint_only_its_node_has_waits_for_it(open_core: OpenCore) -> None:
+    from control_service.app.runtime import RetentionConfig
+
+    first, second = FakeNode("a"), FakeNode("b")
+    config = quick_config(RetentionConfig(replicate_checkpoint_max_bytes=0))
+    core = await open_core(first, second, config=replace(config, nodes=replace(config.nodes, lease_seconds=0.3)))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    assert (await core.running(job.job_id)).node == "a"
+    first.run(job.job_id).checkpoint(20)
+    await core.until_job(job.job_id, lambda j: j.run_cursor == len(first.run(job.job_id).events))
+    first.set_up(False)
+    await core.until_job(job.job_id, lambda j: j.node_unreachable)
+    first.run(job.job_id).succeed()
+    first.set_up(True)
+    done = await core.until_state(job.job_id, JobState.SUCCEEDED)
+    assert done.attempt == 1
+    assert second.start_calls == []
+
+
+async def test_artifacts_that_cannot_be_had_fail_the_job_typed(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    run = node.run(job.job_id)
+    file = run.node.add_file(b"adapter", "adapter_model.safetensors")
+    node.blobs[file.sha256] = b"damaged"
+    run.succeed(b"adapter")
+    node.blobs[file.sha256] = b"damaged"
+    failed = await core.until_state(job.job_id, JobState.FAILED)
+    assert failed.failure is not None
+    assert (failed.failure.reason, failed.failure.stage) == ("COLLECTING", "COLLECTING")
+    assert failed.failure.details["cause"] == "CHECKSUM_MISMATCH"
+    assert core.blobs.outputs == {}
+    assert node.released == []
+
+
+async def test_a_refusal_at_dispatch_fails_the_job_with_the_same_reason(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    node.is_up = False
+    node.start_error = FailedPrecondition("CHAT_TEMPLATE_MISSING", "no template", details={"fault": "USER"})
+    core = await open_core(node)
+    job = await core.start((await core.project()).project_id)
+    node.set_up(True)
+    failed = await core.until_state(job.job_id, JobState.FAILED)
+    assert failed.failure is not None
+    assert (failed.failure.reason, failed.failure.fault) == ("CHAT_TEMPLATE_MISSING", Fault.USER)

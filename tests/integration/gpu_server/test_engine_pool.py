@@ -1,0 +1,72 @@
+"""The engine pool with real shims, in this process: which engine it reuses, and what it does about a hung shim."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from gpu_service.devices import Device
+from gpu_service.runs import engine_pool
+from gpu_service.runs.engine_pool import EnginePool, EngineSettings
+from gpu_service.shim.records import ExitRecord
+from tests.fakes.gpu_runs import STUB_COMMAND, child_environment, processes_of, wait_until
+
+CPU = Device(index=-1, type="cpu", name="cpu", total_memory_bytes=1 << 30, free_memory_bytes=1 << 30)
+WANTED = {"base_model": "org/name", "weights_digest": "w", "quantization": "nf4"}
+
+
+@pytest.fixture(autouse=True)
+def _children_find_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", child_environment()["PYTHONPATH"])
+
+
+def pool(directory: Path, *, answer_limit_seconds: float = 30) -> EnginePool:
+    directory.mkdir(exist_ok=True)
+    settings = EngineSettings(
+        command=STUB_COMMAND,
+        orphan_limit_seconds=300,
+        grace_seconds=20,
+        idle_seconds=300,
+        answer_limit_seconds=answer_limit_seconds,
+    )
+    return EnginePool(directory=directory, settings=settings)
+
+
+async def test_an_idle_engine_is_reused_for_the_same_base_only(tmp_path: Path) -> None:
+    engines = pool(tmp_path / "engines")
+    first = await engines.acquire(CPU, WANTED)
+    first.resident = {"base_model": "org/name", "weights_digest": "w", "bytes": 5}
+    assert await engines.acquire(CPU, WANTED) is first
+    assert engines.resident_bytes(CPU.id) == 5
+    second = await engines.acquire(CPU, {**WANTED, "weights_digest": "other"})
+    assert second is not first
+    assert ExitRecord.read(first.directory) is not None
+    await engines.shut_down(20)
+    assert processes_of(second.directory) == []
+
+
+async def test_a_shim_that_hangs_is_ended_and_buried_at_adoption(tmp_path: Path) -> None:
+    former = pool(tmp_path / "engines")
+    engine = await former.acquire(CPU, WANTED)
+    shim_pid = (await engine.client.status())["shim_pid"]
+    await former.leave_alone()
+    os.kill(shim_pid, signal.SIGSTOP)
+    await pool(tmp_path / "engines", answer_limit_seconds=0.2).adopt({})
+    await wait_until(lambda: ExitRecord.read(engine.directory) is not None)
+    assert processes_of(engine.directory) == []
+
+
+async def test_only_the_newest_ended_engines_are_kept(tmp_path: Path) -> None:
+    engines = pool(tmp_path / "engines")
+    for number in range(engine_pool._KEPT_ENDED_ENGINES + 3):
+        directory = tmp_path / "engines" / f"old-{number}"
+        directory.mkdir()
+        ExitRecord(status=0, signal=None, phase="", run_directory=None, stop_mode=None).write(directory)
+        os.utime(directory, (number, number))
+    await engines.adopt({})
+    kept = sorted(path.name for path in (tmp_path / "engines").iterdir())
+    assert len(kept) == engine_pool._KEPT_ENDED_ENGINES
+    assert "old-0" not in kept

@@ -1,0 +1,123 @@
+"""Who goes where next, and why the others wait."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+from control_service.domain.job import WaitReason
+from control_service.domain.node import Device, Node, NodeCapabilities, NodeModel, NodeReport, NodeState, NodeView
+from control_service.domain.queue_policy import QueuedJob, decide
+from tests.fakes.control_jobs import NOW, SPEC, make_job
+
+
+def _job(number: int, *, base: str = "org/base", priority: int = 0, bound: str = "", **changes: object) -> QueuedJob:
+    spec = replace(SPEC, base_model=base)
+    return QueuedJob(job=make_job(job_id=f"{number:026d}", spec=spec, priority=priority, **changes), bound_node=bound)
+
+
+def _node(
+    name: str,
+    *models: str,
+    state: NodeState = NodeState.REACHABLE,
+    draining: bool = False,
+    accepting: bool = True,
+    resident: str = "",
+    num_devices: int = 1,
+) -> NodeView:
+    device = Device(index=0, type="cuda", name="d", total_memory_bytes=1, free_memory_bytes=1)
+    return NodeView(
+        node=Node(name=name, address="x:1", draining=draining, create_time=NOW),
+        state=state,
+        report=NodeReport(
+            node_name=name,
+            instance_id="1",
+            devices=(device,) * num_devices,
+            accepting=accepting,
+            resident_base_model=resident,
+        ),
+        capabilities=NodeCapabilities(node_name=name, instance_id="1", models=tuple(map(_model, models))),
+    )
+
+
+def _model(name: str, digest: str = "w1") -> NodeModel:
+    return NodeModel(
+        name=name,
+        config_type="llama",
+        weights_digest=digest,
+        size_bytes=1,
+        num_parameters=1,
+        vocabulary_size=1,
+        has_chat_template=False,
+    )
+
+
+def _assigned(queue: list[QueuedJob], nodes: list[NodeView], **on_node: list[str]) -> list[tuple[int, str]]:
+    decision = decide(queue, nodes, jobs_on_node=on_node, now=NOW)
+    return [(int(job_id), node) for job_id, node in decision.assignments]
+
+
+def _reasons(queue: list[QueuedJob], nodes: list[NodeView], **on_node: list[str]) -> list[tuple[int, WaitReason]]:
+    places = decide(queue, nodes, jobs_on_node=on_node, now=NOW).places
+    return [(places[queued.job.job_id].position, places[queued.job.job_id].reason) for queued in queue]
+
+
+def test_first_in_first_out_within_a_priority() -> None:
+    queue = [_job(1), _job(2), _job(3, priority=1)]
+    assert _assigned(queue, [_node("a", "org/base")]) == [(3, "a")]
+    assert _reasons(queue, [_node("a", "org/base")]) == [
+        (2, WaitReason.NODE_BUSY),
+        (3, WaitReason.QUEUE),
+        (1, WaitReason.UNSPECIFIED),
+    ]
+
+
+def test_a_free_node_with_the_resident_base_is_preferred_and_never_waited_for() -> None:
+    nodes = [_node("a", "org/base"), _node("b", "org/base", resident="org/base")]
+    assert _assigned([_job(1), _job(2)], nodes) == [(1, "b"), (2, "a")]
+    assert _assigned([_job(1)], nodes, b=["x"]) == [(1, "a")]
+
+
+def test_one_run_for_each_device() -> None:
+    node = _node("a", "org/base", num_devices=2)
+    assert _assigned([_job(1), _job(2), _job(3)], [node]) == [(1, "a"), (2, "a")]
+    assert _assigned([_job(1), _job(2)], [node], a=["x"]) == [(1, "a")]
+    assert _assigned([_job(1)], [_node("a", "org/base", accepting=False)]) == []
+
+
+def test_a_job_that_must_wait_does_not_hold_up_one_that_need_not() -> None:
+    queue = [_job(1, base="org/absent"), _job(2, not_before=NOW + timedelta(seconds=5)), _job(3)]
+    assert _assigned(queue, [_node("a", "org/base")]) == [(3, "a")]
+    assert _reasons(queue, [_node("a", "org/base")]) == [
+        (1, WaitReason.NO_MODEL),
+        (2, WaitReason.BACK_OFF),
+        (3, WaitReason.UNSPECIFIED),
+    ]
+
+
+def test_why_a_job_waits() -> None:
+    one = [_job(1)]
+    assert _reasons(one, []) == [(1, WaitReason.NO_NODE)]
+    assert _reasons(one, [_node("a", "org/base", state=NodeState.UNREACHABLE)]) == [(1, WaitReason.NO_NODE)]
+    assert _reasons(one, [_node("a")]) == [(1, WaitReason.NO_MODEL)]
+    assert _reasons(one, [_node("a", "org/base", draining=True)]) == [(1, WaitReason.DRAINING)]
+    assert _reasons(one, [_node("a", "org/base")], a=["x"]) == [(1, WaitReason.NODE_BUSY)]
+
+
+def test_pinned_weights_and_bound_checkpoints_choose_the_node() -> None:
+    nodes = [_node("a", "org/base"), _node("b", "org/base")]
+    assert _assigned([_job(1, bound="b")], nodes) == [(1, "b")]
+    assert _reasons([_job(1, bound="b")], [nodes[0], replace(nodes[1], state=NodeState.UNREACHABLE)]) == [
+        (1, WaitReason.NO_NODE)
+    ]
+    assert _reasons([_job(1, weights_digest="w2")], nodes) == [(1, WaitReason.NO_MODEL)]
+
+
+def test_a_job_that_moves_comes_after_the_queue_and_never_to_the_node_it_lost() -> None:
+    moving = replace(_job(0), moving=True)
+    moving = replace(moving, job=replace(moving.job, node="a"))
+    nodes = [_node("a", "org/base"), _node("b", "org/base")]
+    assert _assigned([moving], nodes) == [(0, "b")]
+    decision = decide([moving, _job(1)], [nodes[1]], jobs_on_node={}, now=NOW)
+    assert [int(job_id) for job_id, _ in decision.assignments] == [1]
+    assert list(decision.places) == [_job(1).job.job_id]
