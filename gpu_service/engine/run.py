@@ -86,8 +86,11 @@ class Run:
             device=str(self.device.torch_device),
         )
         # What is taken off the shelf is this run's until it is put back, clean.
+        held = self.shelf.describe()
         self.resident = self.shelf.take(self.key)
-        self.device.give_back()
+        if held and self.resident is None:
+            # Another base was dropped, and its memory is wanted now.
+            self.device.give_back()
         random_state.seed_all(plan.resolved.seed)
         # Known before loading ends, so that a run that is stopped on the way can be cleaned up.
         loaded = self.loaded = Loaded()

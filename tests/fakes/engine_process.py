@@ -61,7 +61,8 @@ class EngineProcess:
 
     def close(self) -> None:
         """Close the pipe, as the death of a shim does."""
-        self._socket.close() if self._closed else self._socket.shutdown(socket.SHUT_WR)
+        if not self._closed:
+            self._socket.shutdown(socket.SHUT_WR)
 
     def wait_for(self, matches: Callable[[Notice], bool]) -> Notice:
         """The first notice, now or later, that matches. Fails when the pipe closes or time is up."""

@@ -7,6 +7,7 @@ finite number ends the run before it reaches the weights.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -242,6 +243,8 @@ def make_accelerator(device: torch.device, compute_dtype: torch.dtype) -> Any:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+    # accelerate takes the machine's first device unless its environment names one.
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[compute_dtype]

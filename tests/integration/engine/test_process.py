@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,10 +31,13 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
 
 
 def _wait_for_step(engine: EngineProcess, directory: Path, step: int) -> None:
+    # TRAINING is told before the first step; each notice of the journal from then on is worth a look.
+    engine.wait_phase(directory, "TRAINING")
     engine.wait_for(
         lambda notice: (
             notice["type"] == "journal"
             and notice["run_directory"] == str(directory)
+            and notice["run_sequence"] > step
             and any(event.step >= step for event in read_log(directory).of("step"))
         )
     )
@@ -221,18 +222,28 @@ def test_checkpoint_stop_interrupts_and_can_be_resumed(workspace: Workspace, eng
     assert "manifest.json" in {file.path for file in checkpoint.files}
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "closed pipe"])
-def test_end_of_the_engine_saves_the_run(how: str, workspace: Workspace, tmp_path: Path) -> None:
-    """SIGTERM and the death of the shim both end the run at a checkpoint, and then the engine."""
-    with EngineProcess(tmp_path / "engine.log") as engine:
-        directory = workspace.make_run(f"ended-{how.replace(' ', '-')}", hyperparameters=_LONG)
-        engine.send(type="start_run", run_directory=str(directory))
-        _wait_for_step(engine, directory, 1)
-        if how == "SIGTERM":
-            os.kill(engine.process.pid, signal.SIGTERM)
-        else:
-            engine.close()
-        assert engine.wait_exit() == 0
+def _assert_interrupted_at_a_checkpoint(directory: Path) -> None:
     log = read_log(directory)
     assert log.states == ["RUNNING", "STOPPING", "INTERRUPTED"]
     assert log.of("checkpoint")[-1].status == event_pb2.CHECKPOINT_STATUS_COMMITTED
+
+
+def test_sigterm_saves_the_run_and_ends_the_engine(workspace: Workspace, engine: EngineProcess) -> None:
+    """The last test of the module's engine."""
+    directory = workspace.make_run("terminated", hyperparameters=_LONG)
+    engine.send(type="start_run", run_directory=str(directory))
+    _wait_for_step(engine, directory, 1)
+    engine.terminate()
+
+    assert engine.wait_exit() == 0
+    _assert_interrupted_at_a_checkpoint(directory)
+
+
+def test_death_of_the_shim_saves_the_run_and_ends_the_engine(workspace: Workspace, tmp_path: Path) -> None:
+    with EngineProcess(tmp_path / "engine.log") as engine:
+        directory = workspace.make_run("orphaned", hyperparameters=_LONG)
+        engine.send(type="start_run", run_directory=str(directory))
+        _wait_for_step(engine, directory, 1)
+        engine.close()
+        assert engine.wait_exit() == 0
+    _assert_interrupted_at_a_checkpoint(directory)

@@ -61,16 +61,15 @@ def test_method_trains(case: str, workspace: Workspace, run_in_process: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("training_type", "options"),
     [
-        TinyOptions(tied=True),
-        TinyOptions(sharded=True),
-        TinyOptions(tied=True, sharded=True),
-        TinyOptions(family="qwen2", tied=True),
+        ("qlora", TinyOptions(tied=True)),
+        ("qlora", TinyOptions(sharded=True)),
+        ("qlora", TinyOptions(family="qwen2", tied=True)),
+        ("full", TinyOptions(tied=True, sharded=True)),
     ],
-    ids=lambda options: options.name,
+    ids=lambda value: value if isinstance(value, str) else value.name,
 )
-@pytest.mark.parametrize("training_type", ["qlora", "full"])
 def test_heads_and_shards(options: TinyOptions, training_type: str, workspace: Workspace, run_in_process: Any) -> None:
     log = run_in_process(
         workspace.make_run(f"{training_type}-{options.name}", options=options, training_type=training_type)

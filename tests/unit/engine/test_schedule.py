@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
 
 import pytest
@@ -38,5 +40,9 @@ def test_never_zero_and_never_above_the_peak(name: str, warmup_steps: int, num_s
     assert all(0 < rate <= 1 for rate in _rates(name, warmup_steps, num_steps))
 
 
-def test_needs_no_torch() -> None:
-    assert "torch" not in sys.modules
+def test_what_waits_for_runs_needs_no_torch() -> None:
+    """A stop is heard while torch is still being imported, so what hears it must not import torch."""
+    modules = ("control", "entrypoint", "planning", "reporter", "request", "stopping", "training.schedule")
+    lines = [f"import gpu_service.engine.{name}" for name in modules]
+    script = "; ".join(["import sys", *lines, "sys.exit('torch' in sys.modules)"])
+    assert subprocess.run([sys.executable, "-c", script], env=os.environ, timeout=60).returncode == 0
