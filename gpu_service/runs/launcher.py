@@ -84,11 +84,15 @@ class Launcher:
         """Whether the run is over but its engine is still on its way to the next."""
         return run.is_over and self._pool.engine_of(run) is not None
 
+    def needs_device(self, run: Run) -> bool:
+        """Whether the run, or its engine on its behalf, still is on its device."""
+        return not run.is_over or self.lingers(run)
+
     async def wait_until_left(self, run: Run) -> None:
         """Until the run is over and its engine is ready for another."""
         while True:
             changed = self._changed.current()
-            if run.is_over and not self.lingers(run):
+            if not self.needs_device(run):
                 return
             await wait_for(changed, _SWEEP_SECONDS)
 

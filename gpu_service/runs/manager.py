@@ -85,6 +85,7 @@ class RunManager:
             if run.key.attempt > highest:
                 # The server ended between the run's file and its own.
                 self._facts = self._facts.with_attempt(run.key)
+                await asyncio.to_thread(self._files.write_facts, self._facts)
         await self._pool.adopt({str(run.directory): run for run in self._runs.values()})
         for run in sorted(self._runs.values(), key=lambda run: run.key.attempt):
             await run.refresh()
@@ -148,8 +149,7 @@ class RunManager:
             )
             if known is not None and admission is fencing.Admission.SAME_RUN:
                 return known
-            if self.draining:
-                raise Refusal("NODE_DRAINING", Fault.PLATFORM, "this node is draining")
+            self._refuse_when_draining()
             # Runs that are over, but whose engine is still on its way to the next, count as leaving too.
             leaving = [*self._older_of(key), *(run for run in self._runs.values() if self._launcher.lingers(run))]
             admitted = await self._admission.admit(
@@ -160,14 +160,29 @@ class RunManager:
                 leaving_run_ids=[run.key.id for run in leaving],
             )
             try:
+                # Reading weights for the first time may take minutes, in which a drain may have begun.
+                self._refuse_when_draining()
                 run = await self._accept(request, admitted)
             except BaseException:
-                # Whatever kept it from the disk, the device is free again; the error goes on to the caller.
+                # Whatever kept it from the disk, the device is as it was before; the error goes on to the caller.
                 self._ledger.release(key.id)
+                displaced = admitted.displaced
+                if displaced is not None and any(
+                    run.key.id == displaced.run_id and self._launcher.needs_device(run) for run in leaving
+                ):
+                    self._ledger.restore(displaced)
+                await asyncio.to_thread(self._files.forget_unaccepted, key)
                 raise
+            if self.draining:
+                # It began in between, and may not know this run: it ends without an engine, or the next server has it.
+                run.note_stop("checkpoint", self._grace_seconds)
         _log.info("run-accepted", device=run.device_id)
         self._launcher.begin(run, leaving)
         return run
+
+    def _refuse_when_draining(self) -> None:
+        if self.draining:
+            raise Refusal("NODE_DRAINING", Fault.PLATFORM, "this node is draining")
 
     async def _accept(self, request: StartRequest, admitted: Admitted) -> Run:
         key = request.key

@@ -74,6 +74,27 @@ def test_node_facts_survive(tmp_path: Path) -> None:
     assert facts.highest_attempts == {}
 
 
+def test_what_was_never_accepted_frees_the_disk(tmp_path: Path) -> None:
+    files = NodeFiles(tmp_path / "node", tmp_path / "models")
+    files.prepare()
+    keys = [RunKey(installation_id="i", job_id=job_id, attempt=1) for job_id in ("left", "refused", "kept")]
+    for key in keys:
+        (files.run_directory(key) / "resume").mkdir(parents=True)
+    refused, kept = keys[1:]
+    files.write_run(refused, {})
+    files.forget_unaccepted(refused)
+    files.forget_unaccepted(refused)
+    files.write_run(kept, {})
+    files.prepare()
+    assert [path.name for path in files.runs.iterdir()] == ["kept"]
+    assert len(files.read_runs()) == 1
+    # What is in the trash still must not keep another run of that name from leaving.
+    first = files.discard_run(kept)
+    files.write_run(kept, {})
+    assert files.discard_run(kept) != first
+    assert files.read_runs() == []
+
+
 @pytest.mark.parametrize("job_id", ["", "..", "a/b", "a\0b", "x" * 65, "\N{SNOWMAN}"])
 def test_a_job_id_never_becomes_another_path(job_id: str) -> None:
     with pytest.raises(Refusal, match="INVALID_FIELD"):
