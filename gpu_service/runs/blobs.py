@@ -38,8 +38,16 @@ class BlobStore:
         """Those that are not here, each with the bytes of an unfinished write. Raises `Refusal` INVALID_FIELD."""
         wanted = [check_sha256(digest) for digest in digests]
         return await asyncio.to_thread(
-            lambda: [(digest, self._stored_bytes(digest)) for digest in wanted if not self.path(digest).exists()]
+            lambda: [(digest, self._stored_bytes(digest)) for digest in wanted if not self._note_use(digest)]
         )
+
+    def _note_use(self, sha256: str) -> bool:
+        """Whether the blob is here; whoever asks is about to need it, so it is the last to be deleted for room."""
+        try:
+            os.utime(self.path(sha256))
+        except FileNotFoundError:
+            return False
+        return True
 
     def _stored_bytes(self, sha256: str) -> int:
         try:

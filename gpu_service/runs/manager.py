@@ -19,9 +19,11 @@ from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.domain.memory import MemoryLedger
 from gpu_service.runs.admission import Admission, Admitted
 from gpu_service.runs.blobs import BlobStore
+from gpu_service.runs.cache_keeper import CacheKeeper
 from gpu_service.runs.engine_pool import EnginePool
 from gpu_service.runs.launcher import Launcher
 from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
+from gpu_service.runs.planning import Planning
 from gpu_service.runs.run import Run
 from gpu_service.runs.run_files import ResumeRequest, find_file, prepare_resume, remove_tree
 from gpu_service.runs.signal import Signal
@@ -54,7 +56,9 @@ class RunManager:
         ledger: MemoryLedger,
         blobs: BlobStore,
         pool: EnginePool,
+        planning: Planning,
         grace_seconds: float,
+        cache_max_bytes: int,
     ) -> None:
         self._files = files
         self._facts = facts
@@ -71,6 +75,14 @@ class RunManager:
         self.changed = Signal()
         self._launcher = Launcher(
             admission=admission, ledger=ledger, pool=pool, changed=self.changed, grace_seconds=grace_seconds
+        )
+        self._cache_keeper = CacheKeeper(
+            files=files,
+            max_bytes=cache_max_bytes,
+            planning=planning,
+            starting=self._starting,
+            live_runs=lambda: [run for run in self._runs.values() if self._launcher.needs_device(run)],
+            changed=self.changed,
         )
 
     # Start-up and the end.
@@ -92,6 +104,7 @@ class RunManager:
             if not run.is_over:
                 await self._launcher.take_up(run, self._older_of(run.key))
         self._launcher.watch_over(lambda: [run for run in self._runs.values() if not run.is_over])
+        self._cache_keeper.begin()
 
     def _older_of(self, key: RunKey) -> list[Run]:
         """Attempts of the same job before this one that are not over."""
@@ -124,6 +137,7 @@ class RunManager:
 
     async def close(self) -> None:
         """Let go of engines and journals; nothing is stopped."""
+        await self._cache_keeper.close()
         await self._launcher.close()
         await self._pool.leave_alone()
         for run in self._runs.values():
