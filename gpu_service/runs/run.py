@@ -59,6 +59,11 @@ class Run:
         return self.summary.is_over
 
     @property
+    def log_ids(self) -> dict[str, Any]:
+        """What every log line about it carries."""
+        return {"job_id": self.key.job_id, "attempt": self.key.attempt}
+
+    @property
     def spec(self) -> dict[str, Any]:
         """`TrainingSpec` as proto JSON."""
         spec: dict[str, Any] = self.content["spec"]

@@ -305,7 +305,6 @@ class Shim:
         ids: dict[str, Any] = {"shim_pid": os.getpid()}
         if self._run_directory is not None:
             # runs/<job id>/<attempt>
-            run = Path(self._run_directory)
-            ids |= {"job_id": run.parent.name, "attempt": int(run.name)}
+            ids |= {"job_id": Path(self._run_directory).parent.name, "run_directory": self._run_directory}
         sys.stderr.write(json.dumps({"event": f"shim-{event}", **ids, **fields}) + "\n")
         sys.stderr.flush()

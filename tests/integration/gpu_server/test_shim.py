@@ -112,7 +112,7 @@ def test_cancel_is_said_only_when_a_frozen_engine_and_its_detached_child_are_gon
     lines = (engine / "engine.log").read_text().splitlines()
     logged = [json.loads(line) for line in lines if line.startswith("{")]
     killed = next(line for line in logged if line["event"] == "shim-grace-over")
-    assert (killed["job_id"], killed["attempt"]) == ("01JOB", 1)
+    assert (killed["job_id"], killed["run_directory"]) == ("01JOB", str(run))
 
 
 @pytest.mark.parametrize(
