@@ -170,6 +170,11 @@ def test_the_reserve_is_still_there_for_whoever_closes_the_journal(tmp_path: Pat
     before = path.stat().st_blocks
     with Writer.open(path, 1):
         assert path.stat().st_blocks == before
+    with path.open("ab") as torn:
+        torn.write(b"half a record")
+    with Writer.open(path, 1) as writer:
+        assert path.stat().st_blocks * 512 >= file.RESERVE_BYTES
+        assert writer.append(state(event_pb2.RUN_STATE_FAILED)) == 2
 
 
 def test_a_summary_tells_state_phase_checkpoints_and_failure(tmp_path: Path) -> None:
