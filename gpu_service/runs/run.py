@@ -16,6 +16,7 @@ from gpu_service.domain.run_state import RunState, shown_state
 from gpu_service.journal import Reader, Record, RunSummary
 from gpu_service.runs.node_files import RunKey
 from gpu_service.runs.signal import Signal, wait_for
+from gpu_service.runs.threads import finish_in_thread
 from tunesmith.common.v1 import event_pb2
 
 # Watchers are woken by the engine's notices; this is for a notice that was lost with its shim.
@@ -139,7 +140,7 @@ class Run:
                 changed = self.changed.current()
                 if reader is None and self.summary.last_run_sequence:
                     reader = await asyncio.to_thread(Reader, self.directory / "journal")
-                records = await asyncio.to_thread(reader.read, after, _BATCH_EVENTS, _BATCH_BYTES) if reader else []
+                records = await finish_in_thread(reader.read, after, _BATCH_EVENTS, _BATCH_BYTES) if reader else []
                 if records:
                     after = records[-1].run_sequence
                     yield records
