@@ -112,7 +112,9 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
         ledger=ledger,
         blobs=blobs,
         pool=pool,
+        planning=planning,
         grace_seconds=settings.grace_seconds,
+        cache_max_bytes=settings.cache_max_bytes,
     )
 
     server = aio.server(interceptors=[CallInterceptor()], options=SERVER_OPTIONS)

@@ -41,6 +41,9 @@ class Settings(BaseSettings):
         1800.0, gt=0, description="how long an engine trains on without any server before it checkpoints and ends"
     )
     grace_seconds: float = Field(30.0, gt=0, description="how long an engine may take to stop before it is killed")
+    cache_max_bytes: int = Field(
+        20 * 1024**3, ge=0, description="blobs, plans and tokens beyond this are deleted, the longest unused first"
+    )
     ready_file: Path | None = Field(None, description="written with address and pid once the service serves")
     engine_command: tuple[str, ...] = Field(
         (sys.executable, "-m", "gpu_service.engine"),

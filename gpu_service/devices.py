@@ -1,25 +1,35 @@
 """Lists the devices of this machine without torch: NVIDIA GPUs through NVML, else the CPU.
 
+CUDA_VISIBLE_DEVICES holds here as it holds for the engines, which inherit it: NVML itself does not look at it. Numbers
+in it count by PCI bus id, since engines are started that way.
+
 Refuses to guess: a driver that is absent means a CPU node, a driver that fails means a device in quarantine with the
-driver's own words. Every call may block for a moment; call it from a thread.
+driver's own words, and so does a CUDA_VISIBLE_DEVICES that names no GPU of this machine. Every call may block for a
+moment; call it from a thread.
 """
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pynvml
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+# What people write to hide all GPUs.
+_HIDE_ALL = frozenset({"", "-1", "none", "NoDevFiles"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """A device that runs can be placed on."""
 
-    # 0-based; -1 for the CPU.
+    # 0-based, among those that an engine sees; -1 for the CPU.
     index: int
     # `cuda` or `cpu`.
     type: str
@@ -39,19 +49,56 @@ class Device:
 ListDevices = Callable[[], Sequence[Device]]
 
 
-def list_devices() -> Sequence[Device]:
-    """GPUs when there is a driver, else the CPU."""
+def list_devices(*, nvml: Any = pynvml, environment: Mapping[str, str] = os.environ) -> Sequence[Device]:
+    """The GPUs that an engine of ours can see when there is a driver, else the CPU. `nvml` has pynvml's functions."""
+    visible = environment.get(_VISIBLE)
+    if visible is not None and visible.strip() in _HIDE_ALL:
+        return (read_cpu(),)
     try:
-        pynvml.nvmlInit()
+        nvml.nvmlInit()
     except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded, pynvml.NVMLError_NoPermission):
         return (read_cpu(),)
     except pynvml.NVMLError as error:
         return (_unreadable_gpu(0, error),)
     try:
-        gpus = [_read_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        count = nvml.nvmlDeviceGetCount()
+        numbers = list(range(count)) if visible is None else _visible_numbers(nvml, count, visible)
+        gpus = [_read_gpu(nvml, number, index=index) for index, number in enumerate(numbers)]
+    except pynvml.NVMLError as error:
+        return (_unreadable_gpu(0, error),)
     finally:
-        pynvml.nvmlShutdown()
+        nvml.nvmlShutdown()
+    if count and not gpus:
+        return (_quarantined_gpu(0, f"{_VISIBLE}={visible} names no GPU of this machine"),)
     return gpus or (read_cpu(),)
+
+
+def _visible_numbers(nvml: Any, count: int, visible: str) -> list[int]:
+    """NVML's numbers of the devices that CUDA shows, in its order: up to the first entry that names none, as CUDA."""
+    uuids = [_read_uuid(nvml, number) for number in range(count)]
+    numbers: list[int] = []
+    for entry in (part.strip() for part in visible.split(",")):
+        if entry.isdecimal():
+            found = [int(entry)] if int(entry) < count else []
+        else:
+            # The beginning of a UUID is enough when no other device has it.
+            found = [number for number, uuid in enumerate(uuids) if entry.startswith("GPU-") and uuid.startswith(entry)]
+        if len(found) != 1 or found[0] in numbers:
+            break
+        numbers += found
+    return numbers
+
+
+def _read_uuid(nvml: Any, number: int) -> str:
+    try:
+        return _text(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(number)))
+    except pynvml.NVMLError:
+        # Nobody can name it by UUID, but its neighbors can be.
+        return ""
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def read_cpu() -> Device:
@@ -76,28 +123,33 @@ def _cpu_name() -> str:
 
 
 def _unreadable_gpu(index: int, error: pynvml.NVMLError) -> Device:
+    return _quarantined_gpu(index, f"the driver does not answer: {error}")
+
+
+def _quarantined_gpu(index: int, reason: str) -> Device:
     return Device(
         index=index,
         type="cuda",
         name="NVIDIA GPU",
         total_memory_bytes=0,
         free_memory_bytes=0,
-        quarantine_reason=f"the driver does not answer: {error}",
+        quarantine_reason=reason,
     )
 
 
-def _read_gpu(index: int) -> Device:
+def _read_gpu(nvml: Any, number: int, *, index: int) -> Device:
+    """`number` is NVML's, `index` is CUDA's."""
     try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        name = pynvml.nvmlDeviceGetName(handle)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        handle = nvml.nvmlDeviceGetHandleByIndex(number)
+        name = nvml.nvmlDeviceGetName(handle)
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     except pynvml.NVMLError as error:
         return _unreadable_gpu(index, error)
     return Device(
         index=index,
         type="cuda",
-        name=name.decode() if isinstance(name, bytes) else str(name),
+        name=_text(name),
         total_memory_bytes=int(memory.total),
         free_memory_bytes=int(memory.free),
         compute_capability=f"{major}.{minor}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from io import FileIO
 from typing import Any
 
 from grpc import aio
@@ -13,6 +14,7 @@ from gpu_service.domain.errors import refuse_user
 from gpu_service.runs.blobs import MAX_CHUNK_BYTES, BlobStore
 from gpu_service.runs.manager import RunManager
 from gpu_service.runs.run_files import blob_not_found
+from gpu_service.runs.threads import finish_in_thread
 from tunesmith.gpu.v1 import blob_service_pb2, blob_service_pb2_grpc
 
 Context = aio.ServicerContext[Any, Any]
@@ -63,11 +65,14 @@ class BlobServicer(blob_service_pb2_grpc.BlobServiceServicer):
         path = await self._manager.find_file(request.sha256)
         if path is None:
             raise blob_not_found([request.sha256])
-        descriptor = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            # A file object, because it is closed even when the caller goes away while it is being opened.
+            stream = await asyncio.to_thread(FileIO, path)
+        except FileNotFoundError:
+            # Deleted to make room, or with its run, since it was found.
+            raise blob_not_found([request.sha256]) from None
+        with stream:
             offset = request.offset
-            while chunk := await asyncio.to_thread(os.pread, descriptor, MAX_CHUNK_BYTES, offset):
+            while chunk := await finish_in_thread(os.pread, stream.fileno(), MAX_CHUNK_BYTES, offset):
                 offset += len(chunk)
                 yield blob_service_pb2.ReadBlobResponse(chunk=chunk)
-        finally:
-            os.close(descriptor)

@@ -51,9 +51,13 @@ class MemoryLedger:
         self._reservations[run_id] = reservation
         return reservation
 
-    def release(self, run_id: str) -> None:
-        """Give back what the run holds; nothing when it holds nothing."""
-        self._reservations.pop(run_id, None)
+    def release(self, run_id: str) -> Reservation | None:
+        """Give back what the run holds, and tell what it was; None when it holds nothing."""
+        return self._reservations.pop(run_id, None)
+
+    def restore(self, reservation: Reservation) -> None:
+        """Undo a release: its successor came to nothing, and the run still has the device."""
+        self._reservations[reservation.run_id] = reservation
 
 
 def _busy(message: str, device_id: str) -> Refusal:

@@ -7,6 +7,7 @@ library. This module refuses to change anything but the tail, and refuses a seco
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -129,7 +130,8 @@ class Writer:
         self._end = 0
         for record, end in _records(self._descriptor, 0, 1):
             self._last, self._end = record.run_sequence, end
-        os.ftruncate(self._descriptor, self._end)
+        self._can_reserve = True
+        self._cut_tail()
         os.fsync(self._descriptor)
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -137,7 +139,6 @@ class Writer:
         finally:
             os.close(directory)
         self._reserved_end = self._end
-        self._can_reserve = True
         self._dirty = False
         self._closed = threading.Event()
         self._syncer = threading.Thread(target=self._sync_periodically, name="journal-sync", daemon=True)
@@ -198,6 +199,16 @@ class Writer:
             raise JournalFull("no space is left for events") from error
         self._reserved_end = target
 
+    def _cut_tail(self) -> None:
+        """Drop a torn record behind the end, and nothing else."""
+        if os.fstat(self._descriptor).st_size == self._end:
+            # Cutting would give back the reserve, with which an engine that died on a full disk is to be closed.
+            return
+        os.ftruncate(self._descriptor, self._end)
+        # That took the reserve along. Without room for it the closing events have to find their own.
+        with contextlib.suppress(OSError):
+            self._can_reserve = self._can_reserve and _reserve(self._descriptor, self._end, RESERVE_BYTES)
+
     def _write(self, record: bytes) -> None:
         written = 0
         try:
@@ -205,7 +216,8 @@ class Writer:
                 written += os.pwrite(self._descriptor, record[written:], self._end + written)
         except OSError as error:
             # What was written of it is a torn tail; the next append starts at the same place.
-            os.ftruncate(self._descriptor, self._end)
+            self._cut_tail()
+            self._reserved_end = self._end
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise JournalFull("no space is left for events") from error
             raise

@@ -14,7 +14,7 @@ from typing import Any
 from gpu_service.devices import Device, ListDevices
 from gpu_service.doctor import Problem
 from gpu_service.domain.errors import Fault, Refusal
-from gpu_service.domain.memory import MemoryLedger
+from gpu_service.domain.memory import MemoryLedger, Reservation
 from gpu_service.runs.planning import Planning
 
 
@@ -26,6 +26,8 @@ class Admitted:
     model_directory: str
     weights_digest: str
     quantization: str
+    # What a leaving run held of the device until now; given back to it when this one comes to nothing.
+    displaced: Reservation | None
 
 
 class Admission:
@@ -104,8 +106,7 @@ class Admission:
         await self._planning.check_blobs(spec)
         # What a leaving run still holds is on its way out; only then does this one start.
         holder = self._ledger.holder_of(device.id)
-        if holder is not None:
-            self._ledger.release(holder)
+        displaced = self._ledger.release(holder) if holder is not None else None
         capacity = device.total_memory_bytes if device.type == "cpu" or holder is not None else device.free_memory_bytes
         self._ledger.reserve(
             run_id=run_id, device_id=device.id, num_bytes=checked.memory.standing_bytes, capacity_bytes=capacity
@@ -115,6 +116,7 @@ class Admission:
             model_directory=str(checked.base_model.directory),
             weights_digest=found_digest,
             quantization=checked.quantization.id,
+            displaced=displaced,
         )
 
     def _choose(self, devices: Sequence[Device], leaving_run_ids: Sequence[str]) -> Device:

@@ -12,10 +12,12 @@ import hashlib
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterable
+from io import FileIO
 from pathlib import Path
 
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.runs.node_files import check_sha256
+from gpu_service.runs.threads import finish_in_thread
 from gpu_service.shim.durable_json import sync_directory
 
 MAX_CHUNK_BYTES = 1024 * 1024
@@ -38,8 +40,16 @@ class BlobStore:
         """Those that are not here, each with the bytes of an unfinished write. Raises `Refusal` INVALID_FIELD."""
         wanted = [check_sha256(digest) for digest in digests]
         return await asyncio.to_thread(
-            lambda: [(digest, self._stored_bytes(digest)) for digest in wanted if not self.path(digest).exists()]
+            lambda: [(digest, self._stored_bytes(digest)) for digest in wanted if not self._note_use(digest)]
         )
+
+    def _note_use(self, sha256: str) -> bool:
+        """Whether the blob is here; whoever asks is about to need it, so it is the last to be deleted for room."""
+        try:
+            os.utime(self.path(sha256))
+        except FileNotFoundError:
+            return False
+        return True
 
     def _stored_bytes(self, sha256: str) -> int:
         try:
@@ -57,18 +67,16 @@ class BlobStore:
             return size_bytes
         number = self._newest_writer[sha256] = self._newest_writer.get(sha256, 0) + 1
         try:
-            descriptor = await asyncio.to_thread(self._open, sha256, size_bytes, offset)
-            try:
+            # A file object, because it is closed even when the caller goes away while it is being opened.
+            with await asyncio.to_thread(self._open, sha256, size_bytes, offset) as partial:
                 end = offset
                 async for chunk in chunks:
-                    if self._newest_writer.get(sha256) != number:
-                        raise _offset_mismatch(sha256, end, "another call writes this blob now")
+                    self._check_writer(sha256, number, end)
                     self._check_chunk(chunk, end, size_bytes)
-                    await asyncio.to_thread(_write_whole, descriptor, chunk, end)
+                    await finish_in_thread(_write_whole, partial.fileno(), chunk, end)
                     end += len(chunk)
-            finally:
-                os.close(descriptor)
-            await asyncio.to_thread(self._commit, sha256, size_bytes)
+            self._check_writer(sha256, number, end)
+            await finish_in_thread(self._commit, sha256, size_bytes)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise _disk_full(str(error)) from error
@@ -78,7 +86,12 @@ class BlobStore:
                 del self._newest_writer[sha256]
         return size_bytes
 
-    def _open(self, sha256: str, size_bytes: int, offset: int) -> int:
+    def _check_writer(self, sha256: str, number: int, end: int) -> None:
+        """The bytes are the newest writer's: to go on with, and to judge."""
+        if self._newest_writer.get(sha256) != number:
+            raise _offset_mismatch(sha256, end, "another call writes this blob now")
+
+    def _open(self, sha256: str, size_bytes: int, offset: int) -> FileIO:
         self._partial.mkdir(parents=True, exist_ok=True)
         stored = self._stored_bytes(sha256)
         # From the start again is always allowed: the caller may not trust what is here.
@@ -87,8 +100,9 @@ class BlobStore:
         if size_bytes - offset > shutil.disk_usage(self._directory).free:
             raise _disk_full(f"{size_bytes - offset} bytes do not fit the disk")
         descriptor = os.open(self._partial / sha256, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.ftruncate(descriptor, offset)
-        return descriptor
+        partial = FileIO(descriptor, "w")
+        partial.truncate(offset)
+        return partial
 
     @staticmethod
     def _check_chunk(chunk: bytes, end: int, size_bytes: int) -> None:

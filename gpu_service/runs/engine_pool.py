@@ -13,8 +13,10 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextvars import Context
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -38,6 +40,7 @@ _log = structlog.get_logger(__name__)
 _KEPT_ENDED_ENGINES = 8
 _BURY_AGAIN_SECONDS = 5.0
 _LOG_TAIL_BYTES = 2000
+_NO_IDS: Mapping[str, Any] = {}
 # Of an engine that nobody saw end.
 NO_ENDING = ExitRecord(status=None, signal=None, phase="", run_directory=None, stop_mode=None)
 
@@ -124,10 +127,11 @@ class EnginePool:
             # A run may be said to be over right behind the status that says it goes on.
             if status["run_directory"] != engine.last_finished:
                 engine.run = runs.get(str(status["run_directory"]))
-            _log.info("engine-adopted", engine=engine.id, shim_pid=status["shim_pid"], state=status["state"])
+            ids = engine.run.log_ids if engine.run is not None else {}
+            _log.info("engine-adopted", engine=engine.id, shim_pid=status["shim_pid"], state=status["state"], **ids)
             self._keep(engine)
             if status["run_directory"] not in (None, engine.last_finished) and engine.run is None:
-                await engine.shut_down(self._settings.grace_seconds)
+                await self._ask_to_leave(engine)
             return
         if await asyncio.to_thread(_needs_burial, directory, runs):
             await self._bury(directory)
@@ -171,17 +175,22 @@ class EnginePool:
 
     def _keep(self, engine: Engine) -> None:
         self._engines[engine.device_id] = engine
-        self._watches[engine.id] = asyncio.create_task(self._watch(engine), name=f"engine-{engine.id}")
+        # In a context of its own: an engine outlives the run and the request that it was started for.
+        self._watches[engine.id] = asyncio.create_task(
+            self._watch(engine), name=f"engine-{engine.id}", context=Context()
+        )
 
     async def _watch(self, engine: Engine) -> None:
         await engine.wait_until_gone()
-        ending = await asyncio.to_thread(ExitRecord.read, engine.directory)
         run = engine.run
+        ids = run.log_ids if run is not None else {}
+        ending = await asyncio.to_thread(ExitRecord.read, engine.directory)
         if run is not None:
             await run.refresh()
         if ending is None or (run is not None and not run.is_over):
-            await self._bury(engine.directory)
-        _log.info("engine-ended", engine=engine.id, status=ending and ending.status, signal=ending and ending.signal)
+            await self._bury(engine.directory, ids)
+        status, signal = (ending.status, ending.signal) if ending else (None, None)
+        _log.info("engine-ended", engine=engine.id, status=status, signal=signal, **ids)
         if self._engines.get(engine.device_id) is engine:
             del self._engines[engine.device_id]
         self._watches.pop(engine.id, None)
@@ -193,14 +202,14 @@ class EnginePool:
             self.on_run_left(run, ending or NO_ENDING)
         await asyncio.to_thread(_remove_ended, self._directory, {engine.id for engine in self._engines.values()})
 
-    async def _bury(self, directory: Path) -> None:
+    async def _bury(self, directory: Path, ids: Mapping[str, Any] = _NO_IDS) -> None:
         while True:
             try:
                 await bury(directory)
                 return
             except (ShimGone, OSError) as error:
                 # A full disk, for one, gets free again; until then the run must not be called over.
-                _log.error("burial-failed", engine=directory.name, error=str(error))
+                _log.error("burial-failed", engine=directory.name, error=str(error), **ids)
                 await asyncio.sleep(_BURY_AGAIN_SECONDS)
 
     def _on_notice(self, engine: Engine, message: Message) -> None:
@@ -243,7 +252,7 @@ class EnginePool:
             elif engine.run is not None and engine.run.is_over and not engine.leaving:
                 engine.lingers_since = engine.lingers_since or now
                 if now - engine.lingers_since >= self._settings.grace_seconds:
-                    _log.error("engine-hangs-after-run", engine=engine.id, run=engine.run.key.id)
+                    _log.error("engine-hangs-after-run", engine=engine.id, **engine.run.log_ids)
                     await self._ask_to_leave(engine)
 
     async def shut_down(self, grace_seconds: float) -> None:

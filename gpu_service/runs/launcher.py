@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from contextvars import copy_context
 from dataclasses import replace
 from typing import Any
 
@@ -49,13 +50,13 @@ class Launcher:
 
     def begin(self, run: Run, leaving: Sequence[Run]) -> None:
         """Hand the run to an engine once those that are leaving have left. The device is the run's already."""
-        self._spawn(self._launch(run, leaving), f"launch-{run.key.id}")
+        self._spawn(self._launch(run, leaving), f"launch-{run.key.id}", run)
 
     async def take_up(self, run: Run, older: Sequence[Run]) -> None:
         """Go on with a run that a former server accepted and that is not over."""
         engine = self._pool.engine_of(run)
         if engine is None and run.summary.last_run_sequence > 0:
-            _log.warning("run-without-engine", run=run.key.id)
+            _log.warning("run-without-engine", **run.log_ids)
             await self._close_without_engine(run, NO_ENDING)
             return
         for other in older:
@@ -66,7 +67,7 @@ class Launcher:
 
     async def stop(self, run: Run, mode: str, grace_seconds: float) -> None:
         """Have the run's engine told to end it; a run that has none yet ends without one."""
-        _log.info("run-stop", run=run.key.id, mode=mode, grace_seconds=grace_seconds)
+        _log.info("run-stop", mode=mode, grace_seconds=grace_seconds, **run.log_ids)
         run.note_stop(mode, grace_seconds)
         engine = self._pool.engine_of(run)
         if engine is not None:
@@ -78,22 +79,25 @@ class Launcher:
             await engine.stop(run)
         except ShimGone:
             # Its end closes the run; who asked asks again until the run is over.
-            _log.info("stop-met-dead-shim", engine=engine.id)
+            _log.info("stop-met-dead-shim", engine=engine.id, **run.log_ids)
 
     def lingers(self, run: Run) -> bool:
         """Whether the run is over but its engine is still on its way to the next."""
         return run.is_over and self._pool.engine_of(run) is not None
 
+    def needs_device(self, run: Run) -> bool:
+        """Whether the run, or its engine on its behalf, still is on its device."""
+        return not run.is_over or self.lingers(run)
+
     async def wait_until_left(self, run: Run) -> None:
         """Until the run is over and its engine is ready for another."""
         while True:
             changed = self._changed.current()
-            if run.is_over and not self.lingers(run):
+            if not self.needs_device(run):
                 return
             await wait_for(changed, _SWEEP_SECONDS)
 
     async def _launch(self, run: Run, leaving: Sequence[Run]) -> None:
-        structlog.contextvars.bind_contextvars(job_id=run.key.job_id, attempt=run.key.attempt)
         for other in leaving:
             if not other.is_over:
                 await self.stop(other, "cancel", self._grace_seconds)
@@ -143,7 +147,7 @@ class Launcher:
 
     def _run_left(self, run: Run, ending: ExitRecord) -> None:
         """An engine let go of the run."""
-        self._spawn(self._settle(run, ending), f"settle-{run.key.id}")
+        self._spawn(self._settle(run, ending), f"settle-{run.key.id}", run)
 
     async def _settle(self, run: Run, ending: ExitRecord) -> None:
         await run.refresh()
@@ -168,10 +172,15 @@ class Launcher:
                 run.wake()
             await self._pool.retire()
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task: asyncio.Task[None] = asyncio.create_task(work, name=name)
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str, run: Run | None = None) -> None:
+        """Every line that the work logs is about `run`."""
+        # A copy keeps the id of the request that caused it.
+        context = copy_context()
+        if run is not None:
+            context.run(structlog.contextvars.bind_contextvars, **run.log_ids)
+        task: asyncio.Task[None] = asyncio.create_task(work, name=name, context=context)
         self._tasks.add(task)
-        task.add_done_callback(self._task_done)
+        task.add_done_callback(self._task_done, context=context)
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

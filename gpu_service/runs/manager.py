@@ -19,9 +19,11 @@ from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.domain.memory import MemoryLedger
 from gpu_service.runs.admission import Admission, Admitted
 from gpu_service.runs.blobs import BlobStore
+from gpu_service.runs.cache_keeper import CacheKeeper
 from gpu_service.runs.engine_pool import EnginePool
 from gpu_service.runs.launcher import Launcher
 from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
+from gpu_service.runs.planning import Planning
 from gpu_service.runs.run import Run
 from gpu_service.runs.run_files import ResumeRequest, find_file, prepare_resume, remove_tree
 from gpu_service.runs.signal import Signal
@@ -54,7 +56,9 @@ class RunManager:
         ledger: MemoryLedger,
         blobs: BlobStore,
         pool: EnginePool,
+        planning: Planning,
         grace_seconds: float,
+        cache_max_bytes: int,
     ) -> None:
         self._files = files
         self._facts = facts
@@ -72,6 +76,14 @@ class RunManager:
         self._launcher = Launcher(
             admission=admission, ledger=ledger, pool=pool, changed=self.changed, grace_seconds=grace_seconds
         )
+        self._cache_keeper = CacheKeeper(
+            files=files,
+            max_bytes=cache_max_bytes,
+            planning=planning,
+            starting=self._starting,
+            live_runs=lambda: [run for run in self._runs.values() if self._launcher.needs_device(run)],
+            changed=self.changed,
+        )
 
     # Start-up and the end.
 
@@ -85,12 +97,14 @@ class RunManager:
             if run.key.attempt > highest:
                 # The server ended between the run's file and its own.
                 self._facts = self._facts.with_attempt(run.key)
+                await asyncio.to_thread(self._files.write_facts, self._facts)
         await self._pool.adopt({str(run.directory): run for run in self._runs.values()})
         for run in sorted(self._runs.values(), key=lambda run: run.key.attempt):
             await run.refresh()
             if not run.is_over:
                 await self._launcher.take_up(run, self._older_of(run.key))
         self._launcher.watch_over(lambda: [run for run in self._runs.values() if not run.is_over])
+        self._cache_keeper.begin()
 
     def _older_of(self, key: RunKey) -> list[Run]:
         """Attempts of the same job before this one that are not over."""
@@ -123,6 +137,7 @@ class RunManager:
 
     async def close(self) -> None:
         """Let go of engines and journals; nothing is stopped."""
+        await self._cache_keeper.close()
         await self._launcher.close()
         await self._pool.leave_alone()
         for run in self._runs.values():
@@ -148,8 +163,7 @@ class RunManager:
             )
             if known is not None and admission is fencing.Admission.SAME_RUN:
                 return known
-            if self.draining:
-                raise Refusal("NODE_DRAINING", Fault.PLATFORM, "this node is draining")
+            self._refuse_when_draining()
             # Runs that are over, but whose engine is still on its way to the next, count as leaving too.
             leaving = [*self._older_of(key), *(run for run in self._runs.values() if self._launcher.lingers(run))]
             admitted = await self._admission.admit(
@@ -160,14 +174,29 @@ class RunManager:
                 leaving_run_ids=[run.key.id for run in leaving],
             )
             try:
+                # Reading weights for the first time may take minutes, in which a drain may have begun.
+                self._refuse_when_draining()
                 run = await self._accept(request, admitted)
             except BaseException:
-                # Whatever kept it from the disk, the device is free again; the error goes on to the caller.
+                # Whatever kept it from the disk, the device is as it was before; the error goes on to the caller.
                 self._ledger.release(key.id)
+                displaced = admitted.displaced
+                if displaced is not None and any(
+                    run.key.id == displaced.run_id and self._launcher.needs_device(run) for run in leaving
+                ):
+                    self._ledger.restore(displaced)
+                await asyncio.to_thread(self._files.forget_unaccepted, key)
                 raise
+            if self.draining:
+                # It began in between, and may not know this run: it ends without an engine, or the next server has it.
+                run.note_stop("checkpoint", self._grace_seconds)
         _log.info("run-accepted", device=run.device_id)
         self._launcher.begin(run, leaving)
         return run
+
+    def _refuse_when_draining(self) -> None:
+        if self.draining:
+            raise Refusal("NODE_DRAINING", Fault.PLATFORM, "this node is draining")
 
     async def _accept(self, request: StartRequest, admitted: Admitted) -> Run:
         key = request.key

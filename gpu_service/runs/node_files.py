@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import secrets
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,6 +89,10 @@ class NodeFiles:
         for directory in (self.requests, self.trash):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True, exist_ok=True)
+        for directory in self.runs.glob("*/*"):
+            if not (directory / "run.json").exists():
+                # Never accepted: a crash left it, perhaps with links that keep a checkpoint's bytes on the disk.
+                self._remove(directory)
 
     def run_directory(self, key: RunKey) -> Path:
         return self.runs / key.job_id / str(key.attempt)
@@ -124,13 +129,28 @@ class NodeFiles:
 
     def discard_run(self, key: RunKey) -> Path:
         """Move a run out of the way, whole: a crash never leaves half of one. Gives where to. Raises OSError."""
-        doomed = self.trash / f"{key.job_id}-{key.attempt}"
+        # A name that is never used twice: what could not be deleted at once must not be in the way later.
+        doomed = self.trash / f"{key.job_id}-{key.attempt}-{secrets.token_hex(4)}"
         directory = self.run_directory(key)
         directory.rename(doomed)
         with contextlib.suppress(OSError):
             # Stays while the job has other attempts here.
             directory.parent.rmdir()
         return doomed
+
+    def forget_unaccepted(self, key: RunKey) -> None:
+        """Delete what there is of a run that was not accepted after all. Raises OSError."""
+        directory = self.run_directory(key)
+        if directory.exists():
+            self._remove(directory)
+
+    @staticmethod
+    def _remove(directory: Path) -> None:
+        # Without its `run.json` it is no run any more, even when the rest stays for now.
+        (directory / "run.json").unlink(missing_ok=True)
+        shutil.rmtree(directory)
+        with contextlib.suppress(OSError):
+            directory.parent.rmdir()
 
     def read_runs(self) -> list[tuple[Path, dict[str, Any]]]:
         """Every run directory with its `run.json`; one without was never accepted and is passed over."""

@@ -10,7 +10,8 @@ import asyncio
 import json
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,6 @@ class Planning:
     async def exact(self, spec: Mapping[str, Any], device: Device) -> dict[str, Any]:
         """The plan at level EXACT, as proto JSON. Raises `Refusal`. Cancelling it kills the planner."""
         checked = await self.check(spec, device)
-        await self.check_blobs(spec)
         request = {
             "spec": dict(spec),
             "model_directory": str(checked.base_model.directory),
@@ -74,15 +74,23 @@ class Planning:
         }
         path = self._files.requests / f"{uuid.uuid4().hex}.json"
         async with self._one_at_a_time:
-            await asyncio.to_thread(durable_json.write, path, request)
+            # Until the plan is read nothing of it may be deleted to make room.
+            await self.check_blobs(spec)
             try:
+                await asyncio.to_thread(durable_json.write, path, request)
                 plan_directory = await self._run_planner(path)
             finally:
-                await asyncio.to_thread(path.unlink)
-        content = await asyncio.to_thread(durable_json.read, plan_directory / "plan.json")
+                await asyncio.to_thread(path.unlink, missing_ok=True)
+            content = await asyncio.to_thread(durable_json.read, plan_directory / "plan.json")
         if content is None:
             raise _planner_failed("the planner left no plan.json")
         return content
+
+    @asynccontextmanager
+    async def at_rest(self) -> AsyncIterator[None]:
+        """No planner of this server works during the block; calls for one wait."""
+        async with self._one_at_a_time:
+            yield
 
     async def _run_planner(self, request: Path) -> Path:
         process = await asyncio.create_subprocess_exec(
@@ -99,8 +107,7 @@ class Planning:
             if process.returncode is None:
                 process.kill()
         # Progress lines are for the engine's own run of the planner; the last line is the outcome.
-        lines = [json.loads(line) for line in output.splitlines() if line.strip()]
-        last = lines[-1] if lines else {}
+        last = _last_message(output)
         if process.returncode == 0 and last.get("type") == "planned":
             return Path(last["plan_directory"])
         if process.returncode == _EXIT_REFUSED and last.get("type") == "refused":
@@ -108,6 +115,16 @@ class Planning:
         raise _planner_failed(
             f"the planner ended with status {process.returncode}: {errors.decode(errors='replace')[-2000:]}"
         )
+
+
+def _last_message(output: bytes) -> dict[str, Any]:
+    """Empty when there is none, or when the planner's death cut it short."""
+    lines = output.splitlines()
+    try:
+        message = json.loads(lines[-1]) if lines else {}
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
 
 
 def _for_planning(device: Device) -> plan.Device:

@@ -16,10 +16,14 @@ from gpu_service.domain.run_state import RunState, shown_state
 from gpu_service.journal import Reader, Record, RunSummary
 from gpu_service.runs.node_files import RunKey
 from gpu_service.runs.signal import Signal, wait_for
+from gpu_service.runs.threads import finish_in_thread
+from tunesmith.common.v1 import event_pb2
 
 # Watchers are woken by the engine's notices; this is for a notice that was lost with its shim.
 _LOOK_ANYWAY_SECONDS = 2.0
 _BATCH_EVENTS = 256
+# An engine maps its plan and tokens before the first of these.
+_PHASES_BEHIND_THE_PLAN = frozenset({event_pb2.PHASE_EVALUATING, event_pb2.PHASE_TRAINING, event_pb2.PHASE_SAVING})
 _BATCH_BYTES = 1024 * 1024
 
 
@@ -54,6 +58,22 @@ class Run:
     @property
     def is_over(self) -> bool:
         return self.summary.is_over
+
+    @property
+    def log_ids(self) -> dict[str, Any]:
+        """What every log line about it carries."""
+        return {"job_id": self.key.job_id, "attempt": self.key.attempt}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """`TrainingSpec` as proto JSON."""
+        spec: dict[str, Any] = self.content["spec"]
+        return spec
+
+    @property
+    def may_plan(self) -> bool:
+        """Whether its planner may be at work, or its plan not be opened yet."""
+        return self.summary.phase not in _PHASES_BEHIND_THE_PLAN
 
     @property
     def state(self) -> RunState:
@@ -120,7 +140,7 @@ class Run:
                 changed = self.changed.current()
                 if reader is None and self.summary.last_run_sequence:
                     reader = await asyncio.to_thread(Reader, self.directory / "journal")
-                records = await asyncio.to_thread(reader.read, after, _BATCH_EVENTS, _BATCH_BYTES) if reader else []
+                records = await finish_in_thread(reader.read, after, _BATCH_EVENTS, _BATCH_BYTES) if reader else []
                 if records:
                     after = records[-1].run_sequence
                     yield records

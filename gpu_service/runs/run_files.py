@@ -59,7 +59,11 @@ def _listed_files(directory: Path) -> Iterator[tuple[Path, str]]:
         # Hidden directories are still being staged.
         if path.parent.name.startswith("."):
             continue
-        raw = path.read_bytes()
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            # Released or pruned since it was listed.
+            continue
         yield path, hashlib.sha256(raw).hexdigest()
         for file in _read_manifest(path)["files"]:
             yield _inside(path.parent, file["path"]), file["sha256"]

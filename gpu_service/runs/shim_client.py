@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,10 @@ class ShimClient:
                     await asyncio.sleep(_LOOK_AGAIN_SECONDS)
         except TimeoutError:
             raise ShimGone(f"{self._directory}: no socket within {_CONNECT_LIMIT_SECONDS} s") from None
-        self._receiving = asyncio.create_task(self._receive(reader), name=f"shim-{self._directory.name}")
+        # In a context of its own: it outlives the run and the request for which it was made, whose ids are in this one.
+        self._receiving = asyncio.create_task(
+            self._receive(reader), name=f"shim-{self._directory.name}", context=Context()
+        )
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         # Through the directory's descriptor: a path below /proc/self/fd fits the 108 bytes that a socket's name may

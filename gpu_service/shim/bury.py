@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gpu_service.shim import process_tree
 from gpu_service.shim.closing import close_run
+from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
 from gpu_service.shim.records import ExitRecord, ShimRecord
 
 # Every engine is started with this variable naming its directory: descendants carry it wherever they move.
@@ -22,7 +23,9 @@ def bury(directory: Path) -> None:
     """Kill every process of the engine, write `exit.json`, close the run's journal. Raises OSError, ValueError."""
     started = time.monotonic()
     mark = str(directory)
-    freed_bytes = process_tree.resident_bytes(process_tree.with_environment(ENGINE_MARK, mark))
+    freed_bytes = 0
+    if _trained_in_host_memory(directory):
+        freed_bytes = process_tree.resident_bytes(process_tree.with_environment(ENGINE_MARK, mark))
     while process_tree.kill_with_environment(ENGINE_MARK, mark):
         time.sleep(_LOOK_AGAIN_SECONDS)
     shim = ShimRecord.read(directory)
@@ -44,3 +47,11 @@ def bury(directory: Path) -> None:
     # A run that was released since has nothing left to close.
     if run_directory.is_dir():
         close_run(run_directory, ending)
+
+
+def _trained_in_host_memory(directory: Path) -> bool:
+    try:
+        return EngineConfiguration.read(directory).trains_in_host_memory
+    except EngineDirectoryInvalid:
+        # It is buried all the same; what its end gave back is not known.
+        return False

@@ -24,12 +24,19 @@ class EngineConfiguration:
     argv: tuple[str, ...]
     # Added to the shim's own environment.
     environment: Mapping[str, str]
-    # `{"type": "cuda", "index": 0}`; the shim only passes it on.
+    # `{"type": "cuda", "index": 0}`; whoever adopts the engine knows its device by it.
     device: Mapping[str, Any]
     # Without any server connection for this long, the engine is asked to checkpoint and end.
     orphan_limit_seconds: float
     # Grace for stops that name none.
     grace_seconds: float
+
+    @property
+    def trains_in_host_memory(self) -> bool:
+        """Whether the resident sets of its processes are what a run's end gives back. The memory of a GPU is the
+        driver's, which takes it back when the process ends and which nobody here can ask.
+        """
+        return self.device.get("type") == "cpu"
 
     @classmethod
     def read(cls, directory: Path) -> EngineConfiguration:

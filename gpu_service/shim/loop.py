@@ -285,6 +285,9 @@ class Shim:
         self._servers.close()
 
     def _tree_bytes(self) -> int:
+        """Memory that the engine and its descendants hold, where it can be told; else 0."""
+        if not self._configuration.trains_in_host_memory:
+            return 0
         return process_tree.resident_bytes(process_tree.tree(os.getpid()))
 
     def _write_record(self) -> None:
@@ -299,5 +302,9 @@ class Shim:
         ).write(self._directory)
 
     def _log(self, event: str, **fields: Any) -> None:
-        sys.stderr.write(json.dumps({"event": f"shim-{event}", "shim_pid": os.getpid(), **fields}) + "\n")
+        ids: dict[str, Any] = {"shim_pid": os.getpid()}
+        if self._run_directory is not None:
+            # runs/<job id>/<attempt>
+            ids |= {"job_id": Path(self._run_directory).parent.name, "run_directory": self._run_directory}
+        sys.stderr.write(json.dumps({"event": f"shim-{event}", **ids, **fields}) + "\n")
         sys.stderr.flush()

@@ -44,7 +44,7 @@ class ExitRecord:
     run_directory: str | None
     stop_mode: str | None
     out_of_memory: bool = False
-    # Resident memory of engine and descendants that its end gave back; 0 when it was not measured.
+    # Resident memory of engine and descendants that its end gave back; 0 when it was not measured, as on a GPU.
     freed_bytes: int = 0
     # From the stop request to the last process' end; 0 without a stop.
     seconds: float = 0.0

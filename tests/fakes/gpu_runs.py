@@ -44,14 +44,20 @@ def write_run(
     return directory
 
 
-def write_engine(root: Path, *, orphan_limit_seconds: float = 600, argv: tuple[str, ...] = STUB_COMMAND) -> Path:
+def write_engine(
+    root: Path,
+    *,
+    orphan_limit_seconds: float = 600,
+    argv: tuple[str, ...] = STUB_COMMAND,
+    device_type: str = "cpu",
+) -> Path:
     """An engine directory for the stub engine."""
     directory = root / "engines" / "e1"
     directory.mkdir(parents=True)
     EngineConfiguration(
         argv=argv,
         environment={},
-        device={"type": "cpu", "index": -1},
+        device={"type": device_type, "index": -1 if device_type == "cpu" else 0},
         orphan_limit_seconds=orphan_limit_seconds,
         grace_seconds=30,
     ).write(directory)

@@ -37,6 +37,8 @@ class GpuServer:
         self.models_directory = root / "models"
         self._settings = {"grace_seconds": 20, "orphan_limit_seconds": 300, **settings}
         self.engine_command: tuple[str, ...] = STUB_COMMAND
+        # What Python runs: the service, or something around it.
+        self.module: tuple[str, ...] = ("gpu_service",)
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
         if not self.models_directory.exists():
@@ -47,7 +49,7 @@ class GpuServer:
 
     def command(self, *, ready_file: Path | None = None, **settings: Any) -> list[str]:
         """The command line of a server on this data directory."""
-        command = [sys.executable, "-m", "gpu_service"]
+        command = [sys.executable, "-m", *self.module]
         flags = {
             "address": "127.0.0.1:0",
             "data_directory": self.data_directory,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import json_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from gpu_service.shim import process_tree
 from tests.fakes.datasets import write_blob
-from tests.fakes.gpu_runs import WAIT_SECONDS, child_environment
+from tests.fakes.gpu_runs import WAIT_SECONDS, child_environment, wait_for
 from tests.fakes.gpu_server import INSTALLATION, GpuServer, error_info
 from tunesmith.common.v1 import plan_pb2
 from tunesmith.gpu.v1 import run_service_pb2
@@ -102,3 +106,58 @@ def test_logs_are_json_lines_with_the_callers_request_id(server: GpuServer) -> N
     lines = [json.loads(line) for line in (server.root / "server.log").read_text().splitlines()]
     [call] = [line for line in lines if line.get("request_id") == "request-42"]
     assert (call["event"], call["outcome"], call["service"]) == ("call", "OK", "gpu")
+
+
+def test_lines_about_a_run_carry_its_ids_and_no_other_runs(server: GpuServer) -> None:
+    """One engine serves both: what its tasks log about the second must not carry what the first was started with."""
+    hold = {"hold_at": 2, "until_file": "/nowhere"}
+    for job_id, script in (("01FIRST", None), ("01SECOND", hold)):
+        metadata = (("x-request-id", f"request-{job_id}"),)
+        server.runs.StartRun(server.request(job_id, script=script), timeout=WAIT_SECONDS, metadata=metadata)
+        if script is None:
+            server.watch_to_end(job_id)
+    server.wait_for_step(1, "01SECOND")
+    [shim] = server.shims()
+    os.kill(shim["engine_pid"], signal.SIGKILL)
+    server.watch_to_end("01SECOND")
+    path = server.root / "server.log"
+    wait_for(lambda: "engine-ended" in path.read_text(), what="the line about the engine's end")
+    server.terminate()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    by_event = {(line["event"], line.get("job_id")): line for line in lines}
+    for job_id in ("01FIRST", "01SECOND"):
+        assert by_event["run-accepted", job_id]["request_id"] == f"request-{job_id}"
+    assert by_event["engine-started", "01FIRST"]["request_id"] == "request-01FIRST"
+    ended = by_event["engine-ended", "01SECOND"]
+    assert (ended["attempt"], ended["signal"]) == (1, signal.SIGKILL)
+    assert "request_id" not in ended
+
+
+def test_a_caller_that_goes_away_ends_the_planner(server: GpuServer) -> None:
+    rows = [{"prompt": f"question {number} " * 20, "completion": "answer"} for number in range(200_000)]
+    dataset = write_blob(server.data_directory / "blobs", 1, rows, "prompt-completion")
+    request = run_service_pb2.PlanRunRequest(spec=server.request().spec, level=plan_pb2.PLAN_LEVEL_EXACT)
+    json_format.ParseDict(dataset, request.spec.datasets[0])
+    call = server.runs.PlanRun.future(request, timeout=WAIT_SECONDS)
+    [planner] = wait_for(lambda: planners_of(server), what="the planner")
+    call.cancel()
+    wait_for(lambda: not planners_of(server), what="the planner's end")
+    assert not Path(f"/proc/{planner}").exists()
+    # Killed, not waited for: it left no plan.
+    assert list((server.data_directory / "cache" / "plans").glob("[!.]*")) == []
+    assert list((server.data_directory / "requests").iterdir()) == []
+    # The next one does not wait for it.
+    small = run_service_pb2.PlanRunRequest(spec=server.request().spec, level=plan_pb2.PLAN_LEVEL_EXACT)
+    assert server.runs.PlanRun(small, timeout=WAIT_SECONDS).plan.level == plan_pb2.PLAN_LEVEL_EXACT
+
+
+def planners_of(server: GpuServer) -> list[int]:
+    """Children of the server that plan, also those that ended and were not reaped."""
+    return [pid for pid in process_tree.children(server.pid) if b"planner" in command_of(pid) or not command_of(pid)]
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b"gone"

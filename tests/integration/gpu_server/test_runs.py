@@ -78,6 +78,21 @@ def test_start_is_idempotent_and_fenced(server: GpuServer, tmp_path: Path) -> No
     assert [run.key.attempt for run in listed.runs] == [2, 3]
 
 
+def test_a_refused_attempt_leaves_the_older_ones_device_alone(server: GpuServer, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    server.start_run(script={"hold_at": 2, "until_file": str(go)})
+    server.wait_for_step(1)
+    missing = run_service_pb2.ResumeFrom(checkpoint="step-00000009", step=9, attempt=1)
+    assert refusal(lambda: server.start_run(attempt=2, resume_from=missing))[1] == "CHECKPOINT_NOT_FOUND"
+    assert not server.run_directory(attempt=2).exists()
+    # The first attempt goes on, so nobody else gets its device.
+    assert refusal(lambda: server.start_run("01OTHER"))[1] == "NODE_BUSY"
+    go.touch()
+    assert server.watch_to_end()[-1].run_state.state == SUCCEEDED
+    server.start_run("01OTHER")
+    assert server.watch_to_end("01OTHER")[-1].run_state.state == SUCCEEDED
+
+
 def test_the_epoch_survives_restart_and_release(server: GpuServer) -> None:
     server.start_run(attempt=2)
     server.watch_to_end(attempt=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
 from gpu_service.runs.run_files import FileReference, ResumeRequest, find_file, prepare_resume, remove_tree
 from gpu_service.runs.signal import Signal, wait_for
+from gpu_service.runs.threads import finish_in_thread
 from tunesmith.common.v1 import errors_pb2
 
 GOOD = dict.fromkeys(doctor.REQUIRED, "99")
@@ -74,6 +76,27 @@ def test_node_facts_survive(tmp_path: Path) -> None:
     assert facts.highest_attempts == {}
 
 
+def test_what_was_never_accepted_frees_the_disk(tmp_path: Path) -> None:
+    files = NodeFiles(tmp_path / "node", tmp_path / "models")
+    files.prepare()
+    keys = [RunKey(installation_id="i", job_id=job_id, attempt=1) for job_id in ("left", "refused", "kept")]
+    for key in keys:
+        (files.run_directory(key) / "resume").mkdir(parents=True)
+    refused, kept = keys[1:]
+    files.write_run(refused, {})
+    files.forget_unaccepted(refused)
+    files.forget_unaccepted(refused)
+    files.write_run(kept, {})
+    files.prepare()
+    assert [path.name for path in files.runs.iterdir()] == ["kept"]
+    assert len(files.read_runs()) == 1
+    # What is in the trash still must not keep another run of that name from leaving.
+    first = files.discard_run(kept)
+    files.write_run(kept, {})
+    assert files.discard_run(kept) != first
+    assert files.read_runs() == []
+
+
 @pytest.mark.parametrize("job_id", ["", "..", "a/b", "a\0b", "x" * 65, "\N{SNOWMAN}"])
 def test_a_job_id_never_becomes_another_path(job_id: str) -> None:
     with pytest.raises(Refusal, match="INVALID_FIELD"):
@@ -106,6 +129,61 @@ async def test_a_newer_writer_takes_over_from_a_stalled_one(tmp_path: Path) -> N
     with pytest.raises(Refusal, match="OFFSET_MISMATCH"):
         await first
     assert store.path(digest).read_bytes() == content
+
+
+async def test_an_older_writer_whose_stream_ends_does_not_judge_a_newer_ones_bytes(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    content = b"abcdef"
+    digest = hashlib.sha256(content).hexdigest()
+    written, gate, newer_written, newer_gate = (asyncio.Event() for _ in range(4))
+
+    async def halting(chunk: bytes, reached: asyncio.Event, go: asyncio.Event, *rest: bytes) -> AsyncIterator[bytes]:
+        yield chunk
+        reached.set()
+        await go.wait()
+        for more in rest:
+            yield more
+
+    first = asyncio.create_task(
+        store.write(sha256=digest, size_bytes=6, offset=0, chunks=halting(b"XXXXXX", written, gate))
+    )
+    await written.wait()
+    second = asyncio.create_task(
+        store.write(sha256=digest, size_bytes=6, offset=6, chunks=halting(b"", newer_written, newer_gate))
+    )
+    await newer_written.wait()
+    gate.set()
+    # It neither commits nor deletes what is the newer one's to commit.
+    with pytest.raises(Refusal, match="OFFSET_MISMATCH"):
+        await first
+    newer_gate.set()
+    with pytest.raises(Refusal, match="CHECKSUM_MISMATCH"):
+        await second
+
+
+async def test_a_cancelled_write_closes_its_file_only_behind_the_thread_that_writes(tmp_path: Path) -> None:
+    entered, gate = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def work() -> None:
+        entered.set()
+        gate.wait(60)
+        order.append("thread")
+
+    async def caller() -> None:
+        try:
+            await finish_in_thread(work)
+        finally:
+            order.append("caller")
+
+    task = asyncio.create_task(caller())
+    await asyncio.to_thread(entered.wait, 60)
+    task.cancel()
+    await asyncio.sleep(0)
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert order == ["thread", "caller"]
 
 
 def checkpoint(directory: Path, path: str = "adapter.safetensors", content: bytes = b"weights") -> str:

@@ -160,6 +160,23 @@ def test_the_reserve_does_not_change_the_size(tmp_path: Path) -> None:
         assert not writer._can_reserve or path.stat().st_blocks * 512 >= file.RESERVE_BYTES
 
 
+def test_the_reserve_is_still_there_for_whoever_closes_the_journal(tmp_path: Path) -> None:
+    """An engine that dies on a full disk leaves the reserve to its shim, which opens the journal anew."""
+    path = tmp_path / "journal"
+    with Writer.open(path, 1) as writer:
+        writer.append(step(1))
+        if not writer._can_reserve:
+            pytest.skip("this file system reserves nothing")
+    before = path.stat().st_blocks
+    with Writer.open(path, 1):
+        assert path.stat().st_blocks == before
+    with path.open("ab") as torn:
+        torn.write(b"half a record")
+    with Writer.open(path, 1) as writer:
+        assert path.stat().st_blocks * 512 >= file.RESERVE_BYTES
+        assert writer.append(state(event_pb2.RUN_STATE_FAILED)) == 2
+
+
 def test_a_summary_tells_state_phase_checkpoints_and_failure(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     assert summarize(path).state == event_pb2.RUN_STATE_ACCEPTED

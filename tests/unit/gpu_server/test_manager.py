@@ -1,0 +1,110 @@
+"""Accepting a run while other things happen; no engine is ever started here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_service.devices import read_cpu
+from gpu_service.domain.errors import Refusal
+from gpu_service.domain.memory import MemoryLedger
+from gpu_service.runs.admission import Admission, Admitted
+from gpu_service.runs.blobs import BlobStore
+from gpu_service.runs.engine_pool import EnginePool, EngineSettings
+from gpu_service.runs.manager import RunManager, StartRequest
+from gpu_service.runs.models import ModelShelf
+from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
+from gpu_service.runs.planning import Planning
+from tests.fakes.datasets import make_spec, write_blob
+from tests.fakes.tiny_models import place_header_only
+
+KEY = RunKey(installation_id="i", job_id="01JOB", attempt=3)
+
+
+class BusyAdmission(Admission):
+    """Something else happens while the weights are read."""
+
+    meanwhile: Callable[[], None]
+
+    async def admit(self, **what: Any) -> Admitted:
+        self.meanwhile()
+        return await super().admit(**what)
+
+
+class Node:
+    """A manager over real files."""
+
+    def __init__(self, root: Path) -> None:
+        self.files = files = NodeFiles(root / "node", root / "models")
+        files.prepare()
+        place_header_only(files.models, name="org/name")
+        dataset = write_blob(files.blobs, 1, [{"prompt": "a", "completion": "b"}] * 4, "prompt-completion")
+        self.spec = make_spec([dataset], base_model="org/name", training_type="lora")
+        self.ledger = MemoryLedger()
+        self.blobs = BlobStore(files.blobs)
+        models = ModelShelf(files.models, cache_file=files.cache / "digests.json")
+        planning = Planning(files=files, models=models, blobs=self.blobs, versions={})
+        settings = EngineSettings(command=("/nothing",), orphan_limit_seconds=1, grace_seconds=1, idle_seconds=1)
+        pool = EnginePool(directory=files.engines, settings=settings)
+        self.admission = BusyAdmission(
+            planning=planning,
+            ledger=self.ledger,
+            list_devices=lambda: [read_cpu()],
+            problems=[],
+            evictable_bytes=pool.resident_bytes,
+        )
+        self.manager = RunManager(
+            files=files,
+            facts=files.read_facts("local"),
+            admission=self.admission,
+            ledger=self.ledger,
+            blobs=self.blobs,
+            pool=pool,
+            planning=planning,
+            grace_seconds=1,
+            cache_max_bytes=1 << 30,
+        )
+
+
+async def test_a_drain_that_begins_during_admission_refuses_the_run(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    node.admission.meanwhile = node.manager.begin_draining
+    request = StartRequest(key=KEY, spec_digest="d", spec=node.spec, weights_digest="", resume=None)
+    with pytest.raises(Refusal, match="NODE_DRAINING"):
+        await node.manager.start(request)
+    assert node.ledger.holder_of("cpu:-1") is None
+    assert node.files.read_runs() == []
+    await node.manager.close()
+
+
+async def test_an_attempt_that_only_its_run_knows_is_fenced_for_good(tmp_path: Path) -> None:
+    """The server ended between the run's file and its own: from the next start on both know it."""
+    node = Node(tmp_path)
+    content = {"installation_id": "i", "job_id": KEY.job_id, "attempt": 3, "spec_digest": "d", "spec": node.spec}
+    content |= {"weights_digest": "w", "device": {"type": "cpu", "index": -1}, "quantization": "", "resume": None}
+    directory = node.files.write_run(KEY, content)
+    # Over, so that it may be released before anything else writes the node's facts.
+    ending = {"status": 0, "signal": None, "phase": "", "run_directory": str(directory), "stop_mode": "cancel"}
+    engine = node.files.engines / "e1"
+    engine.mkdir()
+    (engine / "engine.json").write_text(
+        json.dumps(
+            {
+                "argv": ["x"],
+                "environment": {},
+                "device": {"type": "cpu", "index": -1},
+                "limits": {"orphan_limit_seconds": 1, "grace_seconds": 1},
+            }
+        )
+    )
+    (engine / "exit.json").write_text(json.dumps(ending))
+    await node.manager.open()
+    assert node.manager.get(KEY).is_over
+    await node.manager.release(KEY)
+    await node.manager.close()
+    facts = node.files.read_facts("local")
+    assert facts == NodeFacts(name="local", installation_id="i", highest_attempts={KEY.job_id: 3})
