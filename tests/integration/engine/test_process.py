@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,34 @@ _RESUMED_STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EngineProcess, ...]]:
+    """Three engines that start side by side, because each takes seconds to import what it needs."""
+    with ExitStack() as stack:
+        yield tuple(
+            stack.enter_context(EngineProcess(tmp_path_factory.mktemp(name) / "engine.log"))
+            for name in ("engine", "restarted", "orphan")
+        )
+
+
+@pytest.fixture(scope="module")
+def engine(engines: tuple[EngineProcess, ...]) -> EngineProcess:
     """One engine for every test that leaves it fit for the next."""
-    with EngineProcess(tmp_path_factory.mktemp("engine") / "engine.log") as process:
-        process.wait_ready()
-        yield process
+    engines[0].wait_ready()
+    return engines[0]
+
+
+@pytest.fixture(scope="module")
+def restarted(engines: tuple[EngineProcess, ...]) -> EngineProcess:
+    """Another process, for what must survive the first."""
+    engines[1].wait_ready()
+    return engines[1]
+
+
+@pytest.fixture(scope="module")
+def orphan(engines: tuple[EngineProcess, ...]) -> EngineProcess:
+    """One that is to lose its shim."""
+    engines[2].wait_ready()
+    return engines[2]
 
 
 def _wait_for_step(engine: EngineProcess, directory: Path, step: int) -> None:
@@ -60,6 +84,14 @@ def test_base_stays_for_the_next_run(engine: EngineProcess, workspace: Workspace
     # The adapter came off without a trace: the second run's base is the first's.
     before = [log.of("evaluation")[0].loss for log in logs[:2]]
     assert before[0] == before[1]
+    # The same weights under another config are another base.
+    config_path = workspace.models_directory / "tiny/qwen3/config.json"
+    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | {"rms_norm_eps": 0.1}), encoding="utf-8")
+    changed = workspace.make_run("changed", options=TinyOptions(family="qwen3"))
+    finished.append(engine.run(changed))
+    logs.append(read_log(changed))
+    assert "resident" not in logs[3].stage_details("WEIGHTS")
+    assert logs[3].of("evaluation")[0].loss != logs[2].of("evaluation")[0].loss
     for log, notice in zip(logs, finished, strict=True):
         (released,) = log.of("memory_released")
         assert released.resident_bytes == notice["resident"]["bytes"]
@@ -179,14 +211,6 @@ def test_resumed_losses_equal_uninterrupted_ones(
     assert [evaluation["moment"] for evaluation in metrics["evaluations"]] == ["BASE", "FINAL"]
 
 
-@pytest.fixture(scope="module")
-def restarted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
-    """Another process, for what must survive the first."""
-    with EngineProcess(tmp_path_factory.mktemp("restarted") / "engine.log") as process:
-        process.wait_ready()
-        yield process
-
-
 def test_damaged_checkpoint_is_refused(workspace: Workspace, restarted: EngineProcess) -> None:
     """The last test of this engine: a failed run ends it."""
     whole = workspace.make_run("damaged", hyperparameters={"num_steps": 2})
@@ -239,11 +263,10 @@ def test_sigterm_saves_the_run_and_ends_the_engine(workspace: Workspace, engine:
     _assert_interrupted_at_a_checkpoint(directory)
 
 
-def test_death_of_the_shim_saves_the_run_and_ends_the_engine(workspace: Workspace, tmp_path: Path) -> None:
-    with EngineProcess(tmp_path / "engine.log") as engine:
-        directory = workspace.make_run("orphaned", hyperparameters=_LONG)
-        engine.send(type="start_run", run_directory=str(directory))
-        _wait_for_step(engine, directory, 1)
-        engine.close()
-        assert engine.wait_exit() == 0
+def test_death_of_the_shim_saves_the_run_and_ends_the_engine(workspace: Workspace, orphan: EngineProcess) -> None:
+    directory = workspace.make_run("orphaned", hyperparameters=_LONG)
+    orphan.send(type="start_run", run_directory=str(directory))
+    _wait_for_step(orphan, directory, 1)
+    orphan.close()
+    assert orphan.wait_exit() == 0
     _assert_interrupted_at_a_checkpoint(directory)
