@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
+from gpu_service.engine.control import ControlPipe
+from gpu_service.engine.service import EXIT_AFTER_FAILURE, serve
 from tests.fakes.engine_process import EngineProcess
 from tests.fakes.engine_runs import Workspace, read_log
 from tests.fakes.tiny_models import TinyOptions
@@ -24,34 +27,31 @@ _RESUMED_STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EngineProcess, ...]]:
-    """Three engines that start side by side, because each takes seconds to import what it needs."""
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], EngineProcess]]:
+    """Starts engines, and ends them all after the module's last test."""
     with ExitStack() as stack:
-        yield tuple(
-            stack.enter_context(EngineProcess(tmp_path_factory.mktemp(name) / "engine.log"))
-            for name in ("engine", "restarted", "orphan")
-        )
+        yield lambda: stack.enter_context(EngineProcess(tmp_path_factory.mktemp("engine") / "engine.log"))
 
 
 @pytest.fixture(scope="module")
-def engine(engines: tuple[EngineProcess, ...]) -> EngineProcess:
+def both(engines: Callable[[], EngineProcess]) -> tuple[EngineProcess, EngineProcess]:
+    """Two engines, the first ready; the second imports what it needs while the first is tested."""
+    first = engines()
+    first.wait_ready()
+    return first, engines()
+
+
+@pytest.fixture(scope="module")
+def engine(both: tuple[EngineProcess, EngineProcess]) -> EngineProcess:
     """One engine for every test that leaves it fit for the next."""
-    engines[0].wait_ready()
-    return engines[0]
+    return both[0]
 
 
 @pytest.fixture(scope="module")
-def restarted(engines: tuple[EngineProcess, ...]) -> EngineProcess:
+def restarted(both: tuple[EngineProcess, EngineProcess]) -> EngineProcess:
     """Another process, for what must survive the first."""
-    engines[1].wait_ready()
-    return engines[1]
-
-
-@pytest.fixture(scope="module")
-def orphan(engines: tuple[EngineProcess, ...]) -> EngineProcess:
-    """One that is to lose its shim."""
-    engines[2].wait_ready()
-    return engines[2]
+    both[1].wait_ready()
+    return both[1]
 
 
 def _wait_for_step(engine: EngineProcess, directory: Path, step: int) -> None:
@@ -211,25 +211,36 @@ def test_resumed_losses_equal_uninterrupted_ones(
     assert [evaluation["moment"] for evaluation in metrics["evaluations"]] == ["BASE", "FINAL"]
 
 
-def test_damaged_checkpoint_is_refused(workspace: Workspace, restarted: EngineProcess) -> None:
-    """The last test of this engine: a failed run ends it."""
+def test_damaged_checkpoint_is_refused(workspace: Workspace) -> None:
+    """A failed run ends its engine: here the serving loop of one in this process, which says with what status."""
     whole = workspace.make_run("damaged", hyperparameters={"num_steps": 2})
-    assert restarted.run(whole)["state"] == "SUCCEEDED"
+    # What the loop does after the first run is at hand when it asks, so the damage is done in between.
     path = whole / "checkpoints/step-00000002/weights.safetensors"
-    damaged = bytearray(path.read_bytes())
-    damaged[-1] ^= 1
-    path.write_bytes(damaged)
     resume = {"checkpoint_directory": str(path.parent), "checkpoint": path.parent.name, "step": 2}
     again = workspace.make_run("damaged", hyperparameters={"num_steps": 2}, attempt=2, resume=resume)
+    notices: list[dict[str, Any]] = []
+    runs = iter((whole, again))
 
-    finished = restarted.run(again)
+    class Pipe(ControlPipe):
+        def next_run(self) -> Path | None:
+            return next(runs)
 
-    assert finished == {**finished, "state": "FAILED", "resident": {}}
+        def notify(self, notice: dict[str, Any]) -> None:
+            notices.append(notice)
+            if notice["type"] == "run_finished" and notice["run_directory"] == str(whole):
+                damaged = bytearray(path.read_bytes())
+                damaged[-1] ^= 1
+                path.write_bytes(damaged)
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert serve(Pipe(theirs)) == EXIT_AFTER_FAILURE
+
+    assert notices[-1] == {"type": "run_finished", "run_directory": str(again), "state": "FAILED", "resident": {}}
     failure = read_log(again).of("run_state")[-1].failure
     assert failure.reason == errors_pb2.ERROR_REASON_RESUME_MISMATCH
     assert failure.file == "checkpoints/step-00000002/weights.safetensors"
     assert read_log(again).of("memory_released")[0].engine_ended
-    assert restarted.wait_exit() == 70
 
 
 def test_checkpoint_stop_interrupts_and_can_be_resumed(workspace: Workspace, engine: EngineProcess) -> None:
@@ -263,10 +274,11 @@ def test_sigterm_saves_the_run_and_ends_the_engine(workspace: Workspace, engine:
     _assert_interrupted_at_a_checkpoint(directory)
 
 
-def test_death_of_the_shim_saves_the_run_and_ends_the_engine(workspace: Workspace, orphan: EngineProcess) -> None:
+def test_death_of_the_shim_saves_the_run_and_ends_the_engine(workspace: Workspace, restarted: EngineProcess) -> None:
+    """The last test of the other engine."""
     directory = workspace.make_run("orphaned", hyperparameters=_LONG)
-    orphan.send(type="start_run", run_directory=str(directory))
-    _wait_for_step(orphan, directory, 1)
-    orphan.close()
-    assert orphan.wait_exit() == 0
+    restarted.send(type="start_run", run_directory=str(directory))
+    _wait_for_step(restarted, directory, 1)
+    restarted.close()
+    assert restarted.wait_exit() == 0
     _assert_interrupted_at_a_checkpoint(directory)
