@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.real_model import obtain_smollm
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -21,3 +23,11 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("TUNESMITH_CONTROL_", "TUNESMITH_GPU_")) or name == "TUNESMITH_ADDRESS":
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def real_models() -> Path:
+    """A models directory with SmolLM2-135M-Instruct, kept between runs."""
+    directory = Path(os.environ.get("TUNESMITH_TEST_MODELS") or ROOT / ".cache" / "models")
+    obtain_smollm(directory)
+    return directory

@@ -109,7 +109,8 @@ class ControlPipe:
             _LOG.warning("command not understood (%s): %r", error, line[:200])
 
     def _stop(self, run_directory: Path, mode: StopMode) -> None:
-        self._early_stops[run_directory] = mode
+        if self._early_stops.get(run_directory) is not StopMode.CANCEL:
+            self._early_stops[run_directory] = mode
         current = self._current
         if current is not None and current[0] == run_directory:
             self._early_stops.pop(run_directory, None)

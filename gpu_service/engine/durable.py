@@ -42,21 +42,34 @@ class DamagedDirectory(Exception):
 def staged(destination: Path) -> Iterator[Path]:
     """A new directory to write into; on a clean exit every file is fsynced and it becomes `destination`.
 
-    What was at `destination` or left by an earlier, failed try is deleted. Raises OSError.
+    What was at `destination` or left by a process that died is deleted. An exception leaves nothing: half a checkpoint
+    on a disk that is full would keep it full. Raises OSError.
     """
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(destination.parent)
     staging = destination.parent / f"{_STAGING_PREFIX}{destination.name}"
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir()
-    yield staging
-    for directory, _, names in os.walk(staging, topdown=False):
-        for name in names:
-            sync(Path(directory) / name)
-        sync(Path(directory))
-    delete(destination)
-    staging.rename(destination)
+    try:
+        yield staging
+        for directory, _, names in os.walk(staging, topdown=False):
+            for name in names:
+                sync(Path(directory) / name)
+            sync(Path(directory))
+        delete(destination)
+        staging.rename(destination)
+    except BaseException:
+        # What went wrong is the news, not what cleaning up met.
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     sync(destination.parent)
+
+
+def _make_parent(directory: Path) -> None:
+    """Make a directory whose own entry survives a crash too."""
+    if not directory.is_dir():
+        directory.mkdir(parents=True, exist_ok=True)
+        sync(directory.parent)
 
 
 def delete(directory: Path) -> None:

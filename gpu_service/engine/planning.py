@@ -45,6 +45,7 @@ def plan(
                 "blobs_directory": str(request.blobs_directory),
                 "cache_directory": str(request.cache_directory),
                 "device": device,
+                "weights_digest": request.weights_digest,
             }
         ),
         encoding="utf-8",

@@ -6,6 +6,7 @@ events and the memory are the caller's (`ending`). Contains no training step and
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -78,6 +79,7 @@ class Run:
         compute_dtype = DTYPES[settings.compute_dtype]
         self.key = BaseKey(
             weights_digest=self.request.weights_digest,
+            config_digest=_digest(self.request.model_directory / "config.json"),
             model_directory=self.request.model_directory,
             quantization=settings.method,
             double_quantization=settings.double_quantization,
@@ -116,6 +118,11 @@ class Run:
         if plan.resolved.chat_template:
             loaded.tokenizer.chat_template = templates.REGISTRY[plan.resolved.chat_template].read_text()
         return loaded, method
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; empty for none, which the stage that reads it will tell."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _open(plan_directory: Path) -> tuple[PlannedData, plan_pb2.Plan]:

@@ -25,8 +25,6 @@ from gpu_service.engine.training.loop import TrainingLoop, make_accelerator
 from gpu_service.engine.training.progress import TrainingProgress
 from tunesmith.common.v1 import event_pb2, plan_pb2
 
-# Examples of one forward pass of an evaluation, when the plan does not cut a step into smaller passes.
-_EVALUATION_EXAMPLES = 8
 _SAMPLE_TOKENS = 64
 
 
@@ -105,7 +103,11 @@ class Session:
         resume = self._request.resume
         assert resume is not None
         self._progress = checkpoint.restore(
-            resume.directory, identity=self._identity, model=self._loaded.model, optimizer=self._optimizer
+            resume.directory,
+            identity=self._identity,
+            model=self._loaded.model,
+            optimizer=self._optimizer,
+            scaler=self._accelerator.scaler,
         )
         self._reporter.emit(
             event_pb2.ResumedEvent(
@@ -121,7 +123,7 @@ class Session:
             self._model,
             self._data,
             device=self._device.torch_device,
-            batch_examples=self._plan.resolved.batch.micro_batch_examples or _EVALUATION_EXAMPLES,
+            batch_examples=self._plan.resolved.batch.micro_batch_examples,
             moment=moment,
             step=self._progress.steps_done,
             switch=self._switch,

@@ -34,7 +34,7 @@ from gpu_service.planner.staging import stage_directory
 from gpu_service.planner.tokenizer import TextTokenizer
 
 # Raise it when the same row would come to other tokens or another mask.
-CODE_VERSION = 1
+CODE_VERSION = 2
 _BATCH_EXAMPLES = 256
 _BATCH_CHARACTERS = 1 << 20
 

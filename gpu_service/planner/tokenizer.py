@@ -72,7 +72,8 @@ class TextTokenizer:
 def _mask(offsets: Sequence[tuple[int, int]], targets: Sequence[tuple[int, int]]) -> bytearray:
     """1 for each token that overlaps a span; both are in order, so one pass does."""
     mask = bytearray(len(offsets))
-    spans = iter(targets)
+    # An empty span overlaps nothing, not even the token that it lies in.
+    spans = iter([span for span in targets if span[1] > span[0]])
     span_start, span_end = next(spans, (-1, -1))
     for index, (start, end) in enumerate(offsets):
         while span_end <= start and span_start >= 0:

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.e2e.conftest import SMOLLM
 from tests.fakes.pair import running_pair, wait_for
+from tests.fakes.real_model import SMOLLM
 from tunesmith.common.v1 import event_pb2, training_spec_pb2
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]

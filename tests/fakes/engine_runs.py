@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_service.catalog import base_models
+from gpu_service.domain.planned_data import PlannedData
 from gpu_service.journal import Reader
 from tests.fakes import datasets, tiny_models
 from tunesmith.common.v1 import event_pb2
@@ -108,6 +109,13 @@ class Workspace:
         (directory / "run.json").write_text(json.dumps(request), encoding="utf-8")
         return directory
 
+    def open_data(self, data_digest: str) -> PlannedData:
+        """The data of a run that was planned here."""
+        for path in self.cache_directory.rglob("plan.json"):
+            if json.loads(path.read_text())["data_digest"] == data_digest:
+                return PlannedData.open(path.parent)
+        raise AssertionError("the run's plan is not in the cache")
+
     def make_spec(
         self,
         base_model: str,
@@ -178,6 +186,16 @@ class RunLog:
                 event_pb2.StageStatus.Name(event.status).removeprefix("STAGE_STATUS_"),
             )
             for event in self.of("loading")
+        ]
+
+    def progress(self, stage: str, unit: str) -> list[int]:
+        """What a stage said was done, in the order told."""
+        return [
+            event.done
+            for event in self.of("loading")
+            if event.stage == event_pb2.LoadingStage.Value(f"LOADING_STAGE_{stage}")
+            and event.status == event_pb2.STAGE_STATUS_PROGRESS
+            and event.unit == unit
         ]
 
     def stage_details(self, stage: str) -> dict[str, str]:

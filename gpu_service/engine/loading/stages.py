@@ -120,6 +120,9 @@ class _ProgressReport:
 
     def __call__(self, done: int, total: int, unit: str) -> None:
         self._switch.check()
+        if unit != self.unit:
+            # Another count from its start: files that were read in bytes are then placed in tensors.
+            self._reported = 0
         self.unit, self.total = unit, total
         if done < total and done - self._reported < total * _PROGRESS_PART:
             return

@@ -24,6 +24,8 @@ class BaseKey:
     """Two runs with equal keys train on the same base, bit for bit."""
 
     weights_digest: str
+    # SHA-256 of config.json: the same weights under another rotary base or norm are another model.
+    config_digest: str
     model_directory: Path
     quantization: str
     double_quantization: bool

@@ -22,7 +22,7 @@ from gpu_service.engine.training import random_state
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.journal.events import failure
 
-_VERSION = 1
+_VERSION = 2
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_TENSORS_FILE = "optimizer.safetensors"
 OPTIMIZER_FILE = "optimizer.json"
@@ -56,8 +56,10 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(directory: Path, *, identity: Identity, model: Any, optimizer: Any, progress: TrainingProgress) -> Checkpoint:
-    """Write the checkpoint of `progress.steps_done` below `directory`.
+def save(
+    directory: Path, *, identity: Identity, model: Any, optimizer: Any, scaler: Any, progress: TrainingProgress
+) -> Checkpoint:
+    """Write the checkpoint of `progress.steps_done` below `directory`; `scaler` is None unless gradients are scaled.
 
     Raises RunFailure CHECKPOINT_WRITE or DISK_FULL.
     """
@@ -68,7 +70,11 @@ def save(directory: Path, *, identity: Identity, model: Any, optimizer: Any, pro
             _save_optimizer(optimizer, staging)
             random_tensors, random_values = random_state.capture()
             save_file(random_tensors, staging / RANDOM_TENSORS_FILE)
-            trainer = {"random": random_values, "progress": progress.to_json()}
+            trainer = {
+                "random": random_values,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "progress": progress.to_json(),
+            }
             (staging / TRAINER_FILE).write_text(json.dumps(trainer), encoding="utf-8")
             files = durable.list_files(staging)
             facts = {"version": _VERSION, "step": progress.steps_done, **vars(identity)}
@@ -89,8 +95,8 @@ def save(directory: Path, *, identity: Identity, model: Any, optimizer: Any, pro
     )
 
 
-def restore(directory: Path, *, identity: Identity, model: Any, optimizer: Any) -> TrainingProgress:
-    """Put a checkpoint into `model`, `optimizer` and the random generators. Raises RunFailure RESUME_MISMATCH.
+def restore(directory: Path, *, identity: Identity, model: Any, optimizer: Any, scaler: Any) -> TrainingProgress:
+    """Put a checkpoint into `model`, `optimizer`, `scaler` and the generators. Raises RunFailure RESUME_MISMATCH.
 
     Nothing is changed before every file was verified and compared with the run.
     """
@@ -107,6 +113,8 @@ def restore(directory: Path, *, identity: Identity, model: Any, optimizer: Any) 
             for name, parameter in expected.items():
                 parameter.copy_(weights[name])
         optimizer.load_state_dict(optimizer_state)
+        if scaler is not None:
+            scaler.load_state_dict(trainer["scaler"])
         random_state.restore(load_file(directory / RANDOM_TENSORS_FILE), trainer["random"])
     except durable.DamagedDirectory as error:
         raise _mismatch(str(error), directory, error.file) from error

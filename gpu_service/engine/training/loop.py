@@ -206,6 +206,7 @@ class TrainingLoop:
             identity=self.identity,
             model=self.accelerator.unwrap_model(self.model),
             optimizer=self.optimizer,
+            scaler=self.accelerator.scaler,
             progress=self.progress,
         )
         self._saved_step = self.progress.steps_done

@@ -1,7 +1,6 @@
 """The planner's tokens are those of `AutoTokenizer.apply_chat_template`, and its masks those of the turns."""
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,11 @@ from gpu_service.planner.chat_template import ChatTemplate
 from gpu_service.planner.rendering import Rendered
 from gpu_service.planner.tokenizer import TextTokenizer
 from gpu_service.planner.tokenizer_source import load_source
+from tests.fakes.real_model import SMOLLM
 from tests.fakes.tiny_models import LLAMA_3_2, TinyOptions, place_header_only
+
+# The first to ask for the real model may have to import it.
+pytestmark = pytest.mark.timeout(600)
 
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "What is two plus two?"}, {"role": "assistant", "content": "Four."}],
@@ -37,20 +40,11 @@ TRIMMING_TEMPLATE = (
 )
 
 
-def smollm() -> Path:
-    root = os.environ.get("TUNESMITH_TEST_MODELS")
-    if not root:
-        pytest.skip("TUNESMITH_TEST_MODELS names no models directory")
-    directory = Path(root) / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
-    if not directory.is_dir():
-        pytest.skip(f"SmolLM2-135M-Instruct is not below {root}")
-    return directory
-
-
 @pytest.fixture(params=["smollm2", "tiny", "tiny-bos", "tiny-trimming"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "smollm2":
-        return smollm()
+        models_directory: Path = request.getfixturevalue("real_models")
+        return models_directory / SMOLLM
     options = TinyOptions(adds_bos=request.param != "tiny")
     placed = tmp_path / place_header_only(tmp_path, options)
     if request.param == "tiny-trimming":

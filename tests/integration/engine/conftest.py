@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,12 +35,14 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def run_in_process() -> RunInProcess:
+def run_in_process() -> Iterator[RunInProcess]:
     """Carries out a run directory in this process and gives its log; runs of a module share one shelf."""
     from gpu_service.engine.resident import BaseShelf
     from gpu_service.engine.service import carry_out
     from gpu_service.engine.stopping import StopSwitch
 
+    # As an engine does when it begins to serve.
+    gc.freeze()
     shelf = BaseShelf()
 
     def run(directory: Path, **options: object) -> RunLog:
@@ -47,4 +50,5 @@ def run_in_process() -> RunInProcess:
         carry_out(directory, **{**arguments, **options})  # type: ignore[arg-type]
         return read_log(directory)
 
-    return run
+    yield run
+    gc.unfreeze()

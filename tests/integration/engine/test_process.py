@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from gpu_service.engine.control import ControlPipe
+from gpu_service.engine.service import EXIT_AFTER_FAILURE, serve
 from tests.fakes.engine_process import EngineProcess
 from tests.fakes.engine_runs import Workspace, read_log
 from tests.fakes.tiny_models import TinyOptions
@@ -23,11 +27,31 @@ _RESUMED_STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], EngineProcess]]:
+    """Starts engines, and ends them all after the module's last test."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(EngineProcess(tmp_path_factory.mktemp("engine") / "engine.log"))
+
+
+@pytest.fixture(scope="module")
+def both(engines: Callable[[], EngineProcess]) -> tuple[EngineProcess, EngineProcess]:
+    """Two engines, the first ready; the second imports what it needs while the first is tested."""
+    first = engines()
+    first.wait_ready()
+    return first, engines()
+
+
+@pytest.fixture(scope="module")
+def engine(both: tuple[EngineProcess, EngineProcess]) -> EngineProcess:
     """One engine for every test that leaves it fit for the next."""
-    with EngineProcess(tmp_path_factory.mktemp("engine") / "engine.log") as process:
-        process.wait_ready()
-        yield process
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def restarted(both: tuple[EngineProcess, EngineProcess]) -> EngineProcess:
+    """Another process, for what must survive the first."""
+    both[1].wait_ready()
+    return both[1]
 
 
 def _wait_for_step(engine: EngineProcess, directory: Path, step: int) -> None:
@@ -60,6 +84,14 @@ def test_base_stays_for_the_next_run(engine: EngineProcess, workspace: Workspace
     # The adapter came off without a trace: the second run's base is the first's.
     before = [log.of("evaluation")[0].loss for log in logs[:2]]
     assert before[0] == before[1]
+    # The same weights under another config are another base.
+    config_path = workspace.models_directory / "tiny/qwen3/config.json"
+    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | {"rms_norm_eps": 0.1}), encoding="utf-8")
+    changed = workspace.make_run("changed", options=TinyOptions(family="qwen3"))
+    finished.append(engine.run(changed))
+    logs.append(read_log(changed))
+    assert "resident" not in logs[3].stage_details("WEIGHTS")
+    assert logs[3].of("evaluation")[0].loss != logs[2].of("evaluation")[0].loss
     for log, notice in zip(logs, finished, strict=True):
         (released,) = log.of("memory_released")
         assert released.resident_bytes == notice["resident"]["bytes"]
@@ -179,33 +211,36 @@ def test_resumed_losses_equal_uninterrupted_ones(
     assert [evaluation["moment"] for evaluation in metrics["evaluations"]] == ["BASE", "FINAL"]
 
 
-@pytest.fixture(scope="module")
-def restarted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
-    """Another process, for what must survive the first."""
-    with EngineProcess(tmp_path_factory.mktemp("restarted") / "engine.log") as process:
-        process.wait_ready()
-        yield process
-
-
-def test_damaged_checkpoint_is_refused(workspace: Workspace, restarted: EngineProcess) -> None:
-    """The last test of this engine: a failed run ends it."""
+def test_damaged_checkpoint_is_refused(workspace: Workspace) -> None:
+    """A failed run ends its engine: here the serving loop of one in this process, which says with what status."""
     whole = workspace.make_run("damaged", hyperparameters={"num_steps": 2})
-    assert restarted.run(whole)["state"] == "SUCCEEDED"
+    # What the loop does after the first run is at hand when it asks, so the damage is done in between.
     path = whole / "checkpoints/step-00000002/weights.safetensors"
-    damaged = bytearray(path.read_bytes())
-    damaged[-1] ^= 1
-    path.write_bytes(damaged)
     resume = {"checkpoint_directory": str(path.parent), "checkpoint": path.parent.name, "step": 2}
     again = workspace.make_run("damaged", hyperparameters={"num_steps": 2}, attempt=2, resume=resume)
+    notices: list[dict[str, Any]] = []
+    runs = iter((whole, again))
 
-    finished = restarted.run(again)
+    class Pipe(ControlPipe):
+        def next_run(self) -> Path | None:
+            return next(runs)
 
-    assert finished == {**finished, "state": "FAILED", "resident": {}}
+        def notify(self, notice: dict[str, Any]) -> None:
+            notices.append(notice)
+            if notice["type"] == "run_finished" and notice["run_directory"] == str(whole):
+                damaged = bytearray(path.read_bytes())
+                damaged[-1] ^= 1
+                path.write_bytes(damaged)
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert serve(Pipe(theirs)) == EXIT_AFTER_FAILURE
+
+    assert notices[-1] == {"type": "run_finished", "run_directory": str(again), "state": "FAILED", "resident": {}}
     failure = read_log(again).of("run_state")[-1].failure
     assert failure.reason == errors_pb2.ERROR_REASON_RESUME_MISMATCH
     assert failure.file == "checkpoints/step-00000002/weights.safetensors"
     assert read_log(again).of("memory_released")[0].engine_ended
-    assert restarted.wait_exit() == 70
 
 
 def test_checkpoint_stop_interrupts_and_can_be_resumed(workspace: Workspace, engine: EngineProcess) -> None:
@@ -239,11 +274,11 @@ def test_sigterm_saves_the_run_and_ends_the_engine(workspace: Workspace, engine:
     _assert_interrupted_at_a_checkpoint(directory)
 
 
-def test_death_of_the_shim_saves_the_run_and_ends_the_engine(workspace: Workspace, tmp_path: Path) -> None:
-    with EngineProcess(tmp_path / "engine.log") as engine:
-        directory = workspace.make_run("orphaned", hyperparameters=_LONG)
-        engine.send(type="start_run", run_directory=str(directory))
-        _wait_for_step(engine, directory, 1)
-        engine.close()
-        assert engine.wait_exit() == 0
+def test_death_of_the_shim_saves_the_run_and_ends_the_engine(workspace: Workspace, restarted: EngineProcess) -> None:
+    """The last test of the other engine."""
+    directory = workspace.make_run("orphaned", hyperparameters=_LONG)
+    restarted.send(type="start_run", run_directory=str(directory))
+    _wait_for_step(restarted, directory, 1)
+    restarted.close()
+    assert restarted.wait_exit() == 0
     _assert_interrupted_at_a_checkpoint(directory)

@@ -65,7 +65,7 @@ def test_method_trains(case: str, workspace: Workspace, run_in_process: Any) -> 
     [
         ("qlora", TinyOptions(tied=True)),
         ("qlora", TinyOptions(sharded=True)),
-        ("qlora", TinyOptions(family="qwen2", tied=True)),
+        ("qlora", TinyOptions(family="qwen3", tied=True)),
         ("full", TinyOptions(tied=True, sharded=True)),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
@@ -77,6 +77,12 @@ def test_heads_and_shards(options: TinyOptions, training_type: str, workspace: W
 
     assert_trained(log)
     assert int(log.stage_details("WEIGHTS")["shards"]) > 1 or not options.sharded
+    # Files are counted in bytes, then tensors as they are placed; each count is told as it grows.
+    placed = "WEIGHTS" if training_type == "full" else "QUANTIZATION"
+    for stage, unit in (("WEIGHTS", "bytes"), (placed, "tensors")):
+        counts = log.progress(stage, unit)
+        assert counts == sorted(set(counts))
+        assert len(counts) > 1 or unit == "bytes"
 
 
 def test_what_a_run_says(workspace: Workspace, run_in_process: Any) -> None:
@@ -145,20 +151,41 @@ def test_what_a_run_says(workspace: Workspace, run_in_process: Any) -> None:
 
 
 def test_micro_batches_add_up_to_the_batch(workspace: Workspace, run_in_process: Any) -> None:
-    """Passes of one example, weighted by target tokens, train as one pass over the padded batch does."""
-    whole = run_in_process(workspace.make_run("whole", training_type="full", hyperparameters={"num_steps": 3}))
-    parts = run_in_process(
+    """Four passes of four, weighted by target tokens, train as one pass over sixteen padded examples does."""
+    logs = [
+        run_in_process(
+            workspace.make_run(
+                f"passes-of-{size}",
+                training_type="full",
+                hyperparameters={"num_steps": 3, "batch": {"examples": 16, "micro_batch_examples": size}},
+                held_out=False,
+            )
+        )
+        for size in (16, 4)
+    ]
+
+    whole, parts = logs
+    for step, loss in whole.losses.items():
+        assert parts.losses[step] == pytest.approx(loss, rel=1e-4)
+    norms = [[event.gradient_norm for event in log.of("step")] for log in logs]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_measuring_changes_no_training(workspace: Workspace, run_in_process: Any) -> None:
+    """Held-out loss and sample answers between the steps: the steps' losses stay the same to the last bit."""
+    hyperparameters = {"num_steps": 3, "lora": {"rank": 4, "dropout": 0.2}}
+    plain = run_in_process(workspace.make_run("unmeasured", hyperparameters=hyperparameters, held_out=False))
+    measured = run_in_process(
         workspace.make_run(
-            "parts",
-            training_type="full",
-            hyperparameters={"num_steps": 3, "batch": {"examples": 4, "micro_batch_examples": 1}},
+            "measured",
+            hyperparameters={**hyperparameters, "evaluate_every_steps": 1},
+            sample_prompts=[{"trait_type": "coding", "prompt": "def add_1(", "max_new_tokens": 2}],
         )
     )
 
-    for step, loss in whole.losses.items():
-        assert parts.losses[step] == pytest.approx(loss, rel=1e-4)
-    norms = [[event.gradient_norm for event in log.of("step")] for log in (whole, parts)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert_trained(measured, num_steps=3)
+    assert len(measured.of("evaluation")) == 4
+    assert measured.losses == plain.losses
 
 
 def test_loss_falls_when_the_data_is_learned(workspace: Workspace, run_in_process: Any) -> None:

@@ -1,4 +1,4 @@
-"""GGUF files become models: a tiny one made here in any test run, the demo's own where its file is at hand."""
+"""GGUF files become models: a tiny one that is made here, and the demo's own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quantize
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gpu_service.engine.importing.__main__ import main
+from tests.fakes.real_model import SMOLLM
 
 VOCABULARY = 270
 HIDDEN, LAYERS, HEADS, INNER = 64, 2, 4, 96
@@ -89,22 +93,40 @@ def _command(models: Path, source: Path, *more: str) -> list[str]:
     return [*module, "--models-directory", str(models), "--name", "org/tiny", "--gguf", str(source), *more]
 
 
-def _import(models: Path, source: Path, *more: str) -> tuple[int, dict[str, Any]]:
+def _import(models: Path, source: Path, *more: str) -> dict[str, Any]:
     done = subprocess.run(_command(models, source, *more), capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        (line,) = done.stdout.splitlines()
-        return 0, json.loads(line)
-    assert done.stdout == ""
-    return done.returncode, json.loads(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    result: dict[str, Any] = json.loads(line)
+    return result
+
+
+@pytest.fixture
+def refuse(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Imports in this process, which has the libraries already, and gives the refusal."""
+    # What the command sets for its own process is put back.
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, "1")
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(models: Path, source: Path) -> dict[str, Any]:
+        assert main(["--models-directory", str(models), "--name", "org/tiny", "--gguf", str(source)]) == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        failure: dict[str, Any] = json.loads(said.err.splitlines()[-1])
+        return failure
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:
     directory = tmp_path_factory.mktemp("gguf")
     values = _write_gguf(directory / "tiny.gguf")
-    code, result = _import(directory / "models", directory / "tiny.gguf", "--dtype", "float32")
-    assert code == 0, result
-    return values, result
+    return values, _import(directory / "models", directory / "tiny.gguf", "--dtype", "float32")
 
 
 def test_the_model_loads_with_the_values_of_the_file(tiny: tuple[dict[str, numpy.ndarray], dict[str, Any]]) -> None:
@@ -146,21 +168,20 @@ def test_the_tokenizer_and_its_chat_template_come_along(
     ],
 )
 def test_a_file_that_would_give_another_model_is_refused(
-    tmp_path: Path, change: dict[str, str], reason: str, part: str
+    tmp_path: Path, refuse: Callable[..., dict[str, Any]], change: dict[str, str], reason: str, part: str
 ) -> None:
     _write_gguf(tmp_path / "tiny.gguf", **change)
-    code, failure = _import(tmp_path / "models", tmp_path / "tiny.gguf")
-    assert (code, failure["reason"]) == (1, reason)
+    failure = refuse(tmp_path / "models", tmp_path / "tiny.gguf")
+    assert failure["reason"] == reason
     assert part in failure["message"]
     assert list((tmp_path / "models/org").iterdir()) == []
 
 
-def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+def test_a_file_cut_short_is_refused(tmp_path: Path, refuse: Callable[..., dict[str, Any]]) -> None:
     path = tmp_path / "tiny.gguf"
     _write_gguf(path)
     path.write_bytes(path.read_bytes()[:-5000])
-    code, failure = _import(tmp_path / "models", path)
-    assert (code, failure["reason"]) == (1, "INVALID_MODEL")
+    assert refuse(tmp_path / "models", path)["reason"] == "INVALID_MODEL"
     assert list((tmp_path / "models/org").iterdir()) == []
 
 
@@ -177,10 +198,9 @@ def test_a_stopped_import_leaves_nothing(tmp_path: Path) -> None:
     assert list(staging.iterdir()) == []
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("TUNESMITH_DEMO_MODEL" not in os.environ, reason="TUNESMITH_DEMO_MODEL names no imported model")
-def test_the_demo_model_answers() -> None:
-    path = os.environ["TUNESMITH_DEMO_MODEL"]
+@pytest.mark.timeout(600)
+def test_the_demo_model_answers(real_models: Path) -> None:
+    path = real_models / SMOLLM
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path)
     prompt = tokenizer.apply_chat_template(
@@ -189,5 +209,5 @@ def test_the_demo_model_answers() -> None:
         return_tensors="pt",
         return_dict=True,
     )
-    answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)
+    answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])

@@ -74,7 +74,7 @@ def test_a_stop_reaches_its_run_only(ends: tuple[ControlPipe, socket.socket]) ->
 
 def test_a_stop_that_came_before_its_run(ends: tuple[ControlPipe, socket.socket]) -> None:
     pipe, shim = ends
-    _send(shim, _stop("/a", "cancel"), _start("/a"))
+    _send(shim, _stop("/a", "cancel"), _stop("/a", "checkpoint"), _start("/a"))
     assert pipe.next_run() == Path("/a")
     switch = StopSwitch()
     pipe.begin(Path("/a"), switch)

@@ -36,7 +36,7 @@ def _plan(tmp_path: Path, script: str, switch: StopSwitch | None = None) -> Path
         attempt=1,
         spec=training_spec_pb2.TrainingSpec(),
         spec_json={"base_model": "a/b"},
-        weights_digest="",
+        weights_digest="12ab",
         model_directory=Path("/m"),
         blobs_directory=Path("/b"),
         cache_directory=Path("/c"),
@@ -68,6 +68,7 @@ def test_planned(tmp_path: Path) -> None:
         "blobs_directory": "/b",
         "cache_directory": "/c",
         "device": {"type": "cpu"},
+        "weights_digest": "12ab",
     }
 
 

@@ -47,6 +47,14 @@ def test_first_tokens_never_carry_loss_and_all_means_all_others(tokenizer: TextT
     assert 0 < sum(mask) < len(tokens)
 
 
+def test_an_empty_span_carries_no_loss(tokenizer: TextTokenizer) -> None:
+    """A turn of no text, in the middle of a token: that token is not the turn's."""
+    for at in range(10):
+        rendered = Rendered(text="the quick", targets=[(at, at)], is_document=False)
+        [(_, mask, _)] = tokenizer.encode([rendered], loss_on_all=False, max_length=99)
+        assert 1 not in mask
+
+
 def test_cutting_says_so(tokenizer: TextTokenizer) -> None:
     rendered = Rendered(text="0 " * 50, targets=[(90, 100)], is_document=True)
     [(whole, _, cut)] = tokenizer.encode([rendered], loss_on_all=False, max_length=1000)

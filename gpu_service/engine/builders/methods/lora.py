@@ -7,10 +7,17 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
 
 from tunesmith.common.v1 import training_spec_pb2
 
 TRAINS_ADAPTER = True
+# transformers renamed the switch in the course of 5.x, and warns of the old name where it has the new one.
+_SWITCH = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
 
 
 def base_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -44,9 +51,13 @@ def attach(base: Any, base_model: str, hyperparameters: training_spec_pb2.Hyperp
 def set_gradient_checkpointing(model: Any, enabled: bool) -> None:
     """Switch recomputation of activations; a resident base comes from a run that may have had it otherwise."""
     if enabled:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif model.is_gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{_SWITCH}_enable")({"use_reentrant": False})
+    elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        getattr(model, f"{_SWITCH}_disable")()
+    # The switch makes embeddings ask for gradients, which re-entrant recomputation alone needs, and never takes that
+    # back; PEFT adds its own and forgets the first. A base that is kept must not carry it into other runs.
+    if getattr(model, "_require_grads_hook", None) is not None:
+        model.disable_input_require_grads()
 
 
 def count_covered(model: Any) -> int:
