@@ -16,7 +16,7 @@ from control_service.app.transitions import change_state
 from control_service.domain import retry
 from control_service.domain.errors import InvalidArgument, TunesmithError, Unavailable
 from control_service.domain.failure import Failure, Fault
-from control_service.domain.job import Job
+from control_service.domain.job import Job, JobProgress
 from control_service.domain.job_state import JobState
 from control_service.domain.reconcile import Settle, after_failure
 from control_service.domain.resume import resume_from
@@ -85,7 +85,9 @@ class AttemptStarter:
                 JobState.RUNNING,
                 codec=self._codec,
                 now=now,
-                failure=current.failure if current.run_state else None,
+                keep_failure=current.run_state is not None,
+                # What an earlier attempt had reached is not this one's; RESUMED and steps say where it is.
+                progress=JobProgress(total_steps=current.progress.total_steps),
                 start_time=current.start_time or now,
                 weights_digest=current.weights_digest or (run.weights_digest if run else ""),
             )
@@ -97,7 +99,7 @@ class AttemptStarter:
         log.info("attempt-refused", reason=error.reason, message=error.message)
         if error.reason in _NOT_NOW:
             self._nodes.mark_busy(job.node)
-            settle = Settle(state=JobState.QUEUED, message=f"node {job.node}: {error.reason}", failure=job.failure)
+            settle = Settle(state=JobState.QUEUED, message=f"node {job.node}: {error.reason}", keeps_failure=True)
             pause = timedelta(seconds=retry.INITIAL_BACK_OFF_SECONDS)
             await self._settler.settle(job, settle, not_before=self._clock.utc_now() + pause)
             return

@@ -75,7 +75,7 @@ async def cancel_job(
                 codec=codec,
                 now=now,
                 message="cancel was asked for",
-                failure=job.failure,
+                keep_failure=True,
             )
 
     return await _change(job_id, cancel, store=store, nodes=nodes, clock=clock, request=request)
@@ -94,9 +94,7 @@ async def pause_job(
 
     def pause(tx: Transaction, job: Job, now: datetime) -> None:
         check_verb("pause", job.state, CAN_PAUSE)
-        change_state(
-            tx, job, JobState.PAUSING, codec=codec, now=now, message="pause was asked for", failure=job.failure
-        )
+        change_state(tx, job, JobState.PAUSING, codec=codec, now=now, message="pause was asked for", keep_failure=True)
 
     return await _change(job_id, pause, store=store, nodes=nodes, clock=clock, request=request)
 

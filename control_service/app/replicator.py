@@ -36,10 +36,12 @@ class Replicator:
         self._max_checkpoint_bytes = max_checkpoint_bytes
 
     async def replicate_newest(self, job: Job, client: NodeClient) -> None:
-        """Copies the newest committed checkpoint of the current attempt, if there is one that is small enough."""
+        """Copies the newest checkpoint that the job's node has, if there is one that is small enough."""
         checkpoints = await self._store.read(lambda tx: tx.checkpoints.list_for_job(job.job_id))
-        newest = checkpoints[-1] if checkpoints else None
-        if newest is None or newest.status is not CheckpointStatus.COMMITTED or newest.node != job.node:
+        # One of a later step may lie on a node that was lost.
+        there = [checkpoint for checkpoint in checkpoints if checkpoint.node == job.node]
+        newest = there[-1] if there else None
+        if newest is None or newest.status is not CheckpointStatus.COMMITTED:
             return
         if not newest.files or newest.size_bytes > self._max_checkpoint_bytes:
             return

@@ -50,6 +50,7 @@ class Settler:
                 now=now,
                 message=settle.message,
                 failure=settle.failure,
+                keep_failure=settle.keeps_failure,
                 num_retries=num_retries,
                 not_before=wait,
             )

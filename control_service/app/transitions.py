@@ -44,19 +44,22 @@ def change_state(
     now: datetime,
     message: str = "",
     failure: Failure | None = None,
+    keep_failure: bool = False,
     **changes: Any,
 ) -> Job:
     """Moves a job by the table and appends the event; `changes` are further fields of the record.
 
-    `failure` becomes the job's. A job that leaves its node rests without phase and reachability; one that is over gets
-    its end time.
+    `failure` is why it moved: the event's and the job's. Without one the job has none from now on, or, with
+    `keep_failure`, still that of its last attempt, which the log has told already. A job that leaves its node rests
+    without phase and reachability; one that is over gets its end time.
     """
+    kept = job.failure if keep_failure and failure is None else failure
     rests = state in TERMINAL or state in (JobState.QUEUED, JobState.PAUSED)
     if rests:
         changes = {"phase": Phase.UNSPECIFIED, "node_unreachable": False, **changes}
     if state in TERMINAL:
         changes = {"end_time": now, **changes}
-    moved = tx.jobs.update(replace(job.with_state(state), failure=failure, **changes))
+    moved = tx.jobs.update(replace(job.with_state(state), failure=kept, **changes))
     fact = JobStateFact(
         previous_state=job.state,
         state=state,

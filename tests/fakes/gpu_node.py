@@ -65,6 +65,8 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         self.name = name
         self.num_steps = num_steps
         self.hold_at_step: int | None = None
+        # True: a blob's first chunk is sent and no more.
+        self.hold_reads = False
         self.plan_refusal: Refusal | None = None
         self.start_refusal: Refusal | None = None
         self.blobs: dict[str, bytes] = {}
@@ -264,6 +266,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         content = self.blobs[request.sha256][request.offset :]
         for start in range(0, len(content), 1024):
             yield blob_service_pb2.ReadBlobResponse(chunk=content[start : start + 1024])
+            await self._wait(lambda: not self.hold_reads)
 
     # The run
 

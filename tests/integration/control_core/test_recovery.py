@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from control_service.app.ingest import ingest
-from control_service.domain.errors import FailedPrecondition
-from control_service.domain.event import NodeReachabilityFact, StoredEvent
+from control_service.domain.errors import FailedPrecondition, ResourceExhausted
+from control_service.domain.event import JobStateFact, NodeReachabilityFact, StoredEvent
 from control_service.domain.failure import Fault
 from control_service.domain.job_state import JobState
 from control_service.domain.run import RunState
@@ -107,6 +107,58 @@ async def test_a_killed_engine_is_retried_from_its_last_checkpoint(open_core: Op
     resume = node.run(job.job_id, 2).request.resume_from
     assert resume is not None
     assert (resume.checkpoint, resume.attempt) == ("step-00000040", 1)
+
+
+async def test_a_failure_is_told_once_and_kept_until_the_next_attempt_runs(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    node.start_error = ResourceExhausted("NODE_BUSY", "no memory is free")
+    node.run(job.job_id).fail("ENGINE_KILLED", Fault.HARDWARE)
+    # Refused by a busy node, it goes back to the queue, and still says what it failed of before.
+    waiting = await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.QUEUED)
+    assert waiting.failure is not None
+    assert waiting.failure.reason == "ENGINE_KILLED"
+    node.start_error = None
+    again = await core.until_job(job.job_id, lambda j: j.state is JobState.RUNNING)
+    assert again.failure is None
+    told = [fact for fact in await core.facts(job.job_id) if isinstance(fact, JobStateFact) and fact.failure]
+    assert [(fact.previous_state, fact.state) for fact in told] == [(JobState.RUNNING, JobState.QUEUED)]
+
+
+async def test_a_new_attempt_does_not_show_the_progress_of_the_last(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    node.run(job.job_id).step(55)
+    await core.until_job(job.job_id, lambda j: j.progress.step == 55)
+    node.run(job.job_id).fail("ENGINE_KILLED", Fault.HARDWARE)
+    again = await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
+    assert (again.progress.step, again.progress.loss, again.progress.remaining_seconds) == (0, None, 0.0)
+
+
+async def test_a_checkpoint_behind_one_on_a_lost_node_is_replicated(open_core: OpenCore) -> None:
+    first, second = FakeNode("a"), FakeNode("b")
+    config = quick_config()
+    core = await open_core(first, second, config=replace(config, nodes=replace(config.nodes, lease_seconds=0.3)))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    assert (await core.running(job.job_id)).node == "a"
+    early = first.run(job.job_id).checkpoint(20)
+    await until(lambda: early.sha256 in core.blobs.blobs)
+    # Its bytes are refused, so that it stays on its node.
+    late = first.run(job.job_id).checkpoint(40)
+    first.blobs[late.sha256] = b"damaged"
+    await core.until_job(job.job_id, lambda j: j.run_cursor == len(first.run(job.job_id).events))
+    first.set_up(False)
+    moved = await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
+    assert moved.node == "b"
+    between = second.run(job.job_id, 2).checkpoint(30)
+    await until(lambda: between.sha256 in core.blobs.blobs)
 
 
 async def test_what_trying_again_cannot_mend_fails_at_once(open_core: OpenCore) -> None:
