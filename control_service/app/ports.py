@@ -131,7 +131,10 @@ class EventCodec(Protocol):
         """(event kind number, serialized EventPayload)."""
 
     def decode(self, kind: int, payload: bytes) -> Fact | None:
-        """The fact of a payload; None for a kind that control does not read or know."""
+        """The fact of a payload; None for a kind that control does not read or know. Internal: it cannot be read."""
+
+    def is_payload(self, payload: bytes) -> bool:
+        """False for bytes that are no payload of any kind: they would break every page that has them."""
 
     def encode_page(self, events: Sequence[StoredEvent]) -> bytes:
         """A serialized WatchJobResponse with these events."""

@@ -3,6 +3,7 @@ what was copied of artifacts that nobody will get; checkpoints of jobs that are 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import datetime, timedelta
 
 import structlog
@@ -12,6 +13,7 @@ from control_service.app.ports import BlobStore, Clock, EventCodec
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import change_state
 from control_service.domain import retry
+from control_service.domain.errors import Internal
 from control_service.domain.event import ArtifactFact, EventKind
 from control_service.domain.job import Job
 from control_service.domain.job_state import TERMINAL
@@ -68,6 +70,10 @@ class Settler:
         events = await self._store.read(
             lambda tx: tx.events.of_kind(job.job_id, attempt=job.attempt, kind=EventKind.ARTIFACT)
         )
-        facts = [self._codec.decode(event.kind, event.payload) for event in events]
+        facts = []
+        for event in events:
+            # One that cannot be read was not collected either.
+            with suppress(Internal):
+                facts.append(self._codec.decode(event.kind, event.payload))
         contents = {file.sha256 for fact in facts if isinstance(fact, ArtifactFact) for file in fact.files}
         await free_unnamed(contents, store=self._store, blobs=self._blobs)

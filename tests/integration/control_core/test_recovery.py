@@ -279,3 +279,59 @@ async def test_a_refusal_at_dispatch_fails_the_job_with_the_same_reason(open_cor
     failed = await core.until_state(job.job_id, JobState.FAILED)
     assert failed.failure is not None
     assert (failed.failure.reason, failed.failure.fault) == ("CHAT_TEMPLATE_MISSING", Fault.USER)
+
+
+def _spoil(run: FakeRun) -> None:
+    """Makes the run's newest event unreadable."""
+    run.events[-1] = replace(run.events[-1], payload=b"\xff not a payload")
+
+
+async def test_an_event_that_cannot_be_read_keeps_its_place_and_stops_nothing(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    run = node.run(job.job_id)
+    run.step(1)
+    _spoil(run)
+    run.step(2)
+    run.succeed()
+    await core.until_state(job.job_id, JobState.SUCCEEDED)
+    log = await core.log(job.job_id)
+    _assert_whole(log)
+    assert [event.payload for event in log if event.run_sequence == 5] == [b""]
+    assert await core.watch(job.job_id) == log
+
+
+@pytest.mark.parametrize("state", [RunState.SUCCEEDED, RunState.FAILED])
+async def test_an_outcome_that_cannot_be_read_is_the_nodes_word(open_core: OpenCore, state: RunState) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    run = node.run(job.job_id)
+    if state is RunState.SUCCEEDED:
+        run.succeed()
+    else:
+        run.fail("TRAINING")
+    _spoil(run)
+    done = await core.until_job(job.job_id, lambda j: j.is_over)
+    assert done.state.value == state.value
+    assert (done.failure.reason if done.failure else "") == ("" if state is RunState.SUCCEEDED else "TRAINING")
+    assert (await core.log(job.job_id))[-1].run_sequence == 0
+
+
+async def test_an_artifact_that_cannot_be_read_fails_the_job(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    run = node.run(job.job_id)
+    run.succeed()
+    run.events[-2] = replace(run.events[-2], payload=b"\xff not a payload")
+    failed = await core.until_state(job.job_id, JobState.FAILED)
+    assert failed.failure is not None
+    assert failed.failure.reason == "COLLECTING"
