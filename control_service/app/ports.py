@@ -179,6 +179,9 @@ class BlobStore(Protocol):
     async def delete(self, sha256: str) -> int:
         """Deletes a blob; bytes freed, 0 when it was not there."""
 
+    async def list_all(self) -> Sequence[str]:
+        """SHA-256 of every blob that is there."""
+
     async def materialize(self, *, path: str, files: Sequence[FileReference]) -> None:
         """Makes `<output root>/<path>/` hold exactly these files (staged, verified, fsynced, renamed). Done again, it
         replaces. `path` is relative and was checked. NotFound BLOB_NOT_FOUND; ResourceExhausted DISK_FULL."""

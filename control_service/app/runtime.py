@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from control_service.app.attempts import AttemptStarter
 from control_service.app.back_off import BackOffConfig
 from control_service.app.collector import Collector, CollectorConfig
+from control_service.app.content import free_forgotten
 from control_service.app.event_hub import EventHub, EventHubConfig
 from control_service.app.keeper import KeeperPorts
 from control_service.app.leftovers import LeftoverSweeper
@@ -62,6 +63,8 @@ class Runtime:
         config: RuntimeConfig,
     ) -> None:
         self._store = store
+        self._blobs = blobs
+        self._codec = codec
         self._clock = clock
         self._monitor = NodeMonitor(store=store, dialer=dialer, clock=clock, config=config.nodes)
         self.nodes = self._monitor
@@ -118,6 +121,7 @@ class Runtime:
                     tx.nodes.put(node)
 
         await self._store.transact(register)
+        await free_forgotten(store=self._store, blobs=self._blobs, codec=self._codec)
         await self._monitor.start()
         self._supervisor.start()
         self._sweeper.start()

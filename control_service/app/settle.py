@@ -3,18 +3,15 @@ what was copied of artifacts that nobody will get; checkpoints of jobs that are 
 
 from __future__ import annotations
 
-from contextlib import suppress
 from datetime import datetime, timedelta
 
 import structlog
 
-from control_service.app.content import free_unnamed
+from control_service.app.content import artifact_contents, free_unnamed
 from control_service.app.ports import BlobStore, Clock, EventCodec
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import change_state
 from control_service.domain import retry
-from control_service.domain.errors import Internal
-from control_service.domain.event import ArtifactFact, EventKind
 from control_service.domain.job import Job
 from control_service.domain.job_state import TERMINAL
 from control_service.domain.reconcile import Settle
@@ -67,13 +64,5 @@ class Settler:
     async def _forget_artifacts(self, job: Job) -> None:
         """Deletes what was copied of artifacts that will not be collected."""
         await self._blobs.remove_output(path=job.output_path)
-        events = await self._store.read(
-            lambda tx: tx.events.of_kind(job.job_id, attempt=job.attempt, kind=EventKind.ARTIFACT)
-        )
-        facts = []
-        for event in events:
-            # One that cannot be read was not collected either.
-            with suppress(Internal):
-                facts.append(self._codec.decode(event.kind, event.payload))
-        contents = {file.sha256 for fact in facts if isinstance(fact, ArtifactFact) for file in fact.files}
+        contents = await self._store.read(lambda tx: artifact_contents(tx, job, self._codec))
         await free_unnamed(contents, store=self._store, blobs=self._blobs)

@@ -136,6 +136,8 @@ class FakeNode:
         self.num_devices = num_devices
         self.is_up = True
         self.obeys_stop = True
+        # False: its bytes cannot be had just now.
+        self.reads_blobs = True
         self.resident = ""
         self.runs: dict[tuple[str, int], FakeRun] = {}
         self.blobs: dict[str, bytes] = {}
@@ -292,6 +294,8 @@ class FakeNodeClient:
 
     async def read_blob(self, sha256: str, *, offset: int = 0) -> AsyncIterator[bytes]:
         node = self._answer()
+        if not node.reads_blobs:
+            raise Unavailable("NODE_UNREACHABLE", "no bytes now")
         if sha256 not in node.blobs:
             raise NotFound("BLOB_NOT_FOUND", sha256)
         yield node.blobs[sha256][offset:]
