@@ -61,6 +61,8 @@ class Core:
     codec: PickleCodec = field(default_factory=PickleCodec)
     # False: no node is in the settings.
     configure: bool = True
+    # Nodes that can be dialed and are not in the settings.
+    not_configured: set[str] = field(default_factory=set)
 
     async def open(self) -> None:
         self.store = await SqlStore.open(self.database)
@@ -73,7 +75,7 @@ class Core:
             clock=self.clock,
             config=self.config,
         )
-        pairs = [(node.name, node.name) for node in self.nodes] if self.configure else []
+        pairs = [(n.name, n.name) for n in self.nodes if self.configure and n.name not in self.not_configured]
         await self.runtime.start(configured_nodes=pairs)
 
     async def close(self) -> None:
