@@ -14,7 +14,7 @@ from control_service.app.settle import Settler
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import change_state
 from control_service.domain import retry
-from control_service.domain.errors import InvalidArgument, TunesmithError, Unavailable
+from control_service.domain.errors import DeadlineTooShort, InvalidArgument, TunesmithError, Unavailable
 from control_service.domain.failure import Failure, Fault
 from control_service.domain.job import Job, JobProgress
 from control_service.domain.job_state import JobState
@@ -64,7 +64,7 @@ class AttemptStarter:
             if resume is not None:
                 await push_missing_blobs(client, self._blobs, resume.files)
             run = await client.start_run(request)
-        except Unavailable:
+        except (Unavailable, DeadlineTooShort):
             raise
         except TunesmithError as error:
             await self._refused(job, error)

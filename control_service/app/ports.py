@@ -67,7 +67,8 @@ class NodeClient(Protocol):
     async def plan_run(
         self, *, spec: TrainingSpec, level: PlanLevel, timeout_seconds: float | None = None
     ) -> Mapping[str, Any]:
-        """`Plan` as proto JSON with proto field names. None: the adapter's own limit for the level."""
+        """`Plan` as proto JSON with proto field names. None: the adapter's own limit for the level.
+        DeadlineTooShort DEADLINE_TOO_SHORT when it takes longer."""
 
     async def start_run(self, request: StartRun) -> ObservedRun:
         """Starts an attempt; the same request again is the same run. ResourceExhausted NODE_BUSY: not now."""

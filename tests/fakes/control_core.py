@@ -110,12 +110,19 @@ class Core:
         )
 
     async def start(
-        self, project_id: int, *, request: RequestKey | None = None, priority: int = 0, max_retries: int = 2
+        self,
+        project_id: int,
+        *,
+        request: RequestKey | None = None,
+        priority: int = 0,
+        max_retries: int = 2,
+        timeout_seconds: float | None = None,
     ) -> Job:
         view = await training.start_training(
             project_id,
             priority=priority,
             max_retries=max_retries,
+            timeout_seconds=timeout_seconds,
             store=self.store,
             nodes=self.runtime.nodes,
             clock=self.clock,

@@ -147,6 +147,7 @@ class FakeNode:
         self.on_start: Callable[[FakeRun], None] = FakeRun.begin
         self.start_calls: list[StartRun] = []
         self.num_plans = 0
+        self.plan_timeouts: list[float | None] = []
         self._change = asyncio.Event()
 
     def changed(self) -> None:
@@ -206,6 +207,7 @@ class FakeNodeClient:
     ) -> Mapping[str, Any]:
         node = self._answer()
         node.num_plans += 1
+        node.plan_timeouts.append(timeout_seconds)
         if node.plan_error is not None:
             raise node.plan_error
         return {"level": f"PLAN_LEVEL_{level.value}", "num_steps": "100"}

@@ -67,6 +67,8 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         self.hold_at_step: int | None = None
         # True: a blob's first chunk is sent and no more.
         self.hold_reads = False
+        # True: no plan is answered.
+        self.hold_plans = False
         self.plan_refusal: Refusal | None = None
         self.start_refusal: Refusal | None = None
         self.blobs: dict[str, bytes] = {}
@@ -150,6 +152,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         )
 
     async def PlanRun(self, request: Any, context: Any) -> Any:
+        await self._wait(lambda: not self.hold_plans)
         await self._refuse(context, self.plan_refusal)
         plan = plan_pb2.Plan(
             level=request.level, training_type=request.spec.training_type, num_steps=self.num_steps, device="cpu"

@@ -23,7 +23,7 @@ from control_service.adapters.gpu_client.messages import (
     start_run_message,
 )
 from control_service.app.ports import PlanLevel, StartRun
-from control_service.domain.errors import NotFound, TunesmithError, Unavailable
+from control_service.domain.errors import DeadlineTooShort, NotFound, TunesmithError, Unavailable
 from control_service.domain.event import StoredEvent
 from control_service.domain.node import NodeCapabilities, NodeReport
 from control_service.domain.run import ObservedRun, RunKey, StopMode
@@ -98,7 +98,8 @@ class GrpcNodeClient:
         request = run_service_pb2.PlanRunRequest(
             spec=spec_message(spec), level=PLAN_LEVELS[level], installation_id=self._installation_id
         )
-        timeout = self._plan_timeouts[level] if timeout_seconds is None else timeout_seconds
+        limit = self._plan_timeouts[level]
+        timeout = limit if timeout_seconds is None else min(limit, timeout_seconds)
         try:
             with self._translated():
                 response = await self._runs.PlanRun(request, timeout=timeout)
@@ -106,7 +107,7 @@ class GrpcNodeClient:
             cause = error.__cause__
             if isinstance(cause, grpc.aio.AioRpcError) and cause.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 # The node is there; this plan needs more time than the caller has.
-                raise Unavailable(
+                raise DeadlineTooShort(
                     "DEADLINE_TOO_SHORT", f"planning took longer than {timeout:g} s", details=error.details
                 ) from cause
             raise

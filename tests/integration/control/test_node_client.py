@@ -11,7 +11,7 @@ import pytest
 
 from control_service.adapters.gpu_client.client import GrpcNodeClient, GrpcNodeDialer, NodeClientConfig
 from control_service.app.ports import PlanLevel, StartRun
-from control_service.domain.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from control_service.domain.errors import DeadlineTooShort, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from control_service.domain.run import ResumeFrom, RunKey, RunState, StopMode
 from control_service.domain.spec import DatasetReference, TrainingSpec, Trait, TraitDataset
 from tests.fakes.gpu_node import MODEL, FakeGpuNode, Refusal
@@ -94,6 +94,12 @@ async def test_a_plan_is_proto_json_or_the_nodes_own_refusal(client: GrpcNodeCli
         await client.plan_run(spec=SPEC, level=PlanLevel.EXACT)
     assert (caught.value.reason, caught.value.message) == ("MIX_INFEASIBLE", "too few")
     assert caught.value.details == {"stage": "PLANNING", "fault": "USER", "node": "fake"}
+
+
+async def test_a_plan_that_needs_more_time_says_so(client: GrpcNodeClient, node: FakeGpuNode) -> None:
+    node.hold_plans = True
+    with pytest.raises(DeadlineTooShort, match="DEADLINE_TOO_SHORT"):
+        await client.plan_run(spec=SPEC, level=PlanLevel.CHECK, timeout_seconds=0.2)
 
 
 async def test_a_node_that_goes_away_and_comes_back(client: GrpcNodeClient, node: FakeGpuNode) -> None:
