@@ -9,7 +9,8 @@ from typing import Any
 
 from control_service.app.ports import EventCodec
 from control_service.app.store_ports import Transaction
-from control_service.domain.event import ControlFact, JobStateFact, StoredEvent
+from control_service.domain.artifact import Checkpoint, CheckpointStatus
+from control_service.domain.event import CheckpointFact, ControlFact, JobStateFact, StoredEvent
 from control_service.domain.failure import Failure
 from control_service.domain.job import Job
 from control_service.domain.job_state import TERMINAL, JobState
@@ -26,6 +27,18 @@ def append_facts(tx: Transaction, job: Job, facts: Sequence[ControlFact], *, cod
     """Appends control's facts to the job's log under its current attempt."""
     tx.events.append(
         job.job_id, attempt=job.attempt, events=[control_event(fact, codec=codec, now=now) for fact in facts]
+    )
+
+
+def checkpoint_fact(checkpoint: Checkpoint, status: CheckpointStatus) -> CheckpointFact:
+    """That a checkpoint has a new status."""
+    return CheckpointFact(
+        name=checkpoint.name,
+        step=checkpoint.step,
+        status=status,
+        size_bytes=checkpoint.size_bytes,
+        manifest_sha256=checkpoint.manifest_sha256,
+        files=checkpoint.files,
     )
 
 

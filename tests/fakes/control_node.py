@@ -223,6 +223,9 @@ class FakeNodeClient:
             if known.request.spec_digest != request.spec_digest:
                 raise AlreadyExists("RUN_CONFLICT", "another spec")
             return known.observed()
+        resume = request.resume_from
+        if resume is not None and not resume.files and (key[0], resume.attempt) not in node.runs:
+            raise NotFound("CHECKPOINT_NOT_FOUND", f"no checkpoint {resume.checkpoint} is here")
         highest = max((attempt for job_id, attempt in node.runs if job_id == key[0]), default=0)
         if key[1] < highest:
             raise FailedPrecondition("STALE_EPOCH", f"attempt {highest} is known")

@@ -9,14 +9,18 @@ from dataclasses import replace
 import pytest
 
 from control_service.app.ingest import ingest
+from control_service.app.runtime import RetentionConfig
+from control_service.domain.artifact import CheckpointStatus
 from control_service.domain.errors import FailedPrecondition, ResourceExhausted
-from control_service.domain.event import JobStateFact, NodeReachabilityFact, StoredEvent
+from control_service.domain.event import CheckpointFact, JobStateFact, NodeReachabilityFact, StoredEvent
 from control_service.domain.failure import Fault
 from control_service.domain.job_state import JobState
 from control_service.domain.run import RunState
 from tests.fakes.control_core import quick_config, until
 from tests.fakes.control_node import FakeNode, FakeRun
 from tests.integration.control_core.conftest import OpenCore
+
+_NO_COPIES = RetentionConfig(replicate_checkpoint_max_bytes=0)
 
 
 def _assert_whole(log: Sequence[StoredEvent]) -> None:
@@ -231,8 +235,6 @@ async def test_a_lost_job_goes_on_elsewhere_and_the_first_run_is_stopped(open_co
 
 
 async def test_a_lost_job_whose_checkpoint_only_its_node_has_waits_for_it(open_core: OpenCore) -> None:
-    from control_service.app.runtime import RetentionConfig
-
     first, second = FakeNode("a"), FakeNode("b")
     config = quick_config(RetentionConfig(replicate_checkpoint_max_bytes=0))
     core = await open_core(first, second, config=replace(config, nodes=replace(config.nodes, lease_seconds=0.3)))
@@ -335,3 +337,31 @@ async def test_an_artifact_that_cannot_be_read_fails_the_job(open_core: OpenCore
     failed = await core.until_state(job.job_id, JobState.FAILED)
     assert failed.failure is not None
     assert failed.failure.reason == "COLLECTING"
+
+
+@pytest.mark.parametrize("has_copy", [True, False])
+async def test_a_node_that_lost_its_disk_gets_the_checkpoint_from_control_or_begins_anew(
+    open_core: OpenCore, has_copy: bool
+) -> None:
+    node = FakeNode("a")
+    core = await open_core(node, config=quick_config(None if has_copy else _NO_COPIES))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    file = node.run(job.job_id).checkpoint(20)
+    await core.until_job(job.job_id, lambda j: j.run_cursor == len(node.run(job.job_id).events))
+    if has_copy:
+        await until(lambda: file.sha256 in core.blobs.blobs)
+    node.blobs.clear()
+    node.runs.clear()
+    node.changed()
+    again = await core.until_job(job.job_id, lambda j: j.is_over or (j.attempt == 2 and j.state is JobState.RUNNING))
+    assert again.state is JobState.RUNNING
+    resume = node.run(job.job_id, 2).request.resume_from
+    if has_copy:
+        assert resume is not None
+        assert (resume.step, [known.sha256 for known in resume.files]) == (20, [file.sha256])
+    else:
+        assert resume is None
+        told = [fact.status for fact in await core.facts(job.job_id) if isinstance(fact, CheckpointFact)]
+        assert told == [CheckpointStatus.COMMITTED, CheckpointStatus.DELETED]
