@@ -50,6 +50,14 @@ class ProtoEventCodec:
         except (DecodeError, ValueError) as error:
             raise Internal("INTERNAL", f"the payload of an event of kind {kind} cannot be read: {error}") from error
 
+    def is_payload(self, payload: bytes) -> bool:
+        """False for bytes that are no EventPayload."""
+        try:
+            Payload.FromString(payload)
+        except DecodeError:
+            return False
+        return True
+
     def encode_page(self, events: Sequence[StoredEvent]) -> bytes:
         """A serialized WatchJobResponse with these events; payload bytes are copied, never read."""
         # WatchRunResponse is WatchJobResponse with its events still encoded: the same field number on the wire, which

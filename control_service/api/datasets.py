@@ -7,12 +7,11 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from control_service.api.dependencies import Dependencies
-from control_service.api.errors import DeadlineTooShort
 from control_service.api.paging import cut_page, page_limit
 from control_service.api.requests import request_key
 from control_service.api.wire.datasets import dataset_message, row_message, upload_header
 from control_service.app import datasets
-from control_service.domain.errors import invalid_field
+from control_service.domain.errors import DeadlineTooShort, invalid_field
 from tunesmith.control.v1 import dataset_service_pb2 as messages
 from tunesmith.control.v1 import dataset_service_pb2_grpc
 

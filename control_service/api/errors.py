@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from control_service.domain.errors import (
     Aborted,
     AlreadyExists,
+    DeadlineTooShort,
     FailedPrecondition,
     FieldViolation,
     Internal,
@@ -33,10 +34,6 @@ MAX_METADATA_BYTES: Final = 1536
 MAX_VIOLATIONS_BYTES: Final = 1536
 MAX_FIELD_BYTES: Final = 256
 _CUT: Final = "..."
-
-
-class DeadlineTooShort(TunesmithError):
-    """The call's time is over or too short to begin. It is the edge's own: no use case knows a caller's deadline."""
 
 
 STATUS_CODES: Final[Mapping[type[TunesmithError], grpc.StatusCode]] = {

@@ -20,14 +20,13 @@ from google.protobuf.message import Message
 
 from control_service.api.errors import (
     REQUEST_ID_KEY,
-    DeadlineTooShort,
     internal_error,
     status_code,
     status_message,
     trailing_metadata,
 )
 from control_service.api.validation import check
-from control_service.domain.errors import FieldViolation, InvalidArgument, TunesmithError, Unavailable
+from control_service.domain.errors import DeadlineTooShort, FieldViolation, InvalidArgument, TunesmithError, Unavailable
 
 _OURS: Final = "/tunesmith."
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
@@ -101,7 +100,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async with self._boundary(method, context) as seconds:
                 _accept(request)
                 async with _limited(seconds):
-                    return await behavior(request, context)
+                    answer = await behavior(request, context)
+                # The job that the call made is on its line of log, so that its request can be found by it.
+                _bind_job_id(getattr(answer, "job", None))
+                return answer
 
         return serve
 
@@ -204,8 +206,11 @@ def _accept(request: Message) -> None:
             f"{first.field}: {first.description}" + (f" (and {more} more)" if more else ""),
             violations=tuple(FieldViolation(violation.field, violation.description) for violation in violations),
         )
-    job_id = getattr(request, "job_id", "")
-    if job_id:
+    _bind_job_id(request)
+
+
+def _bind_job_id(message: Any) -> None:
+    if job_id := getattr(message, "job_id", ""):
         structlog.contextvars.bind_contextvars(job_id=job_id)
 
 

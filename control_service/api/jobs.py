@@ -38,14 +38,14 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
 
     async def PlanTraining(self, request: messages.PlanTrainingRequest, context: Any) -> Any:
         """Resolves a project on a node, without training."""
-        remaining = context.time_remaining()
         result = await training.plan_training(
             request.project_id,
             level=plan_level(request.level),
-            timeout_seconds=None if remaining is None else max(0.0, remaining - _ANSWER_SECONDS),
+            timeout_seconds=_seconds_for_nodes(context),
             store=self._on.store,
             nodes=self._on.nodes,
             blobs=self._on.blobs,
+            clock=self._on.clock,
         )
         return messages.PlanTrainingResponse(plan=plan_message(result.plan), node=result.node)
 
@@ -55,6 +55,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
             request.project_id,
             priority=request.priority,
             max_retries=request.max_retries if request.HasField("max_retries") else DEFAULT_MAX_RETRIES,
+            timeout_seconds=_seconds_for_nodes(context),
             store=self._on.store,
             nodes=self._on.nodes,
             clock=self._on.clock,
@@ -185,3 +186,10 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         """Lists a job's checkpoints by step."""
         found = await jobs.list_checkpoints(request.job_id, store=self._on.store)
         return messages.ListCheckpointsResponse(checkpoints=[checkpoint_message(checkpoint) for checkpoint in found])
+
+
+def _seconds_for_nodes(context: Any) -> float | None:
+    """What of the caller's deadline a node may take; None when the caller set none."""
+    remaining = context.time_remaining()
+    # Of a short one half, so that there is time to ask and time to answer.
+    return None if remaining is None else max(remaining - _ANSWER_SECONDS, remaining / 2)

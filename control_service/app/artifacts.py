@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 from control_service.app.content import free_unnamed
-from control_service.app.idempotency import RequestKey, once
+from control_service.app.idempotency import RequestKey, earlier_reference, once
 from control_service.app.lookups import job_of
 from control_service.app.ports import BlobStore, Clock
 from control_service.app.store_ports import Store, Transaction
@@ -49,21 +49,23 @@ async def delete_artifact(
     """Deletes an artifact's record, output directory and unshared bytes. NotFound ARTIFACT_NOT_FOUND."""
     now = clock.utc_now()
 
-    def work(tx: Transaction) -> tuple[str, Sequence[str]]:
-        """The output path and the contents that lost a holder."""
+    def look(tx: Transaction) -> str:
+        return "" if earlier_reference(tx, request) is not None else _artifact_of(tx, job_id, name).path
 
-        def delete() -> tuple[str, tuple[str, Sequence[str]]]:
+    def work(tx: Transaction) -> Sequence[str]:
+        """The contents that lost a holder."""
+
+        def delete() -> tuple[str, Sequence[str]]:
             artifact = _artifact_of(tx, job_id, name)
             tx.artifacts.delete(job_id, name)
-            held = {file.sha256 for file in artifact.files}
-            return "", (artifact.path, sorted(held))
+            return "", sorted({file.sha256 for file in artifact.files})
 
-        return once(tx, request, now, work=delete, replay=lambda _: ("", ()))
+        return once(tx, request, now, work=delete, replay=lambda _: ())
 
-    path, freed = await store.transact(work)
-    if path:
+    # As with jobs: the output goes before its record.
+    if path := await store.read(look):
         await blobs.remove_output(path=path)
-    await free_unnamed(freed, store=store, blobs=blobs)
+    await free_unnamed(await store.transact(work), store=store, blobs=blobs)
 
 
 def _artifact_of(tx: Transaction, job_id: str, name: str) -> Artifact:

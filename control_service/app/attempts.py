@@ -3,6 +3,7 @@ same request again is the same run."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import structlog
@@ -12,20 +13,24 @@ from control_service.app.node_monitor import NodeMonitor
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeClient, StartRun
 from control_service.app.settle import Settler
 from control_service.app.store_ports import Store, Transaction
-from control_service.app.transitions import change_state
+from control_service.app.transitions import append_facts, change_state, checkpoint_fact
 from control_service.domain import retry
-from control_service.domain.errors import InvalidArgument, TunesmithError, Unavailable
+from control_service.domain.artifact import CheckpointStatus
+from control_service.domain.errors import DeadlineTooShort, InvalidArgument, TunesmithError, Unavailable
 from control_service.domain.failure import Failure, Fault
-from control_service.domain.job import Job
+from control_service.domain.job import Job, JobProgress
 from control_service.domain.job_state import JobState
 from control_service.domain.reconcile import Settle, after_failure
 from control_service.domain.resume import resume_from
-from control_service.domain.run import ObservedRun
+from control_service.domain.run import ObservedRun, ResumeFrom
 
 _log = structlog.get_logger(__name__)
 
 # The node takes no run just now; the job goes back to the queue and nothing is counted.
 _NOT_NOW: frozenset[str] = frozenset({"NODE_BUSY", "NODE_DRAINING", "STALE_EPOCH"})
+
+# What the attempt was to go on from is not on the node, or not whole.
+_NOT_THERE: frozenset[str] = frozenset({"CHECKPOINT_NOT_FOUND", "RESUME_MISMATCH"})
 
 
 class AttemptStarter:
@@ -64,10 +69,14 @@ class AttemptStarter:
             if resume is not None:
                 await push_missing_blobs(client, self._blobs, resume.files)
             run = await client.start_run(request)
-        except Unavailable:
+        except (Unavailable, DeadlineTooShort):
             raise
         except TunesmithError as error:
-            await self._refused(job, error)
+            if resume is not None and error.reason in _NOT_THERE:
+                # The keeper starts it again, from what is left.
+                await self._forget_on_node(job, resume)
+            else:
+                await self._refused(job, error)
             return
         await self.mark_running(job, run)
 
@@ -85,10 +94,34 @@ class AttemptStarter:
                 JobState.RUNNING,
                 codec=self._codec,
                 now=now,
-                failure=current.failure if current.run_state else None,
+                keep_failure=current.run_state is not None,
+                # What an earlier attempt had reached is not this one's; RESUMED and steps say where it is.
+                progress=JobProgress(total_steps=current.progress.total_steps),
                 start_time=current.start_time or now,
                 weights_digest=current.weights_digest or (run.weights_digest if run else ""),
             )
+
+        await self._store.transact(work)
+
+    async def _forget_on_node(self, job: Job, resume: ResumeFrom) -> None:
+        """The node does not have the checkpoint that it was to go on from; control may have a copy."""
+        log = _log.bind(job_id=job.job_id, attempt=job.attempt, node=job.node)
+        log.warning("checkpoint-not-on-node", checkpoint=resume.checkpoint)
+        now = self._clock.utc_now()
+
+        def work(tx: Transaction) -> None:
+            current = tx.jobs.get(job.job_id)
+            if current is None or current.attempt != job.attempt or current.state is not JobState.DISPATCHING:
+                return
+            for known in tx.checkpoints.list_for_job(job.job_id):
+                if known.name != resume.checkpoint:
+                    continue
+                if known.status is CheckpointStatus.REPLICATED and not resume.files:
+                    tx.checkpoints.put(replace(known, node=""))
+                    continue
+                tx.checkpoints.put(replace(known, node="", status=CheckpointStatus.DELETED))
+                fact = checkpoint_fact(known, CheckpointStatus.DELETED)
+                append_facts(tx, current, [fact], codec=self._codec, now=now)
 
         await self._store.transact(work)
 
@@ -97,7 +130,7 @@ class AttemptStarter:
         log.info("attempt-refused", reason=error.reason, message=error.message)
         if error.reason in _NOT_NOW:
             self._nodes.mark_busy(job.node)
-            settle = Settle(state=JobState.QUEUED, message=f"node {job.node}: {error.reason}", failure=job.failure)
+            settle = Settle(state=JobState.QUEUED, message=f"node {job.node}: {error.reason}", keeps_failure=True)
             pause = timedelta(seconds=retry.INITIAL_BACK_OFF_SECONDS)
             await self._settler.settle(job, settle, not_before=self._clock.utc_now() + pause)
             return

@@ -57,9 +57,9 @@ class Collector:
 
     async def collect(self, job: Job, client: NodeClient) -> None:
         """Ends the job SUCCEEDED, or FAILED with COLLECTING or DISK_FULL. Unavailable: the node did not answer."""
-        artifacts = await self._begin(job)
         for tries_left in reversed(range(self._config.num_tries)):
             try:
+                artifacts = await self._begin(job)
                 await self._copy(job, client, artifacts)
                 await self._succeed(job, artifacts)
             except Unavailable:

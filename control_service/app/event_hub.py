@@ -14,6 +14,9 @@ from control_service.app.ports import EventCodec
 from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.domain.errors import Unavailable
 
+# What a page takes in memory besides its message: at the tail of a log a page is one small event.
+_PAGE_OVERHEAD_BYTES = 512
+
 
 @dataclass(frozen=True, kw_only=True)
 class EventHubConfig:
@@ -31,6 +34,11 @@ class _Page:
 
     last_sequence: int
     message: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """About what it takes in memory."""
+        return len(self.message) + _PAGE_OVERHEAD_BYTES
 
 
 @dataclass(kw_only=True)
@@ -62,6 +70,11 @@ class EventHub:
     def num_watchers(self) -> int:
         """Watches that are open."""
         return sum(feed.num_watchers for feed in self._feeds.values())
+
+    @property
+    def num_cached_pages(self) -> int:
+        """Pages that are kept."""
+        return len(self._pages)
 
     async def watch(self, job_id: str, *, after_sequence: int = 0) -> AsyncIterator[bytes]:
         """Serialized WatchJobResponses: history, then the tail, heartbeats between.
@@ -170,11 +183,11 @@ class EventHub:
 
     def _keep(self, key: tuple[str, int], page: _Page) -> None:
         earlier = self._pages.pop(key, None)
-        self._cached_bytes += len(page.message) - (len(earlier.message) if earlier else 0)
+        self._cached_bytes += page.size_bytes - (earlier.size_bytes if earlier else 0)
         self._pages[key] = page
         while self._cached_bytes > self._config.cache_bytes:
             _, oldest = self._pages.popitem(last=False)
-            self._cached_bytes -= len(oldest.message)
+            self._cached_bytes -= oldest.size_bytes
 
 
 def _tell(feed: _Feed) -> None:

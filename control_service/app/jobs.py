@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from control_service.app.content import free_unnamed
-from control_service.app.idempotency import RequestKey, once
+from control_service.app.idempotency import RequestKey, earlier_reference, once
 from control_service.app.lookups import job_of
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeDirectory
 from control_service.app.queue import views_of
@@ -75,7 +75,7 @@ async def cancel_job(
                 codec=codec,
                 now=now,
                 message="cancel was asked for",
-                failure=job.failure,
+                keep_failure=True,
             )
 
     return await _change(job_id, cancel, store=store, nodes=nodes, clock=clock, request=request)
@@ -94,9 +94,7 @@ async def pause_job(
 
     def pause(tx: Transaction, job: Job, now: datetime) -> None:
         check_verb("pause", job.state, CAN_PAUSE)
-        change_state(
-            tx, job, JobState.PAUSING, codec=codec, now=now, message="pause was asked for", failure=job.failure
-        )
+        change_state(tx, job, JobState.PAUSING, codec=codec, now=now, message="pause was asked for", keep_failure=True)
 
     return await _change(job_id, pause, store=store, nodes=nodes, clock=clock, request=request)
 
@@ -149,23 +147,30 @@ async def delete_job(
     """Deletes a job that is over, its log, records, output and unshared bytes. FailedPrecondition JOB_STATE."""
     now = clock.utc_now()
 
-    def work(tx: Transaction) -> tuple[str, Sequence[str]]:
-        """The output path and the contents that lost a holder."""
+    def look(tx: Transaction) -> str:
+        if earlier_reference(tx, request) is not None:
+            return ""
+        job = job_of(tx, job_id)
+        check_verb("delete", job.state, TERMINAL)
+        return job.output_path
 
-        def delete() -> tuple[str, tuple[str, Sequence[str]]]:
-            job = job_of(tx, job_id)
-            check_verb("delete", job.state, TERMINAL)
+    def work(tx: Transaction) -> Sequence[str]:
+        """The contents that lost a holder."""
+
+        def delete() -> tuple[str, Sequence[str]]:
+            job_of(tx, job_id)
             held = {file.sha256 for artifact in tx.artifacts.list_for_job(job_id) for file in artifact.files}
             held |= {file.sha256 for checkpoint in tx.checkpoints.list_for_job(job_id) for file in checkpoint.files}
             tx.jobs.delete(job_id)
-            return "", (job.output_path, sorted(held))
+            return "", sorted(held)
 
-        return once(tx, request, now, work=delete, replay=lambda _: ("", ()))
+        return once(tx, request, now, work=delete, replay=lambda _: ())
 
-    output_path, freed = await store.transact(work)
-    if output_path:
+    # The output goes before its record: after a crash between the two the job is there to be deleted again, and
+    # nothing lies on the disk that nobody knows of.
+    if output_path := await store.read(look):
         await blobs.remove_output(path=output_path)
-    await free_unnamed(freed, store=store, blobs=blobs)
+    await free_unnamed(await store.transact(work), store=store, blobs=blobs)
 
 
 async def list_job_events(job_id: str, *, store: Store, after_sequence: int = 0, limit: int = 100) -> EventPage:

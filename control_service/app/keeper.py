@@ -61,6 +61,8 @@ class JobKeeper:
         self._replication: asyncio.Task[None] | None = None
         self._seen_run: ObservedRun | None = None
         self._agreed_stop: StopMode | None = None
+        # The run's events were followed to the end of the run.
+        self._heard_all = False
         self._log = _log.bind(job_id=job_id)
         self.node = ""
 
@@ -87,13 +89,18 @@ class JobKeeper:
             await self._end_activity()
             self._attempt, self.node = job.attempt, job.node
             self._agreed_stop = self._seen_run = None
+            self._heard_all = False
             self._log = _log.bind(job_id=job.job_id, attempt=job.attempt, node=job.node)
         if self._is_active() and not _fits(self._doing, job):
             await self._end_activity()
         if self._is_active() and self._doing is not Activity.FOLLOW:
             await self._wait()
             return
-        decision = reconcile(job, await self._observe(job))
+        seen = await self._observe(job)
+        if self._heard_all and seen.run is not None and seen.run.is_over:
+            await self._take_outcome(job, seen.run)
+            return
+        decision = reconcile(job, seen)
         if decision.mark_unreachable is not None:
             await self._mark_unreachable(job, decision.mark_unreachable)
         if decision.settle is not None:
@@ -166,6 +173,22 @@ class JobKeeper:
                 )
             if brought.job.run_state in RUN_OVER:
                 return
+        self._heard_all = True
+
+    async def _take_outcome(self, job: Job, run: ObservedRun) -> None:
+        """The log is whole and does not say how the run ended, or not so that it can be read: the node's word counts.
+        Without it the job would wait for ever."""
+        self._heard_all = False
+
+        def work(tx: Transaction) -> None:
+            current = tx.jobs.get(job.job_id)
+            if current is None or current.attempt != job.attempt or current.state not in ON_NODE:
+                return
+            if current.run_state not in RUN_OVER and current.run_cursor >= run.last_run_sequence:
+                tx.jobs.update(replace(current, run_state=run.state, failure=run.failure or current.failure))
+
+        self._log.warning("outcome-of-the-node-taken", run_state=run.state)
+        await self._ports.store.transact(work)
 
     async def _replicate_last(self, job: Job) -> None:
         """Copies the last checkpoint before the job leaves its node, so that it may go on elsewhere."""

@@ -1,9 +1,12 @@
-"""Use cases of nodes: list, register, drain."""
+"""Use cases of nodes: list, register, drain; and taking them over from the settings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
+
+import structlog
 
 from control_service.app.idempotency import RequestKey, once
 from control_service.app.ports import Clock, NodeDirectory
@@ -11,6 +14,8 @@ from control_service.app.store_ports import Store, Transaction
 from control_service.domain.errors import NotFound
 from control_service.domain.job_state import ON_NODE
 from control_service.domain.node import Node, NodeState, NodeView
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,22 @@ async def register_node(
         return once(tx, request, now, work=put, replay=lambda reference: _status(tx, _node_of(tx, reference), nodes))
 
     return await store.transact(work)
+
+
+def configure_nodes(tx: Transaction, pairs: Sequence[tuple[str, str]], now: datetime) -> None:
+    """Makes the nodes that came from settings those of these (name, address) pairs; registered ones stay.
+
+    A live job of a node that is dropped is as on a node that was lost: it goes on elsewhere where its checkpoint lets
+    it, and is taken up again when the node is named again.
+    """
+    for name, address in pairs:
+        known = tx.nodes.get(name) or Node(name=name, address=address, create_time=now)
+        tx.nodes.put(replace(known, address=address, configured=True))
+    names = {name for name, _ in pairs}
+    for node in tx.nodes.list_all():
+        if node.configured and node.name not in names:
+            tx.nodes.delete(node.name)
+            _log.info("node-dropped", node=node.name)
 
 
 async def drain_node(

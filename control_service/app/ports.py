@@ -67,7 +67,8 @@ class NodeClient(Protocol):
     async def plan_run(
         self, *, spec: TrainingSpec, level: PlanLevel, timeout_seconds: float | None = None
     ) -> Mapping[str, Any]:
-        """`Plan` as proto JSON with proto field names. None: the adapter's own limit for the level."""
+        """`Plan` as proto JSON with proto field names. None: the adapter's own limit for the level.
+        DeadlineTooShort DEADLINE_TOO_SHORT when it takes longer."""
 
     async def start_run(self, request: StartRun) -> ObservedRun:
         """Starts an attempt; the same request again is the same run. ResourceExhausted NODE_BUSY: not now."""
@@ -131,7 +132,10 @@ class EventCodec(Protocol):
         """(event kind number, serialized EventPayload)."""
 
     def decode(self, kind: int, payload: bytes) -> Fact | None:
-        """The fact of a payload; None for a kind that control does not read or know."""
+        """The fact of a payload; None for a kind that control does not read or know. Internal: it cannot be read."""
+
+    def is_payload(self, payload: bytes) -> bool:
+        """False for bytes that are no payload of any kind: they would break every page that has them."""
 
     def encode_page(self, events: Sequence[StoredEvent]) -> bytes:
         """A serialized WatchJobResponse with these events."""
@@ -175,6 +179,9 @@ class BlobStore(Protocol):
 
     async def delete(self, sha256: str) -> int:
         """Deletes a blob; bytes freed, 0 when it was not there."""
+
+    async def list_all(self) -> Sequence[str]:
+        """SHA-256 of every blob that is there."""
 
     async def materialize(self, *, path: str, files: Sequence[FileReference]) -> None:
         """Makes `<output root>/<path>/` hold exactly these files (staged, verified, fsynced, renamed). Done again, it

@@ -13,10 +13,9 @@ from control_service.app.content import all_are_there, free_unnamed, naming
 from control_service.app.fetch import fetch_files
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeClient
 from control_service.app.store_ports import Store, Transaction
-from control_service.app.transitions import append_facts
+from control_service.app.transitions import append_facts, checkpoint_fact
 from control_service.domain.artifact import Checkpoint, CheckpointStatus
 from control_service.domain.errors import TunesmithError
-from control_service.domain.event import CheckpointFact
 from control_service.domain.job import Job
 from control_service.domain.job_state import ON_NODE
 
@@ -36,10 +35,12 @@ class Replicator:
         self._max_checkpoint_bytes = max_checkpoint_bytes
 
     async def replicate_newest(self, job: Job, client: NodeClient) -> None:
-        """Copies the newest committed checkpoint of the current attempt, if there is one that is small enough."""
+        """Copies the newest checkpoint that the job's node has, if there is one that is small enough."""
         checkpoints = await self._store.read(lambda tx: tx.checkpoints.list_for_job(job.job_id))
-        newest = checkpoints[-1] if checkpoints else None
-        if newest is None or newest.status is not CheckpointStatus.COMMITTED or newest.node != job.node:
+        # One of a later step may lie on a node that was lost.
+        there = [checkpoint for checkpoint in checkpoints if checkpoint.node == job.node]
+        newest = there[-1] if there else None
+        if newest is None or newest.status is not CheckpointStatus.COMMITTED:
             return
         if not newest.files or newest.size_bytes > self._max_checkpoint_bytes:
             return
@@ -60,7 +61,7 @@ class Replicator:
         current = tx.jobs.get(job.job_id)
         if current is None or current.attempt != job.attempt or current.state not in ON_NODE:
             return set()
-        facts = [_fact(newest, CheckpointStatus.REPLICATED)]
+        facts = [checkpoint_fact(newest, CheckpointStatus.REPLICATED)]
         freed: set[str] = set()
         for earlier in tx.checkpoints.list_for_job(job.job_id):
             if earlier.name == newest.name:
@@ -71,17 +72,6 @@ class Replicator:
                 tx.checkpoints.put(replace(earlier, status=status))
                 freed.update(file.sha256 for file in earlier.files)
                 if status is CheckpointStatus.DELETED:
-                    facts.append(_fact(earlier, status))
+                    facts.append(checkpoint_fact(earlier, status))
         append_facts(tx, current, facts, codec=self._codec, now=self._clock.utc_now())
         return freed
-
-
-def _fact(checkpoint: Checkpoint, status: CheckpointStatus) -> CheckpointFact:
-    return CheckpointFact(
-        name=checkpoint.name,
-        step=checkpoint.step,
-        status=status,
-        size_bytes=checkpoint.size_bytes,
-        manifest_sha256=checkpoint.manifest_sha256,
-        files=checkpoint.files,
-    )

@@ -4,22 +4,23 @@ adapter, and holds no rule."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from control_service.app.attempts import AttemptStarter
 from control_service.app.back_off import BackOffConfig
 from control_service.app.collector import Collector, CollectorConfig
+from control_service.app.content import free_forgotten
 from control_service.app.event_hub import EventHub, EventHubConfig
 from control_service.app.keeper import KeeperPorts
 from control_service.app.leftovers import LeftoverSweeper
 from control_service.app.node_monitor import NodeMonitor, NodeMonitorConfig
+from control_service.app.nodes import configure_nodes
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeDialer, NodeDirectory
 from control_service.app.replicator import Replicator
 from control_service.app.scheduler import Scheduler
 from control_service.app.settle import Settler
-from control_service.app.store_ports import Store, Transaction
+from control_service.app.store_ports import Store
 from control_service.app.supervisor import Supervisor
-from control_service.domain.node import Node
 
 __all__ = ["NodeMonitorConfig", "RetentionConfig", "Runtime", "RuntimeConfig"]
 
@@ -62,6 +63,8 @@ class Runtime:
         config: RuntimeConfig,
     ) -> None:
         self._store = store
+        self._blobs = blobs
+        self._codec = codec
         self._clock = clock
         self._monitor = NodeMonitor(store=store, dialer=dialer, clock=clock, config=config.nodes)
         self.nodes = self._monitor
@@ -107,17 +110,10 @@ class Runtime:
         )
 
     async def start(self, *, configured_nodes: Sequence[tuple[str, str]] = ()) -> None:
-        """Registers the (name, address) pairs from the settings, dials every node, and takes up every live job."""
+        """Takes over the (name, address) pairs from the settings, dials every node, and takes up every live job."""
         now = self._clock.utc_now()
-
-        def register(tx: Transaction) -> None:
-            for name, address in configured_nodes:
-                known = tx.nodes.get(name)
-                node = replace(known, address=address) if known else Node(name=name, address=address, create_time=now)
-                if node != known:
-                    tx.nodes.put(node)
-
-        await self._store.transact(register)
+        await self._store.transact(lambda tx: configure_nodes(tx, configured_nodes, now))
+        await free_forgotten(store=self._store, blobs=self._blobs, codec=self._codec)
         await self._monitor.start()
         self._supervisor.start()
         self._sweeper.start()

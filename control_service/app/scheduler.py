@@ -101,7 +101,7 @@ class Scheduler:
                 JobState.DISPATCHING,
                 codec=self._codec,
                 now=now,
-                failure=job.failure,
+                keep_failure=True,
                 attempt=job.attempt + 1,
                 node=node,
                 phase=Phase.UNSPECIFIED,

@@ -7,12 +7,11 @@ from datetime import datetime, timedelta
 
 import structlog
 
-from control_service.app.content import free_unnamed
+from control_service.app.content import artifact_contents, free_unnamed
 from control_service.app.ports import BlobStore, Clock, EventCodec
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import change_state
 from control_service.domain import retry
-from control_service.domain.event import ArtifactFact, EventKind
 from control_service.domain.job import Job
 from control_service.domain.job_state import TERMINAL
 from control_service.domain.reconcile import Settle
@@ -50,6 +49,7 @@ class Settler:
                 now=now,
                 message=settle.message,
                 failure=settle.failure,
+                keep_failure=settle.keeps_failure,
                 num_retries=num_retries,
                 not_before=wait,
             )
@@ -64,9 +64,5 @@ class Settler:
     async def _forget_artifacts(self, job: Job) -> None:
         """Deletes what was copied of artifacts that will not be collected."""
         await self._blobs.remove_output(path=job.output_path)
-        events = await self._store.read(
-            lambda tx: tx.events.of_kind(job.job_id, attempt=job.attempt, kind=EventKind.ARTIFACT)
-        )
-        facts = [self._codec.decode(event.kind, event.payload) for event in events]
-        contents = {file.sha256 for fact in facts if isinstance(fact, ArtifactFact) for file in fact.files}
+        contents = await self._store.read(lambda tx: artifact_contents(tx, job, self._codec))
         await free_unnamed(contents, store=self._store, blobs=self._blobs)

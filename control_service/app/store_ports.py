@@ -167,6 +167,8 @@ class NodeRepository(Protocol):
     def list_all(self) -> Sequence[Node]:
         """By name."""
 
+    def delete(self, name: str) -> None: ...
+
 
 class RequestRepository(Protocol):
     """Answered request ids."""

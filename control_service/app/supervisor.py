@@ -7,6 +7,8 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
+import structlog
+
 from control_service.app.keeper import JobKeeper, KeeperPorts
 from control_service.app.store_ports import CommitNotice
 from control_service.app.tasks import TaskSet
@@ -45,6 +47,8 @@ class Supervisor:
                     self._keep_up(job.job_id, partial(self._keep, keeper, job.job_id))
 
     async def _keep(self, keeper: JobKeeper, job_id: str) -> None:
+        # On every line of log of this task and of those that it starts.
+        structlog.contextvars.bind_contextvars(job_id=job_id)
         await keeper.run()
         self._keepers.pop(job_id, None)
         # The job may be on a node again already. One whose keeper failed waits for the next commit that moves a job.

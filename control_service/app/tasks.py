@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -32,9 +33,11 @@ class TaskSet:
         """Starts a task unless one of this name runs."""
         if name in self._tasks:
             return
-        task = asyncio.create_task(work(), name=name)
+        # One context for the task and the line of log about its end: what it bound is on that line, too.
+        context = contextvars.copy_context()
+        task = asyncio.create_task(work(), name=name, context=context)
         self._tasks[name] = task
-        task.add_done_callback(lambda done: self._ended(name, done))
+        task.add_done_callback(lambda done: self._ended(name, done), context=context)
 
     def keep(
         self, name: str, work: Callable[[], Coroutine[Any, Any, None]], *, clock: Clock, back_off: BackOffConfig

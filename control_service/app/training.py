@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from control_service.app.ports import BlobStore, Clock, EventCodec, IdSource, No
 from control_service.app.queue import views_of
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import insert_job
-from control_service.domain.errors import FailedPrecondition, Unavailable
+from control_service.domain.errors import DeadlineTooShort, FailedPrecondition, Unavailable
 from control_service.domain.job import Job, JobView
 from control_service.domain.job_state import CAN_RETRY, check_verb
 from control_service.domain.node import NodeView
@@ -39,9 +39,12 @@ async def plan_training(
     store: Store,
     nodes: NodeDirectory,
     blobs: BlobStore,
+    clock: Clock,
 ) -> PlanResult:
-    """Resolves a project on a node that has its base. NotFound PROJECT_NOT_FOUND; FailedPrecondition NO_NODE,
-    MODEL_NOT_FOUND (`available_models`, `nodes`); else what the node refuses with."""
+    """Resolves a project on a node that has its base; pushing its data counts into `timeout_seconds`. NotFound
+    PROJECT_NOT_FOUND; FailedPrecondition NO_NODE, MODEL_NOT_FOUND (`available_models`, `nodes`); DeadlineTooShort
+    DEADLINE_TOO_SHORT; else what the node refuses with."""
+    left = _time_left(timeout_seconds, clock)
     _, spec = await store.read(lambda tx: _snapshot(tx, project_id))
     candidates = await _planning_nodes(spec, nodes)
     if not candidates:
@@ -49,7 +52,7 @@ async def plan_training(
     name, client = candidates[0]
     if level is PlanLevel.EXACT:
         await push_missing_blobs(client, blobs, blobs_of_spec(spec))
-    plan = await client.plan_run(spec=spec, level=level, timeout_seconds=timeout_seconds)
+    plan = await client.plan_run(spec=spec, level=level, timeout_seconds=left())
     return PlanResult(plan=plan, node=name)
 
 
@@ -58,6 +61,7 @@ async def start_training(
     *,
     priority: int = 0,
     max_retries: int = 2,
+    timeout_seconds: float | None = None,
     store: Store,
     nodes: NodeDirectory,
     clock: Clock,
@@ -66,8 +70,9 @@ async def start_training(
     request: RequestKey | None = None,
 ) -> JobView:
     """Stores a job in state QUEUED. Fails as `plan_training` at level CHECK does, and then writes no job; with no node
-    reachable the job waits with NO_NODE."""
+    reachable, or none that answers within `timeout_seconds`, the job waits and is checked when it is dispatched."""
     now = clock.utc_now()
+    left = _time_left(timeout_seconds, clock)
 
     def earlier_or_snapshot(tx: Transaction) -> JobView | TrainingSpec:
         reference = earlier_reference(tx, request)
@@ -79,7 +84,7 @@ async def start_training(
     found = await store.read(earlier_or_snapshot)
     if isinstance(found, JobView):
         return found
-    await _check_plan(found, nodes)
+    await _check_plan(found, nodes, left)
 
     def work(tx: Transaction) -> JobView:
         def insert() -> tuple[str, JobView]:
@@ -154,12 +159,18 @@ def _snapshot(tx: Transaction, project_id: int) -> tuple[Project, TrainingSpec]:
     return project, project.spec([dataset.reference() for dataset in datasets])
 
 
-async def _check_plan(spec: TrainingSpec, nodes: NodeDirectory) -> None:
+def _time_left(timeout_seconds: float | None, clock: Clock) -> Callable[[], float | None]:
+    """Gives what is left of a time that begins now; None when there is no end to it."""
+    start = clock.monotonic_seconds()
+    return lambda: None if timeout_seconds is None else max(0.0, timeout_seconds - (clock.monotonic_seconds() - start))
+
+
+async def _check_plan(spec: TrainingSpec, nodes: NodeDirectory, left: Callable[[], float | None]) -> None:
     """Raises what a node refuses the spec with. Asks the next node when one does not answer; none answers: passes."""
     for _, client in await _planning_nodes(spec, nodes):
         try:
-            await client.plan_run(spec=spec, level=PlanLevel.CHECK)
-        except Unavailable:
+            await client.plan_run(spec=spec, level=PlanLevel.CHECK, timeout_seconds=left())
+        except (Unavailable, DeadlineTooShort):
             continue
         return
 

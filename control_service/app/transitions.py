@@ -9,7 +9,8 @@ from typing import Any
 
 from control_service.app.ports import EventCodec
 from control_service.app.store_ports import Transaction
-from control_service.domain.event import ControlFact, JobStateFact, StoredEvent
+from control_service.domain.artifact import Checkpoint, CheckpointStatus
+from control_service.domain.event import CheckpointFact, ControlFact, JobStateFact, StoredEvent
 from control_service.domain.failure import Failure
 from control_service.domain.job import Job
 from control_service.domain.job_state import TERMINAL, JobState
@@ -29,6 +30,18 @@ def append_facts(tx: Transaction, job: Job, facts: Sequence[ControlFact], *, cod
     )
 
 
+def checkpoint_fact(checkpoint: Checkpoint, status: CheckpointStatus) -> CheckpointFact:
+    """That a checkpoint has a new status."""
+    return CheckpointFact(
+        name=checkpoint.name,
+        step=checkpoint.step,
+        status=status,
+        size_bytes=checkpoint.size_bytes,
+        manifest_sha256=checkpoint.manifest_sha256,
+        files=checkpoint.files,
+    )
+
+
 def insert_job(tx: Transaction, job: Job, *, codec: EventCodec, now: datetime, message: str = "") -> None:
     """Stores a new job with the event of its first state."""
     tx.jobs.insert(job)
@@ -44,19 +57,22 @@ def change_state(
     now: datetime,
     message: str = "",
     failure: Failure | None = None,
+    keep_failure: bool = False,
     **changes: Any,
 ) -> Job:
     """Moves a job by the table and appends the event; `changes` are further fields of the record.
 
-    `failure` becomes the job's. A job that leaves its node rests without phase and reachability; one that is over gets
-    its end time.
+    `failure` is why it moved: the event's and the job's. Without one the job has none from now on, or, with
+    `keep_failure`, still that of its last attempt, which the log has told already. A job that leaves its node rests
+    without phase and reachability; one that is over gets its end time.
     """
+    kept = job.failure if keep_failure and failure is None else failure
     rests = state in TERMINAL or state in (JobState.QUEUED, JobState.PAUSED)
     if rests:
         changes = {"phase": Phase.UNSPECIFIED, "node_unreachable": False, **changes}
     if state in TERMINAL:
         changes = {"end_time": now, **changes}
-    moved = tx.jobs.update(replace(job.with_state(state), failure=failure, **changes))
+    moved = tx.jobs.update(replace(job.with_state(state), failure=kept, **changes))
     fact = JobStateFact(
         previous_state=job.state,
         state=state,

@@ -70,6 +70,10 @@ class Unavailable(TunesmithError):
     """Not now; the same request may work shortly."""
 
 
+class DeadlineTooShort(TunesmithError):
+    """The caller's time is over, or too short for the work; more time helps, trying again alone does not."""
+
+
 class Internal(TunesmithError):
     """A defect of the service, met where it can be named."""
 

@@ -28,6 +28,8 @@ class Node:
     draining: bool = False
     # Its runs are to checkpoint and go back to the queue.
     interrupt: bool = False
+    # It came from the settings and goes with them; one that was registered stays.
+    configured: bool = False
     create_time: datetime
 
 

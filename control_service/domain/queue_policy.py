@@ -49,7 +49,8 @@ def decide(
     free = {view.node.name: free_slots(view, len(jobs_on_node.get(view.node.name, ()))) for view in nodes}
     assignments: list[tuple[str, str]] = []
     places: dict[str, Place] = {}
-    waits_for_node = False
+    # Nodes that an earlier job of the queue goes to or waits for.
+    wanted: set[str] = set()
     ordered = sorted(queue, key=lambda queued: (queued.moving, -queued.job.priority, queued.job.job_id))
     for position, queued in enumerate(ordered, start=1):
         job = queued.job
@@ -60,11 +61,12 @@ def decide(
             chosen = min(open_nodes, key=lambda v: (v.resident_base_model != job.spec.base_model, v.node.name))
             free[chosen.node.name] -= 1
             assignments.append((job.job_id, chosen.node.name))
-        elif eligible and waits_for_node:
+            wanted.add(chosen.node.name)
+        elif eligible and wanted.intersection(view.node.name for view in eligible):
             reason, message = WaitReason.QUEUE, f"{position - 1} before it in the queue"
         elif eligible:
             reason, message = WaitReason.NODE_BUSY, _busy_message(eligible, jobs_on_node)
-            waits_for_node = True
+        wanted.update(view.node.name for view in eligible if not open_nodes)
         if not queued.moving:
             places[job.job_id] = Place(position=position, reason=reason, message=message)
     return QueueDecision(assignments=tuple(assignments), places=places)
@@ -92,7 +94,7 @@ def eligible_nodes(queued: QueuedJob, nodes: Sequence[NodeView]) -> tuple[WaitRe
             return WaitReason.NO_NODE, f"its checkpoint is on node {queued.bound_node}, which is not reachable", []
     able = [view for view in reachable if can_train(view, job.spec.base_model, job.weights_digest)]
     if not able:
-        return WaitReason.NO_MODEL, f"no reachable node can train {job.spec.base_model}", []
+        return WaitReason.NO_MODEL, _no_model_message(job, reachable), []
     staying = [view for view in able if not view.is_draining]
     if not staying:
         return WaitReason.DRAINING, f"draining: {', '.join(view.node.name for view in able)}", []
@@ -114,6 +116,18 @@ def _eligible(
     if not_before is not None and not_before > now:
         return WaitReason.BACK_OFF, f"tries again after {not_before:%H:%M:%S} UTC", ()
     return eligible_nodes(queued, nodes)
+
+
+def _no_model_message(job: Job, reachable: Sequence[NodeView]) -> str:
+    parts = [f"no reachable node can train {job.spec.base_model}"]
+    for view in reachable:
+        model = view.model(job.spec.base_model)
+        problem = view.problem or (model.problem if model else "")
+        if model is not None and not problem:
+            problem = "it has other weights than those that the job began with"
+        if problem:
+            parts.append(f"node {view.node.name}: {problem}")
+    return "; ".join(parts)
 
 
 def _busy_message(eligible: Sequence[NodeView], jobs_on_node: Mapping[str, Sequence[str]]) -> str:

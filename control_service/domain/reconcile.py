@@ -60,6 +60,8 @@ class Settle:
     state: JobState
     message: str
     failure: Failure | None = None
+    # Nothing failed, but the last attempt's failure is still what the job tells of itself.
+    keeps_failure: bool = False
     counts_as_retry: bool = False
 
 

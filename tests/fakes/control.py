@@ -185,9 +185,12 @@ def settings(data_directory: Path, node: FakeGpuNode | None, **fields: Any) -> S
 
 
 @asynccontextmanager
-async def control(data_directory: Path, node: FakeGpuNode | None = None, **fields: Any) -> AsyncIterator[Client]:
-    """A control service in this process, and a client of it."""
-    application = await build(settings(data_directory, node, **fields))
+async def control(
+    data_directory: Path, node: FakeGpuNode | None = None, *, nodes: Sequence[NodeAddress] = (), **fields: Any
+) -> AsyncIterator[Client]:
+    """A control service in this process, and a client of it; `nodes` instead of one `node`."""
+    chosen = settings(data_directory, node, **fields)
+    application = await build(chosen.model_copy(update={"node": tuple(nodes)}) if nodes else chosen)
     try:
         await application.start()
         client = Client(application.address)

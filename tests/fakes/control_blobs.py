@@ -23,6 +23,8 @@ class MemoryBlobStore:
         self.staged: dict[str, bytes] = {}
         self.outputs: dict[str, dict[str, bytes]] = {}
         self.is_full = False
+        # True: no output can be deleted.
+        self.is_broken = False
         self._tokens = itertools.count()
 
     def add(self, data: bytes, path: str = "file") -> FileReference:
@@ -65,10 +67,15 @@ class MemoryBlobStore:
     async def delete(self, sha256: str) -> int:
         return len(self.blobs.pop(sha256, b""))
 
+    async def list_all(self) -> Sequence[str]:
+        return sorted(self.blobs)
+
     async def materialize(self, *, path: str, files: Sequence[FileReference]) -> None:
         self.outputs[path] = {file.path: self._get(file.sha256) for file in files}
 
     async def remove_output(self, *, path: str) -> None:
+        if self.is_broken:
+            raise ResourceExhausted("DISK_FULL", "the disk does not answer")
         self.outputs = {
             name: files for name, files in self.outputs.items() if name != path and not name.startswith(f"{path}/")
         }

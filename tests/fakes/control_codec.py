@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 
+from control_service.domain.errors import Internal
 from control_service.domain.event import (
     ArtifactFact,
     CheckpointFact,
@@ -45,7 +46,14 @@ class PickleCodec:
         return int(KINDS[type(fact)]), pickle.dumps(fact)
 
     def decode(self, kind: int, payload: bytes) -> Fact | None:
-        return pickle.loads(payload) if kind in set(KINDS.values()) else None
+        if kind not in set(KINDS.values()):
+            return None
+        if not self.is_payload(payload):
+            raise Internal("INTERNAL", "the payload cannot be read")
+        return pickle.loads(payload)
+
+    def is_payload(self, payload: bytes) -> bool:
+        return payload.startswith(b"\x80")
 
     def encode_page(self, events: Sequence[StoredEvent]) -> bytes:
         self.num_pages += 1

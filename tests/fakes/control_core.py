@@ -61,6 +61,8 @@ class Core:
     codec: PickleCodec = field(default_factory=PickleCodec)
     # False: no node is in the settings.
     configure: bool = True
+    # Nodes that can be dialed and are not in the settings.
+    not_configured: set[str] = field(default_factory=set)
 
     async def open(self) -> None:
         self.store = await SqlStore.open(self.database)
@@ -73,7 +75,7 @@ class Core:
             clock=self.clock,
             config=self.config,
         )
-        pairs = [(node.name, node.name) for node in self.nodes] if self.configure else []
+        pairs = [(n.name, n.name) for n in self.nodes if self.configure and n.name not in self.not_configured]
         await self.runtime.start(configured_nodes=pairs)
 
     async def close(self) -> None:
@@ -108,12 +110,19 @@ class Core:
         )
 
     async def start(
-        self, project_id: int, *, request: RequestKey | None = None, priority: int = 0, max_retries: int = 2
+        self,
+        project_id: int,
+        *,
+        request: RequestKey | None = None,
+        priority: int = 0,
+        max_retries: int = 2,
+        timeout_seconds: float | None = None,
     ) -> Job:
         view = await training.start_training(
             project_id,
             priority=priority,
             max_retries=max_retries,
+            timeout_seconds=timeout_seconds,
             store=self.store,
             nodes=self.runtime.nodes,
             clock=self.clock,

@@ -136,6 +136,8 @@ class FakeNode:
         self.num_devices = num_devices
         self.is_up = True
         self.obeys_stop = True
+        # False: its bytes cannot be had just now.
+        self.reads_blobs = True
         self.resident = ""
         self.runs: dict[tuple[str, int], FakeRun] = {}
         self.blobs: dict[str, bytes] = {}
@@ -145,6 +147,7 @@ class FakeNode:
         self.on_start: Callable[[FakeRun], None] = FakeRun.begin
         self.start_calls: list[StartRun] = []
         self.num_plans = 0
+        self.plan_timeouts: list[float | None] = []
         self._change = asyncio.Event()
 
     def changed(self) -> None:
@@ -204,6 +207,7 @@ class FakeNodeClient:
     ) -> Mapping[str, Any]:
         node = self._answer()
         node.num_plans += 1
+        node.plan_timeouts.append(timeout_seconds)
         if node.plan_error is not None:
             raise node.plan_error
         return {"level": f"PLAN_LEVEL_{level.value}", "num_steps": "100"}
@@ -219,6 +223,9 @@ class FakeNodeClient:
             if known.request.spec_digest != request.spec_digest:
                 raise AlreadyExists("RUN_CONFLICT", "another spec")
             return known.observed()
+        resume = request.resume_from
+        if resume is not None and not resume.files and (key[0], resume.attempt) not in node.runs:
+            raise NotFound("CHECKPOINT_NOT_FOUND", f"no checkpoint {resume.checkpoint} is here")
         highest = max((attempt for job_id, attempt in node.runs if job_id == key[0]), default=0)
         if key[1] < highest:
             raise FailedPrecondition("STALE_EPOCH", f"attempt {highest} is known")
@@ -292,6 +299,8 @@ class FakeNodeClient:
 
     async def read_blob(self, sha256: str, *, offset: int = 0) -> AsyncIterator[bytes]:
         node = self._answer()
+        if not node.reads_blobs:
+            raise Unavailable("NODE_UNREACHABLE", "no bytes now")
         if sha256 not in node.blobs:
             raise NotFound("BLOB_NOT_FOUND", sha256)
         yield node.blobs[sha256][offset:]

@@ -65,6 +65,10 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         self.name = name
         self.num_steps = num_steps
         self.hold_at_step: int | None = None
+        # True: a blob's first chunk is sent and no more.
+        self.hold_reads = False
+        # True: no plan is answered.
+        self.hold_plans = False
         self.plan_refusal: Refusal | None = None
         self.start_refusal: Refusal | None = None
         self.blobs: dict[str, bytes] = {}
@@ -148,6 +152,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         )
 
     async def PlanRun(self, request: Any, context: Any) -> Any:
+        await self._wait(lambda: not self.hold_plans)
         await self._refuse(context, self.plan_refusal)
         plan = plan_pb2.Plan(
             level=request.level, training_type=request.spec.training_type, num_steps=self.num_steps, device="cpu"
@@ -264,6 +269,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         content = self.blobs[request.sha256][request.offset :]
         for start in range(0, len(content), 1024):
             yield blob_service_pb2.ReadBlobResponse(chunk=content[start : start + 1024])
+            await self._wait(lambda: not self.hold_reads)
 
     # The run
 

@@ -133,6 +133,15 @@ class BlobDirectory:
             _fsync_directory(path.parent)
             return size_bytes
 
+    def list_all(self) -> list[str]:
+        """Names of all blobs; whatever else lies there is not ours to name."""
+        with disk_errors("the blob store"):
+            return sorted(
+                path.name
+                for path in self._directory.glob("[0-9a-f][0-9a-f]/*")
+                if _SHA256.fullmatch(path.name) and path.parent.name == path.name[:2] and path.is_file()
+            )
+
 
 def _fsync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

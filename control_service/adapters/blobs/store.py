@@ -85,6 +85,10 @@ class DiskBlobStore:
         """Deletes a blob; its bytes, 0 when it was not there."""
         return await self._in_thread(lambda: self._blobs.delete(sha256))
 
+    async def list_all(self) -> Sequence[str]:
+        """SHA-256 of every blob that is there."""
+        return await self._in_thread(self._blobs.list_all)
+
     async def materialize(self, *, path: str, files: Sequence[FileReference]) -> None:
         """Makes `<output root>/<path>/` hold exactly these files."""
         await self._in_thread(lambda: self._outputs.materialize(path, files))

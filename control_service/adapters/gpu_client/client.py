@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -22,7 +23,7 @@ from control_service.adapters.gpu_client.messages import (
     start_run_message,
 )
 from control_service.app.ports import PlanLevel, StartRun
-from control_service.domain.errors import NotFound, Unavailable
+from control_service.domain.errors import DeadlineTooShort, NotFound, TunesmithError, Unavailable
 from control_service.domain.event import StoredEvent
 from control_service.domain.node import NodeCapabilities, NodeReport
 from control_service.domain.run import ObservedRun, RunKey, StopMode
@@ -45,6 +46,8 @@ class NodeClientConfig:
     # A transfer may take its base time and then as long as its bytes need at this rate.
     transfer_base_seconds: float = 60.0
     transfer_minimum_bytes_per_second: float = 256 * 1024
+    # A node that is alive but sends no more of a blob: pings do not notice it.
+    read_idle_seconds: float = 60.0
 
 
 class GrpcNodeDialer:
@@ -71,6 +74,7 @@ class GrpcNodeClient:
         self._channel = channel
         self._installation_id = installation_id
         self._config = config
+        self._is_closed = False
         self._runs = run_service_pb2_grpc.RunServiceStub(channel)
         self._blobs = blob_service_pb2_grpc.BlobServiceStub(channel)
         self._plan_timeouts: Mapping[PlanLevel, float] = {
@@ -94,7 +98,8 @@ class GrpcNodeClient:
         request = run_service_pb2.PlanRunRequest(
             spec=spec_message(spec), level=PLAN_LEVELS[level], installation_id=self._installation_id
         )
-        timeout = self._plan_timeouts[level] if timeout_seconds is None else timeout_seconds
+        limit = self._plan_timeouts[level]
+        timeout = limit if timeout_seconds is None else min(limit, timeout_seconds)
         try:
             with self._translated():
                 response = await self._runs.PlanRun(request, timeout=timeout)
@@ -102,7 +107,7 @@ class GrpcNodeClient:
             cause = error.__cause__
             if isinstance(cause, grpc.aio.AioRpcError) and cause.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 # The node is there; this plan needs more time than the caller has.
-                raise Unavailable(
+                raise DeadlineTooShort(
                     "DEADLINE_TOO_SHORT", f"planning took longer than {timeout:g} s", details=error.details
                 ) from cause
             raise
@@ -147,18 +152,16 @@ class GrpcNodeClient:
 
     async def watch_run(self, key: RunKey, *, after_run_sequence: int) -> AsyncIterator[Sequence[StoredEvent]]:
         """Batches in run sequence, history then tail; ends after the last event of a run that is over."""
-        call = self._runs.WatchRun(
-            run_service_pb2.WatchRunRequest(key=key_message(key), after_run_sequence=after_run_sequence)
-        )
-        async for message in self._messages(call):
+        request = run_service_pb2.WatchRunRequest(key=key_message(key), after_run_sequence=after_run_sequence)
+        async for message in self._messages(lambda: self._runs.WatchRun(request)):
             yield event_values(message)
 
     async def watch_node(self, *, heartbeat_seconds: float) -> AsyncIterator[NodeReport]:
         """The node's report at once, on every change, and every heartbeat."""
-        call = self._runs.WatchNode(
-            run_service_pb2.WatchNodeRequest(installation_id=self._installation_id, heartbeat_seconds=heartbeat_seconds)
+        request = run_service_pb2.WatchNodeRequest(
+            installation_id=self._installation_id, heartbeat_seconds=heartbeat_seconds
         )
-        async for message in self._messages(call):
+        async for message in self._messages(lambda: self._runs.WatchNode(request)):
             yield report_value(message)
 
     async def find_missing_blobs(self, sha256s: Sequence[str]) -> Mapping[str, int]:
@@ -172,32 +175,53 @@ class GrpcNodeClient:
     async def write_blob(self, *, sha256: str, size_bytes: int, offset: int, chunks: AsyncIterable[bytes]) -> None:
         """Sends a blob from `offset` on; visible on the node only when size and SHA-256 are right."""
 
+        unreadable: list[TunesmithError] = []
+
         async def requests() -> AsyncIterator[blob_service_pb2.WriteBlobRequest]:
             yield blob_service_pb2.WriteBlobRequest(sha256=sha256, size_bytes=size_bytes, offset=offset)
-            async for chunk in chunks:
-                for start in range(0, len(chunk), CHUNK_BYTES):
-                    yield blob_service_pb2.WriteBlobRequest(chunk=chunk[start : start + CHUNK_BYTES])
+            try:
+                async for chunk in chunks:
+                    for start in range(0, len(chunk), CHUNK_BYTES):
+                        yield blob_service_pb2.WriteBlobRequest(chunk=chunk[start : start + CHUNK_BYTES])
+            except TunesmithError as error:
+                # grpc cancels the call and tells nobody why.
+                unreadable.append(error)
+                raise
 
-        with self._translated():
+        with self._translated(unreadable):
             await self._blobs.WriteBlob(requests(), timeout=self._transfer_seconds(size_bytes - offset))
 
     async def read_blob(self, sha256: str, *, offset: int = 0) -> AsyncIterator[bytes]:
         """A blob, or a file of a run's artifact or checkpoint, by content."""
-        # The size is not known here, so there is no deadline; the reader's own cancel and keepalive end a dead read.
-        call = self._blobs.ReadBlob(blob_service_pb2.ReadBlobRequest(sha256=sha256, offset=offset))
-        async for message in self._messages(call):
+        # The size is not known here, so there is no deadline but one for silence.
+        request = blob_service_pb2.ReadBlobRequest(sha256=sha256, offset=offset)
+        idle_seconds = self._config.read_idle_seconds
+        async for message in self._messages(lambda: self._blobs.ReadBlob(request), idle_seconds=idle_seconds):
             yield message.chunk
 
     async def close(self) -> None:
         """Gives the connection back; calls that are under way are cancelled."""
+        self._is_closed = True
         await self._channel.close()
 
-    async def _messages(self, call: Any) -> AsyncIterator[Any]:
-        """A stream's messages; the call is cancelled when its reader goes away."""
+    async def _messages(self, make_call: Callable[[], Any], *, idle_seconds: float | None = None) -> AsyncIterator[Any]:
+        """A stream's messages; the call is cancelled when its reader goes away. Unavailable after `idle_seconds`
+        without one."""
+        with self._translated():
+            call = make_call()
         try:
-            with self._translated():
-                async for message in call:
-                    yield message
+            while True:
+                limit = asyncio.timeout(idle_seconds)
+                try:
+                    # Not around the yield: only the node's time counts.
+                    with self._translated():
+                        async with limit:
+                            message = await call.read()
+                except TimeoutError as error:
+                    raise self._unreachable(f"nothing arrived for {idle_seconds} s") from error
+                if message is grpc.aio.EOF:
+                    return
+                yield message
         finally:
             call.cancel()
 
@@ -206,8 +230,22 @@ class GrpcNodeClient:
         return config.transfer_base_seconds + max(0, size_bytes) / config.transfer_minimum_bytes_per_second
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translated(self, unreadable: Sequence[TunesmithError] = ()) -> Iterator[None]:
+        """Around each wait for the node. `unreadable`: why what was to be sent could not be read, once that is so."""
+        if self._is_closed:
+            raise self._unreachable("the connection was closed")
         try:
             yield
         except grpc.aio.AioRpcError as error:
             raise domain_error(error, node=self._name) from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled the caller: the call was ended, by `close` or for want of what it was to send.
+            raise (unreadable[0] if unreadable else self._unreachable("the connection was closed")) from error
+
+    def _unreachable(self, why: str) -> Unavailable:
+        return Unavailable(
+            "NODE_UNREACHABLE", f"node {self._name}: {why}", details={"node": self._name}, retry_after_seconds=1.0
+        )

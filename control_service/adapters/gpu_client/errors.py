@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from control_service.domain.errors import (
     Aborted,
     AlreadyExists,
+    DeadlineTooShort,
     FailedPrecondition,
     FieldViolation,
     Internal,
@@ -42,6 +43,7 @@ _REFUSALS: Final[Mapping[grpc.StatusCode, type[TunesmithError]]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.INTERNAL: Internal,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineTooShort,
 }
 
 # The connection or the process behind it is at fault; the call may have reached the node or not.

@@ -194,6 +194,11 @@ class SqlNodes:
         statement = sa.select(schema.nodes).order_by(schema.nodes.c.name)
         return [node_from_row({**row}) for row in self._connection.execute(statement).mappings()]
 
+    def delete(self, name: str) -> None:
+        """See the port."""
+        self._connection.execute(sa.delete(schema.nodes).where(schema.nodes.c.name == name))
+        self._touched.nodes = True
+
 
 class SqlRequests:
     """Implements `RequestRepository`."""

@@ -15,15 +15,15 @@ from control_service.domain.errors import FailedPrecondition
 _SCRIPTS = Path(__file__).parent / "migrations"
 
 
-def migrate(connection: sa.Connection) -> None:
-    """Runs the missing steps inside the caller's transaction."""
+def migrate(connection: sa.Connection, *, revision: str = "head") -> None:
+    """Runs the missing steps up to a revision inside the caller's transaction."""
     config = Config()
     config.set_main_option("script_location", str(_SCRIPTS))
     config.attributes["connection"] = connection
-    revision = MigrationContext.configure(connection).get_current_revision()
+    found = MigrationContext.configure(connection).get_current_revision()
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    if revision is not None and revision not in known:
+    if found is not None and found not in known:
         raise FailedPrecondition(
-            "STORE_UNAVAILABLE", f"the database has schema {revision}, which a newer version of this service made"
+            "STORE_UNAVAILABLE", f"the database has schema {found}, which a newer version of this service made"
         )
-    command.upgrade(config, "head")
+    command.upgrade(config, revision)

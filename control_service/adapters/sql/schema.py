@@ -170,6 +170,7 @@ nodes = sa.Table(
     sa.Column("address", sa.String(255), nullable=False),
     sa.Column("draining", sa.Boolean, nullable=False),
     sa.Column("interrupt", sa.Boolean, nullable=False),
+    sa.Column("configured", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("create_time", UtcMicroseconds, nullable=False),
 )
 

@@ -54,6 +54,20 @@ def test_migrations_lead_to_the_declared_schema(tmp_path: Path) -> None:
         assert compare_metadata(context, schema.metadata) == []
 
 
+def test_nodes_of_the_first_schema_are_kept_as_registered(tmp_path: Path) -> None:
+    engine = sql_engine.make_engine(tmp_path / "old.db")
+    with sql_engine.connect(engine, read_only=False) as connection:
+        migrate(connection, revision="0001")
+        connection.execute(
+            sa.text(
+                "INSERT INTO nodes (name, address, draining, interrupt, create_time) VALUES ('local', 'x:1', 1, 0, 5)"
+            )
+        )
+        migrate(connection)
+        row = connection.execute(sa.select(schema.nodes)).one()
+        assert (row.name, row.draining, row.configured) == ("local", True, False)
+
+
 def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     engine = sql_engine.make_engine(tmp_path / "newer.db")
     with sql_engine.connect(engine, read_only=False) as connection:

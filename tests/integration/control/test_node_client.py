@@ -11,7 +11,7 @@ import pytest
 
 from control_service.adapters.gpu_client.client import GrpcNodeClient, GrpcNodeDialer, NodeClientConfig
 from control_service.app.ports import PlanLevel, StartRun
-from control_service.domain.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from control_service.domain.errors import DeadlineTooShort, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from control_service.domain.run import ResumeFrom, RunKey, RunState, StopMode
 from control_service.domain.spec import DatasetReference, TrainingSpec, Trait, TraitDataset
 from tests.fakes.gpu_node import MODEL, FakeGpuNode, Refusal
@@ -96,6 +96,12 @@ async def test_a_plan_is_proto_json_or_the_nodes_own_refusal(client: GrpcNodeCli
     assert caught.value.details == {"stage": "PLANNING", "fault": "USER", "node": "fake"}
 
 
+async def test_a_plan_that_needs_more_time_says_so(client: GrpcNodeClient, node: FakeGpuNode) -> None:
+    node.hold_plans = True
+    with pytest.raises(DeadlineTooShort, match="DEADLINE_TOO_SHORT"):
+        await client.plan_run(spec=SPEC, level=PlanLevel.CHECK, timeout_seconds=0.2)
+
+
 async def test_a_node_that_goes_away_and_comes_back(client: GrpcNodeClient, node: FakeGpuNode) -> None:
     reports = client.watch_node(heartbeat_seconds=60)
     report = await anext(reports)
@@ -126,3 +132,39 @@ async def test_a_reader_that_leaves_cancels_its_stream(client: GrpcNodeClient, n
     await reports.aclose()  # type: ignore[attr-defined]
     async with asyncio.timeout(60):
         await node.until_unwatched()
+
+
+async def test_a_closed_client_says_that_the_node_is_unreachable(client: GrpcNodeClient, node: FakeGpuNode) -> None:
+    """Its users are tasks that nobody cancelled: a cancel of the connection's must not end them."""
+    reports = client.watch_node(heartbeat_seconds=60)
+    await anext(reports)
+    next_report = asyncio.ensure_future(anext(reports))
+    await client.close()
+    with pytest.raises(Unavailable, match="NODE_UNREACHABLE"):
+        await next_report
+    for call in (client.capabilities(), client.get_run(KEY), anext(client.watch_run(KEY, after_run_sequence=0))):
+        with pytest.raises(Unavailable, match="NODE_UNREACHABLE"):
+            await call
+
+
+async def test_bytes_that_cannot_be_read_are_the_error_of_the_write(client: GrpcNodeClient) -> None:
+    async def damaged() -> AsyncIterator[bytes]:
+        yield CONTENT[:10]
+        raise NotFound("BLOB_NOT_FOUND", "the bytes are gone")
+
+    with pytest.raises(NotFound, match="BLOB_NOT_FOUND"):
+        await client.write_blob(sha256=SHA256, size_bytes=len(CONTENT), offset=0, chunks=damaged())
+
+
+async def test_a_node_that_falls_silent_in_the_middle_of_a_blob(node: FakeGpuNode) -> None:
+    node.blobs[SHA256] = CONTENT
+    node.hold_reads = True
+    dialer = GrpcNodeDialer(config=NodeClientConfig(read_idle_seconds=0.5))
+    client = dialer.dial(name="fake", address=node.address, installation_id="i")
+    try:
+        chunks = client.read_blob(SHA256)
+        assert await anext(chunks)
+        with pytest.raises(Unavailable, match="nothing arrived"):
+            await anext(chunks)
+    finally:
+        await client.close()

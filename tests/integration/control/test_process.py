@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -151,3 +152,28 @@ async def test_a_log_line_carries_the_request_and_the_job(tmp_path: Path) -> Non
         assert '"job_id": "01ARZ3NDEKTSV4RRFFQ69G5FAV"' in line
         assert '"code": "NOT_FOUND"' in line
         assert '"service": "control"' in line
+
+
+async def test_every_line_about_a_job_carries_its_id(tmp_path: Path, node: FakeGpuNode) -> None:
+    node.hold_at_step = 1
+    flags = ("--node", f"fake={node.address}", "--node-heartbeat-seconds", "0.5")
+    async with _running(tmp_path, *flags) as (process, client):
+        await client.until_node_reachable()
+        dataset = await client.upload("rows")
+        project = await client.create_project(dataset_id=dataset.dataset_id)
+        call = client.jobs.StartTraining(
+            job_service_pb2.StartTrainingRequest(project_id=project.project_id), metadata=(("x-request-id", "mine"),)
+        )
+        job_id = (await call).job.job_id
+        await client.until_event(job_id, is_step(1))
+        # The line of a stream that breaks comes from the task that follows the run.
+        await node.stop()
+        await node.start()
+        await node.release()
+        await client.until_event(job_id, is_state(event_pb2.JOB_STATE_SUCCEEDED))
+        await process.end()
+        lines = [json.loads(line) for line in process.errors.read_text().splitlines() if line.startswith("{")]
+        assert [line["job_id"] for line in lines if line.get("request_id") == "mine"] == [job_id]
+        about_the_job = [line for line in lines if job_id in json.dumps(line)]
+        assert {"job-dispatching", "activity-ended", "job-succeeded"} <= {line["event"] for line in about_the_job}
+        assert all(line.get("job_id") == job_id for line in about_the_job)

@@ -9,11 +9,12 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.fakes.control import Client, error_info, is_state, is_step, reason_of
+from control_service.config import NodeAddress
+from tests.fakes.control import Client, control, error_info, is_state, is_step, reason_of
 from tests.fakes.gpu_node import FakeGpuNode, Refusal
 from tests.fakes.run_script import NUM_STEPS, artifact_files
 from tunesmith.common.v1 import errors_pb2, event_pb2, plan_pb2
-from tunesmith.control.v1 import artifact_service_pb2, job_service_pb2
+from tunesmith.control.v1 import artifact_service_pb2, job_service_pb2, node_service_pb2
 
 
 async def _project(client: Client) -> int:
@@ -238,3 +239,48 @@ async def test_deleting_an_artifact_and_a_job_frees_the_disk(client: Client, tmp
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await client.job(job.job_id)
     assert reason_of(caught.value) == "JOB_NOT_FOUND"
+
+
+async def test_a_run_is_followed_on_when_its_node_gets_another_address(client: Client, node: FakeGpuNode) -> None:
+    node.hold_at_step = 2
+    job = await client.start_training(await _project(client))
+    await client.until_event(job.job_id, is_step(2))
+    # The old connection is closed under the call that follows the run.
+    await client.nodes.RegisterNode(
+        node_service_pb2.RegisterNodeRequest(name=node.name, address=f"localhost:{node.port}")
+    )
+    await client.until_node_reachable()
+    await node.release()
+    await client.until_event(job.job_id, is_state(event_pb2.JOB_STATE_SUCCEEDED))
+    assert (await client.job(job.job_id)).attempt == 1
+
+
+async def test_two_nodes_take_a_job_each_and_a_third_waits(tmp_path: Path, node: FakeGpuNode) -> None:
+    other = FakeGpuNode(name="other")
+    await other.start()
+    try:
+        node.hold_at_step = other.hold_at_step = 1
+        both = (NodeAddress(name=node.name, address=node.address), NodeAddress(name=other.name, address=other.address))
+        async with control(tmp_path / "control", nodes=both) as client:
+            await client.until_node_reachable(node.name)
+            await client.until_node_reachable(other.name)
+            project_id = await _project(client)
+            first, second, third = [await client.start_training(project_id) for _ in range(3)]
+            for job in (first, second):
+                await client.until_event(job.job_id, is_step(1))
+            assert {(await client.job(job.job_id)).node for job in (first, second)} == {node.name, other.name}
+            waiting = await client.job(third.job_id)
+            assert (waiting.state, waiting.queue_position) == (event_pb2.JOB_STATE_QUEUED, 1)
+            assert waiting.wait_reason == job_service_pb2.WAIT_REASON_NODE_BUSY
+            assert first.job_id in waiting.wait_message
+            assert second.job_id in waiting.wait_message
+            # It goes to whichever is free first.
+            await other.release()
+            await client.until_event(third.job_id, is_state(event_pb2.JOB_STATE_SUCCEEDED))
+            assert (await client.job(third.job_id)).node == other.name
+            assert len(node.started) == 1
+            await node.release()
+            for job in (first, second):
+                await client.until_event(job.job_id, is_state(event_pb2.JOB_STATE_SUCCEEDED))
+    finally:
+        await other.close()

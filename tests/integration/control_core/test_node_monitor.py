@@ -7,11 +7,13 @@ from pathlib import Path
 
 from control_service.adapters.sql.store import SqlStore
 from control_service.app.node_monitor import NodeMonitor, NodeMonitorConfig
-from control_service.app.nodes import register_node
+from control_service.app.nodes import list_nodes, register_node
+from control_service.domain.job_state import JobState
 from control_service.domain.node import NodeState
 from tests.fakes.control_clock import FakeClock
 from tests.fakes.control_core import until
 from tests.fakes.control_node import FakeDialer, FakeNode
+from tests.integration.control_core.conftest import OpenCore
 
 
 async def test_a_node_is_lost_when_its_lease_ends_and_not_before(tmp_path: Path) -> None:
@@ -37,6 +39,27 @@ async def test_a_node_is_lost_when_its_lease_ends_and_not_before(tmp_path: Path)
     finally:
         await monitor.stop()
         await store.close()
+
+
+async def test_nodes_of_the_settings_go_with_them_and_registered_ones_stay(open_core: OpenCore) -> None:
+    nodes = FakeNode("a"), FakeNode("b"), FakeNode("c")
+    core = await open_core(*nodes, not_configured={"c"})
+    await core.reachable("a", "b")
+    job = await core.start((await core.project()).project_id)
+    assert (await core.running(job.job_id)).node == "a"
+    await register_node("c", "c", store=core.store, nodes=core.runtime.nodes, clock=core.clock)
+    await core.reachable()
+    core.not_configured = {"a", "c"}
+    await core.restart()
+    listed = await list_nodes(store=core.store, nodes=core.runtime.nodes)
+    assert [status.view.node.name for status in listed] == ["b", "c"]
+    # What ran there is as on a node that was lost.
+    moved = await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
+    assert moved.node in ("b", "c")
+    core.not_configured = {"c"}
+    await core.restart()
+    await core.reachable()
+    await until(lambda: nodes[0].run(job.job_id).is_over)
 
 
 def _state(monitor: NodeMonitor) -> NodeState | None:

@@ -9,14 +9,18 @@ from dataclasses import replace
 import pytest
 
 from control_service.app.ingest import ingest
-from control_service.domain.errors import FailedPrecondition
-from control_service.domain.event import NodeReachabilityFact, StoredEvent
+from control_service.app.runtime import RetentionConfig
+from control_service.domain.artifact import CheckpointStatus
+from control_service.domain.errors import FailedPrecondition, ResourceExhausted
+from control_service.domain.event import CheckpointFact, JobStateFact, NodeReachabilityFact, StoredEvent
 from control_service.domain.failure import Fault
 from control_service.domain.job_state import JobState
 from control_service.domain.run import RunState
 from tests.fakes.control_core import quick_config, until
 from tests.fakes.control_node import FakeNode, FakeRun
 from tests.integration.control_core.conftest import OpenCore
+
+_NO_COPIES = RetentionConfig(replicate_checkpoint_max_bytes=0)
 
 
 def _assert_whole(log: Sequence[StoredEvent]) -> None:
@@ -109,6 +113,58 @@ async def test_a_killed_engine_is_retried_from_its_last_checkpoint(open_core: Op
     assert (resume.checkpoint, resume.attempt) == ("step-00000040", 1)
 
 
+async def test_a_failure_is_told_once_and_kept_until_the_next_attempt_runs(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    node.start_error = ResourceExhausted("NODE_BUSY", "no memory is free")
+    node.run(job.job_id).fail("ENGINE_KILLED", Fault.HARDWARE)
+    # Refused by a busy node, it goes back to the queue, and still says what it failed of before.
+    waiting = await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.QUEUED)
+    assert waiting.failure is not None
+    assert waiting.failure.reason == "ENGINE_KILLED"
+    node.start_error = None
+    again = await core.until_job(job.job_id, lambda j: j.state is JobState.RUNNING)
+    assert again.failure is None
+    told = [fact for fact in await core.facts(job.job_id) if isinstance(fact, JobStateFact) and fact.failure]
+    assert [(fact.previous_state, fact.state) for fact in told] == [(JobState.RUNNING, JobState.QUEUED)]
+
+
+async def test_a_new_attempt_does_not_show_the_progress_of_the_last(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    node.run(job.job_id).step(55)
+    await core.until_job(job.job_id, lambda j: j.progress.step == 55)
+    node.run(job.job_id).fail("ENGINE_KILLED", Fault.HARDWARE)
+    again = await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
+    assert (again.progress.step, again.progress.loss, again.progress.remaining_seconds) == (0, None, 0.0)
+
+
+async def test_a_checkpoint_behind_one_on_a_lost_node_is_replicated(open_core: OpenCore) -> None:
+    first, second = FakeNode("a"), FakeNode("b")
+    config = quick_config()
+    core = await open_core(first, second, config=replace(config, nodes=replace(config.nodes, lease_seconds=0.3)))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    assert (await core.running(job.job_id)).node == "a"
+    early = first.run(job.job_id).checkpoint(20)
+    await until(lambda: early.sha256 in core.blobs.blobs)
+    # Its bytes are refused, so that it stays on its node.
+    late = first.run(job.job_id).checkpoint(40)
+    first.blobs[late.sha256] = b"damaged"
+    await core.until_job(job.job_id, lambda j: j.run_cursor == len(first.run(job.job_id).events))
+    first.set_up(False)
+    moved = await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
+    assert moved.node == "b"
+    between = second.run(job.job_id, 2).checkpoint(30)
+    await until(lambda: between.sha256 in core.blobs.blobs)
+
+
 async def test_what_trying_again_cannot_mend_fails_at_once(open_core: OpenCore) -> None:
     node = FakeNode("a")
     core = await open_core(node)
@@ -179,8 +235,6 @@ async def test_a_lost_job_goes_on_elsewhere_and_the_first_run_is_stopped(open_co
 
 
 async def test_a_lost_job_whose_checkpoint_only_its_node_has_waits_for_it(open_core: OpenCore) -> None:
-    from control_service.app.runtime import RetentionConfig
-
     first, second = FakeNode("a"), FakeNode("b")
     config = quick_config(RetentionConfig(replicate_checkpoint_max_bytes=0))
     core = await open_core(first, second, config=replace(config, nodes=replace(config.nodes, lease_seconds=0.3)))
@@ -227,3 +281,87 @@ async def test_a_refusal_at_dispatch_fails_the_job_with_the_same_reason(open_cor
     failed = await core.until_state(job.job_id, JobState.FAILED)
     assert failed.failure is not None
     assert (failed.failure.reason, failed.failure.fault) == ("CHAT_TEMPLATE_MISSING", Fault.USER)
+
+
+def _spoil(run: FakeRun) -> None:
+    """Makes the run's newest event unreadable."""
+    run.events[-1] = replace(run.events[-1], payload=b"\xff not a payload")
+
+
+async def test_an_event_that_cannot_be_read_keeps_its_place_and_stops_nothing(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    run = node.run(job.job_id)
+    run.step(1)
+    _spoil(run)
+    run.step(2)
+    run.succeed()
+    await core.until_state(job.job_id, JobState.SUCCEEDED)
+    log = await core.log(job.job_id)
+    _assert_whole(log)
+    assert [event.payload for event in log if event.run_sequence == 5] == [b""]
+    assert await core.watch(job.job_id) == log
+
+
+@pytest.mark.parametrize("state", [RunState.SUCCEEDED, RunState.FAILED])
+async def test_an_outcome_that_cannot_be_read_is_the_nodes_word(open_core: OpenCore, state: RunState) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    run = node.run(job.job_id)
+    if state is RunState.SUCCEEDED:
+        run.succeed()
+    else:
+        run.fail("TRAINING")
+    _spoil(run)
+    done = await core.until_job(job.job_id, lambda j: j.is_over)
+    assert done.state.value == state.value
+    assert (done.failure.reason if done.failure else "") == ("" if state is RunState.SUCCEEDED else "TRAINING")
+    assert (await core.log(job.job_id))[-1].run_sequence == 0
+
+
+async def test_an_artifact_that_cannot_be_read_fails_the_job(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    run = node.run(job.job_id)
+    run.succeed()
+    run.events[-2] = replace(run.events[-2], payload=b"\xff not a payload")
+    failed = await core.until_state(job.job_id, JobState.FAILED)
+    assert failed.failure is not None
+    assert failed.failure.reason == "COLLECTING"
+
+
+@pytest.mark.parametrize("has_copy", [True, False])
+async def test_a_node_that_lost_its_disk_gets_the_checkpoint_from_control_or_begins_anew(
+    open_core: OpenCore, has_copy: bool
+) -> None:
+    node = FakeNode("a")
+    core = await open_core(node, config=quick_config(None if has_copy else _NO_COPIES))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    file = node.run(job.job_id).checkpoint(20)
+    await core.until_job(job.job_id, lambda j: j.run_cursor == len(node.run(job.job_id).events))
+    if has_copy:
+        await until(lambda: file.sha256 in core.blobs.blobs)
+    node.blobs.clear()
+    node.runs.clear()
+    node.changed()
+    again = await core.until_job(job.job_id, lambda j: j.is_over or (j.attempt == 2 and j.state is JobState.RUNNING))
+    assert again.state is JobState.RUNNING
+    resume = node.run(job.job_id, 2).request.resume_from
+    if has_copy:
+        assert resume is not None
+        assert (resume.step, [known.sha256 for known in resume.files]) == (20, [file.sha256])
+    else:
+        assert resume is None
+        told = [fact.status for fact in await core.facts(job.job_id) if isinstance(fact, CheckpointFact)]
+        assert told == [CheckpointStatus.COMMITTED, CheckpointStatus.DELETED]

@@ -14,9 +14,11 @@ from control_service.app.ports import PlanLevel
 from control_service.domain.errors import (
     Aborted,
     AlreadyExists,
+    DeadlineTooShort,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    ResourceExhausted,
 )
 from control_service.domain.job_state import JobState
 from tests.fakes.control_core import draft, until
@@ -77,10 +79,31 @@ async def test_planning_exactly_pushes_the_data_first(open_core: OpenCore) -> No
     await core.reachable()
     project = await core.project()
     result = await training.plan_training(
-        project.project_id, level=PlanLevel.EXACT, store=core.store, nodes=core.runtime.nodes, blobs=core.blobs
+        project.project_id,
+        level=PlanLevel.EXACT,
+        store=core.store,
+        nodes=core.runtime.nodes,
+        blobs=core.blobs,
+        clock=core.clock,
     )
     assert result.node == "a"
     assert set(core.blobs.blobs) <= set(node.blobs)
+
+
+async def test_a_node_gets_no_more_time_to_check_than_the_caller_has(open_core: OpenCore) -> None:
+    nodes = FakeNode("a"), FakeNode("b")
+    core = await open_core(*nodes)
+    await core.reachable()
+    for node in nodes:
+        node.plan_error = DeadlineTooShort("DEADLINE_TOO_SHORT", "planning took longer")
+        node.start_error = ResourceExhausted("NODE_BUSY", "not now")
+    job = await core.start((await core.project()).project_id, timeout_seconds=5.0)
+    first, second = nodes[0].plan_timeouts + nodes[1].plan_timeouts
+    assert first is not None
+    assert second is not None
+    assert 0.0 < second < first <= 5.0
+    # Nobody refused it, so it waits, and is checked by the node that it goes to.
+    assert (await core.view(job.job_id)).job.is_over is False
 
 
 async def test_waiting_writes_share_commits(open_core: OpenCore) -> None:

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from control_service.app import jobs
-from control_service.domain.errors import FailedPrecondition, NotFound
+from control_service.app import datasets, jobs
+from control_service.app.idempotency import RequestKey
+from control_service.domain.artifact import ArtifactKind
+from control_service.domain.errors import FailedPrecondition, NotFound, ResourceExhausted
+from control_service.domain.event import ArtifactFact
 from control_service.domain.job_state import JobState
 from control_service.domain.run import RunState, StopMode
 from tests.fakes.control_core import until
@@ -147,3 +150,58 @@ async def test_delete_frees_the_log_the_output_and_the_bytes(open_core: OpenCore
     assert artifact.sha256 not in core.blobs.blobs
     with pytest.raises(NotFound, match="JOB_NOT_FOUND"):
         await core.view(job.job_id)
+
+
+async def test_a_delete_that_could_not_free_the_output_can_be_done_again(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    artifact = node.run(job.job_id).succeed(b"only this job has it")
+    await core.until_state(job.job_id, JobState.SUCCEEDED)
+    request = RequestKey(method="DeleteJob", request_id="r", body_digest="d")
+
+    async def delete() -> None:
+        await jobs.delete_job(job.job_id, store=core.store, blobs=core.blobs, clock=core.clock, request=request)
+
+    core.blobs.is_broken = True
+    with pytest.raises(ResourceExhausted):
+        await delete()
+    # Nothing is on the disk that no record tells of.
+    assert (await core.view(job.job_id)).job.state is JobState.SUCCEEDED
+    core.blobs.is_broken = False
+    await delete()
+    assert core.blobs.outputs == {}
+    assert artifact.sha256 not in core.blobs.blobs
+    await delete()
+
+
+async def test_blobs_that_no_record_names_are_freed_at_start(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    project = await core.project()
+    done = await core.start(project.project_id)
+    await core.running(done.job_id)
+    kept = node.run(done.job_id).succeed(b"an artifact")
+    await core.until_state(done.job_id, JobState.SUCCEEDED)
+    collecting = await core.start(project.project_id)
+    await core.running(collecting.job_id)
+    # One of two artifacts was copied when control died.
+    first = node.run(collecting.job_id)
+    first.emit(ArtifactFact(name="report", kind=ArtifactKind.REPORT, files=(node.add_file(b"report", "r.json"),)))
+    node.reads_blobs = False
+    second = first.succeed(b"another artifact")
+    await core.until_job(collecting.job_id, lambda j: j.run_state is RunState.SUCCEEDED)
+    await core.close()
+    half = core.blobs.add(b"report")
+    forgotten = core.blobs.add(b"a dead upload")
+    await core.open()
+    assert forgotten.sha256 not in core.blobs.blobs
+    dataset = await datasets.get_dataset(1, store=core.store)
+    assert {kept.sha256, dataset.sha256} <= core.blobs.blobs.keys()
+    assert half.sha256 in core.blobs.blobs
+    node.reads_blobs = True
+    await core.until_state(collecting.job_id, JobState.SUCCEEDED)
+    assert {half.sha256, second.sha256} <= core.blobs.blobs.keys()

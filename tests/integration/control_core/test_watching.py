@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from control_service.domain.errors import NotFound, OutOfRange, Unavailable
 from control_service.domain.job_state import JobState
 from tests.fakes.control_codec import page_of
-from tests.fakes.control_core import Core, until
+from tests.fakes.control_core import Core, quick_config, until
 from tests.fakes.control_node import FakeNode, FakeRun
 from tests.integration.control_core.conftest import OpenCore
 
@@ -52,6 +53,24 @@ async def test_watchers_share_encoded_pages(open_core: OpenCore) -> None:
     encoded = core.codec.num_pages
     assert all(events == first for events in await asyncio.gather(*(core.watch(job_id) for _ in range(20))))
     assert core.codec.num_pages == encoded
+
+
+async def test_many_small_pages_do_not_outgrow_the_cache(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    config = quick_config()
+    events = replace(config.events, cache_bytes=8 * 1024)
+    core = await open_core(node, config=replace(config, events=events))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    run = node.run(job.job_id)
+    for step in range(1, 60):
+        run.step(step)
+    run.succeed()
+    await core.until_state(job.job_id, JobState.SUCCEEDED)
+    for after in range(60):
+        await core.watch(job.job_id, after=after)
+    assert 0 < core.runtime.hub.num_cached_pages <= 16
 
 
 async def test_a_watcher_that_reads_nothing_holds_up_nobody(open_core: OpenCore) -> None:

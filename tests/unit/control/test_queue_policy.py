@@ -65,8 +65,9 @@ def _reasons(queue: list[QueuedJob], nodes: list[NodeView], **on_node: list[str]
 def test_first_in_first_out_within_a_priority() -> None:
     queue = [_job(1), _job(2), _job(3, priority=1)]
     assert _assigned(queue, [_node("a", "org/base")]) == [(3, "a")]
+    # The free node goes to the first; nothing but the queue keeps the others.
     assert _reasons(queue, [_node("a", "org/base")]) == [
-        (2, WaitReason.NODE_BUSY),
+        (2, WaitReason.QUEUE),
         (3, WaitReason.QUEUE),
         (1, WaitReason.UNSPECIFIED),
     ]
@@ -121,3 +122,22 @@ def test_a_job_that_moves_comes_after_the_queue_and_never_to_the_node_it_lost() 
     decision = decide([moving, _job(1)], [nodes[1]], jobs_on_node={}, now=NOW)
     assert [int(job_id) for job_id, _ in decision.assignments] == [1]
     assert list(decision.places) == [_job(1).job.job_id]
+
+
+def test_jobs_before_it_that_want_other_nodes_are_not_why_a_job_waits() -> None:
+    nodes = [_node("a", "org/base"), _node("b", "org/other")]
+    queue = [_job(1), _job(2, base="org/other"), _job(3)]
+    assert _reasons(queue, nodes, a=["x"], b=["y"]) == [
+        (1, WaitReason.NODE_BUSY),
+        (2, WaitReason.NODE_BUSY),
+        (3, WaitReason.QUEUE),
+    ]
+
+
+def test_a_job_says_why_nodes_that_have_its_base_cannot_train_it() -> None:
+    nodes = [replace(_node("a", "org/base"), problem="transformers 4.57.2 is known to be bad"), _node("b", "org/base")]
+    job = _job(1, weights_digest="w2")
+    place = decide([job], nodes, jobs_on_node={}, now=NOW).places[job.job.job_id]
+    assert place.reason is WaitReason.NO_MODEL
+    assert "node a: transformers 4.57.2 is known to be bad" in place.message
+    assert "node b: it has other weights" in place.message

@@ -185,3 +185,10 @@ async def test_a_file_of_an_artifact_cannot_leave_it(store: DiskBlobStore, tmp_p
     assert not (tmp_path / "output" / "out").exists()
     assert not (tmp_path / "x").exists()
     assert list((tmp_path / "output").iterdir()) == []
+
+
+async def test_every_blob_is_listed_and_nothing_else(store: DiskBlobStore, tmp_path: Path) -> None:
+    one, two = await _put(store), await _put(store, b"two")
+    await store.stage(_chunks(b"staged"), max_bytes=100)
+    (tmp_path / "blobs" / one.sha256[:2] / "notes.txt").write_text("an operator's")
+    assert await store.list_all() == sorted([one.sha256, two.sha256])
