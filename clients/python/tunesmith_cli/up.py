@@ -1,5 +1,6 @@
 """`tunesmith up`: both services in the foreground until Ctrl-C. Adds no setting of its own beyond where they live."""
 
+import contextlib
 import sys
 import threading
 from pathlib import Path
@@ -26,7 +27,8 @@ def up(
 
     def sink(name: str, line: str) -> None:
         # Service logs are JSON lines already escaped by their writer; a prefix says whose they are.
-        with lock:
+        with lock, contextlib.suppress(BrokenPipeError):
+            # Whoever read them has gone (`| head`): lines are dropped, the services go on.
             sys.stdout.write(f"{name:<7} | {line}\n")
             sys.stdout.flush()
 
