@@ -48,8 +48,8 @@ def page(files: list[descriptor_pb2.FileDescriptorProto]) -> str:
         "# API",
         "",
         f"Generated from `proto/` by `{COMMAND}`; edit the protos. People and programs speak to the control service",
-        "(`tunesmith.control.v1`); `tunesmith.gpu.v1` lies between the two services. Errors are `google.rpc.Status`; their",
-        "reasons are the names of [ErrorReason](#enum-errorreason) without the prefix.",
+        "(`tunesmith.control.v1`); `tunesmith.gpu.v1` lies between the two services. Errors are `google.rpc.Status`;",
+        "their reasons are the names of [ErrorReason](#enum-errorreason) without the prefix.",
         "",
         *_index(files),
         "",
@@ -176,8 +176,9 @@ def _text(comments: Comments, *path: int) -> str:
 
 
 def _cell(text: str) -> str:
-    # What looks like a tag would not be shown.
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    # Outside of code, what looks like a tag would not be shown.
+    parts = text.replace("|", "\\|").split("`")
+    return "`".join(part if index % 2 else part.replace("<", "&lt;") for index, part in enumerate(parts))
 
 
 def hyperparameters_table(files: list[descriptor_pb2.FileDescriptorProto]) -> str:
