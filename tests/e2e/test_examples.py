@@ -1,6 +1,7 @@
 """Every example runs as it stands, against a running pair."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,15 @@ def test_the_examples(stub_pair: PairUnderTest, tmp_path: Path) -> None:
         f"job {job.job_id}: JOB_STATE_SUCCEEDED",
     ):
         assert line in out
+
+
+def test_the_recipe_for_health_and_reflection_in_operations(stub_pair: PairUnderTest) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for address in (stub_pair.pair.address, stub_pair.pair.gpu_address):
+        command = [sys.executable, "-c", recipe.replace("127.0.0.1:50051", address)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        lines = result.stdout.split()
+        assert lines[0] == "SERVING"
+        assert any(line.startswith("tunesmith.") for line in lines)
