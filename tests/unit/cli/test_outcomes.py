@@ -1,5 +1,7 @@
 """Exit statuses and the demo's verdict, as pure functions."""
 
+import io
+
 import pytest
 
 import tunesmith_client
@@ -7,6 +9,7 @@ from tunesmith.common.v1 import event_pb2
 from tunesmith_cli.demo.result import AFTER, BEFORE, DemoResult, report
 from tunesmith_cli.exit_codes import ExitCode, exit_code_of
 from tunesmith_cli.output import Format, Output
+from tunesmith_cli.up import line_sink
 from tunesmith_client import JobFailed, TunesmithError
 
 
@@ -87,3 +90,14 @@ def test_the_report_shows_prompts_and_answers_line_by_line(capsys: pytest.Captur
         "prompt:\n    Question: what?\n    Answer:\nbefore:\n    \\x1b[2Jno\nafter:\n    Given: 7\n    Result: 70\n"
         in out
     )
+
+
+def test_lines_of_services_are_dropped_when_nobody_reads_them_any_more() -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    stream = io.StringIO()
+    line_sink(stream)("gpu", "{}")
+    assert stream.getvalue() == "gpu     | {}\n"
+    line_sink(Closed())("gpu", "{}")
