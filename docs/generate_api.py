@@ -91,17 +91,24 @@ def _messages(file: descriptor_pb2.FileDescriptorProto, comments: Comments) -> I
         yield from (f"#### {message.name}", "")
         if text := _text(comments, _MESSAGES, index):
             yield from (text, "")
-        if message.field:
-            yield from ("| field | type | meaning | legal values | unset means |", "|---|---|---|---|---|")
+        rows = []
         for position, field in enumerate(message.field):
             constraint = field.options.Extensions[constraints_pb2.constraint]
             text = _text(comments, _MESSAGES, index, _MEMBERS, position)
-            yield (
-                f"| `{field.name}` | {_type(field, message)} | {_cell(text)} | {_cell(_legal(constraint))} "
-                f"| {_cell(constraint.default)} |"
-            )
-        if message.field:
+            cells = (_cell(text), _cell(_legal(constraint)), _cell(constraint.default))
+            rows.append((f"`{field.name}`", _type(field, message), *cells))
+        if rows:
+            yield from _table(("field", "type", "meaning", "legal values", "unset means"), rows)
             yield ""
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    """Without the columns that no row has anything in."""
+    kept = [position for position in range(len(columns)) if any(row[position] for row in rows)]
+    yield f"| {' | '.join(columns[position] for position in kept)} |"
+    yield "|" + "---|" * len(kept)
+    for row in rows:
+        yield f"| {' | '.join(row[position] for position in kept)} |"
 
 
 def _enums(file: descriptor_pb2.FileDescriptorProto, comments: Comments) -> Iterator[str]:

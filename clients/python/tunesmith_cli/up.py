@@ -18,8 +18,8 @@ def line_sink(stream: TextIO) -> LineSink:
     lock = threading.Lock()
 
     def sink(name: str, line: str) -> None:
-        # Service logs are JSON lines already escaped by their writer. A reader that has gone (`| head`) must not stop the
-        # thread that empties a service's pipe: the service would hang at its next line.
+        # Service logs are JSON lines already escaped by their writer. A reader that has gone (`| head`) must not stop
+        # the thread that empties a service's pipe: the service would hang at its next line.
         with lock, contextlib.suppress(BrokenPipeError):
             stream.write(f"{name:<7} | {line}\n")
             stream.flush()
