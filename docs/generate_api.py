@@ -10,7 +10,7 @@ With --check nothing is written; exit status 1 when a page is not what it should
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def _messages(file: descriptor_pb2.FileDescriptorProto, comments: Comments) -> I
             yield ""
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """Without the columns that no row has anything in."""
     kept = [position for position in range(len(columns)) if any(row[position] for row in rows)]
     yield f"| {' | '.join(columns[position] for position in kept)} |"
