@@ -119,7 +119,7 @@ class BarFollower:
                 self._end_activity()
             text = "\n".join(describe_lines(event))
             if text:
-                # Prose is wrapped between words; any other line is left to the terminal, so that it can be copied whole.
+                # Prose is wrapped between words; any other line is left to the terminal, to be copied whole.
                 is_prose = event.kind == event_pb2.EVENT_KIND_SAMPLE
                 self._bars.console.print(Text(text), soft_wrap=not is_prose)
 
