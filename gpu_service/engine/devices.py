@@ -123,6 +123,11 @@ class CudaDevice:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.synchronize(self._device)
+            # cuBLAS keeps 64 MiB of workspace on a Hopper card, taken from torch's allocator. torch has no public name
+            # for giving it back; this is the one that its own CUDA graphs use.
+            clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+            if clear_workspaces is not None:
+                clear_workspaces()
             torch.cuda.empty_cache()
 
 
