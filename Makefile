@@ -67,7 +67,7 @@ proto-check: $(STAMP) ## Fails when the generated code is not what proto/ says
 proto-image: $(STAMP) ## Accepts today's protos as what later ones must stay compatible with
 	$(BIN)/buf build proto -o proto/image.binpb
 
-docs: $(STAMP) ## Generates docs/api.md from the protos
+docs: $(STAMP) ## Generates docs/api.md and the tables in docs/ from protos and settings
 	PATH="$(BIN):$$PATH" $(BIN)/python docs/generate_api.py
 
 clean: ## Removes what was built; keeps ./data

@@ -18,3 +18,9 @@ def module_command(module: str, arguments: Sequence[str]) -> list[str]:
 def run_module(module: str, arguments: Sequence[str]) -> int:
     """Runs a module in the foreground with this terminal, and gives its exit status."""
     return subprocess.run(module_command(module, arguments), check=False).returncode
+
+
+def module_output(module: str, arguments: Sequence[str]) -> tuple[int, str]:
+    """Runs a module and gives its exit status and what it wrote to standard output."""
+    done = subprocess.run(module_command(module, arguments), check=False, stdout=subprocess.PIPE, encoding="utf-8")
+    return done.returncode, done.stdout

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from tunesmith.common.v1 import errors_pb2, event_pb2
-from tunesmith_cli.text import byte_count, duration, printable
+from tunesmith_cli.text import byte_count, duration, indented_lines, printable
 from tunesmith_client import reason_name, state_name
 
 
@@ -11,6 +11,20 @@ def describe(event: event_pb2.Event) -> str:
     """The line for an event; empty for one that is not worth a line, or of a kind that this version does not know."""
     function = _BY_KIND.get(event.kind)
     return printable(function(event.payload)) if function is not None else ""
+
+
+def describe_lines(event: event_pb2.Event) -> list[str]:
+    """What an event says where there is room: an answer keeps its own lines; anything else is its one line, or none."""
+    if event.kind == event_pb2.EVENT_KIND_SAMPLE:
+        sample = event.payload.sample
+        return [
+            f"answer ({moment_name(sample.moment)}) to:",
+            *indented_lines(sample.prompt, 4),
+            "  is:",
+            *indented_lines(sample.answer, 4),
+        ]
+    line = describe(event)
+    return [line] if line else []
 
 
 def loss_text(loss: float | None) -> str:
@@ -52,8 +66,9 @@ def moment_name(moment: int) -> str:
 
 
 def trait_losses(values: Iterable[event_pb2.LossValue]) -> str:
-    """`reasoning 1.2345, coding 2.3456` for the whole-trait losses."""
-    return ", ".join(f"{value.trait_type} {loss_text(loss_of(value))}" for value in values if not value.dataset_id)
+    """`coding 2.3456, reasoning 1.2345` for the whole-trait losses; by name, so that each keeps its place."""
+    traits = sorted((value.trait_type, loss_text(loss_of(value))) for value in values if not value.dataset_id)
+    return ", ".join(f"{trait} {loss}" for trait, loss in traits)
 
 
 def _job_state(payload: event_pb2.EventPayload) -> str:

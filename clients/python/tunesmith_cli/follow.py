@@ -3,11 +3,11 @@
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from tunesmith.common.v1 import event_pb2
-from tunesmith_cli.describe import describe, loss_of, loss_text, phase_name, stage_name
+from tunesmith_cli.describe import describe, describe_lines, loss_of, loss_text, phase_name, stage_name, trait_losses
 from tunesmith_cli.output import Output
 from tunesmith_cli.text import duration, printable
 
@@ -88,12 +88,12 @@ class BarFollower:
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}", markup=False),
             TextColumn("{task.fields[numbers]}", markup=False),
             TimeElapsedColumn(),
             console=out.console,
         )
-        self._activity: TaskID | None = None
+        self._activity: tuple[str, TaskID] | None = None
         self._training: TaskID | None = None
 
     def __enter__(self) -> Self:
@@ -117,36 +117,37 @@ class BarFollower:
         else:
             if event.kind == event_pb2.EVENT_KIND_JOB_STATE:
                 self._end_activity()
-            line = describe(event)
-            if line:
-                self._bars.console.print(Text(line), soft_wrap=True)
+            text = "\n".join(describe_lines(event))
+            if text:
+                # Prose is wrapped between words; any other line is left to the terminal, to be copied whole.
+                is_prose = event.kind == event_pb2.EVENT_KIND_SAMPLE
+                self._bars.console.print(Text(text), soft_wrap=not is_prose)
 
     def _step(self, step: event_pb2.StepEvent) -> None:
         self._end_activity()
         if self._training is None:
-            self._training = self._bars.add_task("training", total=step.total_steps, numbers="")
-        traits = " ".join(
-            f"{printable(value.trait_type)} {loss_text(loss_of(value))}"
-            for value in step.trait_losses
-            if not value.dataset_id
-        )
+            self._training = self._bars.add_task("training", total=step.total_steps, count="", numbers="")
+        traits = printable(trait_losses(step.trait_losses))
         numbers = (
-            f"loss {loss_text(loss_of(step))} {traits} lr {step.learning_rate:.1e} "
+            f"loss {loss_text(loss_of(step))} ({traits}) lr {step.learning_rate:.1e} "
             f"{step.tokens_per_second:.0f} tok/s eta {duration(step.remaining_seconds)}"
         )
-        self._bars.update(self._training, completed=step.step, total=step.total_steps, numbers=numbers)
+        count = f"{step.step}/{step.total_steps}"
+        self._bars.update(self._training, completed=step.step, total=step.total_steps, count=count, numbers=numbers)
 
     def _start_activity(self, description: str, done: int = 0, total: int = 0, unit: str = "") -> None:
-        if self._activity is None:
-            self._activity = self._bars.add_task(description, total=None, numbers="")
-        # Without a total the bar only moves to and fro.
-        self._bars.update(
-            self._activity, description=description, completed=done, total=total or None, numbers=printable(unit)
-        )
+        if self._activity is None or self._activity[0] != description:
+            # A task of its own: its time starts at zero, and no total is left over from the one before.
+            self._end_activity()
+            # Without a total the bar only moves to and fro.
+            self._activity = description, self._bars.add_task(description, total=None, count="", numbers="")
+        if total:
+            count = f"{done}/{total}"
+            self._bars.update(self._activity[1], completed=done, total=total, count=count, numbers=printable(unit))
 
     def _end_activity(self) -> None:
         if self._activity is not None:
-            self._bars.remove_task(self._activity)
+            self._bars.remove_task(self._activity[1])
             self._activity = None
 
 

@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
 from tunesmith_cli.commands import artifacts, datasets, jobs, models, nodes, projects, training
 from tunesmith_cli.demo import command as demo
-from tunesmith_cli.doctor import doctor
+from tunesmith_cli.doctor import doctor, installed_version
 from tunesmith_cli.exit_codes import ExitCode, exit_code_of
 from tunesmith_cli.output import Format, Output
 from tunesmith_cli.project_file import ProjectFileError
@@ -15,15 +16,33 @@ from tunesmith_cli.services import ServiceFailed
 from tunesmith_cli.up import up
 from tunesmith_client import TunesmithError
 
+_MOST_VIOLATIONS = 10
+
 app = typer.Typer(
     name="tunesmith",
-    help="Fine-tunes language models through a pair of gRPC services.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     epilog="Exit status: 0 ok; 1 the job or the demo failed; 2 wrong usage; 3 refused by the service; "
     "4 service unreachable; 130 Ctrl-C.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        Output(Format.TABLE).line(f"tunesmith {installed_version('tunesmith')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Fine-tunes language models through a pair of gRPC services."""
+
+
 app.command("up")(up)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor)
@@ -63,10 +82,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report_error(out: Output, error: TunesmithError) -> None:
     """Prints an error with everything that helps to mend it."""
     out.remark(f"error: {error}", style="red")
-    for violation in error.field_violations:
-        out.remark(f"  {violation.field}: {violation.description}")
+    # What the message has said already is not said again.
+    violations = [
+        text
+        for violation in error.field_violations
+        if (text := f"{violation.field}: {violation.description}") not in error.message
+        and violation.description != error.message
+    ]
+    for text in violations[:_MOST_VIOLATIONS]:
+        out.remark(f"  {text}")
+    if len(violations) > _MOST_VIOLATIONS:
+        out.remark(f"  and {len(violations) - _MOST_VIOLATIONS} more")
     for name, value in sorted(error.metadata.items()):
-        out.remark(f"  {name}: {value}")
+        if value not in error.message:
+            out.remark(f"  {name}: {value}")
+    if exit_code_of(error) is ExitCode.UNREACHABLE:
+        out.remark("  is a control service there? --address or TUNESMITH_ADDRESS says where; `tunesmith up` starts one")
     if error.retry_after_seconds is not None:
         out.remark(f"  try again in {error.retry_after_seconds:g} s")
     if error.request_id:

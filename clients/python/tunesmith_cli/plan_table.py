@@ -1,22 +1,26 @@
 """A plan as tables: what each dataset gives, and what the run will be. Shows; computes nothing but sums for display."""
 
+from collections.abc import Mapping
+
 from tunesmith.common.v1 import plan_pb2
 from tunesmith_cli.output import Output
 from tunesmith_cli.text import byte_count
 
 
-def show_plan(out: Output, plan: plan_pb2.Plan, node: str) -> None:
-    """Prints the plan for people."""
+def show_plan(out: Output, plan: plan_pb2.Plan, node: str, *, dataset_names: Mapping[int, str]) -> None:
+    """Prints the plan for people. A dataset that `dataset_names` lacks is shown by its id."""
+    # At level CHECK no token is counted: a dash there, where a number would be a lie.
+    is_counted = plan.level == plan_pb2.PLAN_LEVEL_EXACT
     rows = [
         (
             source.trait_type,
-            source.dataset_id,
+            dataset_names.get(source.dataset_id, source.dataset_id),
             "held out" if source.held_out else f"{source.share * 100:.1f} %",
             source.num_available,
             source.num_examples,
-            source.num_tokens,
-            source.num_target_tokens,
-            source.num_truncated,
+            f"{source.num_tokens:,}" if is_counted else "-",
+            f"{source.num_target_tokens:,}" if is_counted else "-",
+            source.num_truncated if is_counted else "-",
             ", ".join(f"{count} {reason}" for reason, count in sorted(source.dropped.items())),
         )
         for source in plan.datasets
@@ -25,11 +29,11 @@ def show_plan(out: Output, plan: plan_pb2.Plan, node: str) -> None:
     out.rows(columns, rows, title="Plan")
     method = plan.resolved.quantization.method
     lines = [
-        ("steps", f"{plan.num_steps} ({plan.num_epochs:.2f} epochs of {plan.examples_per_epoch} examples)"),
-        ("tokens", f"{plan.total_tokens}, of which {plan.total_target_tokens} carry loss"),
+        ("steps", f"{plan.num_steps:,} ({plan.num_epochs:.2f} epochs of {plan.examples_per_epoch:,} examples)"),
+        ("tokens", _tokens(plan) if is_counted else "not counted: --check reads no data"),
         ("training", f"{plan.training_type}, base held in {method}" if method else plan.training_type),
         ("layers", f"{plan.num_covered_linears} of {plan.num_linears} linear layers are covered"),
-        ("trainable", f"{plan.num_trainable_parameters} of {plan.num_parameters} parameters"),
+        ("trainable", f"{plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters"),
         ("memory", f"{byte_count(plan.memory.total_bytes)} estimated, on {plan.device or 'an unnamed device'}"),
         ("node", node),
         ("data digest", plan.data_digest),
@@ -39,3 +43,7 @@ def show_plan(out: Output, plan: plan_pb2.Plan, node: str) -> None:
             out.line(f"{name:<12} {value}")
     for warning in plan.warnings:
         out.line(f"warning: {warning}")
+
+
+def _tokens(plan: plan_pb2.Plan) -> str:
+    return f"{plan.total_tokens:,} in all steps, of which {plan.total_target_tokens:,} carry loss"

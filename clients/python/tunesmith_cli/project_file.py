@@ -15,6 +15,7 @@ from google.protobuf.json_format import ParseDict
 
 from tunesmith.common.v1 import training_spec_pb2
 from tunesmith.control.v1 import project_service_pb2
+from tunesmith_client import NotFound
 
 DatasetLookup = Callable[[str], int]
 
@@ -61,6 +62,11 @@ class _Reader:
                 raise self._error(key_node, f"unknown key `{where}`; known here: {known}")
             if target in values:
                 raise self._error(key_node, f"`{where}` is given twice")
+            group = fields[target].containing_oneof
+            # Every optional field is alone in a group of its own.
+            for other in group.fields if group is not None else ():
+                if other.name in values:
+                    raise self._error(key_node, f"`{where}` does not go together with `{other.name}`; give one of them")
             values[target] = self._field(value_node, fields[target], where, is_dataset=key in shorthands)
         return values
 
@@ -79,7 +85,12 @@ class _Reader:
         if not isinstance(node, yaml.ScalarNode):
             raise self._error(node, f"`{path}` must be a single value")
         if is_dataset:
-            return self._dataset_id_of(node.value)
+            try:
+                return self._dataset_id_of(node.value)
+            except NotFound as error:
+                # The service's answer knows no file: the line is added, the rest stays as it is.
+                error.message = f"{self._source}:{node.start_mark.line + 1}: {error.message}"
+                raise
         expected, convert = _SCALARS[_scalar_kind(field)]
         try:
             return convert(node)

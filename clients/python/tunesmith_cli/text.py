@@ -16,6 +16,11 @@ def printable(text: str, *, keep_newlines: bool = False) -> str:
     )
 
 
+def indented_lines(text: str, num_spaces: int) -> list[str]:
+    """The text's lines, each indented, safe to print; at least one line, so that an empty text is seen to be empty."""
+    return [" " * num_spaces + printable(line) for line in text.split("\n")]
+
+
 def byte_count(num_bytes: int) -> str:
     """`1.5 GiB`."""
     size = float(num_bytes)

@@ -1,15 +1,30 @@
 """`tunesmith up`: both services in the foreground until Ctrl-C. Adds no setting of its own beyond where they live."""
 
+import contextlib
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
 from tunesmith_cli.exit_codes import ExitCode
 from tunesmith_cli.output import Format, Output
-from tunesmith_cli.services import Pair, PairConfig, ServiceFailed, stop_on_signals
+from tunesmith_cli.services import LineSink, Pair, PairConfig, ServiceFailed, stop_on_signals
+
+
+def line_sink(stream: TextIO) -> LineSink:
+    """Writes each line with the name of its service before it; lines are dropped once nobody reads them."""
+    lock = threading.Lock()
+
+    def sink(name: str, line: str) -> None:
+        # Service logs are JSON lines already escaped by their writer. A reader that has gone (`| head`) must not stop
+        # the thread that empties a service's pipe: the service would hang at its next line.
+        with lock, contextlib.suppress(BrokenPipeError):
+            stream.write(f"{name:<7} | {line}\n")
+            stream.flush()
+
+    return sink
 
 
 def up(
@@ -22,14 +37,6 @@ def up(
 ) -> None:
     """Runs both services in the foreground and stops both cleanly on Ctrl-C or SIGTERM."""
     out = Output(Format.TABLE)
-    lock = threading.Lock()
-
-    def sink(name: str, line: str) -> None:
-        # Service logs are JSON lines already escaped by their writer; a prefix says whose they are.
-        with lock:
-            sys.stdout.write(f"{name:<7} | {line}\n")
-            sys.stdout.flush()
-
     config = PairConfig(
         data_directory=data,
         models_directory=models or data / "models",
@@ -38,7 +45,7 @@ def up(
     )
     stopped = threading.Event()
     with stop_on_signals(stopped):
-        pair = Pair(config, sink=sink, stopped=stopped)
+        pair = Pair(config, sink=line_sink(sys.stdout), stopped=stopped)
         try:
             with pair:
                 out.remark(f"ready: control at {pair.address}, GPU service at {pair.gpu_address}; Ctrl-C stops both")

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from tests.fakes.scripted_control import FakeControl, refuse
-from tunesmith.common.v1 import event_pb2
+from tunesmith.common.v1 import event_pb2, plan_pb2, training_spec_pb2
 from tunesmith.control.v1 import dataset_service_pb2, job_service_pb2, node_service_pb2, project_service_pb2
 from tunesmith_cli.main import main
 
@@ -84,10 +84,42 @@ def test_a_refusal_is_exit_status_3_and_says_everything(
         assert part in captured.err
 
 
-def test_nobody_there_is_exit_status_4() -> None:
+def test_a_refusal_says_nothing_twice_and_not_a_hundred_lines(
+    control: FakeControl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def malformed(request: Any, context: grpc.ServicerContext) -> Any:
+        violations = {f"line {number}": "is not JSON" for number in range(1, 33)}
+        message, metadata = "line 1: is not JSON (and 150 more)", {"num_bad_lines": "151"}
+        code = grpc.StatusCode.INVALID_ARGUMENT
+        refuse(context, code, "DATASET_MALFORMED", message, metadata=metadata, violations=violations)
+
+    control.handlers["GetDataset"] = malformed
+    assert main(["datasets", "preview", "1"]) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: DATASET_MALFORMED: line 1: is not JSON (and 150 more)"
+    assert lines[1] == "  line 2: is not JSON"
+    assert lines[11:] == ["  and 21 more", "  num_bad_lines: 151"]
+
+
+def test_a_wrong_name_is_answered_with_those_that_are_there(
+    control: FakeControl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"rows-{number}" for number in range(25)]
+    datasets = [dataset_service_pb2.Dataset(dataset_id=number + 1, name=name) for number, name in enumerate(names)]
+    control.handlers["ListDatasets"] = lambda *_: dataset_service_pb2.ListDatasetsResponse(datasets=datasets)
+    control.handlers["ListProjects"] = lambda *_: project_service_pb2.ListProjectsResponse()
+    assert main(["datasets", "preview", "rowz"]) == 3
+    assert main(["plan", "demo"]) == 3
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"error: DATASET_NOT_FOUND: no dataset is named 'rowz'; there are {', '.join(names[:20])}, ..."
+    assert second == "error: PROJECT_NOT_FOUND: no project is named 'demo'; there are none"
+
+
+def test_nobody_there_is_exit_status_4_and_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     with FakeControl() as gone:
         address = gone.address
     assert main(["jobs", "list", "--address", address]) == 4
+    assert "--address or TUNESMITH_ADDRESS" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -191,6 +223,76 @@ def test_the_verbs_call_their_methods(verb: str, method: str, control: FakeContr
     (request,) = control.calls(method)
     assert request.job_id == JOB
     assert request.request_id
+
+
+def test_an_interrupted_watch_says_that_the_job_goes_on(
+    control: FakeControl, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: object, event: event_pb2.Event) -> None:
+        if event.sequence == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("tunesmith_cli.follow.LineFollower.show", interrupted)
+    control.handlers["WatchJob"] = lambda *_: iter([job_service_pb2.WatchJobResponse(events=[step(1), step(2)])])
+    give_job(control, job(event_pb2.JOB_STATE_RUNNING))
+    assert main(["watch", JOB]) == 130
+    assert f"the job goes on; `tunesmith watch {JOB} --after 1` follows it again" in capsys.readouterr().err
+    assert control.calls("CancelJob") == []
+
+
+def test_a_plan_that_counted_no_tokens_shows_none(control: FakeControl, capsys: pytest.CaptureFixture[str]) -> None:
+    trait = training_spec_pb2.Trait(
+        trait_type="a", datasets=[training_spec_pb2.TraitDataset(dataset_id=12, percentage=100)]
+    )
+    project = project_service_pb2.Project(project_id=1, name="demo", traits=[trait])
+    control.handlers["GetProject"] = lambda *_: project_service_pb2.GetProjectResponse(project=project)
+    dataset = dataset_service_pb2.Dataset(dataset_id=12, name="rows")
+    control.handlers["GetDataset"] = lambda *_: dataset_service_pb2.GetDatasetResponse(dataset=dataset)
+    source = plan_pb2.DatasetPlan(trait_type="a", dataset_id=12, share=1, num_available=30)
+    plan = plan_pb2.Plan(datasets=[source])
+
+    def answer(request: job_service_pb2.PlanTrainingRequest, _: object) -> job_service_pb2.PlanTrainingResponse:
+        plan.level = request.level
+        plan.total_tokens = 12345 if request.level == plan_pb2.PLAN_LEVEL_EXACT else 0
+        return job_service_pb2.PlanTrainingResponse(plan=plan)
+
+    control.handlers["PlanTraining"] = answer
+    assert main(["plan", "1", "--check"]) == 0
+    checked = capsys.readouterr().out
+    assert checked.splitlines()[2].split() == ["a", "rows", "100.0", "%", "30", "0", "-", "-", "-"]
+    assert "tokens       not counted" in checked
+    assert main(["plan", "1"]) == 0
+    assert "tokens       12,345 in all steps" in capsys.readouterr().out
+
+
+def test_a_project_is_shown_with_what_it_sets(control: FakeControl, capsys: pytest.CaptureFixture[str]) -> None:
+    trait = training_spec_pb2.Trait(
+        trait_type="a",
+        datasets=[training_spec_pb2.TraitDataset(dataset_id=12, percentage=100)],
+        held_out_dataset_ids=[13],
+    )
+    project = project_service_pb2.Project(project_id=1, name="demo", traits=[trait])
+    project.hyperparameters.lora.rank = 8
+    project.sample_prompts.add(trait_type="a", prompt="one\ntwo")
+    control.handlers["GetProject"] = lambda *_: project_service_pb2.GetProjectResponse(project=project)
+    control.handlers["GetDataset"] = lambda request, _: dataset_service_pb2.GetDatasetResponse(
+        dataset=dataset_service_pb2.Dataset(dataset_id=request.dataset_id, name=f"rows-{request.dataset_id}")
+    )
+    assert main(["projects", "show", "1"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["hyperparameters.lora.rank", "8"] in lines
+    assert ["a", "1", "rows-12", "100"] in lines
+    assert ["a", "1", "rows-13", "held", "out"] in lines
+    assert lines[-2:] == [["one"], ["two"]]
+
+
+def test_the_version_and_the_doctor_are_for_scripts_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("tunesmith ")
+    status = main(["doctor", "--output", "json"])
+    report = json.loads(capsys.readouterr().out)
+    assert status == (0 if report["ok"] else 1)
+    assert {"tunesmith", "grpcio", "protobuf", "python"} <= set(report["versions"])
 
 
 def test_no_color_is_honored(monkeypatch: pytest.MonkeyPatch) -> None:

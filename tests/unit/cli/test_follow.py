@@ -89,3 +89,26 @@ def test_a_terminal_shows_what_goes_on_and_keeps_what_is_worth_keeping() -> None
     text = written(out)
     for part in ("evaluating", "loading weights", "3/9", "tensors", "done in 1.0 s", "training", "2/5", "units 1.2500"):
         assert part in text
+
+
+def test_an_activity_shows_no_number_that_belongs_to_the_one_before() -> None:
+    out = output(is_terminal=True)
+    with BarFollower(out) as follower:
+        follower.show(loading(event_pb2.STAGE_STATUS_PROGRESS))
+        follower.show(phase(event_pb2.PHASE_EVALUATING))
+        (task,) = follower._bars.tasks
+        assert (task.description, task.total, task.completed) == ("evaluating", None, 0)
+        assert (task.fields["count"], task.fields["numbers"]) == ("", "")
+
+
+def test_an_answer_of_many_lines_keeps_them_on_a_terminal_and_is_one_line_elsewhere() -> None:
+    event = event_pb2.Event(kind=event_pb2.EVENT_KIND_SAMPLE)
+    event.payload.sample.MergeFrom(
+        event_pb2.SampleEvent(prompt="one\ntwo", answer="three\nfour\x1b[2J", moment=event_pb2.EVALUATION_MOMENT_BASE)
+    )
+    bars, lines = output(is_terminal=True), output(is_terminal=False)
+    with BarFollower(bars) as bar_follower, LineFollower(lines) as line_follower:
+        bar_follower.show(event)
+        line_follower.show(event)
+    assert "answer (base) to:\n    one\n    two\n  is:\n    three\n    four\\x1b[2J\n" in written(bars)
+    assert len(written(lines).splitlines()) == 1

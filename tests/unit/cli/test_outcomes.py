@@ -1,11 +1,15 @@
 """Exit statuses and the demo's verdict, as pure functions."""
 
+import io
+
 import pytest
 
 import tunesmith_client
 from tunesmith.common.v1 import event_pb2
-from tunesmith_cli.demo.result import AFTER, BEFORE, DemoResult
+from tunesmith_cli.demo.result import AFTER, BEFORE, DemoResult, report
 from tunesmith_cli.exit_codes import ExitCode, exit_code_of
+from tunesmith_cli.output import Format, Output
+from tunesmith_cli.up import line_sink
 from tunesmith_client import JobFailed, TunesmithError
 
 
@@ -71,3 +75,29 @@ def test_the_demo_succeeds_only_when_every_trait_fell() -> None:
 def test_a_later_attempt_replaces_an_earlier_ones_word() -> None:
     before = evaluation(BEFORE, units=3.0)
     assert not verdict(before, evaluation(AFTER, units=1.0), evaluation(AFTER, units=4.0))
+
+
+def test_the_report_shows_prompts_and_answers_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
+    result = DemoResult(job_id="j")
+    for moment, answer in ((BEFORE, "\x1b[2Jno"), (AFTER, "Given: 7\nResult: 70")):
+        event = event_pb2.Event(kind=event_pb2.EVENT_KIND_SAMPLE)
+        event.payload.sample.prompt, event.payload.sample.answer = "Question: what?\nAnswer:", answer
+        event.payload.sample.moment = moment
+        result.add(event)
+    report(Output(Format.TABLE), result, [])
+    out = capsys.readouterr().out
+    assert (
+        "prompt:\n    Question: what?\n    Answer:\nbefore:\n    \\x1b[2Jno\nafter:\n    Given: 7\n    Result: 70\n"
+        in out
+    )
+
+
+def test_lines_of_services_are_dropped_when_nobody_reads_them_any_more() -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    stream = io.StringIO()
+    line_sink(stream)("gpu", "{}")
+    assert stream.getvalue() == "gpu     | {}\n"
+    line_sink(Closed())("gpu", "{}")

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from tunesmith_cli.project_file import ProjectFileError, read_project
+from tunesmith_client import NotFound
 
 GOOD = """\
 name: demo
@@ -69,6 +70,7 @@ def test_names_become_ids_and_values_keep_their_types() -> None:
         ("{rank: 8, target_modules: [q_proj, v_proj]}", "8", 19, "must be a mapping"),
         ("[q_proj, v_proj]", "q_proj", 19, "must be a list"),
         ("{dataset: structure-train, percentage: 100}", "{dataset: 7, dataset_id: 7}", 10, "given twice"),
+        ("num_steps: 60", "num_steps: 60\n  num_epochs: 2", 18, "does not go together with `num_steps`"),
     ],
 )
 def test_an_error_names_the_line_and_the_key(old: str, new: str, line: int, says: str) -> None:
@@ -92,6 +94,15 @@ def test_text_that_is_not_yaml_names_its_line() -> None:
 def test_an_empty_file_is_said() -> None:
     with pytest.raises(ProjectFileError, match="empty"):
         read("")
+
+
+def test_a_dataset_that_is_not_there_is_named_with_its_line() -> None:
+    def nobody(name: str) -> int:
+        raise NotFound(f"no dataset is named {name!r}", reason="DATASET_NOT_FOUND")
+
+    with pytest.raises(NotFound) as raised:
+        read_project(GOOD, source="p.yaml", dataset_id_of=nobody)
+    assert str(raised.value) == "DATASET_NOT_FOUND: p.yaml:10: no dataset is named 'structure-train'"
 
 
 def test_a_number_that_is_none_is_left_to_the_service() -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from tunesmith.common.v1 import errors_pb2, event_pb2
-from tunesmith_cli.describe import describe
-from tunesmith_cli.text import byte_count, duration, printable
+from tunesmith_cli.describe import describe, trait_losses
+from tunesmith_cli.text import byte_count, duration, indented_lines, printable
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,15 @@ def test_every_line_of_an_event_is_safe() -> None:
     event = event_pb2.Event(kind=event_pb2.EVENT_KIND_LOG)
     event.payload.log.level, event.payload.log.message = "info", "\x1b]0;owned\x07"
     assert describe(event) == "info: \\x1b]0;owned\\x07"
+
+
+def test_lines_are_indented_and_each_is_safe() -> None:
+    assert indented_lines("a\nb\x1b[2J\r\n", 2) == ["  a", "  b\\x1b[2J\\x0d", "  "]
+
+
+def test_traits_keep_their_place_from_step_to_step() -> None:
+    values = [event_pb2.LossValue(trait_type="units", loss=1.0), event_pb2.LossValue(trait_type="coding", loss=2.0)]
+    assert trait_losses(values) == trait_losses(reversed(values)) == "coding 2.0000, units 1.0000"
 
 
 def test_sizes_and_durations() -> None:

@@ -44,7 +44,7 @@ def list_datasets(
 @command(app, "upload")
 def upload(
     session: Session,
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSON lines.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="JSON lines.")],
     name: Annotated[str, typer.Option("--name", help="Unique name; the file's own when left out.")] = "",
     format: FormatOption = "",
 ) -> None:
@@ -63,7 +63,7 @@ def upload(
 @command(app, "register")
 def register(
     session: Session,
-    path: Annotated[str, typer.Argument(help="Relative path below the service's import root.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Relative path below the service's import root.")],
     name: Annotated[str, typer.Option("--name", help="Unique name.")],
     format: FormatOption = "",
 ) -> None:

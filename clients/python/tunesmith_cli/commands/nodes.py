@@ -31,7 +31,7 @@ def list_nodes(session: Session) -> None:
 @command(app, "register")
 def register(
     session: Session,
-    name: Annotated[str, typer.Argument(help="Name of the node.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the node.")],
     node_address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where its GPU service listens.")],
 ) -> None:
     """Adds a node, or changes its address."""
@@ -42,7 +42,7 @@ def register(
 @command(app, "drain")
 def drain(
     session: Session,
-    name: Annotated[str, typer.Argument(help="Name of the node.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the node.")],
     undo: Annotated[bool, typer.Option("--undo", help="Give it jobs again.")] = False,
     interrupt: Annotated[bool, typer.Option("--interrupt", help="Checkpoint its runs and queue them again.")] = False,
 ) -> None:

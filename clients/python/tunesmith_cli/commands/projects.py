@@ -1,15 +1,18 @@
 """`tunesmith projects`: what people want trained."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from google.protobuf.message import Message
 
+from tunesmith.common.v1 import training_spec_pb2
 from tunesmith.control.v1 import project_service_pb2
-from tunesmith_cli.lookup import find_dataset, find_project
+from tunesmith_cli.lookup import dataset_names, find_dataset, find_project
 from tunesmith_cli.project_file import read_project
 from tunesmith_cli.session import Session, command
-from tunesmith_cli.text import moment
+from tunesmith_cli.text import indented_lines, moment
 
 app = typer.Typer(help="What is to be trained.", no_args_is_help=True)
 
@@ -70,15 +73,37 @@ def show(session: Session, project: ProjectArgument) -> None:
             ("output directory", found.output_directory),
             ("created", moment(found.create_time)),
             ("updated", moment(found.update_time)),
+            *_settings(found.mix, "mix"),
+            *_settings(found.hyperparameters, "hyperparameters"),
         ],
     )
     if not session.out.is_json:
+        names = dataset_names(session.client, found)
         rows = [
-            (trait.trait_type, trait.weight if trait.HasField("weight") else 1, source.dataset_id, source.percentage)
+            (trait.trait_type, f"{trait.weight if trait.HasField('weight') else 1:g}", names[number], percent)
             for trait in found.traits
-            for source in trait.datasets
+            for number, percent in _sources(trait)
         ]
         session.out.rows(("TRAIT", "WEIGHT", "DATASET", "PERCENT"), rows)
+        for prompt in found.sample_prompts:
+            session.out.line(f"sample prompt ({prompt.trait_type}):")
+            for line in indented_lines(prompt.prompt, 4):
+                session.out.line(line)
+
+
+def _sources(trait: training_spec_pb2.Trait) -> Iterator[tuple[int, str]]:
+    yield from ((source.dataset_id, f"{source.percentage:g}") for source in trait.datasets)
+    yield from ((number, "held out") for number in trait.held_out_dataset_ids)
+
+
+def _settings(message: Message, path: str) -> Iterator[tuple[str, object]]:
+    """What is set in a message, by dotted name; what is not set has the documented default."""
+    for field, value in message.ListFields():
+        name = f"{path}.{field.name}"
+        if isinstance(value, Message):
+            yield from _settings(value, name)
+        else:
+            yield name, ", ".join(value) if field.is_repeated else value
 
 
 @command(app, "delete")

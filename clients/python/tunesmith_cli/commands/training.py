@@ -12,7 +12,7 @@ from tunesmith_cli.commands.projects import ProjectArgument
 from tunesmith_cli.describe import describe
 from tunesmith_cli.exit_codes import ExitCode
 from tunesmith_cli.follow import follower_for
-from tunesmith_cli.lookup import find_project
+from tunesmith_cli.lookup import dataset_names, find_project
 from tunesmith_cli.plan_table import show_plan
 from tunesmith_cli.session import Session, command
 from tunesmith_client import Client
@@ -46,11 +46,12 @@ def plan(
 ) -> None:
     """Shows what training a project would be, without loading a weight."""
     level = plan_pb2.PLAN_LEVEL_CHECK if check else plan_pb2.PLAN_LEVEL_EXACT
-    answer = session.client.jobs.plan(find_project(session.client, project).project_id, level=level)
+    found = find_project(session.client, project)
+    answer = session.client.jobs.plan(found.project_id, level=level)
     if session.out.is_json:
         session.out.message(answer, ())
     else:
-        show_plan(session.out, answer.plan, answer.node)
+        show_plan(session.out, answer.plan, answer.node, dataset_names=dataset_names(session.client, found))
 
 
 def start(
@@ -69,6 +70,7 @@ def start(
         _watch(session, job.job_id, 0)
     else:
         session.out.table(COLUMNS, [row(job)], [job])
+        session.out.remark(f"follow it with `tunesmith watch {job.job_id}`")
 
 
 def watch(
@@ -102,9 +104,15 @@ def logs(
 
 def _watch(session: Session, job_id: str, after_sequence: int) -> None:
     events = session.client.jobs.watch(job_id, after_sequence=after_sequence)
-    with follower_for(session.out) as follower, events:
-        for event in events:
-            follower.show(event)
+    last_sequence = after_sequence
+    try:
+        with follower_for(session.out) as follower, events:
+            for event in events:
+                follower.show(event)
+                last_sequence = event.sequence
+    except KeyboardInterrupt:
+        session.out.remark(f"the job goes on; `tunesmith watch {job_id} --after {last_sequence}` follows it again")
+        raise
     job = session.client.jobs.get(job_id)
     if job.state != event_pb2.JOB_STATE_SUCCEEDED:
         raise typer.Exit(ExitCode.FAILED)

@@ -68,7 +68,7 @@ def _train(out: Output, client: Client, example: Example, steps: int | None) -> 
     project = store_project(client, example, dataset_ids, steps)
     out.remark(f"project {project.project_id} ({project.name}); planning")
     answer = client.jobs.plan(project.project_id)
-    show_plan(out, answer.plan, answer.node)
+    show_plan(out, answer.plan, answer.node, dataset_names={number: name for name, number in dataset_ids.items()})
     job = client.jobs.start(project.project_id)
     out.remark(f"job {job.job_id}")
     result = DemoResult(job_id=job.job_id)

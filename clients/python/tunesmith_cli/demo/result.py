@@ -7,7 +7,7 @@ from pathlib import Path
 from tunesmith.common.v1 import event_pb2
 from tunesmith_cli.describe import loss_of, loss_text
 from tunesmith_cli.output import Output
-from tunesmith_cli.text import printable
+from tunesmith_cli.text import indented_lines
 from tunesmith_client import Client
 
 BEFORE, AFTER = event_pb2.EVALUATION_MOMENT_BASE, event_pb2.EVALUATION_MOMENT_FINAL
@@ -59,12 +59,13 @@ def report(out: Output, result: DemoResult, files: Sequence[Path]) -> bool:
     """Prints answers, losses and files; gives whether every trait's loss fell."""
     for prompt in dict.fromkeys(prompt for prompt, _ in result.answers):
         out.line("")
-        out.line(f"Prompt: {prompt}")
-        for label, moment in (("before", BEFORE), ("after", AFTER)):
-            answer = result.answers.get((prompt, moment), "(not answered)")
-            out.line(f"  {label}:")
-            for line in printable(answer, keep_newlines=True).splitlines():
-                out.line(f"    {line}")
+        answers = (("before", BEFORE), ("after", AFTER))
+        parts = [("prompt", prompt)]
+        parts += [(label, result.answers.get((prompt, moment), "(not answered)")) for label, moment in answers]
+        for label, text in parts:
+            out.line(f"{label}:")
+            for line in indented_lines(text, 4):
+                out.line(line)
     out.line("")
     rows = [
         (
