@@ -111,10 +111,7 @@ def load_settings(argv: Sequence[str]) -> tuple[Settings, bool]:
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None}), print_only
     except ValidationError as error:
-        lines = (
-            f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}" for item in error.errors()
-        )
-        raise SettingsError("\n".join(lines)) from error
+        raise SettingsError("\n".join(_named(item) for item in error.errors())) from error
 
 
 def as_text(settings: Settings) -> Mapping[str, Any]:
@@ -125,6 +122,7 @@ def as_text(settings: Settings) -> Mapping[str, Any]:
 
 
 def _named(item: Mapping[str, Any]) -> str:
+    """A validation error as `setting: what is wrong`; one of several settings together has no name in front."""
     place = ".".join(str(part) for part in item["loc"])
     text = str(item["msg"]).removeprefix("Value error, ")
     return f"{place}: {text}" if place else text

@@ -30,6 +30,10 @@ class DatasetPlan:
     num_truncated: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
     held_out: bool = False
+    # Over the whole run; 0 at level CHECK, and for what is held out.
+    run_examples: int = 0
+    run_tokens: int = 0
+    run_target_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """`DatasetPlan` as proto JSON."""
@@ -45,6 +49,9 @@ class DatasetPlan:
             "num_truncated": str(self.num_truncated),
             "dropped": {reason: str(count) for reason, count in sorted(self.dropped.items())},
             "held_out": self.held_out,
+            "run_examples": str(self.run_examples),
+            "run_tokens": str(self.run_tokens),
+            "run_target_tokens": str(self.run_target_tokens),
         }
 
 

@@ -190,7 +190,7 @@ class Session:
             self._reporter.emit(artifact)
 
     def _realized(self, stopped_early: bool) -> event_pb2.RealizedEvent:
-        """What was trained on, counted from the batches; dataset rows are per epoch, as the plan's are."""
+        """What was trained on, counted from the batches, over the run and within its first epoch."""
         progress = self._progress
         planned = {(row.trait_type, row.dataset_id): row for row in self._plan.datasets if not row.held_out}
         rows: list[plan_pb2.DatasetPlan] = []
@@ -203,6 +203,9 @@ class Session:
             row.num_examples = count.epoch_examples
             row.num_tokens = count.epoch_tokens
             row.num_target_tokens = count.epoch_target_tokens
+            row.run_examples = count.num_examples
+            row.run_tokens = count.num_tokens
+            row.run_target_tokens = count.num_target_tokens
             rows.append(row)
         return event_pb2.RealizedEvent(
             datasets=rows,

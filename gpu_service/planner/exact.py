@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from gpu_service.catalog import templates
 from gpu_service.catalog.base_models import BaseModel, read_directory
 from gpu_service.catalog.tokenizer_files import read_tokenizer_facts
-from gpu_service.domain.checked_plan import CheckedPlan
+from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
 from gpu_service.domain.counts import count_run, plan_datasets
 from gpu_service.domain.defaults import default_warmup_steps
 from gpu_service.domain.device import Device
@@ -81,8 +81,8 @@ def make_plan(request: PlanRequest, *, stream: TextIO) -> Path:
         for plan in planned
     ]
     selection, datasets, longest = select(sources, seed=checked.hyperparameters.seed)
-    exact = _complete(checked, spec, sources, selection, longest)
-    exact = replace(exact, datasets=tuple(datasets), warnings=(*exact.warnings, *warnings))
+    exact = _complete(checked, spec, sources, datasets, selection, longest)
+    exact = replace(exact, warnings=(*exact.warnings, *warnings))
     return _write(request.cache_directory, exact, sources, selection)
 
 
@@ -144,6 +144,7 @@ def _complete(
     checked: CheckedPlan,
     spec: TrainingSpec,
     sources: Sequence[PlannedSource],
+    datasets: Sequence[DatasetPlan],
     selection: Selection,
     longest: int,
 ) -> CheckedPlan:
@@ -163,7 +164,7 @@ def _complete(
         device_type=checked.device.type,
     )
     check_fit(memory.total_bytes, checked.device)
-    total_tokens, total_target_tokens = selection.count_run(total_examples)
+    counts = selection.count_run(total_examples)
     batch_examples = resolved.batch.examples
     return replace(
         checked,
@@ -172,8 +173,19 @@ def _complete(
         num_epochs=num_epochs,
         num_steps=num_steps,
         total_examples=total_examples,
-        total_tokens=total_tokens,
-        total_target_tokens=total_target_tokens,
+        total_tokens=sum(count.tokens for count in counts.values()),
+        total_target_tokens=sum(count.target_tokens for count in counts.values()),
+        datasets=tuple(
+            replace(
+                dataset,
+                run_examples=count.examples,
+                run_tokens=count.tokens,
+                run_target_tokens=count.target_tokens,
+            )
+            if (count := counts.get(index)) is not None
+            else dataset
+            for index, dataset in enumerate(datasets)
+        ),
         memory=memory,
         data_digest=compute_data_digest(
             sources, selection, batch_examples=batch_examples, total_examples=total_examples

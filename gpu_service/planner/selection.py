@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from gpu_service.domain.checked_plan import DatasetPlan
@@ -17,6 +17,15 @@ class PlannedSource:
     plan: DatasetPlan
     sha256: str
     shard: TokenShard
+
+
+@dataclass(kw_only=True, slots=True)
+class RunCount:
+    """What one source gives to a whole run."""
+
+    examples: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +43,25 @@ class Selection:
     def __len__(self) -> int:
         return len(self.num_tokens)
 
-    def count_run(self, total_examples: int) -> tuple[int, int]:
-        """Tokens and target tokens of the first `total_examples` of the run, over as many epochs as that takes."""
+    def count_run(self, total_examples: int) -> dict[int, RunCount]:
+        """What each source (by index) gives to the first `total_examples` of a run, over as many epochs as it takes.
+
+        Sources that give nothing are not in it.
+        """
         epochs, rest = divmod(total_examples, len(self))
+        counts: dict[int, RunCount] = {}
+        if epochs:
+            self._count(range(len(self)), epochs, counts)
         order = epoch_order(len(self), seed=self.seed, epoch=epochs)
-        tokens, targets = epochs * sum(self.num_tokens), epochs * sum(self.num_target_tokens)
-        for position in range(rest):
-            place = order[position]
-            tokens += self.num_tokens[place]
-            targets += self.num_target_tokens[place]
-        return tokens, targets
+        self._count((order[position] for position in range(rest)), 1, counts)
+        return counts
+
+    def _count(self, places: Iterable[int], times: int, counts: dict[int, RunCount]) -> None:
+        for place in places:
+            count = counts.setdefault(self.references[2 * place], RunCount())
+            count.examples += times
+            count.tokens += times * self.num_tokens[place]
+            count.target_tokens += times * self.num_target_tokens[place]
 
 
 def select(sources: Sequence[PlannedSource], *, seed: int) -> tuple[Selection, list[DatasetPlan], int]:

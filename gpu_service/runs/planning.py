@@ -71,6 +71,8 @@ class Planning:
             "blobs_directory": str(self._files.blobs),
             "cache_directory": str(self._files.cache),
             "device": asdict(_for_planning(device)),
+            # As a run's engine has it, so that the run trains by this very plan.
+            "weights_digest": await self.weights_digest(checked),
         }
         path = self._files.requests / f"{uuid.uuid4().hex}.json"
         async with self._one_at_a_time:

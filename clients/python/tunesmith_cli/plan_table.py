@@ -18,14 +18,15 @@ def show_plan(out: Output, plan: plan_pb2.Plan, node: str, *, dataset_names: Map
             "held out" if source.held_out else f"{source.share * 100:.1f} %",
             source.num_available,
             source.num_examples,
-            f"{source.num_tokens:,}" if is_counted else "-",
-            f"{source.num_target_tokens:,}" if is_counted else "-",
+            source.run_examples if is_counted and not source.held_out else "-",
+            f"{source.num_tokens if source.held_out else source.run_tokens:,}" if is_counted else "-",
+            f"{source.num_target_tokens if source.held_out else source.run_target_tokens:,}" if is_counted else "-",
             source.num_truncated if is_counted else "-",
             ", ".join(f"{count} {reason}" for reason, count in sorted(source.dropped.items())),
         )
         for source in plan.datasets
     ]
-    columns = ("TRAIT", "DATASET", "SHARE", "AVAILABLE", "EXAMPLES", "TOKENS", "TARGET TOKENS", "CUT", "DROPPED")
+    columns = ("TRAIT", "DATASET", "SHARE", "AVAILABLE", "PER EPOCH", "IN RUN", "TOKENS", "TARGETS", "CUT", "DROPPED")
     out.rows(columns, rows, title="Plan")
     method = plan.resolved.quantization.method
     lines = [

@@ -259,7 +259,7 @@ def test_a_plan_that_counted_no_tokens_shows_none(control: FakeControl, capsys: 
     control.handlers["PlanTraining"] = answer
     assert main(["plan", "1", "--check"]) == 0
     checked = capsys.readouterr().out
-    assert checked.splitlines()[2].split() == ["a", "rows", "100.0", "%", "30", "0", "-", "-", "-"]
+    assert checked.splitlines()[2].split() == ["a", "rows", "100.0", "%", "30", "0", "-", "-", "-", "-"]
     assert "tokens       not counted" in checked
     assert main(["plan", "1"]) == 0
     assert "tokens       12,345 in all steps" in capsys.readouterr().out

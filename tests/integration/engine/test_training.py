@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.fakes.engine_runs import RunLog, Workspace
 from tests.fakes.tiny_models import FAMILIES, TinyOptions
-from tunesmith.common.v1 import errors_pb2, event_pb2
+from tunesmith.common.v1 import errors_pb2, event_pb2, plan_pb2
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora-fp4": ("qlora", {"quantization": {"method": "fp4"}}),
@@ -22,6 +22,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {"optimizer": {"learning_rate": 1e-3}}),
     "gradient-checkpointing": ("qlora", {"gradient_checkpointing": True}),
 }
+
+
+def _run_counts(row: plan_pb2.DatasetPlan) -> tuple[object, ...]:
+    return row.trait_type, row.dataset_id, row.run_examples, row.run_tokens, row.run_target_tokens
 
 
 def assert_trained(log: RunLog, num_steps: int = 2) -> None:
@@ -35,6 +39,8 @@ def assert_trained(log: RunLog, num_steps: int = 2) -> None:
     assert realized.total_examples == plan.total_examples
     assert realized.total_tokens == plan.total_tokens
     assert realized.total_target_tokens == plan.total_target_tokens
+    planned_rows = [row for row in plan.datasets if row.run_examples]
+    assert [_run_counts(row) for row in realized.datasets] == [_run_counts(row) for row in planned_rows]
     assert realized.data_digest == plan.data_digest != ""
 
 

@@ -135,6 +135,32 @@ def test_exact_counts(node: Node) -> None:
     assert plan.tokens_per_epoch == sum(item.num_tokens for item in plan.datasets[:3])
 
 
+@pytest.mark.parametrize("length", [{"num_steps": "4"}, {"num_steps": "21"}, {"num_epochs": 2.5}])
+def test_what_each_dataset_gives_to_the_run_is_what_its_steps_hold(node: Node, length: dict[str, Any]) -> None:
+    spec = make_spec(
+        make_references(node),
+        percentages={1: 60, 2: 30, 3: 10},
+        held_out=[4],
+        mix={"total": "1000"},
+        hyperparameters={"batch": {"examples": 8}, **length},
+    )
+    data = node.plan(spec)
+    plan = json_format.ParseDict(dict(data.plan), plan_pb2.Plan())
+    counted = {item.dataset_id: [0, 0, 0] for item in plan.datasets}
+    for step in range(data.num_steps):
+        for reference in data.step_examples(step):
+            example = data.example(reference)
+            count = counted[data.sources[reference.source_index].dataset_id]
+            count[0] += 1
+            count[1] += len(example.tokens)
+            count[2] += sum(example.mask)
+    planned = {item.dataset_id: [item.run_examples, item.run_tokens, item.run_target_tokens] for item in plan.datasets}
+    assert planned == counted
+    assert planned[4] == [0, 0, 0]
+    totals = [plan.total_examples, plan.total_tokens, plan.total_target_tokens]
+    assert [sum(column) for column in zip(*planned.values(), strict=True)] == totals
+
+
 def test_the_digest_hangs_on_content_alone(node: Node) -> None:
     references = make_references(node)[:3]
     spec = make_spec(references, percentages={1: 60, 2: 30, 3: 10}, hyperparameters={"seed": "5"})

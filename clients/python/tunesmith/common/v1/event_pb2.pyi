@@ -939,7 +939,9 @@ class RealizedEvent(_message.Message):
     stopped_early: _builtins.bool
     """Stopped by max_duration_seconds before the last planned step."""
     @_builtins.property
-    def datasets(self) -> _containers.RepeatedCompositeFieldContainer[_plan_pb2.DatasetPlan]: ...
+    def datasets(self) -> _containers.RepeatedCompositeFieldContainer[_plan_pb2.DatasetPlan]:
+        """`run_*` are counted over the whole run; `num_*` within its first epoch, which a shorter run does not fill."""
+
     def __init__(
         self,
         *,

@@ -79,6 +79,9 @@ class DatasetPlan(_message.Message):
     NUM_TRUNCATED_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
     HELD_OUT_FIELD_NUMBER: _builtins.int
+    RUN_EXAMPLES_FIELD_NUMBER: _builtins.int
+    RUN_TOKENS_FIELD_NUMBER: _builtins.int
+    RUN_TARGET_TOKENS_FIELD_NUMBER: _builtins.int
     trait_type: _builtins.str
     dataset_id: _builtins.int
     share: _builtins.float
@@ -97,6 +100,14 @@ class DatasetPlan(_message.Message):
     """Used examples that were cut at max_length."""
     held_out: _builtins.bool
     """True for a dataset that is only evaluated on."""
+    run_examples: _builtins.int
+    """Examples used over the whole run, however many epochs or parts of one that is. 0 for a held-out dataset and at
+    level CHECK.
+    """
+    run_tokens: _builtins.int
+    """Tokens of those examples."""
+    run_target_tokens: _builtins.int
+    """Tokens of those that carry loss."""
     @_builtins.property
     def dropped(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Examples left out, by reason (`no_target_tokens`, ...)."""
@@ -115,10 +126,13 @@ class DatasetPlan(_message.Message):
         num_truncated: _builtins.int = ...,
         dropped: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         held_out: _builtins.bool = ...,
+        run_examples: _builtins.int = ...,
+        run_tokens: _builtins.int = ...,
+        run_target_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_id", b"dataset_id", "dropped", b"dropped", "held_out", b"held_out", "num_available", b"num_available", "num_examples", b"num_examples", "num_repeats", b"num_repeats", "num_target_tokens", b"num_target_tokens", "num_tokens", b"num_tokens", "num_truncated", b"num_truncated", "share", b"share", "trait_type", b"trait_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_id", b"dataset_id", "dropped", b"dropped", "held_out", b"held_out", "num_available", b"num_available", "num_examples", b"num_examples", "num_repeats", b"num_repeats", "num_target_tokens", b"num_target_tokens", "num_tokens", b"num_tokens", "num_truncated", b"num_truncated", "run_examples", b"run_examples", "run_target_tokens", b"run_target_tokens", "run_tokens", b"run_tokens", "share", b"share", "trait_type", b"trait_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
