@@ -32,6 +32,10 @@ class MemoryLedger:
                 return reservation.run_id
         return None
 
+    def holds(self, run_id: str) -> bool:
+        """Whether the run has a device."""
+        return run_id in self._reservations
+
     def reserve(self, *, run_id: str, device_id: str, num_bytes: int, capacity_bytes: int) -> Reservation:
         """Give the device to the run. `capacity_bytes` is what the device has when nothing of ours is on it.
 

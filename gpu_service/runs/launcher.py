@@ -82,8 +82,10 @@ class Launcher:
             _log.info("stop-met-dead-shim", engine=engine.id, **run.log_ids)
 
     def lingers(self, run: Run) -> bool:
-        """Whether the run is over but its engine is still on its way to the next."""
-        return run.is_over and self._pool.engine_of(run) is not None
+        """Whether the run is over but not everything of it is settled: its engine is still on its way to the next, or
+        has let go of it just now, and the device is still the run's.
+        """
+        return run.is_over and (self._pool.engine_of(run) is not None or self._ledger.holds(run.key.id))
 
     def needs_device(self, run: Run) -> bool:
         """Whether the run, or its engine on its behalf, still is on its device."""

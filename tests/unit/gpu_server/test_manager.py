@@ -69,6 +69,27 @@ class Node:
             cache_max_bytes=1 << 30,
         )
 
+    def leave_ended_run(self) -> None:
+        """What a former server and its engine left of a run that is over."""
+        content = {"installation_id": "i", "job_id": KEY.job_id, "attempt": 3, "spec_digest": "d", "spec": self.spec}
+        content |= {"weights_digest": "w", "device": {"type": "cpu", "index": -1}, "quantization": "", "resume": None}
+        directory = self.files.write_run(KEY, content)
+        # Over, so that it may be released before anything else writes the node's facts.
+        ending = {"status": 0, "signal": None, "phase": "", "run_directory": str(directory), "stop_mode": "cancel"}
+        engine = self.files.engines / "e1"
+        engine.mkdir()
+        (engine / "engine.json").write_text(
+            json.dumps(
+                {
+                    "argv": ["x"],
+                    "environment": {},
+                    "device": {"type": "cpu", "index": -1},
+                    "limits": {"orphan_limit_seconds": 1, "grace_seconds": 1},
+                }
+            )
+        )
+        (engine / "exit.json").write_text(json.dumps(ending))
+
 
 async def test_a_drain_that_begins_during_admission_refuses_the_run(tmp_path: Path) -> None:
     node = Node(tmp_path)
@@ -84,27 +105,26 @@ async def test_a_drain_that_begins_during_admission_refuses_the_run(tmp_path: Pa
 async def test_an_attempt_that_only_its_run_knows_is_fenced_for_good(tmp_path: Path) -> None:
     """The server ended between the run's file and its own: from the next start on both know it."""
     node = Node(tmp_path)
-    content = {"installation_id": "i", "job_id": KEY.job_id, "attempt": 3, "spec_digest": "d", "spec": node.spec}
-    content |= {"weights_digest": "w", "device": {"type": "cpu", "index": -1}, "quantization": "", "resume": None}
-    directory = node.files.write_run(KEY, content)
-    # Over, so that it may be released before anything else writes the node's facts.
-    ending = {"status": 0, "signal": None, "phase": "", "run_directory": str(directory), "stop_mode": "cancel"}
-    engine = node.files.engines / "e1"
-    engine.mkdir()
-    (engine / "engine.json").write_text(
-        json.dumps(
-            {
-                "argv": ["x"],
-                "environment": {},
-                "device": {"type": "cpu", "index": -1},
-                "limits": {"orphan_limit_seconds": 1, "grace_seconds": 1},
-            }
-        )
-    )
-    (engine / "exit.json").write_text(json.dumps(ending))
+    node.leave_ended_run()
     await node.manager.open()
     assert node.manager.get(KEY).is_over
     await node.manager.release(KEY)
     await node.manager.close()
     facts = node.files.read_facts("local")
     assert facts == NodeFacts(name="local", installation_id="i", highest_attempts={KEY.job_id: 3})
+
+
+async def test_a_run_that_is_over_is_not_in_the_way_while_it_is_being_settled(tmp_path: Path) -> None:
+    """Its engine has let go of it, and the device is still booked for it: the next run is accepted all the same."""
+    node = Node(tmp_path)
+    node.admission.meanwhile = lambda: None
+    node.leave_ended_run()
+    await node.manager.open()
+    node.ledger.reserve(run_id=KEY.id, device_id="cpu:-1", num_bytes=0, capacity_bytes=0)
+    key = RunKey(installation_id="i", job_id="01NEXT", attempt=1)
+    run = await node.manager.start(
+        StartRequest(key=key, spec_digest="d", spec=node.spec, weights_digest="", resume=None)
+    )
+    assert run.key == key
+    assert node.ledger.holder_of("cpu:-1") == key.id
+    await node.manager.close()
