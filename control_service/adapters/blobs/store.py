@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Final, TypeVar
 
-from control_service.adapters.blobs.disk import BlobDirectory
+from control_service.adapters.blobs.disk import BlobDirectory, StagingFile
 from control_service.adapters.blobs.output import OutputTree
 from control_service.app.ports import StagedBlob
 from control_service.domain.artifact import FileReference
@@ -38,7 +38,13 @@ class DiskBlobStore:
 
     async def stage(self, chunks: AsyncIterable[bytes], *, max_bytes: int) -> StagedBlob:
         """Takes bytes in and hashes them; forgets them when the sender fails."""
-        file = await self._in_thread(lambda: self._blobs.stage(max_bytes=max_bytes))
+        making = self._threads.submit(lambda: self._blobs.stage(max_bytes=max_bytes))
+        try:
+            file = await asyncio.wrap_future(making)
+        except asyncio.CancelledError:
+            # The thread makes, or has made, the file all the same.
+            making.add_done_callback(self._abandon_made)
+            raise
         is_whole = False
         try:
             async for chunk in chunks:
@@ -50,6 +56,10 @@ class DiskBlobStore:
                 # Not awaited: this may be the end of a cancelled call.
                 self._threads.submit(file.abandon)
         return StagedBlob(token=file.token, sha256=sha256, size_bytes=file.size_bytes)
+
+    def _abandon_made(self, making: Future[StagingFile]) -> None:
+        if not making.cancelled() and making.exception() is None:
+            self._threads.submit(making.result().abandon)
 
     def open_staged(self, staged: StagedBlob) -> BinaryIO:
         """A blocking reader of staged bytes."""
