@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _log: Final = structlog.get_logger("control.api")
 
 _HOUR_SECONDS: Final = 3600.0
+_READ_OUT_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class CallConfig:
     # A call with less time left than this is refused before it can write anything.
     min_remaining_seconds: float = 0.005
     max_seconds: float = 60.0
+    # How much of a refused stream is still read; see `_read_out`.
+    read_out_bytes: int = 64 << 20
     # By the last part of the method's name.
     max_seconds_by_method: Mapping[str, float] = field(
         default_factory=lambda: {
@@ -129,8 +132,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     _accept(request)
                     yield request
 
-            async with self._boundary(method, context) as seconds, _limited(seconds):
-                return await behavior(accepted(), context)
+            async with self._boundary(method, context) as seconds:
+                try:
+                    async with _limited(seconds):
+                        return await behavior(accepted(), context)
+                except TunesmithError:
+                    await _read_out(requests, limit_bytes=self._config.read_out_bytes)
+                    raise
 
         return serve
 
@@ -212,6 +220,21 @@ def _accept(request: Message) -> None:
 def _bind_job_id(message: Any) -> None:
     if job_id := getattr(message, "job_id", ""):
         structlog.contextvars.bind_contextvars(job_id=job_id)
+
+
+async def _read_out(requests: AsyncIterator[Message], *, limit_bytes: int) -> None:
+    """Reads and forgets what a refused client is still sending, within a limit of bytes and a second.
+
+    An asyncio client whose write fails because the call has just ended loses the call's status and reports INTERNAL
+    instead (grpc/grpc#36066); one that could send all it had reads the refusal.
+    """
+    num_bytes = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_READ_OUT_SECONDS):
+            async for request in requests:
+                num_bytes += request.ByteSize()
+                if num_bytes > limit_bytes:
+                    return
 
 
 @asynccontextmanager

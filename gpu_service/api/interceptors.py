@@ -5,10 +5,11 @@ Refuses to swallow anything: a defect is logged with its trace and told as INTER
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc
@@ -21,6 +22,8 @@ from gpu_service.domain.errors import Refusal
 _log = structlog.get_logger(__name__)
 _REQUEST_ID_KEY = "x-request-id"
 _MAX_REQUEST_ID_LENGTH = 64
+_READ_OUT_SECONDS = 1.0
+_READ_OUT_BYTES = 64 << 20
 # Probes and reflection would drown the rest.
 _QUIET_SERVICES = ("/grpc.health.", "/grpc.reflection.")
 
@@ -55,6 +58,8 @@ def _wrap(handler: Any, method: str, request_id: str) -> grpc.RpcMethodHandler[A
                 return await call(request, context)
             except Refusal as refusal:
                 log.refused(refusal)
+                if handler.request_streaming:
+                    await _read_out(request)
                 await context.abort_with_status(status_of(refusal, not_found=_asks_for_itself(method, refusal)))
             except Exception as defect:  # noqa: BLE001 - the outermost boundary of a call; logged with its trace
                 log.failed(defect)
@@ -82,6 +87,21 @@ def _wrap(handler: Any, method: str, request_id: str) -> grpc.RpcMethodHandler[A
     return make(
         unary, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
     )
+
+
+async def _read_out(requests: AsyncIterator[Any]) -> None:
+    """Reads and forgets what a refused client is still sending, within a limit of bytes and a second.
+
+    An asyncio client whose write fails because the call has just ended loses the call's status and reports INTERNAL
+    instead (grpc/grpc#36066); one that could send all it had reads the refusal.
+    """
+    num_bytes = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_READ_OUT_SECONDS):
+            async for request in requests:
+                num_bytes += request.ByteSize()
+                if num_bytes > _READ_OUT_BYTES:
+                    return
 
 
 def _asks_for_itself(method: str, refusal: Refusal) -> bool:

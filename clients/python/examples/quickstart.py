@@ -4,7 +4,7 @@ usage: quickstart.py DATASET.jsonl [ADDRESS] [BASE_MODEL]
 """
 
 import sys
-import time
+import uuid
 from pathlib import Path
 
 from tunesmith.common.v1 import event_pb2
@@ -27,7 +27,7 @@ def main(dataset_file: str, address: str = "127.0.0.1:50051", base_model: str = 
         dataset = client.datasets.upload(dataset_file, name=name)
         project = client.projects.create(
             projects.Project(
-                name=f"quickstart-{time.time():.0f}",
+                name=f"quickstart-{uuid.uuid4().hex[:8]}",
                 base_model=base_model or "HuggingFaceTB/SmolLM2-135M-Instruct",
                 model_type="llama",
                 training_type="qlora",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator
@@ -199,6 +200,13 @@ async def test_a_bad_upload_is_refused_and_leaves_nothing(
     assert (await client.datasets.ListDatasets(dataset_service_pb2.ListDatasetsRequest())).datasets == []
     blobs = tmp_path / "control" / "blobs"
     assert [path for path in blobs.rglob("*") if path.is_file() and len(path.name) == 64] == []
+
+
+async def test_a_client_that_is_still_sending_reads_why_it_was_refused(client: Client) -> None:
+    # grpc/grpc#36066: an asyncio client whose write fails as the call ends reports INTERNAL and no reason.
+    refused = await asyncio.gather(*(client.upload("../x", b"x" * 64 * 100) for _ in range(40)), return_exceptions=True)
+    assert {reason_of(error) for error in refused if isinstance(error, grpc.aio.AioRpcError)} == {"INVALID_FIELD"}
+    assert len(refused) == 40
 
 
 async def test_an_upload_that_is_given_up_leaves_nothing(client: Client, tmp_path: Path) -> None:
