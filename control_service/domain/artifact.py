@@ -25,6 +25,7 @@ class ArtifactKind(StrEnum):
     MODEL = "MODEL"
     REPORT = "REPORT"
     CHECKPOINT = "CHECKPOINT"
+    MERGED = "MERGED"
 
 
 class CheckpointStatus(StrEnum):

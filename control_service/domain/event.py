@@ -32,6 +32,9 @@ class EventKind(IntEnum):
     MEMORY_RELEASED = 14
     REALIZED = 15
     NODE_REACHABILITY = 16
+    MICRO_BATCH_REDUCED = 17
+    MEMORY_MEASURED = 18
+    EXPORT = 19
 
 
 @dataclass(frozen=True, kw_only=True)

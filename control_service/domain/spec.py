@@ -25,6 +25,7 @@ class Trait:
     datasets: tuple[TraitDataset, ...]
     weight: float | None = None
     held_out_dataset_ids: tuple[int, ...] = ()
+    held_out_fraction: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The trait as proto JSON with proto field names."""
@@ -36,6 +37,8 @@ class Trait:
             value["weight"] = float(self.weight)
         if self.held_out_dataset_ids:
             value["held_out_dataset_ids"] = list(self.held_out_dataset_ids)
+        if self.held_out_fraction is not None:
+            value["held_out_fraction"] = float(self.held_out_fraction)
         return value
 
     @classmethod
@@ -45,12 +48,13 @@ class Trait:
             TraitDataset(dataset_id=int(d.get("dataset_id", 0)), percentage=float(d.get("percentage", 0.0)))
             for d in value.get("datasets", ())
         )
-        weight = value.get("weight")
+        weight, fraction = value.get("weight"), value.get("held_out_fraction")
         return cls(
             trait_type=value.get("trait_type", ""),
             datasets=datasets,
             weight=None if weight is None else float(weight),
             held_out_dataset_ids=tuple(int(i) for i in value.get("held_out_dataset_ids", ())),
+            held_out_fraction=None if fraction is None else float(fraction),
         )
 
 
@@ -88,7 +92,10 @@ class DatasetReference:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpec:
-    """What a job trains. `mix`, `hyperparameters`, `sample_prompts` are opaque proto JSON with proto field names."""
+    """What a job trains; `task` empty is training.
+
+    `mix`, `hyperparameters`, `sample_prompts` and `start_from` are opaque proto JSON with proto field names.
+    """
 
     base_model: str
     model_type: str
@@ -98,6 +105,8 @@ class TrainingSpec:
     mix: Mapping[str, Any] = field(default_factory=dict)
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     sample_prompts: Sequence[Mapping[str, Any]] = ()
+    start_from: Mapping[str, Any] = field(default_factory=dict)
+    task: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The spec as `TrainingSpec` proto JSON with proto field names; unset parts are left out."""
@@ -114,6 +123,10 @@ class TrainingSpec:
             value["hyperparameters"] = dict(self.hyperparameters)
         if self.sample_prompts:
             value["sample_prompts"] = [dict(prompt) for prompt in self.sample_prompts]
+        if self.start_from:
+            value["start_from"] = dict(self.start_from)
+        if self.task:
+            value["task"] = self.task
         return value
 
     @classmethod
@@ -128,6 +141,8 @@ class TrainingSpec:
             mix=value.get("mix", {}),
             hyperparameters=value.get("hyperparameters", {}),
             sample_prompts=tuple(value.get("sample_prompts", ())),
+            start_from=value.get("start_from", {}),
+            task=value.get("task", ""),
         )
 
     def digest(self) -> str:

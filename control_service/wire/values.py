@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from control_service.domain.artifact import FileReference
 from control_service.domain.failure import Failure, Fault
-from tunesmith.common.v1 import errors_pb2, event_pb2
+from tunesmith.common.v1 import errors_pb2, file_pb2
 
 if TYPE_CHECKING:
     # The name exists in the type stubs only.
@@ -90,11 +90,11 @@ def failure_value(message: errors_pb2.Failure) -> Failure:
     )
 
 
-def file_messages(files: Iterable[FileReference]) -> list[event_pb2.FileReference]:
+def file_messages(files: Iterable[FileReference]) -> list[file_pb2.FileReference]:
     """Files by content for the wire."""
-    return [event_pb2.FileReference(path=file.path, sha256=file.sha256, size_bytes=file.size_bytes) for file in files]
+    return [file_pb2.FileReference(path=file.path, sha256=file.sha256, size_bytes=file.size_bytes) for file in files]
 
 
-def file_values(messages: Iterable[event_pb2.FileReference]) -> tuple[FileReference, ...]:
+def file_values(messages: Iterable[file_pb2.FileReference]) -> tuple[FileReference, ...]:
     """Files by content from the wire."""
     return tuple(FileReference(path=file.path, sha256=file.sha256, size_bytes=file.size_bytes) for file in messages)

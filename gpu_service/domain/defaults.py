@@ -11,7 +11,7 @@ from gpu_service.catalog.methods.entry import MethodEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Refusal, refuse_user
-from gpu_service.domain.spec import Hyperparameters, Mix, decode_message
+from gpu_service.domain.spec import Batch, Hyperparameters, Mix, decode_message
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_BATCH_EXAMPLES = 8
@@ -36,8 +36,25 @@ class ResolvedLora:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedBatch:
-    examples: int
-    micro_batch_examples: int
+    """What makes a step, and a forward pass. One of `examples` and `tokens` is set.
+
+    `micro_batch_examples` and `micro_batch_tokens` None are no limit of that kind.
+    """
+
+    examples: int | None = None
+    tokens: int | None = None
+    micro_batch_examples: int | None = None
+    micro_batch_tokens: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """`Batch` as proto JSON: int64 are strings, what is unset is left out."""
+        values: dict[str, Any] = {
+            "examples": self.examples,
+            "tokens": None if self.tokens is None else str(self.tokens),
+            "micro_batch_examples": self.micro_batch_examples,
+            "micro_batch_tokens": None if self.micro_batch_tokens is None else str(self.micro_batch_tokens),
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +75,17 @@ class ResolvedSchedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResolvedDpo:
+    beta: float
+    label_smoothing: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResolvedHyperparameters:
     """Nothing is unset but what has a meaning unset.
 
-    `lora` is None for `full`. One of `num_steps` and `num_epochs` is set, as the project chose; the plan says both.
+    `lora` is None for `full`, `dpo` for any objective but `dpo`. One of `num_steps` and `num_epochs` is set, as the
+    project chose; the plan says both.
     `chat_template` None is the base model's own; `max_duration_seconds` None is no limit.
     """
 
@@ -75,7 +99,14 @@ class ResolvedHyperparameters:
     evaluate_every_steps: int = 0
     loss_on: str = "targets"
     keep_checkpoints: int = 1
+    keep_best_checkpoint: bool = True
     gradient_checkpointing: bool = False
+    objective: str = "sft"
+    dpo: ResolvedDpo | None = None
+    non_finite_policy: str = "stop"
+    warn_after_rises: int = 3
+    exports: tuple[str, ...] = ()
+    max_export_logit_difference: float = 1.0
     lora: ResolvedLora | None = None
     num_steps: int | None = None
     num_epochs: float | None = None
@@ -95,7 +126,7 @@ class ResolvedHyperparameters:
         """`Hyperparameters` as proto JSON with proto names."""
         value: dict[str, Any] = {
             "quantization": vars(self.quantization).copy(),
-            "batch": vars(self.batch).copy(),
+            "batch": self.batch.to_json(),
             "max_length": self.max_length,
             "optimizer": vars(self.optimizer).copy(),
             "schedule": vars(self.schedule).copy(),
@@ -105,7 +136,15 @@ class ResolvedHyperparameters:
             "loss_on": self.loss_on,
             "gradient_checkpointing": self.gradient_checkpointing,
             "keep_checkpoints": self.keep_checkpoints,
+            "keep_best_checkpoint": self.keep_best_checkpoint,
+            "objective": self.objective,
+            "non_finite_policy": self.non_finite_policy,
+            "warn_after_rises": self.warn_after_rises,
+            "exports": list(self.exports),
+            "max_export_logit_difference": self.max_export_logit_difference,
         }
+        if self.dpo is not None:
+            value["dpo"] = vars(self.dpo).copy()
         if self.lora is not None:
             value["lora"] = {**vars(self.lora), "target_modules": list(self.lora.target_modules)}
         for name in ("num_steps", "num_epochs", "chat_template"):
@@ -118,8 +157,9 @@ class ResolvedHyperparameters:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedMix:
-    """`total` None is the largest that the policy allows."""
+    """`total`, counted in `unit`; None is the largest that the policy allows."""
 
+    unit: str
     total: int | None
     policy: str
     max_repeats: int
@@ -139,7 +179,7 @@ def apply_defaults(
     check_ranges(given)
     rank = _or(given.lora.rank, 16)
     longest = min(DEFAULT_MAX_LENGTH, length_limit or DEFAULT_MAX_LENGTH)
-    examples = _or(given.batch.examples, DEFAULT_BATCH_EXAMPLES)
+    objective = _or(given.objective, "sft")
     double_quantization = (
         _or(given.quantization.double_quantization, True) and quantization.supports_double_quantization
     )
@@ -157,7 +197,7 @@ def apply_defaults(
         )
         if method.trains_adapter
         else None,
-        batch=ResolvedBatch(examples=examples, micro_batch_examples=_or(given.batch.micro_batch_examples, examples)),
+        batch=resolve_batch(given.batch),
         max_length=_or(given.max_length, longest),
         optimizer=ResolvedOptimizer(
             name=_or(given.optimizer.name, "adamw"),
@@ -182,16 +222,41 @@ def apply_defaults(
         chat_template=given.chat_template or None,
         gradient_checkpointing=_or(given.gradient_checkpointing, False),
         keep_checkpoints=_or(given.keep_checkpoints, 2),
+        keep_best_checkpoint=_or(given.keep_best_checkpoint, True),
+        objective=objective,
+        dpo=ResolvedDpo(beta=_or(given.dpo.beta, 0.1), label_smoothing=_or(given.dpo.label_smoothing, 0.0))
+        if objective == "dpo"
+        else None,
+        non_finite_policy=_or(given.non_finite_policy, "stop"),
+        warn_after_rises=_or(given.warn_after_rises, 3),
+        exports=given.exports,
+        max_export_logit_difference=_or(given.max_export_logit_difference, 1.0),
+    )
+
+
+def resolve_batch(batch: Batch) -> ResolvedBatch:
+    """The batch with its defaults: 8 examples a step, in one forward pass."""
+    examples = None if batch.tokens is not None else _or(batch.examples, DEFAULT_BATCH_EXAMPLES)
+    return ResolvedBatch(
+        examples=examples,
+        tokens=batch.tokens,
+        micro_batch_examples=_or(batch.micro_batch_examples, examples),
+        micro_batch_tokens=batch.micro_batch_tokens,
     )
 
 
 def resolve_mix(mix: Mix) -> ResolvedMix:
     """The mix with its defaults. Raises `Refusal` INVALID_FIELD."""
-    _check_choice("mix.unit", mix.unit, ("examples",))
+    _check_choice("mix.unit", mix.unit, ("examples", "tokens", "target_tokens"))
     _check_choice("mix.policy", mix.policy, ("shrink", "repeat", "fail"))
     _check_number("mix.total", mix.total, 1, 1e12)
     _check_number("mix.max_repeats", mix.max_repeats, 1, 1000)
-    return ResolvedMix(total=mix.total, policy=_or(mix.policy, "shrink"), max_repeats=_or(mix.max_repeats, 1))
+    return ResolvedMix(
+        unit=_or(mix.unit, "examples"),
+        total=mix.total,
+        policy=_or(mix.policy, "shrink"),
+        max_repeats=_or(mix.max_repeats, 1),
+    )
 
 
 def default_warmup_steps(num_steps: int) -> int:
@@ -205,7 +270,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "lora.alpha": (0, 65536),
     "lora.dropout": (0, 0.9),
     "batch.examples": (1, 65536),
+    "batch.tokens": (8, 1e8),
     "batch.micro_batch_examples": (1, 65536),
+    "batch.micro_batch_tokens": (8, 1e8),
     "max_length": (8, 1048576),
     "optimizer.learning_rate": (0, 10),
     "optimizer.weight_decay": (0, 10),
@@ -221,12 +288,27 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "evaluate_every_steps": (0, 1e9),
     "max_duration_seconds": (1, 31536000),
     "keep_checkpoints": (1, 1000),
+    "warn_after_rises": (0, 1000),
+    "dpo.beta": (0, 100),
+    "dpo.label_smoothing": (0, 0.49),
+    "max_export_logit_difference": (0, 1000),
 }
-ABOVE = frozenset({"lora.alpha", "optimizer.learning_rate", "optimizer.epsilon", "num_epochs"})
+ABOVE = frozenset(
+    {
+        "lora.alpha",
+        "optimizer.learning_rate",
+        "optimizer.epsilon",
+        "num_epochs",
+        "dpo.beta",
+        "max_export_logit_difference",
+    }
+)
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "quantization.compute_dtype": ("bfloat16", "float16", "float32"),
     "schedule.name": ("constant", "linear", "cosine"),
     "loss_on": ("targets", "all"),
+    "objective": ("sft", "dpo"),
+    "non_finite_policy": ("stop", "skip"),
 }
 
 

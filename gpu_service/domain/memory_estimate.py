@@ -87,7 +87,7 @@ def _weights_bytes(
 def _activations_bytes(
     base: BaseModel, resolved: ResolvedHyperparameters, compute_bytes: int, longest_tokens: int
 ) -> int:
-    tokens = resolved.batch.micro_batch_examples * longest_tokens
+    tokens = (resolved.batch.micro_batch_examples or 1) * longest_tokens
     layer = _HIDDEN_COPIES * base.hidden_size + _INTERMEDIATE_COPIES * base.intermediate_size
     recomputed = base.num_layers * base.hidden_size + layer
     kept = recomputed if resolved.gradient_checkpointing else base.num_layers * layer

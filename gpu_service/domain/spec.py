@@ -25,6 +25,7 @@ class Trait:
     weight: float | None = None
     datasets: tuple[TraitDataset, ...] = ()
     held_out_dataset_ids: tuple[int, ...] = ()
+    held_out_fraction: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,12 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
+    """At most one of `examples` and `tokens` is set."""
+
     examples: int | None = None
+    tokens: int | None = None
     micro_batch_examples: int | None = None
+    micro_batch_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,12 @@ class Optimizer:
 class Schedule:
     name: str | None = None
     warmup_steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dpo:
+    beta: float | None = None
+    label_smoothing: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +104,13 @@ class Hyperparameters:
     chat_template: str | None = None
     gradient_checkpointing: bool | None = None
     keep_checkpoints: int | None = None
+    keep_best_checkpoint: bool | None = None
+    objective: str | None = None
+    dpo: Dpo = Dpo()
+    non_finite_policy: str | None = None
+    warn_after_rises: int | None = None
+    exports: tuple[str, ...] = ()
+    max_export_logit_difference: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +130,20 @@ class DatasetReference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    path: str = ""
+    sha256: str = ""
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartFrom:
+    job_id: str = ""
+    name: str = ""
+    files: tuple[StoredFile, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingSpec:
     """What a job trains by. `None` and empty mean unset; `domain.plan.resolve` applies the documented defaults."""
 
@@ -123,6 +155,9 @@ class TrainingSpec:
     hyperparameters: Hyperparameters = Hyperparameters()
     sample_prompts: tuple[SamplePrompt, ...] = ()
     datasets: tuple[DatasetReference, ...] = ()
+    start_from: StartFrom | None = None
+    # Empty is `train`.
+    task: str = ""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "TrainingSpec":
@@ -131,9 +166,14 @@ class TrainingSpec:
         Raises `Refusal` INVALID_FIELD with the field's path: an unknown name, a wrong type, a number not finite.
         """
         spec: TrainingSpec = decode_message(cls, value, "")
-        if spec.hyperparameters.num_steps is not None and spec.hyperparameters.num_epochs is not None:
+        given = spec.hyperparameters
+        if given.num_steps is not None and given.num_epochs is not None:
             raise refuse_user(
                 "INVALID_FIELD", "num_steps and num_epochs exclude each other", field="hyperparameters.num_steps"
+            )
+        if given.batch.examples is not None and given.batch.tokens is not None:
+            raise refuse_user(
+                "INVALID_FIELD", "examples and tokens exclude each other", field="hyperparameters.batch.tokens"
             )
         return spec
 

@@ -188,7 +188,7 @@ def _complete(
         ),
         memory=memory,
         data_digest=compute_data_digest(
-            sources, selection, batch_examples=batch_examples, total_examples=total_examples
+            sources, selection, batch_examples=batch_examples or 1, total_examples=total_examples
         ),
         warnings=tuple(warning for warning in checked.warnings if warning != TOO_LONG_WARNING),
     )

@@ -19,7 +19,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_status import rpc_status
 
 from tests.fakes.run_script import NUM_STEPS, artifact_files, closing_payloads, opening_payloads, step_payload
-from tunesmith.common.v1 import errors_pb2, event_pb2, plan_pb2
+from tunesmith.common.v1 import errors_pb2, event_pb2, file_pb2, plan_pb2
 from tunesmith.gpu.v1 import blob_service_pb2, blob_service_pb2_grpc, run_service_pb2, run_service_pb2_grpc
 
 MODEL = "org/tiny"
@@ -289,7 +289,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
                 for path, content in files.items():
                     sha256 = hashlib.sha256(content).hexdigest()
                     self.blobs[sha256] = content
-                    references.append(event_pb2.FileReference(path=path, sha256=sha256, size_bytes=len(content)))
+                    references.append(file_pb2.FileReference(path=path, sha256=sha256, size_bytes=len(content)))
                 kind = event_pb2.ArtifactKind.Value(f"ARTIFACT_KIND_{name.upper()}")
                 fake.run.artifacts.add(name=name, kind=kind, files=references)
                 await self._append(

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_service.journal import Writer, events
-from tunesmith.common.v1 import event_pb2, plan_pb2
+from tunesmith.common.v1 import event_pb2, file_pb2, plan_pb2
 
 
 class Stopped(Exception):
@@ -206,7 +206,7 @@ class StubRun:
             self._append(event_pb2.RealizedEvent(num_steps=self._step, data_digest="d" * 64))
             for artifact in json.loads((self._directory / "artifacts/manifest.json").read_text())["artifacts"]:
                 kind = event_pb2.ArtifactKind.Value("ARTIFACT_KIND_" + artifact["kind"])
-                files = [event_pb2.FileReference(**file) for file in artifact["files"]]
+                files = [file_pb2.FileReference(**file) for file in artifact["files"]]
                 self._append(event_pb2.ArtifactEvent(name=artifact["name"], kind=kind, files=files))
         self._append(event_pb2.MemoryReleasedEvent(freed_bytes=len(self._ballast), resident_bytes=1, seconds=0.01))
         self._state(event_pb2.RUN_STATE_RUNNING, state, failure)
@@ -230,7 +230,7 @@ class StubRun:
                 status=event_pb2.CHECKPOINT_STATUS_COMMITTED,
                 size_bytes=len(content),
                 manifest_sha256=hashlib.sha256(raw).hexdigest(),
-                files=[event_pb2.FileReference(**file) for file in files],
+                files=[file_pb2.FileReference(**file) for file in files],
             )
         )
 

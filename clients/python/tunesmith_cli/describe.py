@@ -143,6 +143,28 @@ def _resumed(payload: event_pb2.EventPayload) -> str:
     return f"resumed from step {payload.resumed.from_step} ({payload.resumed.checkpoint})"
 
 
+def _micro_batch_reduced(payload: event_pb2.EventPayload) -> str:
+    event = payload.micro_batch_reduced
+    return (
+        f"out of memory in step {event.step}: at most {event.limit} {event.unit} a forward pass from here on, "
+        f"not {event.previous_limit}; the steps stay the same"
+    )
+
+
+def _memory_measured(payload: event_pb2.EventPayload) -> str:
+    event = payload.memory_measured
+    return f"memory peaked at {event.peak_bytes:,} bytes; {event.predicted_bytes:,} were predicted"
+
+
+def _export(payload: event_pb2.EventPayload) -> str:
+    event = payload.export
+    verdict = "accepted" if event.accepted else "REFUSED"
+    return (
+        f"export {event.format} {verdict}: logits differ by at most {event.max_logit_difference:.4g} "
+        f"({event.threshold:g} is the limit) on {event.num_prompts} prompts"
+    )
+
+
 def _artifact(payload: event_pb2.EventPayload) -> str:
     artifact = payload.artifact
     where = "collected" if artifact.collected else "written on the node"
@@ -185,4 +207,7 @@ _BY_KIND: dict[int, Callable[[event_pb2.EventPayload], str]] = {
     event_pb2.EVENT_KIND_MEMORY_RELEASED: _memory_released,
     event_pb2.EVENT_KIND_REALIZED: _realized,
     event_pb2.EVENT_KIND_NODE_REACHABILITY: _reachability,
+    event_pb2.EVENT_KIND_MICRO_BATCH_REDUCED: _micro_batch_reduced,
+    event_pb2.EVENT_KIND_MEMORY_MEASURED: _memory_measured,
+    event_pb2.EVENT_KIND_EXPORT: _export,
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 
-from tunesmith.common.v1 import event_pb2, plan_pb2
+from tunesmith.common.v1 import event_pb2, file_pb2, plan_pb2
 from tunesmith.control.v1 import (
     artifact_service_pb2,
     artifact_service_pb2_grpc,
@@ -179,7 +179,7 @@ class AsyncArtifacts:
     async def _download_file(
         self,
         artifact: artifact_service_pb2.Artifact,
-        file: event_pb2.FileReference,
+        file: file_pb2.FileReference,
         target: Path,
         progress: ProgressCallback,
     ) -> Path:

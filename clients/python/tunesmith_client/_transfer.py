@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from tunesmith.common.v1 import event_pb2
+from tunesmith.common.v1 import file_pb2
 from tunesmith.control.v1 import dataset_service_pb2
 from tunesmith_client._config import UPLOAD_BASE_SECONDS
 from tunesmith_client._errors import TransferDamaged
@@ -64,7 +64,7 @@ def upload_parts(
             progress(TransferProgress(path=path.name, done_bytes=done_bytes, total_bytes=header.size_bytes))
 
 
-def destination_of(directory: Path, reference: event_pb2.FileReference) -> Path:
+def destination_of(directory: Path, reference: file_pb2.FileReference) -> Path:
     """Where a file of an artifact goes. Raises TransferDamaged for a name that would leave the directory."""
     relative = PurePosixPath(reference.path)
     if (
@@ -81,7 +81,7 @@ def destination_of(directory: Path, reference: event_pb2.FileReference) -> Path:
 class PartFile:
     """The unfinished file of one download: `open`, `write` chunks, `finish` (verifies and renames), `close`."""
 
-    def __init__(self, target: Path, reference: event_pb2.FileReference, progress: ProgressCallback) -> None:
+    def __init__(self, target: Path, reference: file_pb2.FileReference, progress: ProgressCallback) -> None:
         self._target = target
         self._part = target.with_name(target.name + ".part")
         self._reference = reference

@@ -19,7 +19,7 @@ from gpu_service.engine import durable
 from gpu_service.engine.artifacts import model_card, report
 from gpu_service.engine.failures import RunFailure, from_exception
 from gpu_service.engine.training.progress import TrainingProgress
-from tunesmith.common.v1 import event_pb2, plan_pb2, training_spec_pb2
+from tunesmith.common.v1 import event_pb2, file_pb2, plan_pb2, training_spec_pb2
 
 # What saving raises when a disk, a tensor or a template is not as it should be.
 _RAISES = (OSError, SafetensorError, ValueError, RuntimeError)
@@ -76,7 +76,7 @@ def write_all(request: ArtifactRequest, before_each: Callable[[], None]) -> list
             event_pb2.ArtifactEvent(
                 name=artifact.name,
                 kind=artifact.kind,
-                files=[event_pb2.FileReference(**asdict(stored)) for stored in files],
+                files=[file_pb2.FileReference(**asdict(stored)) for stored in files],
             )
         )
     try:

@@ -28,7 +28,7 @@ from gpu_service.engine.training.losses import LossTally, as_json, finite, sum_b
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.schedule import Schedule
 from gpu_service.journal.events import failure
-from tunesmith.common.v1 import event_pb2, training_spec_pb2
+from tunesmith.common.v1 import event_pb2, file_pb2, training_spec_pb2
 
 # Steps whose mean time the estimate of the rest is made from.
 _ESTIMATE_STEPS = 20
@@ -218,7 +218,7 @@ class TrainingLoop:
                 size_bytes=saved.size_bytes,
                 manifest_sha256=saved.manifest_sha256,
                 files=[
-                    event_pb2.FileReference(path=stored.path, sha256=stored.sha256, size_bytes=stored.size_bytes)
+                    file_pb2.FileReference(path=stored.path, sha256=stored.sha256, size_bytes=stored.size_bytes)
                     for stored in saved.files
                 ],
                 seconds=time.monotonic() - start,

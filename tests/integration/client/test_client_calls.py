@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from tests.fakes.scripted_control import FakeControl, refuse
-from tunesmith.common.v1 import errors_pb2, event_pb2
+from tunesmith.common.v1 import errors_pb2, event_pb2, file_pb2
 from tunesmith.control.v1 import artifact_service_pb2, dataset_service_pb2, job_service_pb2, project_service_pb2
 from tunesmith_client import (
     AsyncClient,
@@ -32,7 +32,7 @@ def config(address: str) -> ClientConfig:
 
 
 def artifact(content: bytes = CONTENT, path: str = "adapter/weights.bin") -> artifact_service_pb2.Artifact:
-    file = event_pb2.FileReference(path=path, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+    file = file_pb2.FileReference(path=path, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
     return artifact_service_pb2.Artifact(job_id="j", name="adapter", files=[file])
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.common.v1 import event_pb2
+from tunesmith.common.v1 import file_pb2
 from tunesmith_client import TransferDamaged, TransferProgress
 from tunesmith_client._transfer import (
     CHUNK_BYTES,
@@ -19,9 +19,9 @@ from tunesmith_client._transfer import (
 CONTENT = b"weights" * 100
 
 
-def reference(content: bytes = CONTENT, path: str = "adapter.bin") -> event_pb2.FileReference:
+def reference(content: bytes = CONTENT, path: str = "adapter.bin") -> file_pb2.FileReference:
     digest = hashlib.sha256(content).hexdigest()
-    return event_pb2.FileReference(path=path, sha256=digest, size_bytes=len(content))
+    return file_pb2.FileReference(path=path, sha256=digest, size_bytes=len(content))
 
 
 def test_an_interrupted_download_goes_on_where_it_stopped(tmp_path: Path) -> None:

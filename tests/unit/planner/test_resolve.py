@@ -237,7 +237,7 @@ REFUSALS: list[tuple[str, dict[str, Any], BaseModel | None, Device, str, str, st
         "TOKENIZER",
     ),
     ("template-id", hyper(chat_template="vicuna"), None, CPU, "INVALID_FIELD", "chat_template", ""),
-    ("unit", make_spec(mix={"unit": "tokens"}), None, CPU, "INVALID_FIELD", "mix.unit", ""),
+    ("unit", make_spec(mix={"unit": "letters"}), None, CPU, "INVALID_FIELD", "mix.unit", ""),
     ("policy", make_spec(mix={"policy": "pray"}), None, CPU, "INVALID_FIELD", "mix.policy", ""),
     ("infeasible", make_spec(mix={"policy": "fail", "total": "400"}), None, CPU, "MIX_INFEASIBLE", "mix", "PLANNING"),
     ("dataset", make_spec(datasets=[]), None, CPU, "DATASET_NOT_FOUND", "datasets", ""),

@@ -108,6 +108,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The plan does not fit the memory of any device."""
     ERROR_REASON_NO_EXAMPLES_LEFT: _ErrorReason.ValueType  # 88
     """No training example is left after truncation and filtering."""
+    ERROR_REASON_NOT_OFFERED: _ErrorReason.ValueType  # 89
+    """The product does not offer this; the message says why."""
     ERROR_REASON_JOB_NOT_FOUND: _ErrorReason.ValueType  # 100
     """No job has this id."""
     ERROR_REASON_JOB_STATE: _ErrorReason.ValueType  # 101
@@ -180,6 +182,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """All attempts were used up."""
     ERROR_REASON_EXPORT: _ErrorReason.ValueType  # 158
     """Writing the artifacts failed."""
+    ERROR_REASON_EXPORT_DIFFERS: _ErrorReason.ValueType  # 159
+    """An export's logits differ from the adapter's by more than the threshold."""
+    ERROR_REASON_MEMORY_PROBE: _ErrorReason.ValueType  # 160
+    """The memory probe failed."""
+    ERROR_REASON_PROMPT_TOO_LONG: _ErrorReason.ValueType  # 170
+    """The prompt leaves no room in the model's positions."""
+    ERROR_REASON_GENERATION: _ErrorReason.ValueType  # 171
+    """An exception while generating."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why something was refused or failed. On the wire of an RPC the name without its prefix is `google.rpc.ErrorInfo.reason`
@@ -269,6 +279,8 @@ ERROR_REASON_DOES_NOT_FIT: ErrorReason.ValueType  # 87
 """The plan does not fit the memory of any device."""
 ERROR_REASON_NO_EXAMPLES_LEFT: ErrorReason.ValueType  # 88
 """No training example is left after truncation and filtering."""
+ERROR_REASON_NOT_OFFERED: ErrorReason.ValueType  # 89
+"""The product does not offer this; the message says why."""
 ERROR_REASON_JOB_NOT_FOUND: ErrorReason.ValueType  # 100
 """No job has this id."""
 ERROR_REASON_JOB_STATE: ErrorReason.ValueType  # 101
@@ -341,6 +353,14 @@ ERROR_REASON_RETRIES_EXHAUSTED: ErrorReason.ValueType  # 157
 """All attempts were used up."""
 ERROR_REASON_EXPORT: ErrorReason.ValueType  # 158
 """Writing the artifacts failed."""
+ERROR_REASON_EXPORT_DIFFERS: ErrorReason.ValueType  # 159
+"""An export's logits differ from the adapter's by more than the threshold."""
+ERROR_REASON_MEMORY_PROBE: ErrorReason.ValueType  # 160
+"""The memory probe failed."""
+ERROR_REASON_PROMPT_TOO_LONG: ErrorReason.ValueType  # 170
+"""The prompt leaves no room in the model's positions."""
+ERROR_REASON_GENERATION: ErrorReason.ValueType  # 171
+"""An exception while generating."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 class _Fault:

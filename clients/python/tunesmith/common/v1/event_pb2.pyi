@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from tunesmith.common.v1 import errors_pb2 as _errors_pb2
+from tunesmith.common.v1 import file_pb2 as _file_pb2
 from tunesmith.common.v1 import plan_pb2 as _plan_pb2
 import builtins as _builtins
 import sys
@@ -61,6 +62,12 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     """What the run really trained on."""
     EVENT_KIND_NODE_REACHABILITY: _EventKind.ValueType  # 16
     """The node of a job became unreachable or reachable."""
+    EVENT_KIND_MICRO_BATCH_REDUCED: _EventKind.ValueType  # 17
+    """Device memory ran out and the forward pass was made smaller; the steps stay the same."""
+    EVENT_KIND_MEMORY_MEASURED: _EventKind.ValueType  # 18
+    """What the run's device memory came to, beside what was predicted."""
+    EVENT_KIND_EXPORT: _EventKind.ValueType  # 19
+    """An export was compared with what it was made from."""
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
     """Which field of EventPayload is set; the numbers are those fields' numbers. A reader that meets a kind it does not know
@@ -100,6 +107,12 @@ EVENT_KIND_REALIZED: EventKind.ValueType  # 15
 """What the run really trained on."""
 EVENT_KIND_NODE_REACHABILITY: EventKind.ValueType  # 16
 """The node of a job became unreachable or reachable."""
+EVENT_KIND_MICRO_BATCH_REDUCED: EventKind.ValueType  # 17
+"""Device memory ran out and the forward pass was made smaller; the steps stay the same."""
+EVENT_KIND_MEMORY_MEASURED: EventKind.ValueType  # 18
+"""What the run's device memory came to, beside what was predicted."""
+EVENT_KIND_EXPORT: EventKind.ValueType  # 19
+"""An export was compared with what it was made from."""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 class _JobState:
@@ -357,6 +370,8 @@ class _ArtifactKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifact
     """Report: metrics as JSON and a loss plot."""
     ARTIFACT_KIND_CHECKPOINT: _ArtifactKind.ValueType  # 4
     """Resumable training state."""
+    ARTIFACT_KIND_MERGED: _ArtifactKind.ValueType  # 5
+    """Adapter merged into the base, in 16 bits."""
 
 class ArtifactKind(_ArtifactKind, metaclass=_ArtifactKindEnumTypeWrapper):
     """What an artifact is."""
@@ -370,6 +385,8 @@ ARTIFACT_KIND_REPORT: ArtifactKind.ValueType  # 3
 """Report: metrics as JSON and a loss plot."""
 ARTIFACT_KIND_CHECKPOINT: ArtifactKind.ValueType  # 4
 """Resumable training state."""
+ARTIFACT_KIND_MERGED: ArtifactKind.ValueType  # 5
+"""Adapter merged into the base, in 16 bits."""
 Global___ArtifactKind: _TypeAlias = ArtifactKind  # noqa: Y015
 
 @_typing.final
@@ -581,6 +598,9 @@ class StepEvent(_message.Message):
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     REMAINING_SECONDS_FIELD_NUMBER: _builtins.int
     NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
+    DATASET_LOSSES_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    PREFERENCE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """1 to total_steps."""
     total_steps: _builtins.int
@@ -601,8 +621,18 @@ class StepEvent(_message.Message):
     remaining_seconds: _builtins.float
     """Estimate to the end of training."""
     num_examples: _builtins.int
+    skipped: _builtins.bool
+    """The loss or a gradient was not finite and the update was left out."""
     @_builtins.property
     def trait_losses(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossValue]: ...
+    @_builtins.property
+    def dataset_losses(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossValue]:
+        """Loss by trait and dataset; weighted by target tokens they add up to `loss`."""
+
+    @_builtins.property
+    def preference(self) -> Global___PreferenceMetrics:
+        """Set when the objective is `dpo`."""
+
     def __init__(
         self,
         *,
@@ -620,10 +650,13 @@ class StepEvent(_message.Message):
         peak_memory_bytes: _builtins.int = ...,
         remaining_seconds: _builtins.float = ...,
         num_examples: _builtins.int = ...,
+        dataset_losses: _abc.Iterable[Global___LossValue] | None = ...,
+        skipped: _builtins.bool = ...,
+        preference: Global___PreferenceMetrics | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_gradient_norm", b"_gradient_norm", "_loss", b"_loss", "gradient_norm", b"gradient_norm", "loss", b"loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gradient_norm", b"_gradient_norm", "_loss", b"_loss", "gradient_norm", b"gradient_norm", "loss", b"loss", "preference", b"preference"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gradient_norm", b"_gradient_norm", "_loss", b"_loss", "epoch", b"epoch", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "num_examples", b"num_examples", "num_target_tokens", b"num_target_tokens", "num_tokens", b"num_tokens", "peak_memory_bytes", b"peak_memory_bytes", "remaining_seconds", b"remaining_seconds", "step", b"step", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trait_losses", b"trait_losses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gradient_norm", b"_gradient_norm", "_loss", b"_loss", "dataset_losses", b"dataset_losses", "epoch", b"epoch", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "num_examples", b"num_examples", "num_target_tokens", b"num_target_tokens", "num_tokens", b"num_tokens", "peak_memory_bytes", b"peak_memory_bytes", "preference", b"preference", "remaining_seconds", b"remaining_seconds", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trait_losses", b"trait_losses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gradient_norm: _TypeAlias = _typing.Literal["gradient_norm"]  # noqa: Y015
     _WhichOneofArgType__gradient_norm: _TypeAlias = _typing.Literal["_gradient_norm", b"_gradient_norm"]  # noqa: Y015
@@ -637,6 +670,40 @@ class StepEvent(_message.Message):
 Global___StepEvent: _TypeAlias = StepEvent  # noqa: Y015
 
 @_typing.final
+class PreferenceMetrics(_message.Message):
+    """How well the model tells chosen from rejected answers. A reward is beta times the difference of the answer's log
+    likelihood under the adapter and under the reference.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_PAIRS_FIELD_NUMBER: _builtins.int
+    REWARD_ACCURACY_FIELD_NUMBER: _builtins.int
+    CHOSEN_REWARD_FIELD_NUMBER: _builtins.int
+    REJECTED_REWARD_FIELD_NUMBER: _builtins.int
+    num_pairs: _builtins.int
+    reward_accuracy: _builtins.float
+    """Part of the pairs whose chosen answer has the higher reward, 0 to 1."""
+    chosen_reward: _builtins.float
+    """Means over the pairs."""
+    rejected_reward: _builtins.float
+    def __init__(
+        self,
+        *,
+        num_pairs: _builtins.int = ...,
+        reward_accuracy: _builtins.float = ...,
+        chosen_reward: _builtins.float = ...,
+        rejected_reward: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen_reward", b"chosen_reward", "num_pairs", b"num_pairs", "rejected_reward", b"rejected_reward", "reward_accuracy", b"reward_accuracy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreferenceMetrics: _TypeAlias = PreferenceMetrics  # noqa: Y015
+
+@_typing.final
 class EvaluationEvent(_message.Message):
     """Held-out loss."""
 
@@ -647,13 +714,18 @@ class EvaluationEvent(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     LOSSES_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    PREFERENCE_FIELD_NUMBER: _builtins.int
     moment: Global___EvaluationMoment.ValueType
     step: _builtins.int
     loss: _builtins.float
     """Over all target tokens of all held-out data. Unset: not a finite number."""
     seconds: _builtins.float
     @_builtins.property
-    def losses(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossValue]: ...
+    def losses(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossValue]:
+        """By trait (dataset_id 0) and by dataset."""
+
+    @_builtins.property
+    def preference(self) -> Global___PreferenceMetrics: ...
     def __init__(
         self,
         *,
@@ -662,10 +734,11 @@ class EvaluationEvent(_message.Message):
         loss: _builtins.float | None = ...,
         losses: _abc.Iterable[Global___LossValue] | None = ...,
         seconds: _builtins.float = ...,
+        preference: Global___PreferenceMetrics | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "preference", b"preference"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "losses", b"losses", "moment", b"moment", "seconds", b"seconds", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "losses", b"losses", "moment", b"moment", "preference", b"preference", "seconds", b"seconds", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
@@ -719,6 +792,9 @@ class CheckpointEvent(_message.Message):
     MANIFEST_SHA256_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    PROBE_LOSS_FIELD_NUMBER: _builtins.int
+    HELD_OUT_LOSS_FIELD_NUMBER: _builtins.int
+    BEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`step-00000020`."""
     step: _builtins.int
@@ -727,8 +803,14 @@ class CheckpointEvent(_message.Message):
     manifest_sha256: _builtins.str
     """Lower-case hex SHA-256 of the manifest."""
     seconds: _builtins.float
+    probe_loss: _builtins.float
+    """Loss of the probe batch at this step, which a resume measures again. Nats per target token."""
+    held_out_loss: _builtins.float
+    """Newest held-out loss when it was written; unset when none was measured."""
+    best: _builtins.bool
+    """The lowest held-out loss so far."""
     @_builtins.property
-    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileReference]: ...
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_file_pb2.FileReference]: ...
     def __init__(
         self,
         *,
@@ -737,44 +819,26 @@ class CheckpointEvent(_message.Message):
         status: Global___CheckpointStatus.ValueType = ...,
         size_bytes: _builtins.int = ...,
         manifest_sha256: _builtins.str = ...,
-        files: _abc.Iterable[Global___FileReference] | None = ...,
+        files: _abc.Iterable[_file_pb2.FileReference] | None = ...,
         seconds: _builtins.float = ...,
+        probe_loss: _builtins.float | None = ...,
+        held_out_loss: _builtins.float | None = ...,
+        best: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_out_loss", b"_held_out_loss", "_probe_loss", b"_probe_loss", "held_out_loss", b"held_out_loss", "probe_loss", b"probe_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "manifest_sha256", b"manifest_sha256", "name", b"name", "seconds", b"seconds", "size_bytes", b"size_bytes", "status", b"status", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out_loss", b"_held_out_loss", "_probe_loss", b"_probe_loss", "best", b"best", "files", b"files", "held_out_loss", b"held_out_loss", "manifest_sha256", b"manifest_sha256", "name", b"name", "probe_loss", b"probe_loss", "seconds", b"seconds", "size_bytes", b"size_bytes", "status", b"status", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__held_out_loss: _TypeAlias = _typing.Literal["held_out_loss"]  # noqa: Y015
+    _WhichOneofArgType__held_out_loss: _TypeAlias = _typing.Literal["_held_out_loss", b"_held_out_loss"]  # noqa: Y015
+    _WhichOneofReturnType__probe_loss: _TypeAlias = _typing.Literal["probe_loss"]  # noqa: Y015
+    _WhichOneofArgType__probe_loss: _TypeAlias = _typing.Literal["_probe_loss", b"_probe_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__held_out_loss) -> _WhichOneofReturnType__held_out_loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__probe_loss) -> _WhichOneofReturnType__probe_loss | None: ...
 
 Global___CheckpointEvent: _TypeAlias = CheckpointEvent  # noqa: Y015
-
-@_typing.final
-class FileReference(_message.Message):
-    """A file by content."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PATH_FIELD_NUMBER: _builtins.int
-    SHA256_FIELD_NUMBER: _builtins.int
-    SIZE_BYTES_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
-    """Relative, with forward slashes."""
-    sha256: _builtins.str
-    size_bytes: _builtins.int
-    def __init__(
-        self,
-        *,
-        path: _builtins.str = ...,
-        sha256: _builtins.str = ...,
-        size_bytes: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___FileReference: _TypeAlias = FileReference  # noqa: Y015
 
 @_typing.final
 class ResumedEvent(_message.Message):
@@ -784,19 +848,33 @@ class ResumedEvent(_message.Message):
 
     FROM_STEP_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    SAVED_PROBE_LOSS_FIELD_NUMBER: _builtins.int
+    MEASURED_PROBE_LOSS_FIELD_NUMBER: _builtins.int
     from_step: _builtins.int
     checkpoint: _builtins.str
+    saved_probe_loss: _builtins.float
+    """Loss of the probe batch as the checkpoint says, and as it was measured again."""
+    measured_probe_loss: _builtins.float
     def __init__(
         self,
         *,
         from_step: _builtins.int = ...,
         checkpoint: _builtins.str = ...,
+        saved_probe_loss: _builtins.float | None = ...,
+        measured_probe_loss: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_measured_probe_loss", b"_measured_probe_loss", "_saved_probe_loss", b"_saved_probe_loss", "measured_probe_loss", b"measured_probe_loss", "saved_probe_loss", b"saved_probe_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "from_step", b"from_step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_measured_probe_loss", b"_measured_probe_loss", "_saved_probe_loss", b"_saved_probe_loss", "checkpoint", b"checkpoint", "from_step", b"from_step", "measured_probe_loss", b"measured_probe_loss", "saved_probe_loss", b"saved_probe_loss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__measured_probe_loss: _TypeAlias = _typing.Literal["measured_probe_loss"]  # noqa: Y015
+    _WhichOneofArgType__measured_probe_loss: _TypeAlias = _typing.Literal["_measured_probe_loss", b"_measured_probe_loss"]  # noqa: Y015
+    _WhichOneofReturnType__saved_probe_loss: _TypeAlias = _typing.Literal["saved_probe_loss"]  # noqa: Y015
+    _WhichOneofArgType__saved_probe_loss: _TypeAlias = _typing.Literal["_saved_probe_loss", b"_saved_probe_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__measured_probe_loss) -> _WhichOneofReturnType__measured_probe_loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__saved_probe_loss) -> _WhichOneofReturnType__saved_probe_loss | None: ...
 
 Global___ResumedEvent: _TypeAlias = ResumedEvent  # noqa: Y015
 
@@ -816,13 +894,13 @@ class ArtifactEvent(_message.Message):
     collected: _builtins.bool
     """False: on the node. True: verified in control's store."""
     @_builtins.property
-    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileReference]: ...
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_file_pb2.FileReference]: ...
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         kind: Global___ArtifactKind.ValueType = ...,
-        files: _abc.Iterable[Global___FileReference] | None = ...,
+        files: _abc.Iterable[_file_pb2.FileReference] | None = ...,
         collected: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -841,18 +919,25 @@ class WarningEvent(_message.Message):
 
     CODE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    TRAIT_TYPE_FIELD_NUMBER: _builtins.int
+    DATASET_ID_FIELD_NUMBER: _builtins.int
     code: _builtins.str
     """kebab-case id, e.g. `non-finite-loss`."""
     message: _builtins.str
+    trait_type: _builtins.str
+    """Set when it is about one trait, or one dataset."""
+    dataset_id: _builtins.int
     def __init__(
         self,
         *,
         code: _builtins.str = ...,
         message: _builtins.str = ...,
+        trait_type: _builtins.str = ...,
+        dataset_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "dataset_id", b"dataset_id", "message", b"message", "trait_type", b"trait_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -963,6 +1048,114 @@ class RealizedEvent(_message.Message):
 Global___RealizedEvent: _TypeAlias = RealizedEvent  # noqa: Y015
 
 @_typing.final
+class MicroBatchReducedEvent(_message.Message):
+    """Device memory ran out in a forward or backward pass; the step was begun again with smaller passes. Batch order,
+    global batch and data position stay.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    PREVIOUS_LIMIT_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """The step that ran out, from 1."""
+    unit: _builtins.str
+    """`examples` or `tokens` of a forward pass."""
+    previous_limit: _builtins.int
+    limit: _builtins.int
+    peak_memory_bytes: _builtins.int
+    """Highest allocated device memory before."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        unit: _builtins.str = ...,
+        previous_limit: _builtins.int = ...,
+        limit: _builtins.int = ...,
+        peak_memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "peak_memory_bytes", b"peak_memory_bytes", "previous_limit", b"previous_limit", "step", b"step", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MicroBatchReducedEvent: _TypeAlias = MicroBatchReducedEvent  # noqa: Y015
+
+@_typing.final
+class MemoryMeasuredEvent(_message.Message):
+    """Memory of a run, in bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREDICTED_BYTES_FIELD_NUMBER: _builtins.int
+    PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    predicted_bytes: _builtins.int
+    peak_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        predicted_bytes: _builtins.int = ...,
+        peak_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peak_bytes", b"peak_bytes", "predicted_bytes", b"predicted_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryMeasuredEvent: _TypeAlias = MemoryMeasuredEvent  # noqa: Y015
+
+@_typing.final
+class ExportEvent(_message.Message):
+    """How an export compares with base and adapter on fixed prompts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    MAX_LOGIT_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    MEAN_LOGIT_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    NUM_PROMPTS_FIELD_NUMBER: _builtins.int
+    NUM_SAME_TOP_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_POSITIONS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    format: _builtins.str
+    """`merged`."""
+    max_logit_difference: _builtins.float
+    """Largest and mean absolute difference of logits."""
+    mean_logit_difference: _builtins.float
+    threshold: _builtins.float
+    num_prompts: _builtins.int
+    num_same_top_tokens: _builtins.int
+    """Positions whose most likely token is the same, and all."""
+    num_positions: _builtins.int
+    accepted: _builtins.bool
+    """False: it was refused and nothing of it is kept."""
+    def __init__(
+        self,
+        *,
+        format: _builtins.str = ...,
+        max_logit_difference: _builtins.float = ...,
+        mean_logit_difference: _builtins.float = ...,
+        threshold: _builtins.float = ...,
+        num_prompts: _builtins.int = ...,
+        num_same_top_tokens: _builtins.int = ...,
+        num_positions: _builtins.int = ...,
+        accepted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "format", b"format", "max_logit_difference", b"max_logit_difference", "mean_logit_difference", b"mean_logit_difference", "num_positions", b"num_positions", "num_prompts", b"num_prompts", "num_same_top_tokens", b"num_same_top_tokens", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportEvent: _TypeAlias = ExportEvent  # noqa: Y015
+
+@_typing.final
 class NodeReachabilityEvent(_message.Message):
     """Control lost or regained the job's node."""
 
@@ -1008,6 +1201,9 @@ class EventPayload(_message.Message):
     MEMORY_RELEASED_FIELD_NUMBER: _builtins.int
     REALIZED_FIELD_NUMBER: _builtins.int
     NODE_REACHABILITY_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_REDUCED_FIELD_NUMBER: _builtins.int
+    MEMORY_MEASURED_FIELD_NUMBER: _builtins.int
+    EXPORT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job_state(self) -> Global___JobStateEvent: ...
     @_builtins.property
@@ -1040,6 +1236,12 @@ class EventPayload(_message.Message):
     def realized(self) -> Global___RealizedEvent: ...
     @_builtins.property
     def node_reachability(self) -> Global___NodeReachabilityEvent: ...
+    @_builtins.property
+    def micro_batch_reduced(self) -> Global___MicroBatchReducedEvent: ...
+    @_builtins.property
+    def memory_measured(self) -> Global___MemoryMeasuredEvent: ...
+    @_builtins.property
+    def export(self) -> Global___ExportEvent: ...
     def __init__(
         self,
         *,
@@ -1059,12 +1261,15 @@ class EventPayload(_message.Message):
         memory_released: Global___MemoryReleasedEvent | None = ...,
         realized: Global___RealizedEvent | None = ...,
         node_reachability: Global___NodeReachabilityEvent | None = ...,
+        micro_batch_reduced: Global___MicroBatchReducedEvent | None = ...,
+        memory_measured: Global___MemoryMeasuredEvent | None = ...,
+        export: Global___ExportEvent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "checkpoint", b"checkpoint", "evaluation", b"evaluation", "job_state", b"job_state", "kind", b"kind", "loading", b"loading", "log", b"log", "memory_released", b"memory_released", "node_reachability", b"node_reachability", "phase", b"phase", "plan", b"plan", "realized", b"realized", "resumed", b"resumed", "run_state", b"run_state", "sample", b"sample", "step", b"step", "warning", b"warning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "checkpoint", b"checkpoint", "evaluation", b"evaluation", "export", b"export", "job_state", b"job_state", "kind", b"kind", "loading", b"loading", "log", b"log", "memory_measured", b"memory_measured", "memory_released", b"memory_released", "micro_batch_reduced", b"micro_batch_reduced", "node_reachability", b"node_reachability", "phase", b"phase", "plan", b"plan", "realized", b"realized", "resumed", b"resumed", "run_state", b"run_state", "sample", b"sample", "step", b"step", "warning", b"warning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "checkpoint", b"checkpoint", "evaluation", b"evaluation", "job_state", b"job_state", "kind", b"kind", "loading", b"loading", "log", b"log", "memory_released", b"memory_released", "node_reachability", b"node_reachability", "phase", b"phase", "plan", b"plan", "realized", b"realized", "resumed", b"resumed", "run_state", b"run_state", "sample", b"sample", "step", b"step", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "checkpoint", b"checkpoint", "evaluation", b"evaluation", "export", b"export", "job_state", b"job_state", "kind", b"kind", "loading", b"loading", "log", b"log", "memory_measured", b"memory_measured", "memory_released", b"memory_released", "micro_batch_reduced", b"micro_batch_reduced", "node_reachability", b"node_reachability", "phase", b"phase", "plan", b"plan", "realized", b"realized", "resumed", b"resumed", "run_state", b"run_state", "sample", b"sample", "step", b"step", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["job_state", "run_state", "phase", "loading", "plan", "step", "evaluation", "sample", "checkpoint", "resumed", "artifact", "warning", "log", "memory_released", "realized", "node_reachability"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["job_state", "run_state", "phase", "loading", "plan", "step", "evaluation", "sample", "checkpoint", "resumed", "artifact", "warning", "log", "memory_released", "realized", "node_reachability", "micro_batch_reduced", "memory_measured", "export"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

@@ -151,6 +151,7 @@ class MemoryEstimate(_message.Message):
     ACTIVATIONS_BYTES_FIELD_NUMBER: _builtins.int
     OVERHEAD_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    BASIS_FIELD_NUMBER: _builtins.int
     weights_bytes: _builtins.int
     adapter_bytes: _builtins.int
     gradients_bytes: _builtins.int
@@ -158,6 +159,8 @@ class MemoryEstimate(_message.Message):
     activations_bytes: _builtins.int
     overhead_bytes: _builtins.int
     total_bytes: _builtins.int
+    basis: _builtins.str
+    """What it rests on: `analytic`, or `calibrated` by this node's measured runs and probes."""
     def __init__(
         self,
         *,
@@ -168,14 +171,50 @@ class MemoryEstimate(_message.Message):
         activations_bytes: _builtins.int = ...,
         overhead_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
+        basis: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations_bytes", b"activations_bytes", "adapter_bytes", b"adapter_bytes", "gradients_bytes", b"gradients_bytes", "optimizer_bytes", b"optimizer_bytes", "overhead_bytes", b"overhead_bytes", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations_bytes", b"activations_bytes", "adapter_bytes", b"adapter_bytes", "basis", b"basis", "gradients_bytes", b"gradients_bytes", "optimizer_bytes", b"optimizer_bytes", "overhead_bytes", b"overhead_bytes", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MemoryEstimate: _TypeAlias = MemoryEstimate  # noqa: Y015
+
+@_typing.final
+class MemoryProbe(_message.Message):
+    """Measured device memory of two steps on the longest planned batch, in a process of its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    PREDICTED_BYTES_FIELD_NUMBER: _builtins.int
+    STEP_TOKENS_FIELD_NUMBER: _builtins.int
+    LONGEST_TOKENS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    peak_bytes: _builtins.int
+    predicted_bytes: _builtins.int
+    """What the estimate said."""
+    step_tokens: _builtins.int
+    """Tokens of the step that was measured, and of its longest example."""
+    longest_tokens: _builtins.int
+    seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        peak_bytes: _builtins.int = ...,
+        predicted_bytes: _builtins.int = ...,
+        step_tokens: _builtins.int = ...,
+        longest_tokens: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["longest_tokens", b"longest_tokens", "peak_bytes", b"peak_bytes", "predicted_bytes", b"predicted_bytes", "seconds", b"seconds", "step_tokens", b"step_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryProbe: _TypeAlias = MemoryProbe  # noqa: Y015
 
 @_typing.final
 class Plan(_message.Message):
@@ -207,6 +246,11 @@ class Plan(_message.Message):
     SPEC_DIGEST_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    FILL_FIELD_NUMBER: _builtins.int
+    LONGEST_EXAMPLE_TOKENS_FIELD_NUMBER: _builtins.int
+    LARGEST_STEP_TOKENS_FIELD_NUMBER: _builtins.int
+    MEMORY_PROBE_FIELD_NUMBER: _builtins.int
+    NUM_DUPLICATES_FIELD_NUMBER: _builtins.int
     level: Global___PlanLevel.ValueType
     training_type: _builtins.str
     """`qlora`, `lora` or `full`."""
@@ -237,6 +281,13 @@ class Plan(_message.Message):
     """Digest of the spec that was planned."""
     device: _builtins.str
     """Device the plan is for, e.g. `cpu` or `NVIDIA H100 80GB HBM3`."""
+    fill: _builtins.float
+    """Mean part of batch.tokens that steps fill, 0 to 1; 0 when batch counts examples, and at level CHECK."""
+    longest_example_tokens: _builtins.int
+    """Tokens of the longest example that is trained on, and of the largest step."""
+    largest_step_tokens: _builtins.int
+    num_duplicates: _builtins.int
+    """Distinct examples among which one is exactly like another of the same dataset."""
     @_builtins.property
     def resolved(self) -> _training_spec_pb2.Hyperparameters:
         """All hyper-parameters with defaults applied."""
@@ -248,6 +299,10 @@ class Plan(_message.Message):
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Things worth knowing that refuse nothing."""
+
+    @_builtins.property
+    def memory_probe(self) -> Global___MemoryProbe:
+        """Set when it was asked for."""
 
     def __init__(
         self,
@@ -276,10 +331,15 @@ class Plan(_message.Message):
         spec_digest: _builtins.str = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         device: _builtins.str = ...,
+        fill: _builtins.float = ...,
+        longest_example_tokens: _builtins.int = ...,
+        largest_step_tokens: _builtins.int = ...,
+        memory_probe: Global___MemoryProbe | None = ...,
+        num_duplicates: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "resolved", b"resolved"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "memory_probe", b"memory_probe", "resolved", b"resolved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_type", b"config_type", "data_digest", b"data_digest", "datasets", b"datasets", "device", b"device", "examples_per_epoch", b"examples_per_epoch", "level", b"level", "memory", b"memory", "model_type", b"model_type", "num_covered_linears", b"num_covered_linears", "num_epochs", b"num_epochs", "num_linears", b"num_linears", "num_parameters", b"num_parameters", "num_steps", b"num_steps", "num_trainable_parameters", b"num_trainable_parameters", "resolved", b"resolved", "spec_digest", b"spec_digest", "target_tokens_per_epoch", b"target_tokens_per_epoch", "tokens_per_epoch", b"tokens_per_epoch", "total_examples", b"total_examples", "total_target_tokens", b"total_target_tokens", "total_tokens", b"total_tokens", "training_type", b"training_type", "warnings", b"warnings", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_type", b"config_type", "data_digest", b"data_digest", "datasets", b"datasets", "device", b"device", "examples_per_epoch", b"examples_per_epoch", "fill", b"fill", "largest_step_tokens", b"largest_step_tokens", "level", b"level", "longest_example_tokens", b"longest_example_tokens", "memory", b"memory", "memory_probe", b"memory_probe", "model_type", b"model_type", "num_covered_linears", b"num_covered_linears", "num_duplicates", b"num_duplicates", "num_epochs", b"num_epochs", "num_linears", b"num_linears", "num_parameters", b"num_parameters", "num_steps", b"num_steps", "num_trainable_parameters", b"num_trainable_parameters", "resolved", b"resolved", "spec_digest", b"spec_digest", "target_tokens_per_epoch", b"target_tokens_per_epoch", "tokens_per_epoch", b"tokens_per_epoch", "total_examples", b"total_examples", "total_target_tokens", b"total_target_tokens", "total_tokens", b"total_tokens", "training_type", b"training_type", "warnings", b"warnings", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from tunesmith.common.v1 import file_pb2 as _file_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -28,10 +29,15 @@ class Trait(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     DATASETS_FIELD_NUMBER: _builtins.int
     HELD_OUT_DATASET_IDS_FIELD_NUMBER: _builtins.int
+    HELD_OUT_FRACTION_FIELD_NUMBER: _builtins.int
     trait_type: _builtins.str
     """Label, e.g. `reasoning`. Unique within a project."""
     weight: _builtins.float
     """Share among traits: weight / sum of weights. 0 is legal; all zero is refused."""
+    held_out_fraction: _builtins.float
+    """Part of every dataset of the trait that is held out instead of trained on, chosen by the seed; at least one example
+    of each. Goes together with held_out_dataset_ids.
+    """
     @_builtins.property
     def datasets(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraitDataset]:
         """Datasets with their percentages; the percentages add up to 100 within 0.01."""
@@ -47,13 +53,19 @@ class Trait(_message.Message):
         weight: _builtins.float | None = ...,
         datasets: _abc.Iterable[Global___TraitDataset] | None = ...,
         held_out_dataset_ids: _abc.Iterable[_builtins.int] | None = ...,
+        held_out_fraction: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_out_fraction", b"_held_out_fraction", "_weight", b"_weight", "held_out_fraction", b"held_out_fraction", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "datasets", b"datasets", "held_out_dataset_ids", b"held_out_dataset_ids", "trait_type", b"trait_type", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out_fraction", b"_held_out_fraction", "_weight", b"_weight", "datasets", b"datasets", "held_out_dataset_ids", b"held_out_dataset_ids", "held_out_fraction", b"held_out_fraction", "trait_type", b"trait_type", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__held_out_fraction: _TypeAlias = _typing.Literal["held_out_fraction"]  # noqa: Y015
+    _WhichOneofArgType__held_out_fraction: _TypeAlias = _typing.Literal["_held_out_fraction", b"_held_out_fraction"]  # noqa: Y015
     _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
     _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__held_out_fraction) -> _WhichOneofReturnType__held_out_fraction | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
 
 Global___Trait: _TypeAlias = Trait  # noqa: Y015
@@ -94,7 +106,7 @@ class Mix(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     MAX_REPEATS_FIELD_NUMBER: _builtins.int
     unit: _builtins.str
-    """What a percentage counts: `examples`."""
+    """What a percentage counts: `examples`, `tokens`, or `target_tokens` (those that carry loss)."""
     total: _builtins.int
     """Units per epoch. Unset: the largest total at which no source exceeds its policy."""
     policy: _builtins.str
@@ -224,27 +236,39 @@ class Batch(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EXAMPLES_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     MICRO_BATCH_EXAMPLES_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
     examples: _builtins.int
     """Examples per optimizer step."""
+    tokens: _builtins.int
+    """Most tokens per optimizer step; best fit in a seeded window of 1,024 examples decides which examples make a step."""
     micro_batch_examples: _builtins.int
     """Examples per forward pass; gradients of the passes of a step are summed, weighted by target tokens."""
+    micro_batch_tokens: _builtins.int
+    """Tokens per forward pass; an example that is longer gets a pass of its own. Goes together with micro_batch_examples."""
     def __init__(
         self,
         *,
         examples: _builtins.int = ...,
+        tokens: _builtins.int = ...,
         micro_batch_examples: _builtins.int | None = ...,
+        micro_batch_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_micro_batch_examples", b"_micro_batch_examples", "examples", b"examples", "micro_batch_examples", b"micro_batch_examples", "size", b"size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_micro_batch_examples", b"_micro_batch_examples", "_micro_batch_tokens", b"_micro_batch_tokens", "examples", b"examples", "micro_batch_examples", b"micro_batch_examples", "micro_batch_tokens", b"micro_batch_tokens", "size", b"size", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_micro_batch_examples", b"_micro_batch_examples", "examples", b"examples", "micro_batch_examples", b"micro_batch_examples", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_micro_batch_examples", b"_micro_batch_examples", "_micro_batch_tokens", b"_micro_batch_tokens", "examples", b"examples", "micro_batch_examples", b"micro_batch_examples", "micro_batch_tokens", b"micro_batch_tokens", "size", b"size", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__micro_batch_examples: _TypeAlias = _typing.Literal["micro_batch_examples"]  # noqa: Y015
     _WhichOneofArgType__micro_batch_examples: _TypeAlias = _typing.Literal["_micro_batch_examples", b"_micro_batch_examples"]  # noqa: Y015
-    _WhichOneofReturnType_size: _TypeAlias = _typing.Literal["examples"]  # noqa: Y015
+    _WhichOneofReturnType__micro_batch_tokens: _TypeAlias = _typing.Literal["micro_batch_tokens"]  # noqa: Y015
+    _WhichOneofArgType__micro_batch_tokens: _TypeAlias = _typing.Literal["_micro_batch_tokens", b"_micro_batch_tokens"]  # noqa: Y015
+    _WhichOneofReturnType_size: _TypeAlias = _typing.Literal["examples", "tokens"]  # noqa: Y015
     _WhichOneofArgType_size: _TypeAlias = _typing.Literal["size", b"size"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch_examples) -> _WhichOneofReturnType__micro_batch_examples | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch_tokens) -> _WhichOneofReturnType__micro_batch_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_size) -> _WhichOneofReturnType_size | None: ...
 
@@ -264,7 +288,7 @@ class Optimizer(_message.Message):
     EPSILON_FIELD_NUMBER: _builtins.int
     MAX_GRADIENT_NORM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Catalog id: `adamw`."""
+    """Catalog id: `adamw`, `adamw-8bit`, `paged-adamw-8bit`."""
     learning_rate: _builtins.float
     weight_decay: _builtins.float
     beta1: _builtins.float
@@ -352,6 +376,39 @@ class Schedule(_message.Message):
 Global___Schedule: _TypeAlias = Schedule  # noqa: Y015
 
 @_typing.final
+class Dpo(_message.Message):
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), for data of preference pairs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BETA_FIELD_NUMBER: _builtins.int
+    LABEL_SMOOTHING_FIELD_NUMBER: _builtins.int
+    beta: _builtins.float
+    """Strength of the pull towards the reference."""
+    label_smoothing: _builtins.float
+    """Probability that a pair's label is wrong (conservative DPO)."""
+    def __init__(
+        self,
+        *,
+        beta: _builtins.float | None = ...,
+        label_smoothing: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_label_smoothing", b"_label_smoothing", "beta", b"beta", "label_smoothing", b"label_smoothing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_label_smoothing", b"_label_smoothing", "beta", b"beta", "label_smoothing", b"label_smoothing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__beta: _TypeAlias = _typing.Literal["beta"]  # noqa: Y015
+    _WhichOneofArgType__beta: _TypeAlias = _typing.Literal["_beta", b"_beta"]  # noqa: Y015
+    _WhichOneofReturnType__label_smoothing: _TypeAlias = _typing.Literal["label_smoothing"]  # noqa: Y015
+    _WhichOneofArgType__label_smoothing: _TypeAlias = _typing.Literal["_label_smoothing", b"_label_smoothing"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta) -> _WhichOneofReturnType__beta | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__label_smoothing) -> _WhichOneofReturnType__label_smoothing | None: ...
+
+Global___Dpo: _TypeAlias = Dpo  # noqa: Y015
+
+@_typing.final
 class Hyperparameters(_message.Message):
     """Everything that can be turned. Unset means the documented default; the plan shows what each became."""
 
@@ -373,6 +430,13 @@ class Hyperparameters(_message.Message):
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
     KEEP_CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    KEEP_BEST_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
+    DPO_FIELD_NUMBER: _builtins.int
+    NON_FINITE_POLICY_FIELD_NUMBER: _builtins.int
+    WARN_AFTER_RISES_FIELD_NUMBER: _builtins.int
+    EXPORTS_FIELD_NUMBER: _builtins.int
+    MAX_EXPORT_LOGIT_DIFFERENCE_FIELD_NUMBER: _builtins.int
     max_length: _builtins.int
     """Tokens at which an example is cut."""
     num_steps: _builtins.int
@@ -395,6 +459,20 @@ class Hyperparameters(_message.Message):
     """Recompute activations in the backward pass to save memory."""
     keep_checkpoints: _builtins.int
     """Checkpoints of a run kept on its node while it goes on; the newest good one is never deleted first."""
+    keep_best_checkpoint: _builtins.bool
+    """Keep the checkpoint of the lowest held-out loss besides the last ones."""
+    objective: _builtins.str
+    """What is minimized: `sft` (likelihood of target tokens) or `dpo` (preference pairs; `qlora` and `lora` only, with
+    the base, adapter off, as reference).
+    """
+    non_finite_policy: _builtins.str
+    """When a step's loss or gradient is not finite: `stop` the run, or `skip` the step's update and go on. The step is
+    reported either way.
+    """
+    warn_after_rises: _builtins.int
+    """Warn when a trait's held-out loss has risen for this many evaluations in a row. 0: never."""
+    max_export_logit_difference: _builtins.float
+    """An export whose logits differ from the adapter's by more than this on the fixed prompts is refused."""
     @_builtins.property
     def quantization(self) -> Global___Quantization: ...
     @_builtins.property
@@ -405,6 +483,12 @@ class Hyperparameters(_message.Message):
     def optimizer(self) -> Global___Optimizer: ...
     @_builtins.property
     def schedule(self) -> Global___Schedule: ...
+    @_builtins.property
+    def dpo(self) -> Global___Dpo: ...
+    @_builtins.property
+    def exports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Further forms of what was trained, written at the end: `merged` (16-bit model directory)."""
+
     def __init__(
         self,
         *,
@@ -424,10 +508,17 @@ class Hyperparameters(_message.Message):
         chat_template: _builtins.str | None = ...,
         gradient_checkpointing: _builtins.bool | None = ...,
         keep_checkpoints: _builtins.int | None = ...,
+        keep_best_checkpoint: _builtins.bool | None = ...,
+        objective: _builtins.str | None = ...,
+        dpo: Global___Dpo | None = ...,
+        non_finite_policy: _builtins.str | None = ...,
+        warn_after_rises: _builtins.int | None = ...,
+        exports: _abc.Iterable[_builtins.str] | None = ...,
+        max_export_logit_difference: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_length", b"_max_length", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "batch", b"batch", "chat_template", b"chat_template", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "gradient_checkpointing", b"gradient_checkpointing", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_length", b"max_length", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "optimizer", b"optimizer", "quantization", b"quantization", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_warn_after_rises", b"_warn_after_rises", "batch", b"batch", "chat_template", b"chat_template", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_length", b"_max_length", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "batch", b"batch", "chat_template", b"chat_template", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "gradient_checkpointing", b"gradient_checkpointing", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_length", b"max_length", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "optimizer", b"optimizer", "quantization", b"quantization", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_warn_after_rises", b"_warn_after_rises", "batch", b"batch", "chat_template", b"chat_template", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "exports", b"exports", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chat_template: _TypeAlias = _typing.Literal["chat_template"]  # noqa: Y015
     _WhichOneofArgType__chat_template: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template"]  # noqa: Y015
@@ -435,18 +526,28 @@ class Hyperparameters(_message.Message):
     _WhichOneofArgType__evaluate_every_steps: _TypeAlias = _typing.Literal["_evaluate_every_steps", b"_evaluate_every_steps"]  # noqa: Y015
     _WhichOneofReturnType__gradient_checkpointing: _TypeAlias = _typing.Literal["gradient_checkpointing"]  # noqa: Y015
     _WhichOneofArgType__gradient_checkpointing: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing"]  # noqa: Y015
+    _WhichOneofReturnType__keep_best_checkpoint: _TypeAlias = _typing.Literal["keep_best_checkpoint"]  # noqa: Y015
+    _WhichOneofArgType__keep_best_checkpoint: _TypeAlias = _typing.Literal["_keep_best_checkpoint", b"_keep_best_checkpoint"]  # noqa: Y015
     _WhichOneofReturnType__keep_checkpoints: _TypeAlias = _typing.Literal["keep_checkpoints"]  # noqa: Y015
     _WhichOneofArgType__keep_checkpoints: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints"]  # noqa: Y015
     _WhichOneofReturnType__loss_on: _TypeAlias = _typing.Literal["loss_on"]  # noqa: Y015
     _WhichOneofArgType__loss_on: _TypeAlias = _typing.Literal["_loss_on", b"_loss_on"]  # noqa: Y015
     _WhichOneofReturnType__max_duration_seconds: _TypeAlias = _typing.Literal["max_duration_seconds"]  # noqa: Y015
     _WhichOneofArgType__max_duration_seconds: _TypeAlias = _typing.Literal["_max_duration_seconds", b"_max_duration_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__max_export_logit_difference: _TypeAlias = _typing.Literal["max_export_logit_difference"]  # noqa: Y015
+    _WhichOneofArgType__max_export_logit_difference: _TypeAlias = _typing.Literal["_max_export_logit_difference", b"_max_export_logit_difference"]  # noqa: Y015
     _WhichOneofReturnType__max_length: _TypeAlias = _typing.Literal["max_length"]  # noqa: Y015
     _WhichOneofArgType__max_length: _TypeAlias = _typing.Literal["_max_length", b"_max_length"]  # noqa: Y015
+    _WhichOneofReturnType__non_finite_policy: _TypeAlias = _typing.Literal["non_finite_policy"]  # noqa: Y015
+    _WhichOneofArgType__non_finite_policy: _TypeAlias = _typing.Literal["_non_finite_policy", b"_non_finite_policy"]  # noqa: Y015
+    _WhichOneofReturnType__objective: _TypeAlias = _typing.Literal["objective"]  # noqa: Y015
+    _WhichOneofArgType__objective: _TypeAlias = _typing.Literal["_objective", b"_objective"]  # noqa: Y015
     _WhichOneofReturnType__save_every_steps: _TypeAlias = _typing.Literal["save_every_steps"]  # noqa: Y015
     _WhichOneofArgType__save_every_steps: _TypeAlias = _typing.Literal["_save_every_steps", b"_save_every_steps"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__warn_after_rises: _TypeAlias = _typing.Literal["warn_after_rises"]  # noqa: Y015
+    _WhichOneofArgType__warn_after_rises: _TypeAlias = _typing.Literal["_warn_after_rises", b"_warn_after_rises"]  # noqa: Y015
     _WhichOneofReturnType_duration: _TypeAlias = _typing.Literal["num_steps", "num_epochs"]  # noqa: Y015
     _WhichOneofArgType_duration: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     @_typing.overload
@@ -456,17 +557,27 @@ class Hyperparameters(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_checkpointing) -> _WhichOneofReturnType__gradient_checkpointing | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_best_checkpoint) -> _WhichOneofReturnType__keep_best_checkpoint | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_checkpoints) -> _WhichOneofReturnType__keep_checkpoints | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss_on) -> _WhichOneofReturnType__loss_on | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_duration_seconds) -> _WhichOneofReturnType__max_duration_seconds | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_export_logit_difference) -> _WhichOneofReturnType__max_export_logit_difference | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_length) -> _WhichOneofReturnType__max_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__non_finite_policy) -> _WhichOneofReturnType__non_finite_policy | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__objective) -> _WhichOneofReturnType__objective | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__save_every_steps) -> _WhichOneofReturnType__save_every_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warn_after_rises) -> _WhichOneofReturnType__warn_after_rises | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_duration) -> _WhichOneofReturnType_duration | None: ...
 
@@ -538,6 +649,35 @@ class DatasetReference(_message.Message):
 Global___DatasetReference: _TypeAlias = DatasetReference  # noqa: Y015
 
 @_typing.final
+class StartFrom(_message.Message):
+    """What a job starts from besides its base: weights that an earlier job left. The optimizer starts afresh."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    name: _builtins.str
+    """`adapter`, `model`, or a checkpoint's name, e.g. `step-00000020`."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_file_pb2.FileReference]: ...
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        files: _abc.Iterable[_file_pb2.FileReference] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "job_id", b"job_id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartFrom: _TypeAlias = StartFrom  # noqa: Y015
+
+@_typing.final
 class TrainingSpec(_message.Message):
     """The immutable snapshot that a job trains by; its SHA-256 over canonical JSON is the spec digest."""
 
@@ -551,9 +691,13 @@ class TrainingSpec(_message.Message):
     HYPERPARAMETERS_FIELD_NUMBER: _builtins.int
     SAMPLE_PROMPTS_FIELD_NUMBER: _builtins.int
     DATASETS_FIELD_NUMBER: _builtins.int
+    START_FROM_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     model_type: _builtins.str
     training_type: _builtins.str
+    task: _builtins.str
+    """`train`, or `export`: no training, only hyperparameters.exports of start_from. Empty means `train`."""
     @_builtins.property
     def traits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Trait]: ...
     @_builtins.property
@@ -566,6 +710,10 @@ class TrainingSpec(_message.Message):
     def datasets(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetReference]:
         """Every dataset that the traits name, once, ordered by id."""
 
+    @_builtins.property
+    def start_from(self) -> Global___StartFrom:
+        """Unset: the base as it is."""
+
     def __init__(
         self,
         *,
@@ -577,10 +725,12 @@ class TrainingSpec(_message.Message):
         hyperparameters: Global___Hyperparameters | None = ...,
         sample_prompts: _abc.Iterable[Global___SamplePrompt] | None = ...,
         datasets: _abc.Iterable[Global___DatasetReference] | None = ...,
+        start_from: Global___StartFrom | None = ...,
+        task: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hyperparameters", b"hyperparameters", "mix", b"mix"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hyperparameters", b"hyperparameters", "mix", b"mix", "start_from", b"start_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "datasets", b"datasets", "hyperparameters", b"hyperparameters", "mix", b"mix", "model_type", b"model_type", "sample_prompts", b"sample_prompts", "training_type", b"training_type", "traits", b"traits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "datasets", b"datasets", "hyperparameters", b"hyperparameters", "mix", b"mix", "model_type", b"model_type", "sample_prompts", b"sample_prompts", "start_from", b"start_from", "task", b"task", "training_type", b"training_type", "traits", b"traits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,9 +25,11 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from tunesmith.common.v1 import constraints_pb2 as tunesmith_dot_common_dot_v1_dot_constraints__pb2
 from tunesmith.common.v1 import event_pb2 as tunesmith_dot_common_dot_v1_dot_event__pb2
+from tunesmith.common.v1 import file_pb2 as tunesmith_dot_common_dot_v1_dot_file__pb2
+from tunesmith.control.v1 import job_service_pb2 as tunesmith_dot_control_dot_v1_dot_job__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+tunesmith/control/v1/artifact_service.proto\x12\x14tunesmith.control.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%tunesmith/common/v1/constraints.proto\x1a\x1ftunesmith/common/v1/event.proto\"\xdf\x01\n\x08\x41rtifact\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12/\n\x04kind\x18\x03 \x01(\x0e\x32!.tunesmith.common.v1.ArtifactKind\x12\x31\n\x05\x66iles\x18\x04 \x03(\x0b\x32\".tunesmith.common.v1.FileReference\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04path\x18\x07 \x01(\t\"0\n\x14ListArtifactsRequest\x12\x18\n\x06job_id\x18\x01 \x01(\tB\x08\xca\xf3\x18\x04\x08\x01(\x1a\"J\n\x15ListArtifactsResponse\x12\x31\n\tartifacts\x18\x01 \x03(\x0b\x32\x1e.tunesmith.control.v1.Artifact\"\x83\x01\n\x17\x44ownloadArtifactRequest\x12\x18\n\x06job_id\x18\x01 \x01(\tB\x08\xca\xf3\x18\x04\x08\x01(\x1a\x12\x16\n\x04name\x18\x02 \x01(\tB\x08\xca\xf3\x18\x04\x08\x01(@\x12\x17\n\x04path\x18\x03 \x01(\tB\t\xca\xf3\x18\x05\x08\x01(\x80\x04\x12\x1d\n\x06offset\x18\x04 \x01(\x03\x42\r\xca\xf3\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\")\n\x18\x44ownloadArtifactResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"e\n\x15\x44\x65leteArtifactRequest\x12\x18\n\x06job_id\x18\x01 \x01(\tB\x08\xca\xf3\x18\x04\x08\x01(\x1a\x12\x16\n\x04name\x18\x02 \x01(\tB\x08\xca\xf3\x18\x04\x08\x01(@\x12\x1a\n\nrequest_id\x18\x03 \x01(\tB\x06\xca\xf3\x18\x02(@\"\x18\n\x16\x44\x65leteArtifactResponse2\xdd\x02\n\x0f\x41rtifactService\x12h\n\rListArtifacts\x12*.tunesmith.control.v1.ListArtifactsRequest\x1a+.tunesmith.control.v1.ListArtifactsResponse\x12s\n\x10\x44ownloadArtifact\x12-.tunesmith.control.v1.DownloadArtifactRequest\x1a..tunesmith.control.v1.DownloadArtifactResponse0\x01\x12k\n\x0e\x44\x65leteArtifact\x12+.tunesmith.control.v1.DeleteArtifactRequest\x1a,.tunesmith.control.v1.DeleteArtifactResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+tunesmith/control/v1/artifact_service.proto\x12\x14tunesmith.control.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%tunesmith/common/v1/constraints.proto\x1a\x1ftunesmith/common/v1/event.proto\x1a\x1etunesmith/common/v1/file.proto\x1a&tunesmith/control/v1/job_service.proto\"\xdf\x01\n\x08\x41rtifact\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12/\n\x04kind\x18\x03 \x01(\x0e\x32!.tunesmith.common.v1.ArtifactKind\x12\x31\n\x05\x66iles\x18\x04 \x03(\x0b\x32\".tunesmith.common.v1.FileReference\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04path\x18\x07 \x01(\t\"0\n\x14ListArtifactsRequest\x12\x18\n\x06job_id\x18\x01 \x01(\tB\x08\xca\xf3\x18\x04\x08\x01(\x1a\"J\n\x15ListArtifactsResponse\x12\x31\n\tartifacts\x18\x01 \x03(\x0b\x32\x1e.tunesmith.control.v1.Artifact\"\x83\x01\n\x17\x44ownloadArtifactRequest\x12\x18\n\x06job_id\x18\x01 \x01(\tB\x08\xca\xf3\x18\x04\x08\x01(\x1a\x12\x16\n\x04name\x18\x02 \x01(\tB\x08\xca\xf3\x18\x04\x08\x01(@\x12\x17\n\x04path\x18\x03 \x01(\tB\t\xca\xf3\x18\x05\x08\x01(\x80\x04\x12\x1d\n\x06offset\x18\x04 \x01(\x03\x42\r\xca\xf3\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\")\n\x18\x44ownloadArtifactResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"\xcd\x01\n\x15\x45xportArtifactRequest\x12\x18\n\x06job_id\x18\x01 \x01(\tB\x08\xca\xf3\x18\x04\x08\x01(\x1a\x12%\n\x06\x66ormat\x18\x02 \x01(\tB\x15\xca\xf3\x18\x11\x08\x01(\x10:\x0bmerged|gguf\x12>\n\x14max_logit_difference\x18\x03 \x01(\x01\x42\x1b\xca\xf3\x18\x17\x19\x00\x00\x00\x00\x00@\x8f@!\x00\x00\x00\x00\x00\x00\x00\x00\x42\x03\x31.0H\x00\x88\x01\x01\x12\x1a\n\nrequest_id\x18\x04 \x01(\tB\x06\xca\xf3\x18\x02(@B\x17\n\x15_max_logit_difference\"@\n\x16\x45xportArtifactResponse\x12&\n\x03job\x18\x01 \x01(\x0b\x32\x19.tunesmith.control.v1.Job\"e\n\x15\x44\x65leteArtifactRequest\x12\x18\n\x06job_id\x18\x01 \x01(\tB\x08\xca\xf3\x18\x04\x08\x01(\x1a\x12\x16\n\x04name\x18\x02 \x01(\tB\x08\xca\xf3\x18\x04\x08\x01(@\x12\x1a\n\nrequest_id\x18\x03 \x01(\tB\x06\xca\xf3\x18\x02(@\"\x18\n\x16\x44\x65leteArtifactResponse2\xca\x03\n\x0f\x41rtifactService\x12h\n\rListArtifacts\x12*.tunesmith.control.v1.ListArtifactsRequest\x1a+.tunesmith.control.v1.ListArtifactsResponse\x12s\n\x10\x44ownloadArtifact\x12-.tunesmith.control.v1.DownloadArtifactRequest\x1a..tunesmith.control.v1.DownloadArtifactResponse0\x01\x12k\n\x0e\x45xportArtifact\x12+.tunesmith.control.v1.ExportArtifactRequest\x1a,.tunesmith.control.v1.ExportArtifactResponse\x12k\n\x0e\x44\x65leteArtifact\x12+.tunesmith.control.v1.DeleteArtifactRequest\x1a,.tunesmith.control.v1.DeleteArtifactResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,26 +46,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DOWNLOADARTIFACTREQUEST'].fields_by_name['path']._serialized_options = b'\312\363\030\005\010\001(\200\004'
   _globals['_DOWNLOADARTIFACTREQUEST'].fields_by_name['offset']._loaded_options = None
   _globals['_DOWNLOADARTIFACTREQUEST'].fields_by_name['offset']._serialized_options = b'\312\363\030\t\021\000\000\000\000\000\000\000\000'
+  _globals['_EXPORTARTIFACTREQUEST'].fields_by_name['job_id']._loaded_options = None
+  _globals['_EXPORTARTIFACTREQUEST'].fields_by_name['job_id']._serialized_options = b'\312\363\030\004\010\001(\032'
+  _globals['_EXPORTARTIFACTREQUEST'].fields_by_name['format']._loaded_options = None
+  _globals['_EXPORTARTIFACTREQUEST'].fields_by_name['format']._serialized_options = b'\312\363\030\021\010\001(\020:\013merged|gguf'
+  _globals['_EXPORTARTIFACTREQUEST'].fields_by_name['max_logit_difference']._loaded_options = None
+  _globals['_EXPORTARTIFACTREQUEST'].fields_by_name['max_logit_difference']._serialized_options = b'\312\363\030\027\031\000\000\000\000\000@\217@!\000\000\000\000\000\000\000\000B\0031.0'
+  _globals['_EXPORTARTIFACTREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_EXPORTARTIFACTREQUEST'].fields_by_name['request_id']._serialized_options = b'\312\363\030\002(@'
   _globals['_DELETEARTIFACTREQUEST'].fields_by_name['job_id']._loaded_options = None
   _globals['_DELETEARTIFACTREQUEST'].fields_by_name['job_id']._serialized_options = b'\312\363\030\004\010\001(\032'
   _globals['_DELETEARTIFACTREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_DELETEARTIFACTREQUEST'].fields_by_name['name']._serialized_options = b'\312\363\030\004\010\001(@'
   _globals['_DELETEARTIFACTREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_DELETEARTIFACTREQUEST'].fields_by_name['request_id']._serialized_options = b'\312\363\030\002(@'
-  _globals['_ARTIFACT']._serialized_start=175
-  _globals['_ARTIFACT']._serialized_end=398
-  _globals['_LISTARTIFACTSREQUEST']._serialized_start=400
-  _globals['_LISTARTIFACTSREQUEST']._serialized_end=448
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=450
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=524
-  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_start=527
-  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_end=658
-  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_start=660
-  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_end=701
-  _globals['_DELETEARTIFACTREQUEST']._serialized_start=703
-  _globals['_DELETEARTIFACTREQUEST']._serialized_end=804
-  _globals['_DELETEARTIFACTRESPONSE']._serialized_start=806
-  _globals['_DELETEARTIFACTRESPONSE']._serialized_end=830
-  _globals['_ARTIFACTSERVICE']._serialized_start=833
-  _globals['_ARTIFACTSERVICE']._serialized_end=1182
+  _globals['_ARTIFACT']._serialized_start=247
+  _globals['_ARTIFACT']._serialized_end=470
+  _globals['_LISTARTIFACTSREQUEST']._serialized_start=472
+  _globals['_LISTARTIFACTSREQUEST']._serialized_end=520
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=522
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=596
+  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_start=599
+  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_end=730
+  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_start=732
+  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_end=773
+  _globals['_EXPORTARTIFACTREQUEST']._serialized_start=776
+  _globals['_EXPORTARTIFACTREQUEST']._serialized_end=981
+  _globals['_EXPORTARTIFACTRESPONSE']._serialized_start=983
+  _globals['_EXPORTARTIFACTRESPONSE']._serialized_end=1047
+  _globals['_DELETEARTIFACTREQUEST']._serialized_start=1049
+  _globals['_DELETEARTIFACTREQUEST']._serialized_end=1150
+  _globals['_DELETEARTIFACTRESPONSE']._serialized_start=1152
+  _globals['_DELETEARTIFACTRESPONSE']._serialized_end=1176
+  _globals['_ARTIFACTSERVICE']._serialized_start=1179
+  _globals['_ARTIFACTSERVICE']._serialized_end=1637
 # @@protoc_insertion_point(module_scope)

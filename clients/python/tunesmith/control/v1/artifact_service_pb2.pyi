@@ -9,6 +9,8 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from tunesmith.common.v1 import event_pb2 as _event_pb2
+from tunesmith.common.v1 import file_pb2 as _file_pb2
+from tunesmith.control.v1 import job_service_pb2 as _job_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -35,13 +37,13 @@ class Artifact(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     name: _builtins.str
-    """`adapter`, `model`, `report`."""
+    """`adapter`, `model`, `merged`, `report`."""
     kind: _event_pb2.ArtifactKind.ValueType
     size_bytes: _builtins.int
     path: _builtins.str
     """Relative, below the output root."""
     @_builtins.property
-    def files(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.FileReference]: ...
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_file_pb2.FileReference]: ...
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -50,7 +52,7 @@ class Artifact(_message.Message):
         job_id: _builtins.str = ...,
         name: _builtins.str = ...,
         kind: _event_pb2.ArtifactKind.ValueType = ...,
-        files: _abc.Iterable[_event_pb2.FileReference] | None = ...,
+        files: _abc.Iterable[_file_pb2.FileReference] | None = ...,
         size_bytes: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         path: _builtins.str = ...,
@@ -157,6 +159,62 @@ class DownloadArtifactResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DownloadArtifactResponse: _TypeAlias = DownloadArtifactResponse  # noqa: Y015
+
+@_typing.final
+class ExportArtifactRequest(_message.Message):
+    """See ExportArtifact."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    MAX_LOGIT_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    format: _builtins.str
+    """`merged`."""
+    max_logit_difference: _builtins.float
+    """As Hyperparameters.max_export_logit_difference."""
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        format: _builtins.str = ...,
+        max_logit_difference: _builtins.float | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_logit_difference", b"_max_logit_difference", "max_logit_difference", b"max_logit_difference"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_logit_difference", b"_max_logit_difference", "format", b"format", "job_id", b"job_id", "max_logit_difference", b"max_logit_difference", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_logit_difference: _TypeAlias = _typing.Literal["max_logit_difference"]  # noqa: Y015
+    _WhichOneofArgType__max_logit_difference: _TypeAlias = _typing.Literal["_max_logit_difference", b"_max_logit_difference"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_logit_difference) -> _WhichOneofReturnType__max_logit_difference | None: ...
+
+Global___ExportArtifactRequest: _TypeAlias = ExportArtifactRequest  # noqa: Y015
+
+@_typing.final
+class ExportArtifactResponse(_message.Message):
+    """See ExportArtifact."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> _job_service_pb2.Job: ...
+    def __init__(
+        self,
+        *,
+        job: _job_service_pb2.Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportArtifactResponse: _TypeAlias = ExportArtifactResponse  # noqa: Y015
 
 @_typing.final
 class DeleteArtifactRequest(_message.Message):

@@ -45,6 +45,11 @@ class ArtifactServiceStub(object):
                 request_serializer=tunesmith_dot_control_dot_v1_dot_artifact__service__pb2.DownloadArtifactRequest.SerializeToString,
                 response_deserializer=tunesmith_dot_control_dot_v1_dot_artifact__service__pb2.DownloadArtifactResponse.FromString,
                 _registered_method=True)
+        self.ExportArtifact = channel.unary_unary(
+                '/tunesmith.control.v1.ArtifactService/ExportArtifact',
+                request_serializer=tunesmith_dot_control_dot_v1_dot_artifact__service__pb2.ExportArtifactRequest.SerializeToString,
+                response_deserializer=tunesmith_dot_control_dot_v1_dot_artifact__service__pb2.ExportArtifactResponse.FromString,
+                _registered_method=True)
         self.DeleteArtifact = channel.unary_unary(
                 '/tunesmith.control.v1.ArtifactService/DeleteArtifact',
                 request_serializer=tunesmith_dot_control_dot_v1_dot_artifact__service__pb2.DeleteArtifactRequest.SerializeToString,
@@ -71,6 +76,14 @@ class ArtifactServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportArtifact(self, request, context):
+        """Queues a job that writes a finished job's adapter in another form; its artifacts are listed under the new job.
+        NOT_FOUND: ARTIFACT_NOT_FOUND. FAILED_PRECONDITION: NOT_OFFERED (the format, with the reason), JOB_STATE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteArtifact(self, request, context):
         """Deletes an artifact's bytes and record; the disk is freed.
         """
@@ -90,6 +103,11 @@ def add_ArtifactServiceServicer_to_server(servicer, server):
                     servicer.DownloadArtifact,
                     request_deserializer=tunesmith_dot_control_dot_v1_dot_artifact__service__pb2.DownloadArtifactRequest.FromString,
                     response_serializer=tunesmith_dot_control_dot_v1_dot_artifact__service__pb2.DownloadArtifactResponse.SerializeToString,
+            ),
+            'ExportArtifact': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportArtifact,
+                    request_deserializer=tunesmith_dot_control_dot_v1_dot_artifact__service__pb2.ExportArtifactRequest.FromString,
+                    response_serializer=tunesmith_dot_control_dot_v1_dot_artifact__service__pb2.ExportArtifactResponse.SerializeToString,
             ),
             'DeleteArtifact': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteArtifact,
@@ -152,6 +170,33 @@ class ArtifactService(object):
             '/tunesmith.control.v1.ArtifactService/DownloadArtifact',
             tunesmith_dot_control_dot_v1_dot_artifact__service__pb2.DownloadArtifactRequest.SerializeToString,
             tunesmith_dot_control_dot_v1_dot_artifact__service__pb2.DownloadArtifactResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportArtifact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tunesmith.control.v1.ArtifactService/ExportArtifact',
+            tunesmith_dot_control_dot_v1_dot_artifact__service__pb2.ExportArtifactRequest.SerializeToString,
+            tunesmith_dot_control_dot_v1_dot_artifact__service__pb2.ExportArtifactResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class ArtifactServiceStub:
     """Streams one file of an artifact from an offset, in chunks of at most 1 MiB. NOT_FOUND: ARTIFACT_NOT_FOUND.
     OUT_OF_RANGE when the offset lies beyond the end.
     """
+    ExportArtifact: _grpc.UnaryUnaryMultiCallable[_artifact_service_pb2.ExportArtifactRequest, _artifact_service_pb2.ExportArtifactResponse]
+    """Queues a job that writes a finished job's adapter in another form; its artifacts are listed under the new job.
+    NOT_FOUND: ARTIFACT_NOT_FOUND. FAILED_PRECONDITION: NOT_OFFERED (the format, with the reason), JOB_STATE.
+    """
     DeleteArtifact: _grpc.UnaryUnaryMultiCallable[_artifact_service_pb2.DeleteArtifactRequest, _artifact_service_pb2.DeleteArtifactResponse]
     """Deletes an artifact's bytes and record; the disk is freed."""
 
@@ -52,6 +56,10 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_artifact_service_pb2.DownloadArtifactRequest, _artifact_service_pb2.DownloadArtifactResponse]  # type: ignore[assignment]
     """Streams one file of an artifact from an offset, in chunks of at most 1 MiB. NOT_FOUND: ARTIFACT_NOT_FOUND.
     OUT_OF_RANGE when the offset lies beyond the end.
+    """
+    ExportArtifact: _aio.UnaryUnaryMultiCallable[_artifact_service_pb2.ExportArtifactRequest, _artifact_service_pb2.ExportArtifactResponse]  # type: ignore[assignment]
+    """Queues a job that writes a finished job's adapter in another form; its artifacts are listed under the new job.
+    NOT_FOUND: ARTIFACT_NOT_FOUND. FAILED_PRECONDITION: NOT_OFFERED (the format, with the reason), JOB_STATE.
     """
     DeleteArtifact: _aio.UnaryUnaryMultiCallable[_artifact_service_pb2.DeleteArtifactRequest, _artifact_service_pb2.DeleteArtifactResponse]  # type: ignore[assignment]
     """Deletes an artifact's bytes and record; the disk is freed."""
@@ -75,6 +83,16 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_artifact_service_pb2.DownloadArtifactResponse], _abc.AsyncIterator[_artifact_service_pb2.DownloadArtifactResponse]]:
         """Streams one file of an artifact from an offset, in chunks of at most 1 MiB. NOT_FOUND: ARTIFACT_NOT_FOUND.
         OUT_OF_RANGE when the offset lies beyond the end.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportArtifact(
+        self,
+        request: _artifact_service_pb2.ExportArtifactRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_artifact_service_pb2.ExportArtifactResponse, _abc.Awaitable[_artifact_service_pb2.ExportArtifactResponse]]:
+        """Queues a job that writes a finished job's adapter in another form; its artifacts are listed under the new job.
+        NOT_FOUND: ARTIFACT_NOT_FOUND. FAILED_PRECONDITION: NOT_OFFERED (the format, with the reason), JOB_STATE.
         """
 
     @_abc_1.abstractmethod

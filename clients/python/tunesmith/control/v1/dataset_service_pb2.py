@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from tunesmith.common.v1 import constraints_pb2 as tunesmith_dot_common_dot_v1_dot_constraints__pb2
+from tunesmith.common.v1 import dataset_pb2 as tunesmith_dot_common_dot_v1_dot_dataset__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*tunesmith/control/v1/dataset_service.proto\x12\x14tunesmith.control.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%tunesmith/common/v1/constraints.proto\"\xa6\x01\n\x07\x44\x61taset\x12\x12\n\ndataset_id\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x14\n\x0cnum_examples\x18\x05 \x01(\x03\x12\x0e\n\x06\x66ormat\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"v\n\x14UploadDatasetRequest\x12;\n\x06header\x18\x01 \x01(\x0b\x32).tunesmith.control.v1.UploadDatasetHeaderH\x00\x12\x19\n\x05\x63hunk\x18\x02 \x01(\x0c\x42\x08\xca\xf3\x18\x04(\x80\x80@H\x00\x42\x06\n\x04part\"\xab\x01\n\x13UploadDatasetHeader\x12\x33\n\x04name\x18\x01 \x01(\tB%\xca\xf3\x18!\x08\x01(\x80\x01:\x1a[A-Za-z0-9][A-Za-z0-9_.-]*\x12!\n\nsize_bytes\x18\x02 \x01(\x03\x42\r\xca\xf3\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12$\n\x06sha256\x18\x03 \x01(\tB\x14\xca\xf3\x18\x10\x08\x01:\x0c[0-9a-f]{64}\x12\x16\n\x06\x66ormat\x18\x04 \x01(\tB\x06\xca\xf3\x18\x02(@\"G\n\x15UploadDatasetResponse\x12.\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x1d.tunesmith.control.v1.Dataset\"~\n\x16RegisterDatasetRequest\x12\x33\n\x04name\x18\x01 \x01(\tB%\xca\xf3\x18!\x08\x01(\x80\x01:\x1a[A-Za-z0-9][A-Za-z0-9_.-]*\x12\x17\n\x04path\x18\x02 \x01(\tB\t\xca\xf3\x18\x05\x08\x01(\x80\x04\x12\x16\n\x06\x66ormat\x18\x03 \x01(\tB\x06\xca\xf3\x18\x02(@\"I\n\x17RegisterDatasetResponse\x12.\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x1d.tunesmith.control.v1.Dataset\"8\n\x11GetDatasetRequest\x12#\n\ndataset_id\x18\x01 \x01(\x05\x42\x0f\xca\xf3\x18\x0b\x08\x01\x11\x00\x00\x00\x00\x00\x00\xf0?\"D\n\x12GetDatasetResponse\x12.\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x1d.tunesmith.control.v1.Dataset\"t\n\x13ListDatasetsRequest\x12)\n\tpage_size\x18\x01 \x01(\x05\x42\x16\xca\xf3\x18\x12\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00@\x8f@\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x1e\n\rname_contains\x18\x03 \x01(\tB\x07\xca\xf3\x18\x03(\x80\x01\"`\n\x14ListDatasetsResponse\x12/\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x1d.tunesmith.control.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"f\n\x15PreviewDatasetRequest\x12#\n\ndataset_id\x18\x01 \x01(\x05\x42\x0f\xca\xf3\x18\x0b\x08\x01\x11\x00\x00\x00\x00\x00\x00\xf0?\x12(\n\x08num_rows\x18\x02 \x01(\x05\x42\x16\xca\xf3\x18\x12\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00\x00Y@\"H\n\x16PreviewDatasetResponse\x12.\n\x04rows\x18\x01 \x03(\x0b\x32 .tunesmith.control.v1.DatasetRow\"(\n\nDatasetRow\x12\x0c\n\x04line\x18\x01 \x01(\x03\x12\x0c\n\x04json\x18\x02 \x01(\t\"W\n\x14\x44\x65leteDatasetRequest\x12#\n\ndataset_id\x18\x01 \x01(\x05\x42\x0f\xca\xf3\x18\x0b\x08\x01\x11\x00\x00\x00\x00\x00\x00\xf0?\x12\x1a\n\nrequest_id\x18\x02 \x01(\tB\x06\xca\xf3\x18\x02(@\"\x17\n\x15\x44\x65leteDatasetResponse2\x8b\x05\n\x0e\x44\x61tasetService\x12j\n\rUploadDataset\x12*.tunesmith.control.v1.UploadDatasetRequest\x1a+.tunesmith.control.v1.UploadDatasetResponse(\x01\x12n\n\x0fRegisterDataset\x12,.tunesmith.control.v1.RegisterDatasetRequest\x1a-.tunesmith.control.v1.RegisterDatasetResponse\x12_\n\nGetDataset\x12\'.tunesmith.control.v1.GetDatasetRequest\x1a(.tunesmith.control.v1.GetDatasetResponse\x12\x65\n\x0cListDatasets\x12).tunesmith.control.v1.ListDatasetsRequest\x1a*.tunesmith.control.v1.ListDatasetsResponse\x12k\n\x0ePreviewDataset\x12+.tunesmith.control.v1.PreviewDatasetRequest\x1a,.tunesmith.control.v1.PreviewDatasetResponse\x12h\n\rDeleteDataset\x12*.tunesmith.control.v1.DeleteDatasetRequest\x1a+.tunesmith.control.v1.DeleteDatasetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*tunesmith/control/v1/dataset_service.proto\x12\x14tunesmith.control.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%tunesmith/common/v1/constraints.proto\x1a!tunesmith/common/v1/dataset.proto\"\xbb\x02\n\x07\x44\x61taset\x12\x12\n\ndataset_id\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x14\n\x0cnum_examples\x18\x05 \x01(\x03\x12\x0e\n\x06\x66ormat\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x66ile_format\x18\x08 \x01(\t\x12\x13\n\x0b\x63ompression\x18\t \x01(\t\x12\x13\n\x0b\x66ile_sha256\x18\n \x01(\t\x12\x17\n\x0f\x66ile_size_bytes\x18\x0b \x01(\x03\x12;\n\nstatistics\x18\x0c \x01(\x0b\x32\'.tunesmith.control.v1.DatasetStatistics\"\xb5\x01\n\x11\x44\x61tasetStatistics\x12\x16\n\x0enum_duplicates\x18\x01 \x01(\x03\x12\x38\n\ncharacters\x18\x02 \x03(\x0b\x32$.tunesmith.common.v1.HistogramBucket\x12\x18\n\x10total_characters\x18\x03 \x01(\x03\x12\x34\n\x06tokens\x18\x04 \x01(\x0b\x32$.tunesmith.common.v1.TokenStatistics\"v\n\x14UploadDatasetRequest\x12;\n\x06header\x18\x01 \x01(\x0b\x32).tunesmith.control.v1.UploadDatasetHeaderH\x00\x12\x19\n\x05\x63hunk\x18\x02 \x01(\x0c\x42\x08\xca\xf3\x18\x04(\x80\x80@H\x00\x42\x06\n\x04part\"\xab\x01\n\x13UploadDatasetHeader\x12\x33\n\x04name\x18\x01 \x01(\tB%\xca\xf3\x18!\x08\x01(\x80\x01:\x1a[A-Za-z0-9][A-Za-z0-9_.-]*\x12!\n\nsize_bytes\x18\x02 \x01(\x03\x42\r\xca\xf3\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12$\n\x06sha256\x18\x03 \x01(\tB\x14\xca\xf3\x18\x10\x08\x01:\x0c[0-9a-f]{64}\x12\x16\n\x06\x66ormat\x18\x04 \x01(\tB\x06\xca\xf3\x18\x02(@\"G\n\x15UploadDatasetResponse\x12.\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x1d.tunesmith.control.v1.Dataset\"~\n\x16RegisterDatasetRequest\x12\x33\n\x04name\x18\x01 \x01(\tB%\xca\xf3\x18!\x08\x01(\x80\x01:\x1a[A-Za-z0-9][A-Za-z0-9_.-]*\x12\x17\n\x04path\x18\x02 \x01(\tB\t\xca\xf3\x18\x05\x08\x01(\x80\x04\x12\x16\n\x06\x66ormat\x18\x03 \x01(\tB\x06\xca\xf3\x18\x02(@\"I\n\x17RegisterDatasetResponse\x12.\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x1d.tunesmith.control.v1.Dataset\"U\n\x11GetDatasetRequest\x12#\n\ndataset_id\x18\x01 \x01(\x05\x42\x0f\xca\xf3\x18\x0b\x08\x01\x11\x00\x00\x00\x00\x00\x00\xf0?\x12\x1b\n\nbase_model\x18\x02 \x01(\tB\x07\xca\xf3\x18\x03(\x80\x02\"D\n\x12GetDatasetResponse\x12.\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x1d.tunesmith.control.v1.Dataset\"t\n\x13ListDatasetsRequest\x12)\n\tpage_size\x18\x01 \x01(\x05\x42\x16\xca\xf3\x18\x12\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00@\x8f@\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x1e\n\rname_contains\x18\x03 \x01(\tB\x07\xca\xf3\x18\x03(\x80\x01\"`\n\x14ListDatasetsResponse\x12/\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x1d.tunesmith.control.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xf4\x01\n\x15PreviewDatasetRequest\x12#\n\ndataset_id\x18\x01 \x01(\x05\x42\x0f\xca\xf3\x18\x0b\x08\x01\x11\x00\x00\x00\x00\x00\x00\xf0?\x12(\n\x08num_rows\x18\x02 \x01(\x05\x42\x16\xca\xf3\x18\x12\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00\x00Y@\x12\x1b\n\nbase_model\x18\x03 \x01(\tB\x07\xca\xf3\x18\x03(\x80\x02\x12\x1d\n\rchat_template\x18\x04 \x01(\tB\x06\xca\xf3\x18\x02(@\x12$\n\x07loss_on\x18\x05 \x01(\tB\x13\xca\xf3\x18\x0f(\x10:\x0btargets|all\x12*\n\nmax_length\x18\x06 \x01(\x05\x42\x16\xca\xf3\x18\x12\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00\x00\x30\x41\"H\n\x16PreviewDatasetResponse\x12.\n\x04rows\x18\x01 \x03(\x0b\x32 .tunesmith.control.v1.DatasetRow\"`\n\nDatasetRow\x12\x0c\n\x04line\x18\x01 \x01(\x03\x12\x0c\n\x04json\x18\x02 \x01(\t\x12\x36\n\x08rendered\x18\x03 \x01(\x0b\x32$.tunesmith.common.v1.RenderedExample\"W\n\x14\x44\x65leteDatasetRequest\x12#\n\ndataset_id\x18\x01 \x01(\x05\x42\x0f\xca\xf3\x18\x0b\x08\x01\x11\x00\x00\x00\x00\x00\x00\xf0?\x12\x1a\n\nrequest_id\x18\x02 \x01(\tB\x06\xca\xf3\x18\x02(@\"\x17\n\x15\x44\x65leteDatasetResponse2\x8b\x05\n\x0e\x44\x61tasetService\x12j\n\rUploadDataset\x12*.tunesmith.control.v1.UploadDatasetRequest\x1a+.tunesmith.control.v1.UploadDatasetResponse(\x01\x12n\n\x0fRegisterDataset\x12,.tunesmith.control.v1.RegisterDatasetRequest\x1a-.tunesmith.control.v1.RegisterDatasetResponse\x12_\n\nGetDataset\x12\'.tunesmith.control.v1.GetDatasetRequest\x1a(.tunesmith.control.v1.GetDatasetResponse\x12\x65\n\x0cListDatasets\x12).tunesmith.control.v1.ListDatasetsRequest\x1a*.tunesmith.control.v1.ListDatasetsResponse\x12k\n\x0ePreviewDataset\x12+.tunesmith.control.v1.PreviewDatasetRequest\x1a,.tunesmith.control.v1.PreviewDatasetResponse\x12h\n\rDeleteDataset\x12*.tunesmith.control.v1.DeleteDatasetRequest\x1a+.tunesmith.control.v1.DeleteDatasetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,6 +52,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERDATASETREQUEST'].fields_by_name['format']._serialized_options = b'\312\363\030\002(@'
   _globals['_GETDATASETREQUEST'].fields_by_name['dataset_id']._loaded_options = None
   _globals['_GETDATASETREQUEST'].fields_by_name['dataset_id']._serialized_options = b'\312\363\030\013\010\001\021\000\000\000\000\000\000\360?'
+  _globals['_GETDATASETREQUEST'].fields_by_name['base_model']._loaded_options = None
+  _globals['_GETDATASETREQUEST'].fields_by_name['base_model']._serialized_options = b'\312\363\030\003(\200\002'
   _globals['_LISTDATASETSREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTDATASETSREQUEST'].fields_by_name['page_size']._serialized_options = b'\312\363\030\022\021\000\000\000\000\000\000\000\000\031\000\000\000\000\000@\217@'
   _globals['_LISTDATASETSREQUEST'].fields_by_name['name_contains']._loaded_options = None
@@ -59,40 +62,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREVIEWDATASETREQUEST'].fields_by_name['dataset_id']._serialized_options = b'\312\363\030\013\010\001\021\000\000\000\000\000\000\360?'
   _globals['_PREVIEWDATASETREQUEST'].fields_by_name['num_rows']._loaded_options = None
   _globals['_PREVIEWDATASETREQUEST'].fields_by_name['num_rows']._serialized_options = b'\312\363\030\022\021\000\000\000\000\000\000\000\000\031\000\000\000\000\000\000Y@'
+  _globals['_PREVIEWDATASETREQUEST'].fields_by_name['base_model']._loaded_options = None
+  _globals['_PREVIEWDATASETREQUEST'].fields_by_name['base_model']._serialized_options = b'\312\363\030\003(\200\002'
+  _globals['_PREVIEWDATASETREQUEST'].fields_by_name['chat_template']._loaded_options = None
+  _globals['_PREVIEWDATASETREQUEST'].fields_by_name['chat_template']._serialized_options = b'\312\363\030\002(@'
+  _globals['_PREVIEWDATASETREQUEST'].fields_by_name['loss_on']._loaded_options = None
+  _globals['_PREVIEWDATASETREQUEST'].fields_by_name['loss_on']._serialized_options = b'\312\363\030\017(\020:\013targets|all'
+  _globals['_PREVIEWDATASETREQUEST'].fields_by_name['max_length']._loaded_options = None
+  _globals['_PREVIEWDATASETREQUEST'].fields_by_name['max_length']._serialized_options = b'\312\363\030\022\021\000\000\000\000\000\000\000\000\031\000\000\000\000\000\0000A'
   _globals['_DELETEDATASETREQUEST'].fields_by_name['dataset_id']._loaded_options = None
   _globals['_DELETEDATASETREQUEST'].fields_by_name['dataset_id']._serialized_options = b'\312\363\030\013\010\001\021\000\000\000\000\000\000\360?'
   _globals['_DELETEDATASETREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_DELETEDATASETREQUEST'].fields_by_name['request_id']._serialized_options = b'\312\363\030\002(@'
-  _globals['_DATASET']._serialized_start=141
-  _globals['_DATASET']._serialized_end=307
-  _globals['_UPLOADDATASETREQUEST']._serialized_start=309
-  _globals['_UPLOADDATASETREQUEST']._serialized_end=427
-  _globals['_UPLOADDATASETHEADER']._serialized_start=430
-  _globals['_UPLOADDATASETHEADER']._serialized_end=601
-  _globals['_UPLOADDATASETRESPONSE']._serialized_start=603
-  _globals['_UPLOADDATASETRESPONSE']._serialized_end=674
-  _globals['_REGISTERDATASETREQUEST']._serialized_start=676
-  _globals['_REGISTERDATASETREQUEST']._serialized_end=802
-  _globals['_REGISTERDATASETRESPONSE']._serialized_start=804
-  _globals['_REGISTERDATASETRESPONSE']._serialized_end=877
-  _globals['_GETDATASETREQUEST']._serialized_start=879
-  _globals['_GETDATASETREQUEST']._serialized_end=935
-  _globals['_GETDATASETRESPONSE']._serialized_start=937
-  _globals['_GETDATASETRESPONSE']._serialized_end=1005
-  _globals['_LISTDATASETSREQUEST']._serialized_start=1007
-  _globals['_LISTDATASETSREQUEST']._serialized_end=1123
-  _globals['_LISTDATASETSRESPONSE']._serialized_start=1125
-  _globals['_LISTDATASETSRESPONSE']._serialized_end=1221
-  _globals['_PREVIEWDATASETREQUEST']._serialized_start=1223
-  _globals['_PREVIEWDATASETREQUEST']._serialized_end=1325
-  _globals['_PREVIEWDATASETRESPONSE']._serialized_start=1327
-  _globals['_PREVIEWDATASETRESPONSE']._serialized_end=1399
-  _globals['_DATASETROW']._serialized_start=1401
-  _globals['_DATASETROW']._serialized_end=1441
-  _globals['_DELETEDATASETREQUEST']._serialized_start=1443
-  _globals['_DELETEDATASETREQUEST']._serialized_end=1530
-  _globals['_DELETEDATASETRESPONSE']._serialized_start=1532
-  _globals['_DELETEDATASETRESPONSE']._serialized_end=1555
-  _globals['_DATASETSERVICE']._serialized_start=1558
-  _globals['_DATASETSERVICE']._serialized_end=2209
+  _globals['_DATASET']._serialized_start=176
+  _globals['_DATASET']._serialized_end=491
+  _globals['_DATASETSTATISTICS']._serialized_start=494
+  _globals['_DATASETSTATISTICS']._serialized_end=675
+  _globals['_UPLOADDATASETREQUEST']._serialized_start=677
+  _globals['_UPLOADDATASETREQUEST']._serialized_end=795
+  _globals['_UPLOADDATASETHEADER']._serialized_start=798
+  _globals['_UPLOADDATASETHEADER']._serialized_end=969
+  _globals['_UPLOADDATASETRESPONSE']._serialized_start=971
+  _globals['_UPLOADDATASETRESPONSE']._serialized_end=1042
+  _globals['_REGISTERDATASETREQUEST']._serialized_start=1044
+  _globals['_REGISTERDATASETREQUEST']._serialized_end=1170
+  _globals['_REGISTERDATASETRESPONSE']._serialized_start=1172
+  _globals['_REGISTERDATASETRESPONSE']._serialized_end=1245
+  _globals['_GETDATASETREQUEST']._serialized_start=1247
+  _globals['_GETDATASETREQUEST']._serialized_end=1332
+  _globals['_GETDATASETRESPONSE']._serialized_start=1334
+  _globals['_GETDATASETRESPONSE']._serialized_end=1402
+  _globals['_LISTDATASETSREQUEST']._serialized_start=1404
+  _globals['_LISTDATASETSREQUEST']._serialized_end=1520
+  _globals['_LISTDATASETSRESPONSE']._serialized_start=1522
+  _globals['_LISTDATASETSRESPONSE']._serialized_end=1618
+  _globals['_PREVIEWDATASETREQUEST']._serialized_start=1621
+  _globals['_PREVIEWDATASETREQUEST']._serialized_end=1865
+  _globals['_PREVIEWDATASETRESPONSE']._serialized_start=1867
+  _globals['_PREVIEWDATASETRESPONSE']._serialized_end=1939
+  _globals['_DATASETROW']._serialized_start=1941
+  _globals['_DATASETROW']._serialized_end=2037
+  _globals['_DELETEDATASETREQUEST']._serialized_start=2039
+  _globals['_DELETEDATASETREQUEST']._serialized_end=2126
+  _globals['_DELETEDATASETRESPONSE']._serialized_start=2128
+  _globals['_DELETEDATASETRESPONSE']._serialized_end=2151
+  _globals['_DATASETSERVICE']._serialized_start=2154
+  _globals['_DATASETSERVICE']._serialized_end=2805
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from tunesmith.common.v1 import dataset_pb2 as _dataset_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -32,18 +33,31 @@ class Dataset(_message.Message):
     NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    FILE_FORMAT_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
+    FILE_SHA256_FIELD_NUMBER: _builtins.int
+    FILE_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    STATISTICS_FIELD_NUMBER: _builtins.int
     dataset_id: _builtins.int
     """From 1."""
     name: _builtins.str
     """Unique."""
     sha256: _builtins.str
-    """Lower-case hex SHA-256 of the file."""
+    """Lower-case hex SHA-256 of the rows as JSON lines: of the file itself, if that is what it was."""
     size_bytes: _builtins.int
     num_examples: _builtins.int
     format: _builtins.str
-    """Catalog id: `chat-messages`, `prompt-completion`, `text`."""
+    """Catalog id: `chat-messages`, `sharegpt`, `prompt-completion`, `instruction`, `text`, `preference`."""
+    file_format: _builtins.str
+    """What was uploaded: `jsonl`, `json`, `csv` or `parquet`, and `gzip`, `bzip2`, `xz`, `zstd` or empty."""
+    compression: _builtins.str
+    file_sha256: _builtins.str
+    """Lower-case hex SHA-256 and size of what was uploaded."""
+    file_size_bytes: _builtins.int
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def statistics(self) -> Global___DatasetStatistics: ...
     def __init__(
         self,
         *,
@@ -54,14 +68,56 @@ class Dataset(_message.Message):
         num_examples: _builtins.int = ...,
         format: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        file_format: _builtins.str = ...,
+        compression: _builtins.str = ...,
+        file_sha256: _builtins.str = ...,
+        file_size_bytes: _builtins.int = ...,
+        statistics: Global___DatasetStatistics | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "statistics", b"statistics"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "dataset_id", b"dataset_id", "format", b"format", "name", b"name", "num_examples", b"num_examples", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "create_time", b"create_time", "dataset_id", b"dataset_id", "file_format", b"file_format", "file_sha256", b"file_sha256", "file_size_bytes", b"file_size_bytes", "format", b"format", "name", b"name", "num_examples", b"num_examples", "sha256", b"sha256", "size_bytes", b"size_bytes", "statistics", b"statistics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Dataset: _TypeAlias = Dataset  # noqa: Y015
+
+@_typing.final
+class DatasetStatistics(_message.Message):
+    """What registration counted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_DUPLICATES_FIELD_NUMBER: _builtins.int
+    CHARACTERS_FIELD_NUMBER: _builtins.int
+    TOTAL_CHARACTERS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    num_duplicates: _builtins.int
+    """Rows that are equal to an earlier one."""
+    total_characters: _builtins.int
+    @_builtins.property
+    def characters(self) -> _containers.RepeatedCompositeFieldContainer[_dataset_pb2.HistogramBucket]:
+        """Characters of text in a row, over all its fields. Buckets are powers of two."""
+
+    @_builtins.property
+    def tokens(self) -> _dataset_pb2.TokenStatistics:
+        """Set when a base model was asked for."""
+
+    def __init__(
+        self,
+        *,
+        num_duplicates: _builtins.int = ...,
+        characters: _abc.Iterable[_dataset_pb2.HistogramBucket] | None = ...,
+        total_characters: _builtins.int = ...,
+        tokens: _dataset_pb2.TokenStatistics | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["characters", b"characters", "num_duplicates", b"num_duplicates", "tokens", b"tokens", "total_characters", b"total_characters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DatasetStatistics: _TypeAlias = DatasetStatistics  # noqa: Y015
 
 @_typing.final
 class UploadDatasetRequest(_message.Message):
@@ -204,15 +260,19 @@ class GetDatasetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DATASET_ID_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     dataset_id: _builtins.int
+    base_model: _builtins.str
+    """Count tokens by this base's tokenizer; empty: do not."""
     def __init__(
         self,
         *,
         dataset_id: _builtins.int = ...,
+        base_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_id", b"dataset_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "dataset_id", b"dataset_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -303,18 +363,32 @@ class PreviewDatasetRequest(_message.Message):
 
     DATASET_ID_FIELD_NUMBER: _builtins.int
     NUM_ROWS_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    LOSS_ON_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
     dataset_id: _builtins.int
     num_rows: _builtins.int
     """0 means 5."""
+    base_model: _builtins.str
+    """Render by this base's tokenizer and chat template; empty: rows only as they are."""
+    chat_template: _builtins.str
+    """As in Hyperparameters."""
+    loss_on: _builtins.str
+    max_length: _builtins.int
     def __init__(
         self,
         *,
         dataset_id: _builtins.int = ...,
         num_rows: _builtins.int = ...,
+        base_model: _builtins.str = ...,
+        chat_template: _builtins.str = ...,
+        loss_on: _builtins.str = ...,
+        max_length: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_id", b"dataset_id", "num_rows", b"num_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "chat_template", b"chat_template", "dataset_id", b"dataset_id", "loss_on", b"loss_on", "max_length", b"max_length", "num_rows", b"num_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -350,19 +424,25 @@ class DatasetRow(_message.Message):
 
     LINE_FIELD_NUMBER: _builtins.int
     JSON_FIELD_NUMBER: _builtins.int
+    RENDERED_FIELD_NUMBER: _builtins.int
     line: _builtins.int
     """From 1, as in the file."""
     json: _builtins.str
     """The row's JSON text."""
+    @_builtins.property
+    def rendered(self) -> _dataset_pb2.RenderedExample:
+        """Set when a base model was named."""
+
     def __init__(
         self,
         *,
         line: _builtins.int = ...,
         json: _builtins.str = ...,
+        rendered: _dataset_pb2.RenderedExample | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rendered", b"rendered"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["json", b"json", "line", b"line"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json", b"json", "line", b"line", "rendered", b"rendered"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

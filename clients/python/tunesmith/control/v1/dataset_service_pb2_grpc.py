@@ -90,7 +90,8 @@ class DatasetServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetDataset(self, request, context):
-        """Reads one dataset's record. NOT_FOUND: DATASET_NOT_FOUND.
+        """Reads one dataset's record; with a base model also the tokens that it comes to, counted on a node that has the base.
+        NOT_FOUND: DATASET_NOT_FOUND. FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,7 +105,8 @@ class DatasetServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PreviewDataset(self, request, context):
-        """Gives the first rows as they are in the file.
+        """Gives rows as they are; with a base model also as it will see them, with the tokens that carry loss marked.
+        FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,11 +44,15 @@ class DatasetServiceStub:
     root is set, INVALID_ARGUMENT: PATH_NOT_ALLOWED.
     """
     GetDataset: _grpc.UnaryUnaryMultiCallable[_dataset_service_pb2.GetDatasetRequest, _dataset_service_pb2.GetDatasetResponse]
-    """Reads one dataset's record. NOT_FOUND: DATASET_NOT_FOUND."""
+    """Reads one dataset's record; with a base model also the tokens that it comes to, counted on a node that has the base.
+    NOT_FOUND: DATASET_NOT_FOUND. FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE.
+    """
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_dataset_service_pb2.ListDatasetsRequest, _dataset_service_pb2.ListDatasetsResponse]
     """Lists datasets by id."""
     PreviewDataset: _grpc.UnaryUnaryMultiCallable[_dataset_service_pb2.PreviewDatasetRequest, _dataset_service_pb2.PreviewDatasetResponse]
-    """Gives the first rows as they are in the file."""
+    """Gives rows as they are; with a base model also as it will see them, with the tokens that carry loss marked.
+    FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING.
+    """
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_dataset_service_pb2.DeleteDatasetRequest, _dataset_service_pb2.DeleteDatasetResponse]
     """Deletes a dataset that no project names and no live job uses; its bytes are freed when no dataset shares them.
     FAILED_PRECONDITION: DATASET_IN_USE.
@@ -70,11 +74,15 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     root is set, INVALID_ARGUMENT: PATH_NOT_ALLOWED.
     """
     GetDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.GetDatasetRequest, _dataset_service_pb2.GetDatasetResponse]  # type: ignore[assignment]
-    """Reads one dataset's record. NOT_FOUND: DATASET_NOT_FOUND."""
+    """Reads one dataset's record; with a base model also the tokens that it comes to, counted on a node that has the base.
+    NOT_FOUND: DATASET_NOT_FOUND. FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE.
+    """
     ListDatasets: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.ListDatasetsRequest, _dataset_service_pb2.ListDatasetsResponse]  # type: ignore[assignment]
     """Lists datasets by id."""
     PreviewDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.PreviewDatasetRequest, _dataset_service_pb2.PreviewDatasetResponse]  # type: ignore[assignment]
-    """Gives the first rows as they are in the file."""
+    """Gives rows as they are; with a base model also as it will see them, with the tokens that carry loss marked.
+    FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING.
+    """
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.DeleteDatasetRequest, _dataset_service_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
     """Deletes a dataset that no project names and no live job uses; its bytes are freed when no dataset shares them.
     FAILED_PRECONDITION: DATASET_IN_USE.
@@ -111,7 +119,9 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dataset_service_pb2.GetDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_dataset_service_pb2.GetDatasetResponse, _abc.Awaitable[_dataset_service_pb2.GetDatasetResponse]]:
-        """Reads one dataset's record. NOT_FOUND: DATASET_NOT_FOUND."""
+        """Reads one dataset's record; with a base model also the tokens that it comes to, counted on a node that has the base.
+        NOT_FOUND: DATASET_NOT_FOUND. FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE.
+        """
 
     @_abc_1.abstractmethod
     def ListDatasets(
@@ -127,7 +137,9 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dataset_service_pb2.PreviewDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_dataset_service_pb2.PreviewDatasetResponse, _abc.Awaitable[_dataset_service_pb2.PreviewDatasetResponse]]:
-        """Gives the first rows as they are in the file."""
+        """Gives rows as they are; with a base model also as it will see them, with the tokens that carry loss marked.
+        FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING.
+        """
 
     @_abc_1.abstractmethod
     def DeleteDataset(

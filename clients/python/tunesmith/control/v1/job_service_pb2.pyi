@@ -222,18 +222,22 @@ class PlanTrainingRequest(_message.Message):
 
     PROJECT_ID_FIELD_NUMBER: _builtins.int
     LEVEL_FIELD_NUMBER: _builtins.int
+    PROBE_MEMORY_FIELD_NUMBER: _builtins.int
     project_id: _builtins.int
     level: _plan_pb2.PlanLevel.ValueType
     """Unset means EXACT."""
+    probe_memory: _builtins.bool
+    """Measure two steps on the longest planned batch in a process of its own; only at level EXACT."""
     def __init__(
         self,
         *,
         project_id: _builtins.int = ...,
         level: _plan_pb2.PlanLevel.ValueType = ...,
+        probe_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["level", b"level", "project_id", b"project_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["level", b"level", "probe_memory", b"probe_memory", "project_id", b"project_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -275,11 +279,17 @@ class StartTrainingRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     MAX_RETRIES_FIELD_NUMBER: _builtins.int
+    START_FROM_JOB_ID_FIELD_NUMBER: _builtins.int
+    START_FROM_CHECKPOINT_FIELD_NUMBER: _builtins.int
     project_id: _builtins.int
     request_id: _builtins.str
     priority: _builtins.int
     max_retries: _builtins.int
     """Most automatic retries after failures that trying again may mend."""
+    start_from_job_id: _builtins.str
+    """Start from the weights of an earlier job, with a fresh optimizer. Job of the same base and training type."""
+    start_from_checkpoint: _builtins.str
+    """A checkpoint of that job that control has; empty: what it trained (`adapter` or `model`)."""
     def __init__(
         self,
         *,
@@ -287,10 +297,12 @@ class StartTrainingRequest(_message.Message):
         request_id: _builtins.str = ...,
         priority: _builtins.int = ...,
         max_retries: _builtins.int | None = ...,
+        start_from_job_id: _builtins.str = ...,
+        start_from_checkpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_retries", b"_max_retries", "max_retries", b"max_retries"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_retries", b"_max_retries", "max_retries", b"max_retries", "priority", b"priority", "project_id", b"project_id", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_retries", b"_max_retries", "max_retries", b"max_retries", "priority", b"priority", "project_id", b"project_id", "request_id", b"request_id", "start_from_checkpoint", b"start_from_checkpoint", "start_from_job_id", b"start_from_job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_retries: _TypeAlias = _typing.Literal["max_retries"]  # noqa: Y015
     _WhichOneofArgType__max_retries: _TypeAlias = _typing.Literal["_max_retries", b"_max_retries"]  # noqa: Y015

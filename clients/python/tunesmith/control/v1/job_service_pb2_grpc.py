@@ -113,7 +113,7 @@ class JobServiceServicer(object):
     def StartTraining(self, request, context):
         """Stores a job in state QUEUED with a snapshot of the project, writes a JOB_STATE event and answers. A plan that a
         reachable node refuses at level CHECK is this call's error, and no job is written. With no node reachable the job
-        waits. The same request_id gives the same job.
+        waits. The same request_id gives the same job. NOT_FOUND: ARTIFACT_NOT_FOUND, CHECKPOINT_NOT_FOUND of start_from.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,7 @@ class JobServiceStub:
     StartTraining: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.StartTrainingRequest, _job_service_pb2.StartTrainingResponse]
     """Stores a job in state QUEUED with a snapshot of the project, writes a JOB_STATE event and answers. A plan that a
     reachable node refuses at level CHECK is this call's error, and no job is written. With no node reachable the job
-    waits. The same request_id gives the same job.
+    waits. The same request_id gives the same job. NOT_FOUND: ARTIFACT_NOT_FOUND, CHECKPOINT_NOT_FOUND of start_from.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]
     """Reads one job with its position and why it waits. NOT_FOUND: JOB_NOT_FOUND."""
@@ -85,7 +85,7 @@ class JobServiceAsyncStub(JobServiceStub):
     StartTraining: _aio.UnaryUnaryMultiCallable[_job_service_pb2.StartTrainingRequest, _job_service_pb2.StartTrainingResponse]  # type: ignore[assignment]
     """Stores a job in state QUEUED with a snapshot of the project, writes a JOB_STATE event and answers. A plan that a
     reachable node refuses at level CHECK is this call's error, and no job is written. With no node reachable the job
-    waits. The same request_id gives the same job.
+    waits. The same request_id gives the same job. NOT_FOUND: ARTIFACT_NOT_FOUND, CHECKPOINT_NOT_FOUND of start_from.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]  # type: ignore[assignment]
     """Reads one job with its position and why it waits. NOT_FOUND: JOB_NOT_FOUND."""
@@ -138,7 +138,7 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_job_service_pb2.StartTrainingResponse, _abc.Awaitable[_job_service_pb2.StartTrainingResponse]]:
         """Stores a job in state QUEUED with a snapshot of the project, writes a JOB_STATE event and answers. A plan that a
         reachable node refuses at level CHECK is this call's error, and no job is written. With no node reachable the job
-        waits. The same request_id gives the same job.
+        waits. The same request_id gives the same job. NOT_FOUND: ARTIFACT_NOT_FOUND, CHECKPOINT_NOT_FOUND of start_from.
         """
 
     @_abc_1.abstractmethod

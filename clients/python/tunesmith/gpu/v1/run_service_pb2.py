@@ -22,13 +22,15 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from tunesmith.common.v1 import dataset_pb2 as tunesmith_dot_common_dot_v1_dot_dataset__pb2
 from tunesmith.common.v1 import errors_pb2 as tunesmith_dot_common_dot_v1_dot_errors__pb2
 from tunesmith.common.v1 import event_pb2 as tunesmith_dot_common_dot_v1_dot_event__pb2
+from tunesmith.common.v1 import file_pb2 as tunesmith_dot_common_dot_v1_dot_file__pb2
 from tunesmith.common.v1 import plan_pb2 as tunesmith_dot_common_dot_v1_dot_plan__pb2
 from tunesmith.common.v1 import training_spec_pb2 as tunesmith_dot_common_dot_v1_dot_training__spec__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"tunesmith/gpu/v1/run_service.proto\x12\x10tunesmith.gpu.v1\x1a tunesmith/common/v1/errors.proto\x1a\x1ftunesmith/common/v1/event.proto\x1a\x1etunesmith/common/v1/plan.proto\x1a\'tunesmith/common/v1/training_spec.proto\"B\n\x06RunKey\x12\x17\n\x0finstallation_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\xe5\x02\n\x03Run\x12%\n\x03key\x18\x01 \x01(\x0b\x32\x18.tunesmith.gpu.v1.RunKey\x12\x13\n\x0bspec_digest\x18\x02 \x01(\t\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.tunesmith.common.v1.RunState\x12)\n\x05phase\x18\x04 \x01(\x0e\x32\x1a.tunesmith.common.v1.Phase\x12\x19\n\x11last_run_sequence\x18\x05 \x01(\x04\x12-\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x1c.tunesmith.common.v1.Failure\x12\x30\n\tartifacts\x18\x07 \x03(\x0b\x32\x1d.tunesmith.gpu.v1.RunArtifact\x12\x17\n\x0flast_checkpoint\x18\x08 \x01(\t\x12\x1c\n\x14last_checkpoint_step\x18\t \x01(\x03\x12\x16\n\x0eweights_digest\x18\n \x01(\t\"\x7f\n\x0bRunArtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x04kind\x18\x02 \x01(\x0e\x32!.tunesmith.common.v1.ArtifactKind\x12\x31\n\x05\x66iles\x18\x03 \x03(\x0b\x32\".tunesmith.common.v1.FileReference\"\xa1\x01\n\x06\x44\x65vice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\x04 \x01(\x03\x12\x19\n\x11\x66ree_memory_bytes\x18\x05 \x01(\x03\x12\x1a\n\x12\x63ompute_capability\x18\x06 \x01(\t\x12\x19\n\x11quarantine_reason\x18\x07 \x01(\t\"\x9d\x01\n\x0c\x43\x61talogEntry\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12<\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32+.tunesmith.gpu.v1.CatalogEntry.DetailsEntry\x1a.\n\x0c\x44\x65tailsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb7\x01\n\tNodeModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_type\x18\x02 \x01(\t\x12\x16\n\x0eweights_digest\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x03\x12\x17\n\x0fvocabulary_size\x18\x06 \x01(\x03\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x0f\n\x07problem\x18\x08 \x01(\t\"\x18\n\x16GetCapabilitiesRequest\"\xa1\x04\n\x17GetCapabilitiesResponse\x12\x11\n\tnode_name\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12)\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x18.tunesmith.gpu.v1.Device\x12+\n\x06models\x18\x04 \x03(\x0b\x32\x1b.tunesmith.gpu.v1.NodeModel\x12\x35\n\rquantizations\x18\x05 \x03(\x0b\x32\x1e.tunesmith.gpu.v1.CatalogEntry\x12\x36\n\x0etraining_types\x18\x06 \x03(\x0b\x32\x1e.tunesmith.gpu.v1.CatalogEntry\x12\x37\n\x0f\x64\x61taset_formats\x18\x07 \x03(\x0b\x32\x1e.tunesmith.gpu.v1.CatalogEntry\x12\x33\n\x0bmodel_types\x18\x08 \x03(\x0b\x32\x1e.tunesmith.gpu.v1.CatalogEntry\x12I\n\x08versions\x18\t \x03(\x0b\x32\x37.tunesmith.gpu.v1.GetCapabilitiesResponse.VersionsEntry\x12-\n\x07problem\x18\n \x01(\x0b\x32\x1c.tunesmith.common.v1.Failure\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x89\x01\n\x0ePlanRunRequest\x12/\n\x04spec\x18\x01 \x01(\x0b\x32!.tunesmith.common.v1.TrainingSpec\x12-\n\x05level\x18\x02 \x01(\x0e\x32\x1e.tunesmith.common.v1.PlanLevel\x12\x17\n\x0finstallation_id\x18\x03 \x01(\t\":\n\x0fPlanRunResponse\x12\'\n\x04plan\x18\x01 \x01(\x0b\x32\x19.tunesmith.common.v1.Plan\"\xc9\x01\n\x0fStartRunRequest\x12%\n\x03key\x18\x01 \x01(\x0b\x32\x18.tunesmith.gpu.v1.RunKey\x12\x13\n\x0bspec_digest\x18\x02 \x01(\t\x12/\n\x04spec\x18\x03 \x01(\x0b\x32!.tunesmith.common.v1.TrainingSpec\x12\x16\n\x0eweights_digest\x18\x04 \x01(\t\x12\x31\n\x0bresume_from\x18\x05 \x01(\x0b\x32\x1c.tunesmith.gpu.v1.ResumeFrom\"r\n\nResumeFrom\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x31\n\x05\x66iles\x18\x04 \x03(\x0b\x32\".tunesmith.common.v1.FileReference\"6\n\x10StartRunResponse\x12\"\n\x03run\x18\x01 \x01(\x0b\x32\x15.tunesmith.gpu.v1.Run\"6\n\rGetRunRequest\x12%\n\x03key\x18\x01 \x01(\x0b\x32\x18.tunesmith.gpu.v1.RunKey\"4\n\x0eGetRunResponse\x12\"\n\x03run\x18\x01 \x01(\x0b\x32\x15.tunesmith.gpu.v1.Run\"*\n\x0fListRunsRequest\x12\x17\n\x0finstallation_id\x18\x01 \x01(\t\"7\n\x10ListRunsResponse\x12#\n\x04runs\x18\x01 \x03(\x0b\x32\x15.tunesmith.gpu.v1.Run\"x\n\x0eStopRunRequest\x12%\n\x03key\x18\x01 \x01(\x0b\x32\x18.tunesmith.gpu.v1.RunKey\x12(\n\x04mode\x18\x02 \x01(\x0e\x32\x1a.tunesmith.gpu.v1.StopMode\x12\x15\n\rgrace_seconds\x18\x03 \x01(\x01\"5\n\x0fStopRunResponse\x12\"\n\x03run\x18\x01 \x01(\x0b\x32\x15.tunesmith.gpu.v1.Run\"T\n\x0fWatchRunRequest\x12%\n\x03key\x18\x01 \x01(\x0b\x32\x18.tunesmith.gpu.v1.RunKey\x12\x1a\n\x12\x61\x66ter_run_sequence\x18\x02 \x01(\x04\"E\n\x10WatchRunResponse\x12\x31\n\x06\x65vents\x18\x01 \x03(\x0b\x32!.tunesmith.common.v1.EncodedEvent\"F\n\x10WatchNodeRequest\x12\x17\n\x0finstallation_id\x18\x01 \x01(\t\x12\x19\n\x11heartbeat_seconds\x18\x02 \x01(\x01\"\xcd\x01\n\x11WatchNodeResponse\x12\x11\n\tnode_name\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12)\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x18.tunesmith.gpu.v1.Device\x12#\n\x04runs\x18\x04 \x03(\x0b\x32\x15.tunesmith.gpu.v1.Run\x12\x11\n\taccepting\x18\x05 \x01(\x08\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x1b\n\x13resident_base_model\x18\x07 \x01(\t\":\n\x11ReleaseRunRequest\x12%\n\x03key\x18\x01 \x01(\x0b\x32\x18.tunesmith.gpu.v1.RunKey\")\n\x12ReleaseRunResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03*U\n\x08StopMode\x12\x19\n\x15STOP_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10STOP_MODE_CANCEL\x10\x01\x12\x18\n\x14STOP_MODE_CHECKPOINT\x10\x02\x32\x8d\x06\n\nRunService\x12\x66\n\x0fGetCapabilities\x12(.tunesmith.gpu.v1.GetCapabilitiesRequest\x1a).tunesmith.gpu.v1.GetCapabilitiesResponse\x12N\n\x07PlanRun\x12 .tunesmith.gpu.v1.PlanRunRequest\x1a!.tunesmith.gpu.v1.PlanRunResponse\x12Q\n\x08StartRun\x12!.tunesmith.gpu.v1.StartRunRequest\x1a\".tunesmith.gpu.v1.StartRunResponse\x12K\n\x06GetRun\x12\x1f.tunesmith.gpu.v1.GetRunRequest\x1a .tunesmith.gpu.v1.GetRunResponse\x12Q\n\x08ListRuns\x12!.tunesmith.gpu.v1.ListRunsRequest\x1a\".tunesmith.gpu.v1.ListRunsResponse\x12N\n\x07StopRun\x12 .tunesmith.gpu.v1.StopRunRequest\x1a!.tunesmith.gpu.v1.StopRunResponse\x12S\n\x08WatchRun\x12!.tunesmith.gpu.v1.WatchRunRequest\x1a\".tunesmith.gpu.v1.WatchRunResponse0\x01\x12V\n\tWatchNode\x12\".tunesmith.gpu.v1.WatchNodeRequest\x1a#.tunesmith.gpu.v1.WatchNodeResponse0\x01\x12W\n\nReleaseRun\x12#.tunesmith.gpu.v1.ReleaseRunRequest\x1a$.tunesmith.gpu.v1.ReleaseRunResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"tunesmith/gpu/v1/run_service.proto\x12\x10tunesmith.gpu.v1\x1a!tunesmith/common/v1/dataset.proto\x1a tunesmith/common/v1/errors.proto\x1a\x1ftunesmith/common/v1/event.proto\x1a\x1etunesmith/common/v1/file.proto\x1a\x1etunesmith/common/v1/plan.proto\x1a\'tunesmith/common/v1/training_spec.proto\"B\n\x06RunKey\x12\x17\n\x0finstallation_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\xe5\x02\n\x03Run\x12%\n\x03key\x18\x01 \x01(\x0b\x32\x18.tunesmith.gpu.v1.RunKey\x12\x13\n\x0bspec_digest\x18\x02 \x01(\t\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.tunesmith.common.v1.RunState\x12)\n\x05phase\x18\x04 \x01(\x0e\x32\x1a.tunesmith.common.v1.Phase\x12\x19\n\x11last_run_sequence\x18\x05 \x01(\x04\x12-\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x1c.tunesmith.common.v1.Failure\x12\x30\n\tartifacts\x18\x07 \x03(\x0b\x32\x1d.tunesmith.gpu.v1.RunArtifact\x12\x17\n\x0flast_checkpoint\x18\x08 \x01(\t\x12\x1c\n\x14last_checkpoint_step\x18\t \x01(\x03\x12\x16\n\x0eweights_digest\x18\n \x01(\t\"\x7f\n\x0bRunArtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x04kind\x18\x02 \x01(\x0e\x32!.tunesmith.common.v1.ArtifactKind\x12\x31\n\x05\x66iles\x18\x03 \x03(\x0b\x32\".tunesmith.common.v1.FileReference\"\xa1\x01\n\x06\x44\x65vice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\x04 \x01(\x03\x12\x19\n\x11\x66ree_memory_bytes\x18\x05 \x01(\x03\x12\x1a\n\x12\x63ompute_capability\x18\x06 \x01(\t\x12\x19\n\x11quarantine_reason\x18\x07 \x01(\t\"\x9d\x01\n\x0c\x43\x61talogEntry\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12<\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32+.tunesmith.gpu.v1.CatalogEntry.DetailsEntry\x1a.\n\x0c\x44\x65tailsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb7\x01\n\tNodeModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_type\x18\x02 \x01(\t\x12\x16\n\x0eweights_digest\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x03\x12\x17\n\x0fvocabulary_size\x18\x06 \x01(\x03\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\x0f\n\x07problem\x18\x08 \x01(\t\"\x18\n\x16GetCapabilitiesRequest\"\xd5\x04\n\x17GetCapabilitiesResponse\x12\x11\n\tnode_name\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12)\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x18.tunesmith.gpu.v1.Device\x12+\n\x06models\x18\x04 \x03(\x0b\x32\x1b.tunesmith.gpu.v1.NodeModel\x12\x35\n\rquantizations\x18\x05 \x03(\x0b\x32\x1e.tunesmith.gpu.v1.CatalogEntry\x12\x36\n\x0etraining_types\x18\x06 \x03(\x0b\x32\x1e.tunesmith.gpu.v1.CatalogEntry\x12\x37\n\x0f\x64\x61taset_formats\x18\x07 \x03(\x0b\x32\x1e.tunesmith.gpu.v1.CatalogEntry\x12\x33\n\x0bmodel_types\x18\x08 \x03(\x0b\x32\x1e.tunesmith.gpu.v1.CatalogEntry\x12\x32\n\noptimizers\x18\x0b \x03(\x0b\x32\x1e.tunesmith.gpu.v1.CatalogEntry\x12I\n\x08versions\x18\t \x03(\x0b\x32\x37.tunesmith.gpu.v1.GetCapabilitiesResponse.VersionsEntry\x12-\n\x07problem\x18\n \x01(\x0b\x32\x1c.tunesmith.common.v1.Failure\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9f\x01\n\x0ePlanRunRequest\x12/\n\x04spec\x18\x01 \x01(\x0b\x32!.tunesmith.common.v1.TrainingSpec\x12-\n\x05level\x18\x02 \x01(\x0e\x32\x1e.tunesmith.common.v1.PlanLevel\x12\x17\n\x0finstallation_id\x18\x03 \x01(\t\x12\x14\n\x0cprobe_memory\x18\x04 \x01(\x08\":\n\x0fPlanRunResponse\x12\'\n\x04plan\x18\x01 \x01(\x0b\x32\x19.tunesmith.common.v1.Plan\"\xe0\x01\n\x15InspectDatasetRequest\x12\x17\n\x0finstallation_id\x18\x01 \x01(\t\x12\x36\n\x07\x64\x61taset\x18\x02 \x01(\x0b\x32%.tunesmith.common.v1.DatasetReference\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x15\n\rchat_template\x18\x04 \x01(\t\x12\x0f\n\x07loss_on\x18\x05 \x01(\t\x12\x12\n\nmax_length\x18\x06 \x01(\x05\x12\x10\n\x08num_rows\x18\x07 \x01(\x05\x12\x14\n\x0c\x63ount_tokens\x18\x08 \x01(\x08\"\x82\x01\n\x16InspectDatasetResponse\x12\x32\n\x04rows\x18\x01 \x03(\x0b\x32$.tunesmith.common.v1.RenderedExample\x12\x34\n\x06tokens\x18\x02 \x01(\x0b\x32$.tunesmith.common.v1.TokenStatistics\"\xc9\x01\n\x0fStartRunRequest\x12%\n\x03key\x18\x01 \x01(\x0b\x32\x18.tunesmith.gpu.v1.RunKey\x12\x13\n\x0bspec_digest\x18\x02 \x01(\t\x12/\n\x04spec\x18\x03 \x01(\x0b\x32!.tunesmith.common.v1.TrainingSpec\x12\x16\n\x0eweights_digest\x18\x04 \x01(\t\x12\x31\n\x0bresume_from\x18\x05 \x01(\x0b\x32\x1c.tunesmith.gpu.v1.ResumeFrom\"r\n\nResumeFrom\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x31\n\x05\x66iles\x18\x04 \x03(\x0b\x32\".tunesmith.common.v1.FileReference\"6\n\x10StartRunResponse\x12\"\n\x03run\x18\x01 \x01(\x0b\x32\x15.tunesmith.gpu.v1.Run\"6\n\rGetRunRequest\x12%\n\x03key\x18\x01 \x01(\x0b\x32\x18.tunesmith.gpu.v1.RunKey\"4\n\x0eGetRunResponse\x12\"\n\x03run\x18\x01 \x01(\x0b\x32\x15.tunesmith.gpu.v1.Run\"*\n\x0fListRunsRequest\x12\x17\n\x0finstallation_id\x18\x01 \x01(\t\"7\n\x10ListRunsResponse\x12#\n\x04runs\x18\x01 \x03(\x0b\x32\x15.tunesmith.gpu.v1.Run\"x\n\x0eStopRunRequest\x12%\n\x03key\x18\x01 \x01(\x0b\x32\x18.tunesmith.gpu.v1.RunKey\x12(\n\x04mode\x18\x02 \x01(\x0e\x32\x1a.tunesmith.gpu.v1.StopMode\x12\x15\n\rgrace_seconds\x18\x03 \x01(\x01\"5\n\x0fStopRunResponse\x12\"\n\x03run\x18\x01 \x01(\x0b\x32\x15.tunesmith.gpu.v1.Run\"T\n\x0fWatchRunRequest\x12%\n\x03key\x18\x01 \x01(\x0b\x32\x18.tunesmith.gpu.v1.RunKey\x12\x1a\n\x12\x61\x66ter_run_sequence\x18\x02 \x01(\x04\"E\n\x10WatchRunResponse\x12\x31\n\x06\x65vents\x18\x01 \x03(\x0b\x32!.tunesmith.common.v1.EncodedEvent\"F\n\x10WatchNodeRequest\x12\x17\n\x0finstallation_id\x18\x01 \x01(\t\x12\x19\n\x11heartbeat_seconds\x18\x02 \x01(\x01\"\xcd\x01\n\x11WatchNodeResponse\x12\x11\n\tnode_name\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12)\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x18.tunesmith.gpu.v1.Device\x12#\n\x04runs\x18\x04 \x03(\x0b\x32\x15.tunesmith.gpu.v1.Run\x12\x11\n\taccepting\x18\x05 \x01(\x08\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x1b\n\x13resident_base_model\x18\x07 \x01(\t\":\n\x11ReleaseRunRequest\x12%\n\x03key\x18\x01 \x01(\x0b\x32\x18.tunesmith.gpu.v1.RunKey\")\n\x12ReleaseRunResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03*U\n\x08StopMode\x12\x19\n\x15STOP_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10STOP_MODE_CANCEL\x10\x01\x12\x18\n\x14STOP_MODE_CHECKPOINT\x10\x02\x32\xf2\x06\n\nRunService\x12\x66\n\x0fGetCapabilities\x12(.tunesmith.gpu.v1.GetCapabilitiesRequest\x1a).tunesmith.gpu.v1.GetCapabilitiesResponse\x12N\n\x07PlanRun\x12 .tunesmith.gpu.v1.PlanRunRequest\x1a!.tunesmith.gpu.v1.PlanRunResponse\x12\x63\n\x0eInspectDataset\x12\'.tunesmith.gpu.v1.InspectDatasetRequest\x1a(.tunesmith.gpu.v1.InspectDatasetResponse\x12Q\n\x08StartRun\x12!.tunesmith.gpu.v1.StartRunRequest\x1a\".tunesmith.gpu.v1.StartRunResponse\x12K\n\x06GetRun\x12\x1f.tunesmith.gpu.v1.GetRunRequest\x1a .tunesmith.gpu.v1.GetRunResponse\x12Q\n\x08ListRuns\x12!.tunesmith.gpu.v1.ListRunsRequest\x1a\".tunesmith.gpu.v1.ListRunsResponse\x12N\n\x07StopRun\x12 .tunesmith.gpu.v1.StopRunRequest\x1a!.tunesmith.gpu.v1.StopRunResponse\x12S\n\x08WatchRun\x12!.tunesmith.gpu.v1.WatchRunRequest\x1a\".tunesmith.gpu.v1.WatchRunResponse0\x01\x12V\n\tWatchNode\x12\".tunesmith.gpu.v1.WatchNodeRequest\x1a#.tunesmith.gpu.v1.WatchNodeResponse0\x01\x12W\n\nReleaseRun\x12#.tunesmith.gpu.v1.ReleaseRunRequest\x1a$.tunesmith.gpu.v1.ReleaseRunResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,62 +41,66 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CATALOGENTRY_DETAILSENTRY']._serialized_options = b'8\001'
   _globals['_GETCAPABILITIESRESPONSE_VERSIONSENTRY']._loaded_options = None
   _globals['_GETCAPABILITIESRESPONSE_VERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_STOPMODE']._serialized_start=3341
-  _globals['_STOPMODE']._serialized_end=3426
-  _globals['_RUNKEY']._serialized_start=196
-  _globals['_RUNKEY']._serialized_end=262
-  _globals['_RUN']._serialized_start=265
-  _globals['_RUN']._serialized_end=622
-  _globals['_RUNARTIFACT']._serialized_start=624
-  _globals['_RUNARTIFACT']._serialized_end=751
-  _globals['_DEVICE']._serialized_start=754
-  _globals['_DEVICE']._serialized_end=915
-  _globals['_CATALOGENTRY']._serialized_start=918
-  _globals['_CATALOGENTRY']._serialized_end=1075
-  _globals['_CATALOGENTRY_DETAILSENTRY']._serialized_start=1029
-  _globals['_CATALOGENTRY_DETAILSENTRY']._serialized_end=1075
-  _globals['_NODEMODEL']._serialized_start=1078
-  _globals['_NODEMODEL']._serialized_end=1261
-  _globals['_GETCAPABILITIESREQUEST']._serialized_start=1263
-  _globals['_GETCAPABILITIESREQUEST']._serialized_end=1287
-  _globals['_GETCAPABILITIESRESPONSE']._serialized_start=1290
-  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=1835
-  _globals['_GETCAPABILITIESRESPONSE_VERSIONSENTRY']._serialized_start=1788
-  _globals['_GETCAPABILITIESRESPONSE_VERSIONSENTRY']._serialized_end=1835
-  _globals['_PLANRUNREQUEST']._serialized_start=1838
-  _globals['_PLANRUNREQUEST']._serialized_end=1975
-  _globals['_PLANRUNRESPONSE']._serialized_start=1977
-  _globals['_PLANRUNRESPONSE']._serialized_end=2035
-  _globals['_STARTRUNREQUEST']._serialized_start=2038
-  _globals['_STARTRUNREQUEST']._serialized_end=2239
-  _globals['_RESUMEFROM']._serialized_start=2241
-  _globals['_RESUMEFROM']._serialized_end=2355
-  _globals['_STARTRUNRESPONSE']._serialized_start=2357
-  _globals['_STARTRUNRESPONSE']._serialized_end=2411
-  _globals['_GETRUNREQUEST']._serialized_start=2413
-  _globals['_GETRUNREQUEST']._serialized_end=2467
-  _globals['_GETRUNRESPONSE']._serialized_start=2469
-  _globals['_GETRUNRESPONSE']._serialized_end=2521
-  _globals['_LISTRUNSREQUEST']._serialized_start=2523
-  _globals['_LISTRUNSREQUEST']._serialized_end=2565
-  _globals['_LISTRUNSRESPONSE']._serialized_start=2567
-  _globals['_LISTRUNSRESPONSE']._serialized_end=2622
-  _globals['_STOPRUNREQUEST']._serialized_start=2624
-  _globals['_STOPRUNREQUEST']._serialized_end=2744
-  _globals['_STOPRUNRESPONSE']._serialized_start=2746
-  _globals['_STOPRUNRESPONSE']._serialized_end=2799
-  _globals['_WATCHRUNREQUEST']._serialized_start=2801
-  _globals['_WATCHRUNREQUEST']._serialized_end=2885
-  _globals['_WATCHRUNRESPONSE']._serialized_start=2887
-  _globals['_WATCHRUNRESPONSE']._serialized_end=2956
-  _globals['_WATCHNODEREQUEST']._serialized_start=2958
-  _globals['_WATCHNODEREQUEST']._serialized_end=3028
-  _globals['_WATCHNODERESPONSE']._serialized_start=3031
-  _globals['_WATCHNODERESPONSE']._serialized_end=3236
-  _globals['_RELEASERUNREQUEST']._serialized_start=3238
-  _globals['_RELEASERUNREQUEST']._serialized_end=3296
-  _globals['_RELEASERUNRESPONSE']._serialized_start=3298
-  _globals['_RELEASERUNRESPONSE']._serialized_end=3339
-  _globals['_RUNSERVICE']._serialized_start=3429
-  _globals['_RUNSERVICE']._serialized_end=4210
+  _globals['_STOPMODE']._serialized_start=3842
+  _globals['_STOPMODE']._serialized_end=3927
+  _globals['_RUNKEY']._serialized_start=263
+  _globals['_RUNKEY']._serialized_end=329
+  _globals['_RUN']._serialized_start=332
+  _globals['_RUN']._serialized_end=689
+  _globals['_RUNARTIFACT']._serialized_start=691
+  _globals['_RUNARTIFACT']._serialized_end=818
+  _globals['_DEVICE']._serialized_start=821
+  _globals['_DEVICE']._serialized_end=982
+  _globals['_CATALOGENTRY']._serialized_start=985
+  _globals['_CATALOGENTRY']._serialized_end=1142
+  _globals['_CATALOGENTRY_DETAILSENTRY']._serialized_start=1096
+  _globals['_CATALOGENTRY_DETAILSENTRY']._serialized_end=1142
+  _globals['_NODEMODEL']._serialized_start=1145
+  _globals['_NODEMODEL']._serialized_end=1328
+  _globals['_GETCAPABILITIESREQUEST']._serialized_start=1330
+  _globals['_GETCAPABILITIESREQUEST']._serialized_end=1354
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_start=1357
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=1954
+  _globals['_GETCAPABILITIESRESPONSE_VERSIONSENTRY']._serialized_start=1907
+  _globals['_GETCAPABILITIESRESPONSE_VERSIONSENTRY']._serialized_end=1954
+  _globals['_PLANRUNREQUEST']._serialized_start=1957
+  _globals['_PLANRUNREQUEST']._serialized_end=2116
+  _globals['_PLANRUNRESPONSE']._serialized_start=2118
+  _globals['_PLANRUNRESPONSE']._serialized_end=2176
+  _globals['_INSPECTDATASETREQUEST']._serialized_start=2179
+  _globals['_INSPECTDATASETREQUEST']._serialized_end=2403
+  _globals['_INSPECTDATASETRESPONSE']._serialized_start=2406
+  _globals['_INSPECTDATASETRESPONSE']._serialized_end=2536
+  _globals['_STARTRUNREQUEST']._serialized_start=2539
+  _globals['_STARTRUNREQUEST']._serialized_end=2740
+  _globals['_RESUMEFROM']._serialized_start=2742
+  _globals['_RESUMEFROM']._serialized_end=2856
+  _globals['_STARTRUNRESPONSE']._serialized_start=2858
+  _globals['_STARTRUNRESPONSE']._serialized_end=2912
+  _globals['_GETRUNREQUEST']._serialized_start=2914
+  _globals['_GETRUNREQUEST']._serialized_end=2968
+  _globals['_GETRUNRESPONSE']._serialized_start=2970
+  _globals['_GETRUNRESPONSE']._serialized_end=3022
+  _globals['_LISTRUNSREQUEST']._serialized_start=3024
+  _globals['_LISTRUNSREQUEST']._serialized_end=3066
+  _globals['_LISTRUNSRESPONSE']._serialized_start=3068
+  _globals['_LISTRUNSRESPONSE']._serialized_end=3123
+  _globals['_STOPRUNREQUEST']._serialized_start=3125
+  _globals['_STOPRUNREQUEST']._serialized_end=3245
+  _globals['_STOPRUNRESPONSE']._serialized_start=3247
+  _globals['_STOPRUNRESPONSE']._serialized_end=3300
+  _globals['_WATCHRUNREQUEST']._serialized_start=3302
+  _globals['_WATCHRUNREQUEST']._serialized_end=3386
+  _globals['_WATCHRUNRESPONSE']._serialized_start=3388
+  _globals['_WATCHRUNRESPONSE']._serialized_end=3457
+  _globals['_WATCHNODEREQUEST']._serialized_start=3459
+  _globals['_WATCHNODEREQUEST']._serialized_end=3529
+  _globals['_WATCHNODERESPONSE']._serialized_start=3532
+  _globals['_WATCHNODERESPONSE']._serialized_end=3737
+  _globals['_RELEASERUNREQUEST']._serialized_start=3739
+  _globals['_RELEASERUNREQUEST']._serialized_end=3797
+  _globals['_RELEASERUNRESPONSE']._serialized_start=3799
+  _globals['_RELEASERUNRESPONSE']._serialized_end=3840
+  _globals['_RUNSERVICE']._serialized_start=3930
+  _globals['_RUNSERVICE']._serialized_end=4812
 # @@protoc_insertion_point(module_scope)

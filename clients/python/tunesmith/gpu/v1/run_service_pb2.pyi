@@ -8,8 +8,10 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from tunesmith.common.v1 import dataset_pb2 as _dataset_pb2
 from tunesmith.common.v1 import errors_pb2 as _errors_pb2
 from tunesmith.common.v1 import event_pb2 as _event_pb2
+from tunesmith.common.v1 import file_pb2 as _file_pb2
 from tunesmith.common.v1 import plan_pb2 as _plan_pb2
 from tunesmith.common.v1 import training_spec_pb2 as _training_spec_pb2
 import builtins as _builtins
@@ -144,13 +146,13 @@ class RunArtifact(_message.Message):
     name: _builtins.str
     kind: _event_pb2.ArtifactKind.ValueType
     @_builtins.property
-    def files(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.FileReference]: ...
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_file_pb2.FileReference]: ...
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         kind: _event_pb2.ArtifactKind.ValueType = ...,
-        files: _abc.Iterable[_event_pb2.FileReference] | None = ...,
+        files: _abc.Iterable[_file_pb2.FileReference] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -347,6 +349,7 @@ class GetCapabilitiesResponse(_message.Message):
     TRAINING_TYPES_FIELD_NUMBER: _builtins.int
     DATASET_FORMATS_FIELD_NUMBER: _builtins.int
     MODEL_TYPES_FIELD_NUMBER: _builtins.int
+    OPTIMIZERS_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     node_name: _builtins.str
@@ -365,6 +368,8 @@ class GetCapabilitiesResponse(_message.Message):
     @_builtins.property
     def model_types(self) -> _containers.RepeatedCompositeFieldContainer[Global___CatalogEntry]: ...
     @_builtins.property
+    def optimizers(self) -> _containers.RepeatedCompositeFieldContainer[Global___CatalogEntry]: ...
+    @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def problem(self) -> _errors_pb2.Failure:
@@ -381,12 +386,13 @@ class GetCapabilitiesResponse(_message.Message):
         training_types: _abc.Iterable[Global___CatalogEntry] | None = ...,
         dataset_formats: _abc.Iterable[Global___CatalogEntry] | None = ...,
         model_types: _abc.Iterable[Global___CatalogEntry] | None = ...,
+        optimizers: _abc.Iterable[Global___CatalogEntry] | None = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         problem: _errors_pb2.Failure | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_formats", b"dataset_formats", "devices", b"devices", "instance_id", b"instance_id", "model_types", b"model_types", "models", b"models", "node_name", b"node_name", "problem", b"problem", "quantizations", b"quantizations", "training_types", b"training_types", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_formats", b"dataset_formats", "devices", b"devices", "instance_id", b"instance_id", "model_types", b"model_types", "models", b"models", "node_name", b"node_name", "optimizers", b"optimizers", "problem", b"problem", "quantizations", b"quantizations", "training_types", b"training_types", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -401,8 +407,11 @@ class PlanRunRequest(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     LEVEL_FIELD_NUMBER: _builtins.int
     INSTALLATION_ID_FIELD_NUMBER: _builtins.int
+    PROBE_MEMORY_FIELD_NUMBER: _builtins.int
     level: _plan_pb2.PlanLevel.ValueType
     installation_id: _builtins.str
+    probe_memory: _builtins.bool
+    """Measure device memory as well; only at level EXACT. RESOURCE_EXHAUSTED: NODE_BUSY."""
     @_builtins.property
     def spec(self) -> _training_spec_pb2.TrainingSpec: ...
     def __init__(
@@ -411,10 +420,11 @@ class PlanRunRequest(_message.Message):
         spec: _training_spec_pb2.TrainingSpec | None = ...,
         level: _plan_pb2.PlanLevel.ValueType = ...,
         installation_id: _builtins.str = ...,
+        probe_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["installation_id", b"installation_id", "level", b"level", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["installation_id", b"installation_id", "level", b"level", "probe_memory", b"probe_memory", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -441,6 +451,80 @@ class PlanRunResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlanRunResponse: _TypeAlias = PlanRunResponse  # noqa: Y015
+
+@_typing.final
+class InspectDatasetRequest(_message.Message):
+    """See InspectDataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTALLATION_ID_FIELD_NUMBER: _builtins.int
+    DATASET_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    LOSS_ON_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    COUNT_TOKENS_FIELD_NUMBER: _builtins.int
+    installation_id: _builtins.str
+    base_model: _builtins.str
+    chat_template: _builtins.str
+    """As in Hyperparameters; unset means its defaults."""
+    loss_on: _builtins.str
+    max_length: _builtins.int
+    num_rows: _builtins.int
+    """Rows to render, from the first."""
+    count_tokens: _builtins.bool
+    """Count the tokens of the whole dataset."""
+    @_builtins.property
+    def dataset(self) -> _training_spec_pb2.DatasetReference: ...
+    def __init__(
+        self,
+        *,
+        installation_id: _builtins.str = ...,
+        dataset: _training_spec_pb2.DatasetReference | None = ...,
+        base_model: _builtins.str = ...,
+        chat_template: _builtins.str = ...,
+        loss_on: _builtins.str = ...,
+        max_length: _builtins.int = ...,
+        num_rows: _builtins.int = ...,
+        count_tokens: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "chat_template", b"chat_template", "count_tokens", b"count_tokens", "dataset", b"dataset", "installation_id", b"installation_id", "loss_on", b"loss_on", "max_length", b"max_length", "num_rows", b"num_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InspectDatasetRequest: _TypeAlias = InspectDatasetRequest  # noqa: Y015
+
+@_typing.final
+class InspectDatasetResponse(_message.Message):
+    """See InspectDataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[_dataset_pb2.RenderedExample]: ...
+    @_builtins.property
+    def tokens(self) -> _dataset_pb2.TokenStatistics:
+        """Set when it was asked for."""
+
+    def __init__(
+        self,
+        *,
+        rows: _abc.Iterable[_dataset_pb2.RenderedExample] | None = ...,
+        tokens: _dataset_pb2.TokenStatistics | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InspectDatasetResponse: _TypeAlias = InspectDatasetResponse  # noqa: Y015
 
 @_typing.final
 class StartRunRequest(_message.Message):
@@ -497,7 +581,7 @@ class ResumeFrom(_message.Message):
     attempt: _builtins.int
     """Attempt that wrote it."""
     @_builtins.property
-    def files(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.FileReference]:
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_file_pb2.FileReference]:
         """Set when the files are in the blob store; else they are in the earlier attempt's directory."""
 
     def __init__(
@@ -506,7 +590,7 @@ class ResumeFrom(_message.Message):
         checkpoint: _builtins.str = ...,
         step: _builtins.int = ...,
         attempt: _builtins.int = ...,
-        files: _abc.Iterable[_event_pb2.FileReference] | None = ...,
+        files: _abc.Iterable[_file_pb2.FileReference] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

@@ -45,6 +45,11 @@ class RunServiceStub(object):
                 request_serializer=tunesmith_dot_gpu_dot_v1_dot_run__service__pb2.PlanRunRequest.SerializeToString,
                 response_deserializer=tunesmith_dot_gpu_dot_v1_dot_run__service__pb2.PlanRunResponse.FromString,
                 _registered_method=True)
+        self.InspectDataset = channel.unary_unary(
+                '/tunesmith.gpu.v1.RunService/InspectDataset',
+                request_serializer=tunesmith_dot_gpu_dot_v1_dot_run__service__pb2.InspectDatasetRequest.SerializeToString,
+                response_deserializer=tunesmith_dot_gpu_dot_v1_dot_run__service__pb2.InspectDatasetResponse.FromString,
+                _registered_method=True)
         self.StartRun = channel.unary_unary(
                 '/tunesmith.gpu.v1.RunService/StartRun',
                 request_serializer=tunesmith_dot_gpu_dot_v1_dot_run__service__pb2.StartRunRequest.SerializeToString,
@@ -96,6 +101,14 @@ class RunServiceServicer(object):
     def PlanRun(self, request, context):
         """Resolves a spec without training. Refusals are INVALID_ARGUMENT or FAILED_PRECONDITION with the reason and the stage
         in ErrorInfo. EXACT needs the blobs (FAILED_PRECONDITION: BLOB_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InspectDataset(self, request, context):
+        """Renders rows of a dataset by a base's tokenizer and counts its tokens; trains nothing. FAILED_PRECONDITION:
+        BLOB_NOT_FOUND, MODEL_NOT_FOUND, CHAT_TEMPLATE_MISSING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -168,6 +181,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.PlanRun,
                     request_deserializer=tunesmith_dot_gpu_dot_v1_dot_run__service__pb2.PlanRunRequest.FromString,
                     response_serializer=tunesmith_dot_gpu_dot_v1_dot_run__service__pb2.PlanRunResponse.SerializeToString,
+            ),
+            'InspectDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.InspectDataset,
+                    request_deserializer=tunesmith_dot_gpu_dot_v1_dot_run__service__pb2.InspectDatasetRequest.FromString,
+                    response_serializer=tunesmith_dot_gpu_dot_v1_dot_run__service__pb2.InspectDatasetResponse.SerializeToString,
             ),
             'StartRun': grpc.unary_unary_rpc_method_handler(
                     servicer.StartRun,
@@ -260,6 +278,33 @@ class RunService(object):
             '/tunesmith.gpu.v1.RunService/PlanRun',
             tunesmith_dot_gpu_dot_v1_dot_run__service__pb2.PlanRunRequest.SerializeToString,
             tunesmith_dot_gpu_dot_v1_dot_run__service__pb2.PlanRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InspectDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tunesmith.gpu.v1.RunService/InspectDataset',
+            tunesmith_dot_gpu_dot_v1_dot_run__service__pb2.InspectDatasetRequest.SerializeToString,
+            tunesmith_dot_gpu_dot_v1_dot_run__service__pb2.InspectDatasetResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class RunServiceStub:
     """Resolves a spec without training. Refusals are INVALID_ARGUMENT or FAILED_PRECONDITION with the reason and the stage
     in ErrorInfo. EXACT needs the blobs (FAILED_PRECONDITION: BLOB_NOT_FOUND).
     """
+    InspectDataset: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.InspectDatasetRequest, _run_service_pb2.InspectDatasetResponse]
+    """Renders rows of a dataset by a base's tokenizer and counts its tokens; trains nothing. FAILED_PRECONDITION:
+    BLOB_NOT_FOUND, MODEL_NOT_FOUND, CHAT_TEMPLATE_MISSING.
+    """
     StartRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.StartRunRequest, _run_service_pb2.StartRunResponse]
     """Persists and starts an attempt. Same ids and digest again: the same run, nothing changes. Another digest:
     ALREADY_EXISTS, RUN_CONFLICT. A lower attempt than one known: FAILED_PRECONDITION, STALE_EPOCH. A higher one stops
@@ -74,6 +78,10 @@ class RunServiceAsyncStub(RunServiceStub):
     PlanRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.PlanRunRequest, _run_service_pb2.PlanRunResponse]  # type: ignore[assignment]
     """Resolves a spec without training. Refusals are INVALID_ARGUMENT or FAILED_PRECONDITION with the reason and the stage
     in ErrorInfo. EXACT needs the blobs (FAILED_PRECONDITION: BLOB_NOT_FOUND).
+    """
+    InspectDataset: _aio.UnaryUnaryMultiCallable[_run_service_pb2.InspectDatasetRequest, _run_service_pb2.InspectDatasetResponse]  # type: ignore[assignment]
+    """Renders rows of a dataset by a base's tokenizer and counts its tokens; trains nothing. FAILED_PRECONDITION:
+    BLOB_NOT_FOUND, MODEL_NOT_FOUND, CHAT_TEMPLATE_MISSING.
     """
     StartRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.StartRunRequest, _run_service_pb2.StartRunResponse]  # type: ignore[assignment]
     """Persists and starts an attempt. Same ids and digest again: the same run, nothing changes. Another digest:
@@ -119,6 +127,16 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_run_service_pb2.PlanRunResponse, _abc.Awaitable[_run_service_pb2.PlanRunResponse]]:
         """Resolves a spec without training. Refusals are INVALID_ARGUMENT or FAILED_PRECONDITION with the reason and the stage
         in ErrorInfo. EXACT needs the blobs (FAILED_PRECONDITION: BLOB_NOT_FOUND).
+        """
+
+    @_abc_1.abstractmethod
+    def InspectDataset(
+        self,
+        request: _run_service_pb2.InspectDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_run_service_pb2.InspectDatasetResponse, _abc.Awaitable[_run_service_pb2.InspectDatasetResponse]]:
+        """Renders rows of a dataset by a base's tokenizer and counts its tokens; trains nothing. FAILED_PRECONDITION:
+        BLOB_NOT_FOUND, MODEL_NOT_FOUND, CHAT_TEMPLATE_MISSING.
         """
 
     @_abc_1.abstractmethod
