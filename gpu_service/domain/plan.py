@@ -12,7 +12,7 @@ from gpu_service.catalog.base_models import BaseModel, LinearLayer
 from gpu_service.catalog.families.entry import FamilyEntry
 from gpu_service.catalog.methods.entry import MethodEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
-from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
+from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan, HeldBase
 from gpu_service.domain.counts import count_run, plan_datasets
 from gpu_service.domain.defaults import (
     DEFAULT_BATCH_EXAMPLES,
@@ -20,6 +20,7 @@ from gpu_service.domain.defaults import (
     apply_defaults,
     check_ranges,
     resolve_mix,
+    resolve_quantization,
 )
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
@@ -35,6 +36,7 @@ __all__ = [
     "ResolvedHyperparameters",
     "check_fit",
     "resolve",
+    "resolve_base",
 ]
 
 # Said at level CHECK only; the exact plan knows the longest example and refuses instead.
@@ -130,6 +132,28 @@ def resolve(
         memory=memory,
         spec_digest=spec_digest,
         warnings=tuple(_list_warnings(spec, base_model, method, resolved, memory, device)),
+    )
+
+
+def resolve_base(
+    spec: TrainingSpec, base_model: BaseModel, device: Device, versions: Mapping[str, str] | None = None
+) -> HeldBase:
+    """How a training by this spec would hold its base; data, mix and everything else of the spec are not looked at.
+
+    Raises `Refusal` as `resolve` does for model, training type, quantization and device.
+    """
+    given = spec.hyperparameters
+    if base_model.problem:
+        raise refuse_user("MODEL_INVALID", base_model.problem, field="base_model", stage="CONFIG")
+    check_ranges(given)
+    method = _find_method(spec)
+    quantized = _find_quantization(given, method)
+    _check_device(given, quantized, device, versions or {})
+    return HeldBase(
+        base_model=base_model,
+        family=_find_family(spec, base_model),
+        method=method,
+        quantization=resolve_quantization(given, quantized, device),
     )
 
 

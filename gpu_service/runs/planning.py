@@ -12,12 +12,13 @@ import sys
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gpu_service.devices import Device
 from gpu_service.domain import plan
+from gpu_service.domain.checked_plan import HeldBase
 from gpu_service.domain.errors import Fault, Refusal
 from gpu_service.domain.plan import CheckedPlan
 from gpu_service.domain.spec import TrainingSpec
@@ -50,6 +51,13 @@ class Planning:
         return await asyncio.to_thread(
             plan.resolve, parsed, model, _for_planning(device), self._versions, spec_digest=spec_digest
         )
+
+    async def hold_base(self, spec: TrainingSpec, device: Device) -> HeldBase:
+        """How the spec's base is held on the device; its weights digest is known. Raises `Refusal`."""
+        model = await self._models.read(spec.base_model)
+        held = plan.resolve_base(spec, model, _for_planning(device), self._versions)
+        digest = await self._models.weights_digest(model)
+        return replace(held, base_model=replace(model, weights_digest=digest))
 
     async def weights_digest(self, checked: CheckedPlan) -> str:
         """The digest of the plan's base. Raises `Refusal` MODEL_INVALID."""
