@@ -114,7 +114,7 @@ class Engine:
         generation = self.generations.get(str(message["generation"]))
         if generation is None:
             return
-        generation.take(message)
+        generation.take(message, engine_leaves=self.leaving)
         if message.get("done"):
             del self.generations[generation.id]
             self.idle_since = time.monotonic()

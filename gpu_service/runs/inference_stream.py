@@ -53,7 +53,7 @@ class Generation:
         """Its reader will be told nothing new."""
         return bool(self._finish_reason) or self._refusal is not None
 
-    def take(self, message: Mapping[str, Any]) -> None:
+    def take(self, message: Mapping[str, Any], *, engine_leaves: bool = False) -> None:
         """A `generated` message. Nothing counts any more once it has failed."""
         if not self.is_settled:
             self._texts.append(str(message.get("text", "")))
@@ -64,7 +64,7 @@ class Generation:
             elif message.get("failure"):
                 self._refusal = Refusal.from_failure(message["failure"])
             elif message.get("done"):
-                self._refusal = busy("the generation was ended")
+                self._refusal = draining() if engine_leaves else busy("the generation was ended")
         if message.get("done"):
             self.over.set()
         self._changed.set()
