@@ -38,7 +38,7 @@ _log = structlog.get_logger(__name__)
 # What an engine loads of an adapter's directory; the rest is for people.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # How long another generation is waited for: one that was cancelled ends at its next token.
-_PATIENCE_SECONDS = 3.0
+_PATIENCE_SECONDS = 2.0
 # A base that is not quantized is held as this training type holds it.
 _AS_IT_IS = "lora"
 
