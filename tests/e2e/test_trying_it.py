@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -15,9 +17,16 @@ from tests.fakes.pair import running_pair, wait_for
 from tests.fakes.tiny_models import place_drawn
 from tunesmith.common.v1 import event_pb2, training_spec_pb2
 from tunesmith_cli.main import main
-from tunesmith_client import ResourceExhausted
+from tunesmith_client import Client, ResourceExhausted
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+
+
+def ask_on(client: Client, parts: Iterable[object], base_model: str) -> NoReturn:
+    """Read an answer, and ask for the next, until that is refused."""
+    while True:
+        list(parts)
+        parts = client.inference.generate("go on", base_model=base_model, max_new_tokens=480)
 
 
 def test_a_job_is_asked_and_a_run_goes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,9 +63,7 @@ def test_a_job_is_asked_and_a_run_goes_first(tmp_path: Path, capsys: pytest.Capt
         next(parts)
         following = client.jobs.start(project.project_id)
         with pytest.raises(ResourceExhausted) as caught:
-            while True:
-                list(parts)
-                parts = client.inference.generate("go on", base_model=base_model, max_new_tokens=480)
+            ask_on(client, parts, base_model)
         assert caught.value.reason == "NODE_BUSY"
         events = list(client.jobs.watch(following.job_id))
         assert client.jobs.get(following.job_id).state == event_pb2.JOB_STATE_SUCCEEDED

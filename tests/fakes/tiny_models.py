@@ -2,7 +2,8 @@
 
 `place` builds a real checkpoint with transformers (imported late); `place_header_only` writes a llama whose weights are
 zeros with the standard library and `tokenizers`, for tests that must not import torch, and `place_drawn` one with
-random weights in the same way. All are built once a process and copied. Every linear layer's sides are multiples of 32 and 64, which 4-bit kernels on a CPU want.
+random weights in the same way. All are built once a process and copied. Every linear layer's sides are multiples of 32
+and 64, which 4-bit kernels on a CPU want.
 """
 
 import atexit
