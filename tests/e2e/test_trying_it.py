@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -32,7 +32,7 @@ def ask_on(client: Client, parts: Iterable[object], base_model: str) -> NoReturn
 def test_a_job_is_asked_and_a_run_goes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base_model = place_drawn(tmp_path / "models")
     with running_pair(tmp_path / "data", tmp_path / "models", base_model) as pair:
-        settings = {
+        settings: dict[str, Any] = {
             "optimizer": training_spec_pb2.Optimizer(learning_rate=0.05),
             "lora": training_spec_pb2.Lora(rank=4),
             "num_steps": 3,

@@ -49,7 +49,7 @@ def answer(
             return False
         if script.get("exit_after") == number:
             os._exit(7)
-    statistics = {"num_prompt_tokens": 3, "num_tokens": number, "warm": True}
+    statistics: dict[str, Any] = {"num_prompt_tokens": 3, "num_tokens": number, "warm": True}
     statistics |= {"first_token_seconds": 0.001, "seconds": time.monotonic() - start}
     say(done=True, text="", num_tokens=0, finish_reason="STOP", statistics=statistics, resident=resident)
     return True

@@ -85,7 +85,8 @@ async def test_what_is_not_there_is_refused(client: Client, node: FakeGpuNode) -
     unknown = client.generate(base_model="org/none")
     assert await refused(unknown) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_NOT_FOUND")
     assert not node.asked
-    for wrong, field in (({}, "source"), ({"base_model": MODEL, "messages": []}, "messages")):
+    cases: list[tuple[dict[str, Any], str]] = [({}, "source"), ({"base_model": MODEL, "messages": []}, "messages")]
+    for wrong, field in cases:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read(client.generate(**wrong))
         assert violated_fields(caught.value) == [field]
