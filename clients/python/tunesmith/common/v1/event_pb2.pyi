@@ -1093,17 +1093,22 @@ class MemoryMeasuredEvent(_message.Message):
 
     PREDICTED_BYTES_FIELD_NUMBER: _builtins.int
     PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    ANALYTIC_BYTES_FIELD_NUMBER: _builtins.int
     predicted_bytes: _builtins.int
+    """MemoryEstimate.peak_bytes of the run's plan."""
     peak_bytes: _builtins.int
+    analytic_bytes: _builtins.int
+    """MemoryEstimate.analytic_bytes of the run's plan."""
     def __init__(
         self,
         *,
         predicted_bytes: _builtins.int = ...,
         peak_bytes: _builtins.int = ...,
+        analytic_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["peak_bytes", b"peak_bytes", "predicted_bytes", b"predicted_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["analytic_bytes", b"analytic_bytes", "peak_bytes", b"peak_bytes", "predicted_bytes", b"predicted_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
