@@ -23,7 +23,9 @@ from gpu_service.domain.defaults import (
 )
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
+from gpu_service.domain.memory_calibration import UNCALIBRATED, Calibration
 from gpu_service.domain.memory_estimate import MemoryEstimate, estimate_memory
+from gpu_service.domain.memory_passes import largest_possible
 from gpu_service.domain.mix import compute_sources
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
 
@@ -50,11 +52,14 @@ def resolve(
     versions: Mapping[str, str] | None = None,
     *,
     spec_digest: str = "",
+    calibration: Calibration = UNCALIBRATED,
 ) -> CheckedPlan:
     """The plan at level CHECK: pure, no torch, no data.
 
     `versions` are the installed distributions by name; None or empty when not known. Counts come from the registered
-    number of examples. Raises `Refusal` with the reason, the field, and the loading stage that it would have broken:
+    number of examples; `calibration` is what the device's node measured of such runs.
+
+    Raises `Refusal` with the reason, the field, and the loading stage that it would have broken:
     TRAINING_TYPE_UNKNOWN, QUANTIZATION_UNKNOWN, COMBINATION_NOT_ALLOWED, MODEL_TYPE_UNKNOWN, MODEL_TYPE_MISMATCH,
     MODEL_INVALID, DEVICE_UNSUPPORTED, TARGETS_MATCH_NOTHING, DATASET_NOT_FOUND, DATASET_FORMAT_UNKNOWN,
     CHAT_TEMPLATE_MISSING, MIX_INFEASIBLE, WEIGHTS_ALL_ZERO, PERCENTAGES_NOT_100, NO_EXAMPLES_LEFT, DOES_NOT_FIT,
@@ -102,10 +107,12 @@ def resolve(
         base_model,
         resolved,
         quantized,
+        optimizer,
+        covered_layers=covered,
         num_trainable_parameters=trainable,
-        optimizer_state_bytes=optimizer.state_bytes_per_parameter,
-        longest_tokens=resolved.max_length,
+        passes=largest_possible(resolved.batch, resolved.max_length),
         device_type=device.type,
+        calibration=calibration,
     )
     # The data's length is not known yet: only what is needed whatever its length can refuse here.
     check_fit(memory.standing_bytes, device)

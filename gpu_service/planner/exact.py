@@ -12,10 +12,12 @@ from gpu_service.catalog.base_models import BaseModel, read_directory
 from gpu_service.catalog.tokenizer_files import read_tokenizer_facts
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
 from gpu_service.domain.counts import count_run, plan_datasets
-from gpu_service.domain.defaults import default_warmup_steps
+from gpu_service.domain.defaults import ResolvedBatch, default_warmup_steps
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import refuse_user
+from gpu_service.domain.memory_calibration import UNCALIBRATED, Calibration
 from gpu_service.domain.memory_estimate import estimate_memory
+from gpu_service.domain.memory_passes import ExampleSize, LargestPasses
 from gpu_service.domain.order import ORDER_VERSION
 from gpu_service.domain.plan import TOO_LONG_WARNING, check_fit, resolve
 from gpu_service.domain.planned_data import (
@@ -36,6 +38,9 @@ from gpu_service.planner.staging import stage_directory
 from gpu_service.planner.tokenizer import TextTokenizer
 from gpu_service.planner.tokenizer_source import load_source
 
+# Among so many examples the largest passes of a run show; looking at more takes seconds.
+_EXAMPLES_LOOKED_AT = 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
@@ -48,6 +53,7 @@ class PlanRequest:
     device: Device
     weights_digest: str
     spec_digest: str
+    calibration: Calibration = UNCALIBRATED
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "PlanRequest":
@@ -60,6 +66,7 @@ class PlanRequest:
             device=Device.from_json(value.get("device", {})),
             weights_digest=value.get("weights_digest") or "",
             spec_digest=value.get("spec_digest") or spec_digest(value["spec"]),
+            calibration=Calibration.from_json(value.get("calibration") or ()),
         )
 
 
@@ -67,7 +74,7 @@ def make_plan(request: PlanRequest, *, stream: TextIO) -> Path:
     """Plans exactly and returns the plan directory; progress goes to `stream`. Raises `Refusal`, `OSError`."""
     spec = request.spec
     base = replace(read_directory(request.model_directory, spec.base_model), weights_digest=request.weights_digest)
-    checked = resolve(spec, base, request.device, spec_digest=request.spec_digest)
+    checked = resolve(spec, base, request.device, spec_digest=request.spec_digest, calibration=request.calibration)
     maker, warnings, progress = _make_maker(request, checked, base, stream)
     shards = {}
     for dataset_id in sorted({dataset.dataset_id for dataset in checked.datasets}):
@@ -80,8 +87,8 @@ def make_plan(request: PlanRequest, *, stream: TextIO) -> Path:
         PlannedSource(plan=plan, sha256=spec.find_dataset(plan.dataset_id).sha256, shard=shards[plan.dataset_id])
         for plan in planned
     ]
-    selection, datasets, longest = select(sources, seed=checked.hyperparameters.seed)
-    exact = _complete(checked, spec, sources, datasets, selection, longest)
+    selection, datasets, _ = select(sources, seed=checked.hyperparameters.seed)
+    exact = _complete(checked, spec, sources, datasets, selection, request.calibration)
     exact = replace(exact, warnings=(*exact.warnings, *warnings))
     return _write(request.cache_directory, exact, sources, selection)
 
@@ -146,7 +153,7 @@ def _complete(
     sources: Sequence[PlannedSource],
     datasets: Sequence[DatasetPlan],
     selection: Selection,
-    longest: int,
+    calibration: Calibration,
 ) -> CheckedPlan:
     """The checked plan with its counts, memory and digest made exact. Raises `Refusal` DOES_NOT_FIT."""
     given, resolved = spec.hyperparameters, checked.hyperparameters
@@ -158,10 +165,12 @@ def _complete(
         checked.base_model,
         resolved,
         checked.quantization,
+        checked.optimizer,
+        covered_layers=checked.covered_layers,
         num_trainable_parameters=checked.num_trainable_parameters,
-        optimizer_state_bytes=checked.optimizer.state_bytes_per_parameter,
-        longest_tokens=longest,
+        passes=_largest_passes(selection, resolved.batch, total_examples),
         device_type=checked.device.type,
+        calibration=calibration,
     )
     check_fit(memory.total_bytes, checked.device)
     counts = selection.count_run(total_examples)
@@ -192,6 +201,21 @@ def _complete(
         ),
         warnings=tuple(warning for warning in checked.warnings if warning != TOO_LONG_WARNING),
     )
+
+
+def _largest_passes(selection: Selection, batch: ResolvedBatch, total_examples: int) -> LargestPasses:
+    """The largest forward passes among the run's first steps: those of a million examples show what there is."""
+    passes = LargestPasses(batch)
+    per_step = batch.examples or 1
+    step: list[ExampleSize] = []
+    for place in selection.places(min(total_examples, _EXAMPLES_LOOKED_AT)):
+        tokens = selection.num_tokens[place]
+        step.append(ExampleSize(tokens, selection.num_target_tokens[place], tokens))
+        if len(step) == per_step:
+            passes.add_step(step)
+            step = []
+    passes.add_step(step)
+    return passes
 
 
 def _write(cache_directory: Path, plan: CheckedPlan, sources: Sequence[PlannedSource], selection: Selection) -> Path:

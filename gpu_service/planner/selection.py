@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gpu_service.domain.checked_plan import DatasetPlan
@@ -42,6 +42,12 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.num_tokens)
+
+    def places(self, total_examples: int) -> Iterator[int]:
+        """Where the first `total_examples` of a run stand in the selection, in the order in which they are trained on."""
+        for epoch in range(-(-total_examples // len(self))):
+            order = epoch_order(len(self), seed=self.seed, epoch=epoch)
+            yield from (order[place] for place in range(min(len(self), total_examples - epoch * len(self))))
 
     def count_run(self, total_examples: int) -> dict[int, RunCount]:
         """What each source (by index) gives to the first `total_examples` of a run, over as many epochs as it takes.
