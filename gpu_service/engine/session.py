@@ -19,9 +19,12 @@ from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.request import RunRequest
 from gpu_service.engine.stopping import StopSwitch
 from gpu_service.engine.training import checkpoint, random_state
+from gpu_service.engine.training.accelerator import make_accelerator
+from gpu_service.engine.training.batches import MicroBatchLimit
 from gpu_service.engine.training.evaluation import as_history, evaluate
 from gpu_service.engine.training.generate import answer, stop_token_ids
-from gpu_service.engine.training.loop import TrainingLoop, make_accelerator
+from gpu_service.engine.training.loop import TrainingLoop
+from gpu_service.engine.training.objectives import make_objective
 from gpu_service.engine.training.progress import TrainingProgress
 from tunesmith.common.v1 import event_pb2, plan_pb2
 
@@ -58,6 +61,8 @@ class Session:
         self._model, self._optimizer = self._accelerator.prepare(
             loaded.model, builder.build(trainable, settings.optimizer)
         )
+        self._objective = make_objective(settings)
+        self._limit = MicroBatchLimit.of(settings.batch, loaded.config)
         self._identity = checkpoint.Identity(
             data_digest=plan.data_digest,
             weights_digest=self._request.weights_digest,
@@ -84,6 +89,8 @@ class Session:
             optimizer=self._optimizer,
             data=self._data,
             settings=self._plan.resolved,
+            objective=self._objective,
+            limit=self._limit,
             identity=self._identity,
             examples_per_epoch=self._plan.examples_per_epoch,
             checkpoints_directory=self._request.checkpoints_directory,
@@ -122,8 +129,9 @@ class Session:
         event = evaluate(
             self._model,
             self._data,
+            objective=self._objective,
             device=self._device.torch_device,
-            batch_examples=self._plan.resolved.batch.micro_batch_examples,
+            limit=self._limit,
             moment=moment,
             step=self._progress.steps_done,
             switch=self._switch,
