@@ -85,11 +85,13 @@ def _pass_peaks(shape: StepShape, one: PassShape, trained: int, *, already_bytes
     recomputed = layer if shape.recomputes else 0
     head = base.vocabulary_size * base.hidden_size
     head_gradient = _FLOAT32 * head if precision.trains_base else 0
-    return [
+    peaks = [
         already_bytes + saved + head_input + _head_cast_bytes(shape) + logits,
         max(already_bytes, head_gradient) + saved + recomputed + working,
         # Embeddings that share the head's matrix get their gradient in a piece of its own, at the very end.
-        trained + head_gradient + casts // 8 + min(layer, recomputed or layer) + working if precision.trains_base else 0,
+        trained + head_gradient + casts // 8 + min(layer, recomputed or layer) + working
+        if precision.trains_base
+        else 0,
     ]
 
 

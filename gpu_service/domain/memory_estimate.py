@@ -32,7 +32,8 @@ _LAYER_EXTRA_BYTES = 4096
 class MemoryEstimate:
     """Bytes; `activations_bytes` is all that a step takes for a time, at its highest moment.
 
-    `analytic_bytes` is the peak before this node's measurements were taken into account; `basis` says whether they were.
+    `analytic_bytes` is the peak before this node's measurements were taken into account; `basis` says whether they
+    were.
     """
 
     weights_bytes: int
@@ -59,11 +60,7 @@ class MemoryEstimate:
     def standing_bytes(self) -> int:
         """All but the activations: what is needed however short the data is."""
         return (
-            self.weights_bytes
-            + self.adapter_bytes
-            + self.gradients_bytes
-            + self.optimizer_bytes
-            + self.overhead_bytes
+            self.weights_bytes + self.adapter_bytes + self.gradients_bytes + self.optimizer_bytes + self.overhead_bytes
         )
 
     def to_json(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ class PassShape(NamedTuple):
 
 
 class ExampleSize(NamedTuple):
-    """Tokens of one example, and those that carry loss. `longest` is its longest sequence: less in a preference pair."""
+    """Tokens of one example, those that carry loss, and those of its longest sequence: a preference pair has two."""
 
     tokens: int
     targets: int

@@ -44,7 +44,7 @@ class Selection:
         return len(self.num_tokens)
 
     def places(self, total_examples: int) -> Iterator[int]:
-        """Where the first `total_examples` of a run stand in the selection, in the order in which they are trained on."""
+        """Where the first `total_examples` of a run stand in the selection, in the order of training."""
         for epoch in range(-(-total_examples // len(self))):
             order = epoch_order(len(self), seed=self.seed, epoch=epoch)
             yield from (order[place] for place in range(min(len(self), total_examples - epoch * len(self))))
