@@ -88,11 +88,11 @@ def _pass_peaks(shape: StepShape, one: PassShape, trained: int, *, already_bytes
     peaks = [
         already_bytes + saved + head_input + _head_cast_bytes(shape) + logits,
         max(already_bytes, head_gradient) + saved + recomputed + working,
-        # Embeddings that share the head's matrix get their gradient in a piece of its own, at the very end.
-        trained + head_gradient + casts // 8 + min(layer, recomputed or layer) + working
-        if precision.trains_base
-        else 0,
     ]
+    if precision.trains_base:
+        # Embeddings that share the head's matrix get their gradient in a piece of its own, at the very end.
+        peaks.append(trained + head_gradient + layer + working)
+    return peaks
 
 
 def saved_by_layer(shape: StepShape, one: PassShape) -> int:
