@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +21,13 @@ from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure, library_versions
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
-from gpu_service.engine.training import checkpoint
 from gpu_service.engine.training.batches import collate, split
+from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
 from gpu_service.engine.training.losses import LossTally, as_json, finite, sum_by_row
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.schedule import Schedule
 from gpu_service.journal.events import failure
-from tunesmith.common.v1 import event_pb2, file_pb2, training_spec_pb2
+from tunesmith.common.v1 import event_pb2, training_spec_pb2
 
 # Steps whose mean time the estimate of the rest is made from.
 _ESTIMATE_STEPS = 20
@@ -43,9 +42,8 @@ class TrainingLoop:
     optimizer: Any
     data: PlannedData
     settings: training_spec_pb2.Hyperparameters
-    identity: checkpoint.Identity
     examples_per_epoch: int
-    checkpoints_directory: Path
+    checkpoints: CheckpointKeeper
     progress: TrainingProgress
     device: Device
     switch: StopSwitch
@@ -62,7 +60,6 @@ class TrainingLoop:
         )
         self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._recent_seconds: deque[float] = deque(maxlen=_ESTIMATE_STEPS)
-        self._saved_step = self.progress.steps_done
 
     def run(self) -> bool:
         """Train to the end and save. True when the time limit ended it early.
@@ -196,38 +193,8 @@ class TrainingLoop:
         )
 
     def save(self) -> None:
-        """Commit a checkpoint of the steps done, unless it is there; then delete the oldest beyond the setting."""
-        if self.progress.steps_done == self._saved_step:
-            return
-        self.reporter.enter_phase("SAVING")
-        start = time.monotonic()
-        saved = checkpoint.save(
-            self.checkpoints_directory,
-            identity=self.identity,
-            model=self.accelerator.unwrap_model(self.model),
-            optimizer=self.optimizer,
-            scaler=self.accelerator.scaler,
-            progress=self.progress,
-        )
-        self._saved_step = self.progress.steps_done
-        self.reporter.emit(
-            event_pb2.CheckpointEvent(
-                name=saved.name,
-                step=saved.step,
-                status=event_pb2.CHECKPOINT_STATUS_COMMITTED,
-                size_bytes=saved.size_bytes,
-                manifest_sha256=saved.manifest_sha256,
-                files=[
-                    file_pb2.FileReference(path=stored.path, sha256=stored.sha256, size_bytes=stored.size_bytes)
-                    for stored in saved.files
-                ],
-                seconds=time.monotonic() - start,
-            )
-        )
-        for name, step in checkpoint.prune(self.checkpoints_directory, self.settings.keep_checkpoints):
-            self.reporter.emit(
-                event_pb2.CheckpointEvent(name=name, step=step, status=event_pb2.CHECKPOINT_STATUS_DELETED)
-            )
+        """Commit a checkpoint of the steps done, unless it is there. Raises RunFailure."""
+        self.checkpoints.save(self.progress)
 
 
 def _is_due(steps_done: int, interval: int) -> bool:
