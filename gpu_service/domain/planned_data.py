@@ -23,6 +23,7 @@ OFFSETS_FILE = "offsets.bin"
 TOKENS_FILE = "tokens.bin"
 MASK_FILE = "mask.bin"
 FLAGS_FILE = "flags.bin"
+REJECTED_FILE = "rejected.bin"
 # Layout of the files; a reader refuses another.
 DATA_VERSION = 1
 
@@ -42,10 +43,16 @@ class ExampleReference(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """`tokens` is int32 [n]; `mask` is uint8 [n], 1 where the token carries loss as a target; `mask[0]` is 0."""
+    """`tokens` is int32 [n]; `mask` is uint8 [n], 1 where the token carries loss as a target; `mask[0]` is 0.
+
+    Of a preference pair, `tokens[:rejected_start]` is the prompt with the chosen answer and `tokens[rejected_start:]`
+    the prompt with the rejected one: two sequences that see nothing of each other. The mask is 1 on the answers, and 0
+    at `rejected_start`, which is 0 for an example that is no pair.
+    """
 
     tokens: memoryview
     mask: memoryview
+    rejected_start: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +77,9 @@ class TokenShard:
         self._tokens = _map(directory / TOKENS_FILE, 4 * num_tokens).cast("i")
         self._mask = _map(directory / MASK_FILE, num_tokens)
         self._flags = _map(directory / FLAGS_FILE, self.num_examples)
+        # True: every example is a preference pair.
+        self.has_pairs = self.facts.get("has_pairs") is True
+        self._rejected = _map(directory / REJECTED_FILE, 4 * self.num_examples if self.has_pairs else 0).cast("I")
         if self._offsets[0] != 0 or self._offsets[self.num_examples] != num_tokens:
             raise PlannedDataDamaged(f"{directory / OFFSETS_FILE}: the offsets do not span the tokens")
 
@@ -80,7 +90,10 @@ class TokenShard:
         start, end = self._offsets[index], self._offsets[index + 1]
         if not start < end <= len(self._tokens):
             raise PlannedDataDamaged(f"{self.directory / OFFSETS_FILE}: example {index} has no valid extent")
-        return Example(tokens=self._tokens[start:end], mask=self._mask[start:end])
+        rejected_start = self._rejected[index] if self.has_pairs else 0
+        if self.has_pairs and not 0 < rejected_start < end - start:
+            raise PlannedDataDamaged(f"{self.directory / REJECTED_FILE}: example {index} has no two answers")
+        return Example(tokens=self._tokens[start:end], mask=self._mask[start:end], rejected_start=rejected_start)
 
     def was_truncated(self, index: int) -> bool:
         """Whether the example was cut at the plan's max_length."""

@@ -19,11 +19,14 @@ from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.request import RunRequest
 from gpu_service.engine.stopping import StopSwitch
 from gpu_service.engine.training import random_state
+from gpu_service.engine.training.accelerator import make_accelerator
+from gpu_service.engine.training.batches import MicroBatchLimit
 from gpu_service.engine.training.checkpoint import Identity
 from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
 from gpu_service.engine.training.evaluation import as_history, evaluate
 from gpu_service.engine.training.generate import answer, stop_token_ids
-from gpu_service.engine.training.loop import TrainingLoop, make_accelerator
+from gpu_service.engine.training.loop import TrainingLoop
+from gpu_service.engine.training.objectives import make_objective
 from gpu_service.engine.training.progress import TrainingProgress
 from tunesmith.common.v1 import event_pb2, plan_pb2
 
@@ -60,6 +63,8 @@ class Session:
         self._model, self._optimizer = self._accelerator.prepare(
             loaded.model, builder.build(trainable, settings.optimizer)
         )
+        self._objective = make_objective(settings)
+        self._limit = MicroBatchLimit.of(settings.batch, loaded.config)
         self._checkpoints = CheckpointKeeper(
             directory=request.checkpoints_directory,
             identity=Identity(
@@ -75,6 +80,7 @@ class Session:
             optimizer=self._optimizer,
             scaler=self._accelerator.scaler,
             data=data,
+            objective=self._objective,
             device=device.torch_device,
             reporter=reporter,
         )
@@ -98,6 +104,8 @@ class Session:
             optimizer=self._optimizer,
             data=self._data,
             settings=self._plan.resolved,
+            objective=self._objective,
+            limit=self._limit,
             examples_per_epoch=self._plan.examples_per_epoch,
             checkpoints=self._checkpoints,
             progress=self._progress,
@@ -119,8 +127,9 @@ class Session:
         event = evaluate(
             self._model,
             self._data,
+            objective=self._objective,
             device=self._device.torch_device,
-            batch_examples=self._plan.resolved.batch.micro_batch_examples,
+            limit=self._limit,
             moment=moment,
             step=self._progress.steps_done,
             switch=self._switch,

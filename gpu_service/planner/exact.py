@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from gpu_service.catalog import datasets as dataset_formats
 from gpu_service.catalog import templates
 from gpu_service.catalog.base_models import BaseModel, read_directory
 from gpu_service.catalog.tokenizer_files import read_tokenizer_facts
@@ -94,10 +95,11 @@ def _make_maker(
     resolved = checked.hyperparameters
     named = resolved.chat_template
     template = templates.REGISTRY[named].read_text() if named else facts.chat_template
+    tool_template = None if named else facts.tool_template
     source = load_source(
         request.model_directory, facts, config_type=base.config_type, cache_directory=request.cache_directory
     )
-    chat = ChatTemplate(template, source.special_tokens) if template else None
+    chat = ChatTemplate(template, source.special_tokens, tool_text=tool_template) if template else None
     tokenizer = TextTokenizer(source, base.config)
     wanted = {dataset.dataset_id for dataset in checked.datasets}
     references = [reference for reference in request.spec.datasets if reference.dataset_id in wanted]
@@ -108,6 +110,7 @@ def _make_maker(
         settings=ShardSettings(
             tokenizer_digest=source.digest,
             template=template,
+            tool_template=tool_template,
             max_length=resolved.max_length,
             loss_on=resolved.loss_on,
         ),
@@ -115,7 +118,7 @@ def _make_maker(
         chat=chat,
         progress=progress,
     )
-    documents = {reference.format for reference in references} - {"chat-messages"}
+    documents = [item for item in references if not dataset_formats.REGISTRY[item.format].needs_chat_template]
     warnings = []
     if chat is not None and chat.uses_date:
         warnings.append("the chat template writes today's date; a fixed one is rendered, so that tokens stay the same")

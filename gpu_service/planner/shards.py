@@ -20,6 +20,7 @@ from gpu_service.domain.planned_data import (
     FLAGS_FILE,
     MASK_FILE,
     OFFSETS_FILE,
+    REJECTED_FILE,
     SHARD_FILE,
     TOKENS_FILE,
     PlannedDataDamaged,
@@ -27,24 +28,27 @@ from gpu_service.domain.planned_data import (
 )
 from gpu_service.domain.spec import DatasetReference
 from gpu_service.planner.chat_template import ChatTemplate
+from gpu_service.planner.encoding import ExampleEncoder, split_batches
 from gpu_service.planner.progress import Progress
-from gpu_service.planner.rendering import Rendered
+from gpu_service.planner.rendering import Rendered, RenderedPair
 from gpu_service.planner.rows import RowError, find_blob, malformed, read_rows
 from gpu_service.planner.staging import stage_directory
 from gpu_service.planner.tokenizer import TextTokenizer
 
 # Raise it when the same row would come to other tokens or another mask.
-CODE_VERSION = 2
-_BATCH_EXAMPLES = 256
-_BATCH_CHARACTERS = 1 << 20
+CODE_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSettings:
-    """What decides the tokens of a row, beside the row. `template` is the Jinja text in use, None if there is none."""
+    """What decides the tokens of a row, beside the row.
+
+    `template` is the Jinja text in use, None if there is none; `tool_template` that for rows with tools, if another.
+    """
 
     tokenizer_digest: str
     template: str | None
+    tool_template: str | None
     max_length: int
     loss_on: str
 
@@ -76,7 +80,7 @@ class ShardMaker:
         self._blobs_directory = blobs_directory
         self._tokens_directory = tokens_directory
         self._settings = settings
-        self._tokenizer = tokenizer
+        self._encoder = ExampleEncoder(tokenizer, loss_on_all=settings.loss_on == "all", max_length=settings.max_length)
         self._chat = chat
         self._progress = progress
 
@@ -92,39 +96,41 @@ class ShardMaker:
         return TokenShard(target)
 
     def _write(self, staged: Path, blob: Path, reference: DatasetReference) -> None:
-        offsets, flags = array("Q", [0]), bytearray()
+        offsets, flags, rejected = array("Q", [0]), bytearray(), array("I")
+        has_pairs = dataset_formats.REGISTRY[reference.format].is_preference
         dropped: dict[str, int] = {}
         digest = hashlib.sha256()
         with ExitStack() as files:
             tokens_file = files.enter_context((staged / TOKENS_FILE).open("wb"))
             mask_file = files.enter_context((staged / MASK_FILE).open("wb"))
-            for batch in _batches(self._render_rows(blob, reference)):
-                encoded = self._tokenizer.encode(
-                    batch,
-                    loss_on_all=self._settings.loss_on == "all",
-                    max_length=self._settings.max_length,
-                )
-                for tokens, mask, cut in encoded:
-                    if 1 not in mask:
-                        dropped["no_target_tokens"] = dropped.get("no_target_tokens", 0) + 1
+            for batch in split_batches(self._render_rows(blob, reference)):
+                for example in self._encoder.encode(batch):
+                    if example.dropped_reason:
+                        dropped[example.dropped_reason] = dropped.get(example.dropped_reason, 0) + 1
                         continue
-                    tokens_file.write(tokens.tobytes())
-                    mask_file.write(mask)
-                    digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes() + mask)
-                    offsets.append(offsets[-1] + len(tokens))
-                    flags.append(int(cut))
+                    tokens = example.tokens.tobytes()
+                    tokens_file.write(tokens)
+                    mask_file.write(example.mask)
+                    digest.update(len(example.tokens).to_bytes(8, "little") + tokens + example.mask)
+                    if has_pairs:
+                        rejected.append(example.rejected_start)
+                        digest.update(example.rejected_start.to_bytes(8, "little"))
+                    offsets.append(offsets[-1] + len(example.tokens))
+                    flags.append(int(example.truncated))
                 self._progress.advance(len(batch))
         (staged / OFFSETS_FILE).write_bytes(offsets.tobytes())
         (staged / FLAGS_FILE).write_bytes(flags)
+        (staged / REJECTED_FILE).write_bytes(rejected.tobytes())
         facts = {
             "num_examples": len(flags),
             "num_tokens": offsets[-1],
+            "has_pairs": has_pairs,
             "dropped": dropped,
             "content_digest": digest.hexdigest(),
         }
         (staged / SHARD_FILE).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
 
-    def _render_rows(self, blob: Path, reference: DatasetReference) -> Iterator[Rendered]:
+    def _render_rows(self, blob: Path, reference: DatasetReference) -> Iterator[Rendered | RenderedPair]:
         render: Any = importlib.import_module(dataset_formats.REGISTRY[reference.format].builder).render
         for line, row in read_rows(blob, reference):
             try:
@@ -134,20 +140,6 @@ class ShardMaker:
             except Refusal as refusal:
                 refusal.details.update(dataset_id=str(reference.dataset_id), line=str(line))
                 raise
-
-
-def _batches(rendered: Iterator[Rendered]) -> Iterator[list[Rendered]]:
-    """Groups that are large enough to tokenize in parallel and small enough to hold."""
-    batch: list[Rendered] = []
-    characters = 0
-    for item in rendered:
-        batch.append(item)
-        characters += len(item.text)
-        if len(batch) == _BATCH_EXAMPLES or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _is_whole(directory: Path) -> bool:

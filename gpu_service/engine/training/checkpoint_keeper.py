@@ -14,6 +14,7 @@ from gpu_service.domain.planned_data import PlannedData
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.training import certificate, checkpoint, retention
 from gpu_service.engine.training.certificate import Certificate, Environment
+from gpu_service.engine.training.objectives import Objective
 from gpu_service.engine.training.probe import measure_probe
 from gpu_service.engine.training.progress import TrainingProgress
 from tunesmith.common.v1 import event_pb2, file_pb2, training_spec_pb2
@@ -31,6 +32,7 @@ class CheckpointKeeper:
     optimizer: Any
     scaler: Any
     data: PlannedData
+    objective: Objective
     device: torch.device
     reporter: Reporter
 
@@ -111,7 +113,7 @@ class CheckpointKeeper:
         return certificate.measure(
             model=self.unwrapped_model,
             optimizer=self.optimizer,
-            probe_loss=measure_probe(self.model, self.data, self.device),
+            probe_loss=measure_probe(self.model, self.data, self.objective, self.device),
             environment=Environment.here(
                 device=self.device, compute_dtype=quantization.compute_dtype, quantization=quantization.method
             ),

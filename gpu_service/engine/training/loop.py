@@ -7,7 +7,6 @@ finite number ends the run before it reaches the weights.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,9 +20,11 @@ from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure, library_versions
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
-from gpu_service.engine.training.batches import collate, split
+from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit, collate, split
 from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
-from gpu_service.engine.training.losses import LossTally, as_json, finite, sum_by_row
+from gpu_service.engine.training.flat_attention import attending_within_sequences
+from gpu_service.engine.training.losses import LossTally, as_json, finite
+from gpu_service.engine.training.objectives import Objective
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.schedule import Schedule
 from gpu_service.journal.events import failure
@@ -42,6 +43,9 @@ class TrainingLoop:
     optimizer: Any
     data: PlannedData
     settings: training_spec_pb2.Hyperparameters
+    objective: Objective
+    # What a forward pass holds from now on. A step is the same step whatever it is.
+    limit: MicroBatchLimit
     examples_per_epoch: int
     checkpoints: CheckpointKeeper
     progress: TrainingProgress
@@ -69,7 +73,8 @@ class TrainingLoop:
         self.model.train()
         self.device.start_counting()
         try:
-            stopped_early = self._train()
+            with attending_within_sequences(self.model):
+                stopped_early = self._train()
         except StopRequested as stop:
             self.reporter.enter_stopping()
             if stop.mode is StopMode.CHECKPOINT:
@@ -100,24 +105,10 @@ class TrainingLoop:
 
     def _step(self, step: int) -> None:
         start = time.monotonic()
-        references = self.data.step_examples(step)
-        size = self.settings.batch.micro_batch_examples or len(references)
-        batches = [collate(self.data, part) for part in split(references, size)]
-        num_targets = sum(batch.num_target_tokens for batch in batches)
         learning_rate = self._schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        by_row = []
-        for batch in batches:
-            # Each pass' gradient is of its sum of nats over the whole step's targets: passes of any size add up to the
-            # mean over the step.
-            nats, rows = sum_by_row(self.model, batch.to(self.accelerator.device))
-            self.accelerator.backward(nats / max(num_targets, 1))
-            by_row.append(rows)
-        tally = LossTally.empty()
-        for batch, rows in zip(batches, by_row, strict=True):
-            tally.add(batch, rows.tolist(), self.data.sources)
-        norm = self._clip()
+        batches, tally, norm = self._accumulate(step)
         # With a gradient scaler (float16) an infinite gradient is how it finds its scale: it skips the update itself.
         usable = math.isfinite(tally.mean) and (math.isfinite(norm) or self.accelerator.scaler is not None)
         if usable:
@@ -129,37 +120,58 @@ class TrainingLoop:
             self.progress.training_seconds += seconds
             for batch in batches:
                 self.progress.count(batch, self.examples_per_epoch)
-        self._report(
-            step, tally, norm, learning_rate, seconds, sum(batch.num_tokens for batch in batches), len(references)
-        )
+        self._report(step, batches, tally, norm, learning_rate, seconds)
         if not usable:
             raise self._not_finite(step)
 
-    def _clip(self) -> float:
+    def _accumulate(self, step: int) -> tuple[list[MicroBatch], LossTally, float]:
+        """The gradient of a step, its losses and the gradient's norm. May be begun again until the update is made."""
+        self.optimizer.zero_grad(set_to_none=True)
+        batches = [collate(self.data, part) for part in split(self.data, self.data.step_examples(step), self.limit)]
+        weights = [self.objective.weights(batch) for batch in batches]
+        whole = max(sum(map(sum, weights)), 1)
+        values = []
+        for batch in batches:
+            outcome = self.objective.forward(self.model, batch.to(self.accelerator.device))
+            # Each pass' gradient is of its sum over the weight of the whole step: passes of any size add up to the
+            # gradient of the step's mean.
+            self.accelerator.backward(outcome.total / whole)
+            values.append(outcome.values)
+        norm = self._clip()
+        # The only place of a step where the host waits for the device.
+        *rows, (measured_norm, *_) = torch.cat([*values, norm.double().expand(1, values[0].shape[1])]).tolist()
+        tally = LossTally()
+        for batch, weight in zip(batches, weights, strict=True):
+            tally.add(batch, weight, rows[: len(weight)], self.data.sources)
+            del rows[: len(weight)]
+        return batches, tally, measured_norm
+
+    def _clip(self) -> torch.Tensor:
         limit = self.settings.optimizer.max_gradient_norm
         # A limit of 0 switches clipping off; the norm is measured all the same.
-        norm = self.accelerator.clip_grad_norm_(self._trainable, limit if limit > 0 else math.inf)
-        return float(norm)
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self._trainable, limit if limit > 0 else math.inf)
+        return norm
 
     def _report(
         self,
         step: int,
+        batches: list[MicroBatch],
         tally: LossTally,
         norm: float,
         learning_rate: float,
         seconds: float,
-        num_tokens: int,
-        num_examples: int,
     ) -> None:
         self._recent_seconds.append(seconds)
         mean_seconds = sum(self._recent_seconds) / len(self._recent_seconds)
-        traits = tally.by_trait()
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        traits, datasets = tally.by_trait(), tally.by_dataset()
         event = event_pb2.StepEvent(
             step=step + 1,
             total_steps=self.data.num_steps,
             epoch=self.data.epoch_of_step(step + 1),
             loss=finite(tally.mean),
             trait_losses=traits,
+            dataset_losses=datasets,
             learning_rate=learning_rate,
             gradient_norm=finite(norm),
             num_tokens=num_tokens,
@@ -168,13 +180,14 @@ class TrainingLoop:
             step_seconds=seconds,
             peak_memory_bytes=self.device.peak_bytes(),
             remaining_seconds=mean_seconds * (self.data.num_steps - step - 1),
-            num_examples=num_examples,
+            num_examples=sum(len(batch.sources) for batch in batches),
         )
         self.progress.steps.append(
             {
                 "step": event.step,
                 "loss": finite(tally.mean),
                 "trait_losses": as_json(traits),
+                "dataset_losses": as_json(datasets),
                 "learning_rate": learning_rate,
                 "gradient_norm": finite(norm),
                 "num_tokens": num_tokens,
@@ -199,21 +212,3 @@ class TrainingLoop:
 
 def _is_due(steps_done: int, interval: int) -> bool:
     return interval > 0 and steps_done % interval == 0
-
-
-def make_accelerator(device: torch.device, compute_dtype: torch.dtype) -> Any:
-    """An Accelerator for one run on `device`, in mixed precision unless `compute_dtype` is float32.
-
-    accelerate keeps one state a process and refuses another precision; an engine outlives a run, so the state of the
-    run before is cleared first.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    # accelerate takes the machine's first device unless its environment names one.
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[compute_dtype]
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)

@@ -11,8 +11,10 @@ import torch
 
 from gpu_service.domain.planned_data import ExampleReference, PlannedData
 from gpu_service.engine.training.batches import collate
-from gpu_service.engine.training.losses import LossTally, finite, sum_by_row
+from gpu_service.engine.training.flat_attention import attending_within_sequences
+from gpu_service.engine.training.losses import finite
 from gpu_service.engine.training.modes import measuring
+from gpu_service.engine.training.objectives import Objective
 
 # Enough to see a model that is another one, and little beside a training step.
 _MAX_EXAMPLES = 4
@@ -31,15 +33,15 @@ def choose_probe(data: PlannedData) -> list[ExampleReference]:
     return chosen
 
 
-def measure_probe(model: Any, data: PlannedData, device: torch.device) -> float | None:
-    """Mean nats per target token over the probe; None when that is not a finite number.
+def measure_probe(model: Any, data: PlannedData, objective: Objective, device: torch.device) -> float | None:
+    """The objective's mean over the probe; None when that is not a finite number.
 
     One example a pass: no pass is larger than the smallest that training can have.
     """
-    tally = LossTally.empty()
-    with measuring(model):
+    loss, weight = 0.0, 0
+    with measuring(model), attending_within_sequences(model):
         for reference in choose_probe(data):
             batch = collate(data, [reference])
-            _, by_row = sum_by_row(model, batch.to(device))
-            tally.add(batch, by_row.tolist(), data.sources)
-    return finite(tally.mean)
+            loss += objective.forward(model, batch.to(device)).values[0, 0].item()
+            weight += sum(objective.weights(batch))
+    return finite(loss / weight)

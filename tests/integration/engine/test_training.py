@@ -156,7 +156,7 @@ def test_what_a_run_says(workspace: Workspace, run_in_process: Any) -> None:
 
 
 def test_micro_batches_add_up_to_the_batch(workspace: Workspace, run_in_process: Any) -> None:
-    """Four passes of four, weighted by target tokens, train as one pass over sixteen padded examples does."""
+    """Four passes of four, weighted by target tokens, train as one pass over all sixteen does."""
     logs = [
         run_in_process(
             workspace.make_run(

@@ -67,6 +67,14 @@ def hyper(**values: Any) -> dict[str, Any]:
     return make_spec(hyperparameters=values)
 
 
+def pairs(*, formats: tuple[str, ...] = ("preference",) * 3, **changes: Any) -> dict[str, Any]:
+    """A spec of preference pairs; `formats` are those of the two trained datasets and of the one held out."""
+    datasets = [
+        {"dataset_id": at, "format": format, "num_examples": "60"} for at, format in enumerate(formats, start=1)
+    ]
+    return make_spec(**{"datasets": datasets, "hyperparameters": {"objective": "dpo"}, **changes})
+
+
 REFUSALS: list[tuple[str, dict[str, Any], BaseModel | None, Device, str, str, str]] = [
     ("type", make_spec(training_type="dora"), None, CPU, "TRAINING_TYPE_UNKNOWN", "training_type", ""),
     (
@@ -272,6 +280,35 @@ REFUSALS: list[tuple[str, dict[str, Any], BaseModel | None, Device, str, str, st
         "datasets",
         "",
     ),
+    ("dpo-full", pairs(training_type="full"), None, CPU, "COMBINATION_NOT_ALLOWED", "hyperparameters.objective", ""),
+    (
+        "dpo-loss",
+        pairs(hyperparameters={"objective": "dpo", "loss_on": "all"}),
+        None,
+        CPU,
+        "COMBINATION_NOT_ALLOWED",
+        "hyperparameters.loss_on",
+        "",
+    ),
+    (
+        "dpo-text",
+        pairs(formats=("preference", "text", "preference")),
+        None,
+        CPU,
+        "COMBINATION_NOT_ALLOWED",
+        "hyperparameters.objective",
+        "",
+    ),
+    (
+        "dpo-held-out",
+        pairs(formats=("preference", "preference", "text")),
+        None,
+        CPU,
+        "COMBINATION_NOT_ALLOWED",
+        "hyperparameters.objective",
+        "",
+    ),
+    ("sft-pairs", pairs(hyperparameters={}), None, CPU, "COMBINATION_NOT_ALLOWED", "hyperparameters.objective", ""),
 ]
 
 
@@ -289,6 +326,29 @@ def test_refusals(
     assert (refusal.reason, refusal.stage, refusal.fault) == (reason, stage, Fault.USER)
     assert refusal.field.endswith(field)
     assert refusal.message
+
+
+def test_preference_pairs_say_what_to_set() -> None:
+    with pytest.raises(Refusal, match=r"set hyperparameters\.objective to 'dpo'") as caught:
+        plan(pairs(hyperparameters={"objective": "sft"}))
+    assert caught.value.details == {"dataset_id": "1"}
+    with pytest.raises(Refusal, match="dataset 3 has format 'text'"):
+        plan(pairs(formats=("preference", "preference", "text")))
+
+
+@pytest.mark.parametrize("training_type", ["qlora", "lora"])
+def test_preference_pairs_train_adapters(training_type: str) -> None:
+    planned = plan(pairs(training_type=training_type))
+    assert planned.hyperparameters.objective == "dpo"
+    assert planned.hyperparameters.dpo is not None
+
+
+def test_every_format_but_pairs_goes_into_one_mix() -> None:
+    planned = plan(pairs(formats=("sharegpt", "instruction", "text"), hyperparameters={"dpo": {"beta": 0.2}}))
+    assert "instruction data is rendered with the chat template as one user turn and one assistant turn" in (
+        planned.warnings
+    )
+    assert "the dpo settings mean nothing for objective 'sft'" in planned.warnings
 
 
 def test_a_mismatch_says_both_types() -> None:
