@@ -5,6 +5,7 @@ MEMORY_MEASURED events tell it; what the driver, its libraries and the allocator
 `overhead_bytes`, and the sum is what a device must have. A CPU has one number for both: the process' resident memory.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -115,7 +116,9 @@ def estimate_memory(
         weights_bytes=weights,
         adapter_bytes=trained if trains_adapter else 0,
         gradients_bytes=trained,
-        optimizer_bytes=optimizer.state_bytes_per_parameter * num_trainable_parameters,
+        optimizer_bytes=0
+        if optimizer.is_paged
+        else math.ceil(optimizer.state_bytes_per_parameter * num_trainable_parameters),
         activations_bytes=max(beside - trained, 0),
         overhead_bytes=_CPU_PROCESS_BYTES if device_type == "cpu" else _CUDA_CONTEXT_BYTES,
         analytic_bytes=0,

@@ -140,10 +140,19 @@ class Workspace:
 
     def open_data(self, data_digest: str) -> PlannedData:
         """The data of a run that was planned here."""
+        return PlannedData.open(self.find_plan(data_digest))
+
+    def find_plan(self, data_digest: str) -> Path:
+        """The plan directory of a run that was planned here."""
         for path in self.cache_directory.rglob("plan.json"):
             if json.loads(path.read_text())["data_digest"] == data_digest:
-                return PlannedData.open(path.parent)
+                return path.parent
         raise AssertionError("the run's plan is not in the cache")
+
+    def resume_point(self, run_directory: Path, step: int) -> dict[str, Any]:
+        """`resume` of a run.json: the checkpoint that an earlier run wrote after `step` steps."""
+        name = f"step-{step:08d}"
+        return {"checkpoint_directory": str(run_directory / "checkpoints" / name), "checkpoint": name, "step": step}
 
     def make_spec(
         self,

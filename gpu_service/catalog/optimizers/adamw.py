@@ -9,4 +9,5 @@ ENTRY = OptimizerEntry(
     state_bytes_per_parameter=8,
     # The square roots of all second moments at once.
     step_bytes_per_parameter=4,
+    devices=("cuda", "cpu"),
 )
