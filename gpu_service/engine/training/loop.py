@@ -24,6 +24,7 @@ from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
 from gpu_service.engine.training.flat_attention import attending_within_sequences
 from gpu_service.engine.training.losses import LossTally
 from gpu_service.engine.training.objectives import Objective
+from gpu_service.engine.training.out_of_memory import PassSize
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.schedule import Schedule
 from gpu_service.engine.training.step_report import StepFacts, StepReport, as_history
@@ -45,7 +46,7 @@ class TrainingLoop:
     settings: training_spec_pb2.Hyperparameters
     objective: Objective
     # What a forward pass holds from now on. A step is the same step whatever it is.
-    limit: MicroBatchLimit
+    pass_size: PassSize
     examples_per_epoch: int
     checkpoints: CheckpointKeeper
     progress: TrainingProgress
@@ -108,7 +109,12 @@ class TrainingLoop:
         learning_rate = self._schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        batches, tally, norm = self._accumulate(step)
+        batches, tally, norm = self.pass_size.carry_out(
+            lambda limit: self._accumulate(step, limit),
+            self.data.step_examples(step),
+            step=step + 1,
+            undo=lambda: self.optimizer.zero_grad(set_to_none=True),
+        )
         is_finite = math.isfinite(tally.mean) and (math.isfinite(norm) or self.accelerator.scaler is not None)
         updated = self._update(is_finite)
         seconds = time.monotonic() - start
@@ -155,10 +161,10 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         return updated
 
-    def _accumulate(self, step: int) -> tuple[list[MicroBatch], LossTally, float]:
+    def _accumulate(self, step: int, limit: MicroBatchLimit) -> tuple[list[MicroBatch], LossTally, float]:
         """The gradient of a step, its losses and the gradient's norm. May be begun again until the update is made."""
         self.optimizer.zero_grad(set_to_none=True)
-        batches = [collate(self.data, part) for part in split(self.data, self.data.step_examples(step), self.limit)]
+        batches = [collate(self.data, part) for part in split(self.data, self.data.step_examples(step), limit)]
         weights = [self.objective.weights(batch) for batch in batches]
         whole = max(sum(map(sum, weights)), 1)
         values = []

@@ -46,9 +46,7 @@ def _state_of(run: Path, step: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("method", _METHODS)
-def test_any_step_can_be_gone_on_from(
-    method: str, workspace: Workspace, run_in_process: Callable[..., RunLog]
-) -> None:
+def test_any_step_can_be_gone_on_from(method: str, workspace: Workspace, run_in_process: Callable[..., RunLog]) -> None:
     """Twenty steps drawn by a seed, each gone on from with everything made anew."""
     from gpu_service.engine.resident import BaseShelf
 

@@ -1109,7 +1109,9 @@ class MemoryMeasuredEvent(_message.Message):
     """MemoryEstimate.peak_bytes of the run's plan."""
     peak_bytes: _builtins.int
     analytic_bytes: _builtins.int
-    """MemoryEstimate.analytic_bytes of the run's plan."""
+    """MemoryEstimate.analytic_bytes of the run's plan; 0 when the run did not make all passes of its plan (it was stopped
+    or resumed, or ran out of memory), so that nothing can be learned from its peak.
+    """
     def __init__(
         self,
         *,
