@@ -149,7 +149,7 @@ class _Observer:
             self._training = notice["phase"] == "TRAINING"
             if self._training and not self.loaded:
                 self.loaded = self._device.used_bytes()
-        elif self._training:
+        elif self._training and len(self.after_steps) < _STEPS:
             self.after_steps.append(self._device.used_bytes())
             if len(self.after_steps) == _STEPS:
                 self.switch.request(StopMode.CANCEL)
@@ -182,8 +182,7 @@ def _fold(result: Result, payload: event_pb2.EventPayload) -> None:
     if kind == "plan":
         memory = payload.plan.memory
         result.plan = {item.name: getattr(memory, item.name) for item in memory.DESCRIPTOR.fields}
-        # The parts without what the driver and the allocator take for themselves: what the peak counts.
-        result.predicted = memory.total_bytes - memory.overhead_bytes
+        result.predicted = memory.peak_bytes
     elif kind == "step":
         result.measured = max(result.measured, payload.step.peak_memory_bytes)
         result.outcome = "measured" if result.outcome != "ran_out" else "ran_out"
