@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gpu_service.catalog import datasets as dataset_formats
-from gpu_service.catalog import templates
 from gpu_service.catalog.base_models import BaseModel, read_directory
-from gpu_service.catalog.tokenizer_files import read_tokenizer_facts
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
 from gpu_service.domain.counts import count_run, plan_datasets
 from gpu_service.domain.defaults import default_warmup_steps
@@ -29,13 +27,11 @@ from gpu_service.domain.planned_data import (
     TokenShard,
 )
 from gpu_service.domain.spec import TrainingSpec, spec_digest
-from gpu_service.planner.chat_template import ChatTemplate
 from gpu_service.planner.progress import Progress
 from gpu_service.planner.selection import PlannedSource, Selection, compute_data_digest, select
-from gpu_service.planner.shards import ShardMaker, ShardSettings
+from gpu_service.planner.shards import ShardMaker
 from gpu_service.planner.staging import stage_directory
-from gpu_service.planner.tokenizer import TextTokenizer
-from gpu_service.planner.tokenizer_source import load_source
+from gpu_service.planner.toolchain import load_toolchain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,38 +87,30 @@ def _make_maker(
     request: PlanRequest, checked: CheckedPlan, base: BaseModel, stream: TextIO
 ) -> tuple[ShardMaker, list[str], Progress]:
     """What makes shards for this plan, and what is worth knowing about its tokenizer and template."""
-    facts = read_tokenizer_facts(request.model_directory)
     resolved = checked.hyperparameters
-    named = resolved.chat_template
-    template = templates.REGISTRY[named].read_text() if named else facts.chat_template
-    tool_template = None if named else facts.tool_template
-    source = load_source(
-        request.model_directory, facts, config_type=base.config_type, cache_directory=request.cache_directory
+    tools = load_toolchain(
+        base,
+        cache_directory=request.cache_directory,
+        chat_template=resolved.chat_template,
+        max_length=resolved.max_length,
+        loss_on=resolved.loss_on,
     )
-    chat = ChatTemplate(template, source.special_tokens, tool_text=tool_template) if template else None
-    tokenizer = TextTokenizer(source, base.config)
     wanted = {dataset.dataset_id for dataset in checked.datasets}
     references = [reference for reference in request.spec.datasets if reference.dataset_id in wanted]
     progress = Progress(stream, total=sum(reference.num_examples for reference in references))
     maker = ShardMaker(
         blobs_directory=request.blobs_directory,
         tokens_directory=request.cache_directory / "tokens",
-        settings=ShardSettings(
-            tokenizer_digest=source.digest,
-            template=template,
-            tool_template=tool_template,
-            max_length=resolved.max_length,
-            loss_on=resolved.loss_on,
-        ),
-        tokenizer=tokenizer,
-        chat=chat,
+        settings=tools.settings,
+        tokenizer=tools.tokenizer,
+        chat=tools.chat,
         progress=progress,
     )
     documents = [item for item in references if not dataset_formats.REGISTRY[item.format].needs_chat_template]
     warnings = []
-    if chat is not None and chat.uses_date:
+    if tools.chat is not None and tools.chat.uses_date:
         warnings.append("the chat template writes today's date; a fixed one is rendered, so that tokens stay the same")
-    if tokenizer.end_token_id is None and documents:
+    if tools.tokenizer.end_token_id is None and documents:
         warnings.append("the tokenizer names no end of sequence, so no text ends with one")
     return maker, warnings, progress
 

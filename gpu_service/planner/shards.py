@@ -4,18 +4,14 @@ Writes what `domain.planned_data.TokenShard` reads. A shard that is in the cache
 """
 
 import hashlib
-import importlib
 import importlib.metadata
 import json
 from array import array
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gpu_service.catalog import datasets as dataset_formats
-from gpu_service.domain.errors import Refusal
 from gpu_service.domain.planned_data import (
     FLAGS_FILE,
     MASK_FILE,
@@ -30,8 +26,8 @@ from gpu_service.domain.spec import DatasetReference
 from gpu_service.planner.chat_template import ChatTemplate
 from gpu_service.planner.encoding import ExampleEncoder, split_batches
 from gpu_service.planner.progress import Progress
-from gpu_service.planner.rendering import Rendered, RenderedPair
-from gpu_service.planner.rows import RowError, find_blob, malformed, read_rows
+from gpu_service.planner.row_rendering import RowRenderer
+from gpu_service.planner.rows import find_blob, read_rows
 from gpu_service.planner.staging import stage_directory
 from gpu_service.planner.tokenizer import TextTokenizer
 
@@ -98,12 +94,14 @@ class ShardMaker:
     def _write(self, staged: Path, blob: Path, reference: DatasetReference) -> None:
         offsets, flags, rejected = array("Q", [0]), bytearray(), array("I")
         has_pairs = dataset_formats.REGISTRY[reference.format].is_preference
+        renderer = RowRenderer(reference, self._chat)
         dropped: dict[str, int] = {}
         digest = hashlib.sha256()
         with ExitStack() as files:
             tokens_file = files.enter_context((staged / TOKENS_FILE).open("wb"))
             mask_file = files.enter_context((staged / MASK_FILE).open("wb"))
-            for batch in split_batches(self._render_rows(blob, reference)):
+            rendered = (renderer.render(line, row) for line, row in read_rows(blob, reference))
+            for batch in split_batches(rendered):
                 for example in self._encoder.encode(batch):
                     if example.dropped_reason:
                         dropped[example.dropped_reason] = dropped.get(example.dropped_reason, 0) + 1
@@ -129,17 +127,6 @@ class ShardMaker:
             "content_digest": digest.hexdigest(),
         }
         (staged / SHARD_FILE).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
-
-    def _render_rows(self, blob: Path, reference: DatasetReference) -> Iterator[Rendered | RenderedPair]:
-        render: Any = importlib.import_module(dataset_formats.REGISTRY[reference.format].builder).render
-        for line, row in read_rows(blob, reference):
-            try:
-                yield render(row, self._chat)
-            except RowError as error:
-                raise malformed(reference, line, str(error)) from error
-            except Refusal as refusal:
-                refusal.details.update(dataset_id=str(reference.dataset_id), line=str(line))
-                raise
 
 
 def _is_whole(directory: Path) -> bool:
