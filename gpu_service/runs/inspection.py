@@ -27,7 +27,7 @@ class InspectRequest:
 
 
 class Inspection:
-    """One at a time with the node's plans: both tokenize."""
+    """Counting and the node's plans wait for each other, since both tokenize all they can; a look at rows does not."""
 
     def __init__(self, *, files: NodeFiles, models: ModelShelf, blobs: BlobStore, planner: PlannerProcess) -> None:
         self._files = files
@@ -42,7 +42,7 @@ class Inspection:
         what else a plan on these rows would be refused with. Cancelling it kills the planner.
         """
         model = await self._models.read(request.base_model)
-        async with self._planner.turn():
+        async with self._planner.turn(short=not request.count_tokens):
             # Until it was read it must not be deleted to make room.
             missing = await self._blobs.find_missing([str(request.dataset.get("sha256", ""))])
             if missing:

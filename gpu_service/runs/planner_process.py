@@ -1,4 +1,4 @@
-"""The node's one planner at a time, as an exec'd child: a request in, its answer out. It is killed when nobody waits.
+"""The node's planners, as exec'd children: a request in, its answer out. A child is killed when nobody waits for it.
 
 Refuses to read datasets or tokenizers itself, and knows nothing of what is asked.
 """
@@ -27,13 +27,20 @@ class PlannerProcess:
 
     def __init__(self, requests_directory: Path) -> None:
         self._requests_directory = requests_directory
-        # Tokenizing takes all the processor that it can get.
-        self._one_at_a_time = asyncio.Semaphore(1)
+        # Tokenizing takes all the processor that it can get, so one at a time; but a look at some rows is over at once.
+        self._long = asyncio.Semaphore(1)
+        self._short = asyncio.Semaphore(1)
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """No other planner of this server works during the block; who wants one waits."""
-        async with self._one_at_a_time:
+    async def turn(self, *, short: bool = False) -> AsyncIterator[None]:
+        """Wait for and hold the one place for long work, or that for `short` work, which waits for no long one."""
+        async with self._short if short else self._long:
+            yield
+
+    @asynccontextmanager
+    async def at_rest(self) -> AsyncIterator[None]:
+        """No planner of this server works during the block; who wants one waits."""
+        async with self._long, self._short:
             yield
 
     async def ask(self, request: Mapping[str, Any], *, answer: str) -> dict[str, Any]:

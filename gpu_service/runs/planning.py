@@ -86,7 +86,7 @@ class Planning:
     @asynccontextmanager
     async def at_rest(self) -> AsyncIterator[None]:
         """No planner of this server works during the block; calls for one wait."""
-        async with self._planner.turn():
+        async with self._planner.at_rest():
             yield
 
 

@@ -10,7 +10,7 @@ import pytest
 from google.protobuf import json_format
 
 from tests.fakes.datasets import write_blob
-from tests.fakes.gpu_runs import WAIT_SECONDS
+from tests.fakes.gpu_runs import WAIT_SECONDS, wait_for
 from tests.fakes.gpu_server import INSTALLATION, GpuServer, error_info
 from tests.fakes.tiny_models import TinyOptions, place_header_only
 from tunesmith.common.v1 import plan_pb2
@@ -70,6 +70,16 @@ def test_refusals(server: GpuServer) -> None:
         assert error_info(refused.value)[:2] == (code, reason), (fields, refused.value)
         if reason == "DATASET_MALFORMED":
             assert error_info(refused.value)[2]["line"] == "2"
+
+
+def test_a_look_at_rows_does_not_wait_for_long_work(server: GpuServer) -> None:
+    dataset = write(server, [CHAT] * 200_000, "chat-messages")
+    counting = server.runs.InspectDataset.future(ask(server, dataset, count_tokens=True), timeout=WAIT_SECONDS)
+    wait_for(lambda: list((server.data_directory / "requests").iterdir()), what="the long one")
+    assert len(server.runs.InspectDataset(ask(server, dataset), timeout=WAIT_SECONDS).rows) == 2
+    assert not counting.done()
+    counting.cancel()
+    wait_for(lambda: not list((server.data_directory / "requests").iterdir()), what="the long one's end")
 
 
 def test_it_takes_turns_with_plans(server: GpuServer) -> None:
