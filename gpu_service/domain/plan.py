@@ -13,12 +13,14 @@ from gpu_service.catalog.families.entry import FamilyEntry
 from gpu_service.catalog.methods.entry import MethodEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
-from gpu_service.domain.counts import count_run, plan_datasets
+from gpu_service.domain.counts import bound_datasets, bound_run, check_batch
 from gpu_service.domain.defaults import (
     DEFAULT_BATCH_EXAMPLES,
     ResolvedHyperparameters,
+    ResolvedMix,
     apply_defaults,
     check_ranges,
+    default_max_length,
     resolve_mix,
 )
 from gpu_service.domain.device import Device
@@ -41,6 +43,12 @@ __all__ = [
 TOO_LONG_WARNING = (
     "examples of max_length would not fit the device's memory; the exact plan measures the longest there is"
 )
+TOKEN_MIX_WARNING = (
+    "the mix counts tokens, which only the exact plan reads: examples and steps are upper bounds, tokens are not known"
+)
+TOKEN_BATCH_WARNING = "a batch counts tokens, which only the exact plan reads: steps are an upper bound"
+# Said of what the exact plan knows.
+CHECK_WARNINGS = frozenset({TOO_LONG_WARNING, TOKEN_MIX_WARNING, TOKEN_BATCH_WARNING})
 
 
 def resolve(
@@ -81,10 +89,12 @@ def resolve(
     _check_datasets(spec, base_model)
     mix = resolve_mix(spec.mix)
     sources = compute_sources(spec.traits)
-    registered = {reference.dataset_id: reference.num_examples for reference in spec.datasets}
-    planned = plan_datasets(spec.traits, sources, mix, registered)
-    num_epochs, num_steps, total_examples = count_run(
-        given, sum(item.num_examples for item in planned if not item.held_out)
+    max_length = default_max_length(given, base_model.max_position_embeddings)
+    longest = max_length * (2 if given.objective == "dpo" else 1)
+    check_batch(given.batch, longest_tokens=longest, max_length=max_length)
+    planned = bound_datasets(spec.traits, sources, mix, spec.datasets)
+    num_epochs, num_steps, total_examples = bound_run(
+        given, sum(item.num_examples for item in planned if not item.held_out), longest_tokens=longest
     )
     resolved = apply_defaults(
         given,
@@ -129,7 +139,7 @@ def resolve(
         total_examples=total_examples,
         memory=memory,
         spec_digest=spec_digest,
-        warnings=tuple(_list_warnings(spec, base_model, method, resolved, memory, device)),
+        warnings=tuple(_list_warnings(spec, base_model, method, resolved, mix, memory, device)),
     )
 
 
@@ -281,7 +291,7 @@ def _check_lengths(given: Hyperparameters, base_model: BaseModel) -> None:
         )
     micro = given.batch.micro_batch_examples
     examples = given.batch.examples or DEFAULT_BATCH_EXAMPLES
-    if micro is not None and micro > examples:
+    if micro is not None and given.batch.tokens is None and micro > examples:
         raise refuse_user(
             "INVALID_FIELD",
             f"a forward pass of {micro} examples is more than a step of {examples}",
@@ -334,6 +344,7 @@ def _list_warnings(
     base_model: BaseModel,
     method: MethodEntry,
     resolved: ResolvedHyperparameters,
+    mix: ResolvedMix,
     memory: MemoryEstimate,
     device: Device,
 ) -> list[str]:
@@ -363,6 +374,8 @@ def _list_warnings(
             bool(device.total_memory_bytes) and memory.total_bytes > device.total_memory_bytes,
             TOO_LONG_WARNING,
         ),
+        (mix.unit != "examples", TOKEN_MIX_WARNING),
+        (resolved.batch.tokens is not None, TOKEN_BATCH_WARNING),
         (
             bool(device.free_memory_bytes) and memory.standing_bytes > device.free_memory_bytes,
             f"{device.name} has less free memory just now than the run needs",

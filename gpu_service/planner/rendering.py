@@ -22,6 +22,14 @@ class Rendered:
     is_document: bool
 
 
+@dataclass(frozen=True)
+class RenderedPair:
+    """A preference pair: the prompt with either answer. Targets are in the answers, whatever else a run's loss is on."""
+
+    chosen: Rendered
+    rejected: Rendered
+
+
 class ChatRenderer(Protocol):
     """Renders a conversation with the plan's chat template."""
 
