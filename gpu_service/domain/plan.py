@@ -17,7 +17,6 @@ from gpu_service.domain.counts import bound_datasets, bound_run, check_batch
 from gpu_service.domain.defaults import (
     DEFAULT_BATCH_EXAMPLES,
     ResolvedHyperparameters,
-    ResolvedMix,
     apply_defaults,
     check_ranges,
     default_max_length,
@@ -25,12 +24,12 @@ from gpu_service.domain.defaults import (
 )
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
-from gpu_service.domain.memory_estimate import MemoryEstimate, estimate_memory
+from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.mix import compute_sources
+from gpu_service.domain.plan_warnings import list_warnings
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
 
 __all__ = [
-    "TOO_LONG_WARNING",
     "CheckedPlan",
     "DatasetPlan",
     "Device",
@@ -38,17 +37,6 @@ __all__ = [
     "check_fit",
     "resolve",
 ]
-
-# Said at level CHECK only; the exact plan knows the longest example and refuses instead.
-TOO_LONG_WARNING = (
-    "examples of max_length would not fit the device's memory; the exact plan measures the longest there is"
-)
-TOKEN_MIX_WARNING = (
-    "the mix counts tokens, which only the exact plan reads: examples and steps are upper bounds, tokens are not known"
-)
-TOKEN_BATCH_WARNING = "a batch counts tokens, which only the exact plan reads: steps are an upper bound"
-# Said of what the exact plan knows.
-CHECK_WARNINGS = frozenset({TOO_LONG_WARNING, TOKEN_MIX_WARNING, TOKEN_BATCH_WARNING})
 
 
 def resolve(
@@ -74,6 +62,7 @@ def resolve(
     check_ranges(given)
     method = _find_method(spec)
     quantized = _find_quantization(given, method)
+    _check_objective(given, method)
     family = _find_family(spec, base_model)
     optimizer = optimizers.REGISTRY.get(given.optimizer.name or "adamw")
     if optimizer is None:
@@ -139,7 +128,7 @@ def resolve(
         total_examples=total_examples,
         memory=memory,
         spec_digest=spec_digest,
-        warnings=tuple(_list_warnings(spec, base_model, method, resolved, mix, memory, device)),
+        warnings=tuple(list_warnings(spec, base_model, method, resolved, mix, memory, device)),
     )
 
 
@@ -196,6 +185,24 @@ def _find_quantization(given: Hyperparameters, method: MethodEntry) -> Quantizat
             stage="QUANTIZATION",
         )
     return entry
+
+
+def _check_objective(given: Hyperparameters, method: MethodEntry) -> None:
+    if given.objective != "dpo":
+        return
+    if not method.trains_adapter:
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            f"objective 'dpo' compares with the base, which training type {method.id!r} changes; it goes with "
+            + ", ".join(entry.id for entry in methods.REGISTRY.values() if entry.trains_adapter),
+            field="hyperparameters.objective",
+        )
+    if given.loss_on == "all":
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            "objective 'dpo' compares answers: loss_on can only be 'targets'",
+            field="hyperparameters.loss_on",
+        )
 
 
 def _find_family(spec: TrainingSpec, base_model: BaseModel) -> FamilyEntry:
@@ -327,6 +334,18 @@ def _check_datasets(spec: TrainingSpec, base_model: BaseModel) -> None:
                     field="datasets",
                     dataset_id=dataset_id,
                 )
+            if entry.is_preference != (spec.hyperparameters.objective == "dpo"):
+                raise refuse_user(
+                    "COMBINATION_NOT_ALLOWED",
+                    f"dataset {dataset_id} has preference pairs, which are for objective 'dpo': set "
+                    "hyperparameters.objective to 'dpo'"
+                    if entry.is_preference
+                    else f"dataset {dataset_id} has format {entry.id!r}, and objective 'dpo' needs preference pairs in "
+                    "every dataset, also in those held out: leave the dataset out, or set hyperparameters.objective to "
+                    "'sft'",
+                    field="hyperparameters.objective",
+                    dataset_id=dataset_id,
+                )
             if entry.needs_chat_template and not (template or base_model.has_chat_template):
                 raise refuse_user(
                     "CHAT_TEMPLATE_MISSING",
@@ -337,48 +356,3 @@ def _check_datasets(spec: TrainingSpec, base_model: BaseModel) -> None:
                     dataset_id=dataset_id,
                     available=",".join(templates.REGISTRY),
                 )
-
-
-def _list_warnings(
-    spec: TrainingSpec,
-    base_model: BaseModel,
-    method: MethodEntry,
-    resolved: ResolvedHyperparameters,
-    mix: ResolvedMix,
-    memory: MemoryEstimate,
-    device: Device,
-) -> list[str]:
-    """Things worth knowing that refuse nothing."""
-    formats = {reference.format for reference in spec.datasets}
-    smallest = min((min(layer.in_features, layer.out_features) for layer in base_model.linear_layers), default=0)
-    has_template = bool(resolved.chat_template or base_model.has_chat_template)
-    checks = (
-        (spec.training_type != method.id, f"training type {spec.training_type!r} means {method.id!r}"),
-        (
-            not method.trains_adapter and spec.hyperparameters.lora != type(spec.hyperparameters.lora)(),
-            f"the lora settings mean nothing for training type {method.id!r}",
-        ),
-        (
-            resolved.lora is not None and resolved.lora.rank > smallest,
-            f"the adapter's rank is larger than the smallest side of a covered layer ({smallest})",
-        ),
-        (
-            bool(resolved.chat_template) and base_model.has_chat_template,
-            f"catalog template {resolved.chat_template!r} is used in place of the base model's own",
-        ),
-        (
-            "prompt-completion" in formats and has_template,
-            "prompt-completion data is rendered with the chat template as one user turn and one assistant turn",
-        ),
-        (
-            bool(device.total_memory_bytes) and memory.total_bytes > device.total_memory_bytes,
-            TOO_LONG_WARNING,
-        ),
-        (mix.unit != "examples", TOKEN_MIX_WARNING),
-        (resolved.batch.tokens is not None, TOKEN_BATCH_WARNING),
-        (
-            bool(device.free_memory_bytes) and memory.standing_bytes > device.free_memory_bytes,
-            f"{device.name} has less free memory just now than the run needs",
-        ),
-    )
-    return [text for holds, text in checks if holds]

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from gpu_service.catalog import templates
 from gpu_service.catalog.base_models import BaseModel, read_directory
-from gpu_service.catalog.tokenizer_files import read_tokenizer_facts
+from gpu_service.catalog.datasets import REGISTRY
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
 from gpu_service.domain.defaults import default_warmup_steps
 from gpu_service.domain.device import Device
 from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.order import ORDER_VERSION
-from gpu_service.domain.plan import CHECK_WARNINGS, check_fit, resolve
+from gpu_service.domain.plan import check_fit, resolve
+from gpu_service.domain.plan_warnings import CHECK_WARNINGS
 from gpu_service.domain.planned_data import (
     DATA_FILE,
     DATA_VERSION,
@@ -30,9 +30,7 @@ from gpu_service.domain.planned_data import (
     TokenShard,
 )
 from gpu_service.domain.spec import TrainingSpec, spec_digest
-from gpu_service.planner.chat_template import ChatTemplate
 from gpu_service.planner.choosing import Chooser, ChosenSource
-from gpu_service.planner.encoding import ExampleEncoder
 from gpu_service.planner.progress import Progress
 from gpu_service.planner.selection import (
     RunSteps,
@@ -43,11 +41,9 @@ from gpu_service.planner.selection import (
     make_steps,
     select,
 )
-from gpu_service.planner.shards import ShardSettings
 from gpu_service.planner.staging import stage_directory
 from gpu_service.planner.token_store import TokenStores
-from gpu_service.planner.tokenizer import TextTokenizer
-from gpu_service.planner.tokenizer_source import load_source
+from gpu_service.planner.toolchain import load_toolchain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,36 +94,24 @@ def _make_stores(
     request: PlanRequest, checked: CheckedPlan, base: BaseModel, stream: TextIO
 ) -> tuple[TokenStores, list[str], Progress]:
     """What gives tokens for this plan, and what is worth knowing about its tokenizer and template."""
-    facts = read_tokenizer_facts(request.model_directory)
     resolved = checked.hyperparameters
-    named = resolved.chat_template
-    template = templates.REGISTRY[named].read_text() if named else facts.chat_template
-    source = load_source(
-        request.model_directory, facts, config_type=base.config_type, cache_directory=request.cache_directory
-    )
-    chat = ChatTemplate(template, source.special_tokens) if template else None
-    tokenizer = TextTokenizer(source, base.config)
-    progress = Progress(stream, total=sum(dataset.num_examples for dataset in checked.datasets))
-    settings = ShardSettings(
-        tokenizer_digest=source.digest,
-        template=template,
+    tools = load_toolchain(
+        base,
+        cache_directory=request.cache_directory,
+        chat_template=resolved.chat_template,
         max_length=resolved.max_length,
         loss_on=resolved.loss_on,
     )
+    progress = Progress(stream, total=sum(dataset.num_examples for dataset in checked.datasets))
     stores = TokenStores(
-        blobs_directory=request.blobs_directory,
-        cache_directory=request.cache_directory,
-        settings=settings,
-        encoder=ExampleEncoder(tokenizer, loss_on_all=settings.loss_on == "all", max_length=settings.max_length),
-        chat=chat,
-        progress=progress,
+        blobs_directory=request.blobs_directory, cache_directory=request.cache_directory, tools=tools, progress=progress
     )
     wanted = {dataset.dataset_id for dataset in checked.datasets}
-    documents = {reference.format for reference in request.spec.datasets if reference.dataset_id in wanted}
+    formats = [reference.format for reference in request.spec.datasets if reference.dataset_id in wanted]
     warnings = []
-    if chat is not None and chat.uses_date:
+    if tools.chat is not None and tools.chat.uses_date:
         warnings.append("the chat template writes today's date; a fixed one is rendered, so that tokens stay the same")
-    if tokenizer.end_token_id is None and documents - {"chat-messages"}:
+    if tools.tokenizer.end_token_id is None and not all(REGISTRY[name].needs_chat_template for name in formats):
         warnings.append("the tokenizer names no end of sequence, so no text ends with one")
     return stores, warnings, progress
 

@@ -5,29 +5,27 @@ for is never tokenized, but where a plan wants them all.
 """
 
 import hashlib
-import importlib
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from gpu_service.catalog import datasets as dataset_formats
-from gpu_service.domain.errors import Refusal
 from gpu_service.domain.planned_data import PlannedDataDamaged, TokenShard
 from gpu_service.domain.spec import DatasetReference
 from gpu_service.planner.chat_template import ChatTemplate
-from gpu_service.planner.encoding import ExampleEncoder, split_batches
+from gpu_service.planner.encoding import EncodedExample, ExampleEncoder, split_batches
 from gpu_service.planner.progress import Progress
-from gpu_service.planner.rendering import Rendered, RenderedPair
 from gpu_service.planner.row_index import RowIndex, open_index
-from gpu_service.planner.rows import RowError
+from gpu_service.planner.row_rendering import RowRenderer
 from gpu_service.planner.shard_writer import ShardWriter
-from gpu_service.planner.shards import ShardSettings
 from gpu_service.planner.staging import stage_directory
+from gpu_service.planner.toolchain import Toolchain
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,29 +131,17 @@ class RowEncoder:
     """Rows of one dataset to examples, by its format and the plan's template and tokenizer."""
 
     def __init__(self, reference: DatasetReference, encoder: ExampleEncoder, chat: ChatTemplate | None) -> None:
-        entry = dataset_formats.REGISTRY[reference.format]
-        self.has_pairs = entry.is_preference
-        self._render: Any = importlib.import_module(entry.builder).render
-        self._reference = reference
+        self.has_pairs = dataset_formats.REGISTRY[reference.format].is_preference
+        self._renderer = RowRenderer(reference, chat)
         self._encoder = encoder
-        self._chat = chat
 
-    def encode(self, index: RowIndex, rows: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    def encode(self, index: RowIndex, rows: Sequence[int]) -> Iterator[tuple[int, EncodedExample]]:
         """Row and example of each of these, a group of rows in memory at a time."""
         remaining = iter(rows)
-        for batch in split_batches(self._render_row(index, row) for row in rows):
+        for batch in split_batches(
+            self._renderer.render(partial(index.find_line, row), index.read(row)) for row in rows
+        ):
             yield from zip([next(remaining) for _ in batch], self._encoder.encode(batch), strict=True)
-
-    def _render_row(self, index: RowIndex, row: int) -> Rendered | RenderedPair:
-        try:
-            rendered: Rendered | RenderedPair = self._render(index.read(row), self._chat)
-        except RowError as error:
-            raise index.malformed(row, str(error)) from error
-        except Refusal as refusal:
-            line = refusal.details.get("line") or str(index.find_line(row))
-            refusal.details.update(dataset_id=str(self._reference.dataset_id), line=line)
-            raise
-        return rendered
 
 
 class TokenStores:
@@ -166,16 +152,16 @@ class TokenStores:
         *,
         blobs_directory: Path,
         cache_directory: Path,
-        settings: ShardSettings,
-        encoder: ExampleEncoder,
-        chat: ChatTemplate | None,
+        tools: Toolchain,
         progress: Progress,
     ) -> None:
         self._blobs_directory = blobs_directory
         self._cache_directory = cache_directory
-        self._settings = settings
-        self._encoder = encoder
-        self._chat = chat
+        self._settings = tools.settings
+        self._encoder = ExampleEncoder(
+            tools.tokenizer, loss_on_all=tools.settings.loss_on == "all", max_length=tools.settings.max_length
+        )
+        self._chat = tools.chat
         self._progress = progress
         self._indices: dict[str, RowIndex] = {}
         self._stack = ExitStack()
