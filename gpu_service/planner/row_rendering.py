@@ -1,7 +1,7 @@
 """A row rendered by the builder of its format, with dataset and line in every refusal. Knows no format's rules."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gpu_service.catalog import datasets as dataset_formats
@@ -20,14 +20,22 @@ class RowRenderer:
         builder: Any = importlib.import_module(dataset_formats.REGISTRY[reference.format].builder)
         self._render = builder.render
 
-    def render(self, line: int, row: Mapping[str, Any]) -> Rendered | RenderedPair:
-        """Raises `Refusal`: DATASET_MALFORMED, or what the chat template is refused with, naming dataset and line."""
+    def render(self, line: int | Callable[[], int], row: Mapping[str, Any]) -> Rendered | RenderedPair:
+        """`line` is the row's, or what finds it, which is called for a refusal alone.
+
+        Raises `Refusal`: DATASET_MALFORMED, or what the chat template is refused with, naming dataset and line.
+        """
         try:
             rendered: Rendered | RenderedPair = self._render(row, self._chat)
         except RowError as error:
-            raise malformed(self._reference, line, str(error)) from error
+            raise malformed(self._reference, _find(line), str(error)) from error
         except Refusal as refusal:
-            refusal.details.update(dataset_id=str(self._reference.dataset_id), line=str(line))
-            refusal.message = f"dataset {self._reference.dataset_id}, line {line}: {refusal.message}"
+            number = _find(line)
+            refusal.details.update(dataset_id=str(self._reference.dataset_id), line=str(number))
+            refusal.message = f"dataset {self._reference.dataset_id}, line {number}: {refusal.message}"
             raise
         return rendered
+
+
+def _find(line: int | Callable[[], int]) -> int:
+    return line() if callable(line) else line

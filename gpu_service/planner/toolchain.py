@@ -7,7 +7,7 @@ from gpu_service.catalog import templates
 from gpu_service.catalog.base_models import BaseModel
 from gpu_service.catalog.tokenizer_files import read_tokenizer_facts
 from gpu_service.planner.chat_template import ChatTemplate
-from gpu_service.planner.shards import ShardSettings
+from gpu_service.planner.shard_settings import ShardSettings
 from gpu_service.planner.tokenizer import TextTokenizer
 from gpu_service.planner.tokenizer_source import load_source
 
