@@ -1,14 +1,21 @@
-"""Chooses the nodes that can be asked about a base model: to plan, to render rows. Dispatches nothing."""
+"""Chooses the nodes that can be asked about a base model while a caller waits: to plan, to render rows. Dispatches
+nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from control_service.app.models import models_by_name
-from control_service.app.ports import NodeClient, NodeDirectory
+from control_service.app.ports import Clock, NodeClient, NodeDirectory
 from control_service.domain.errors import FailedPrecondition
 from control_service.domain.node import NodeView
 from control_service.domain.queue_policy import can_train
+
+
+def time_left(timeout_seconds: float | None, clock: Clock) -> Callable[[], float | None]:
+    """Gives what is left of a time that begins now; None when there is no end to it."""
+    start = clock.monotonic_seconds()
+    return lambda: None if timeout_seconds is None else max(0.0, timeout_seconds - (clock.monotonic_seconds() - start))
 
 
 async def nodes_with_model(base_model: str, nodes: NodeDirectory) -> Sequence[tuple[str, NodeClient]]:

@@ -9,7 +9,7 @@ from typing import Any
 from control_service.app.blob_push import blobs_of_spec, push_missing_blobs
 from control_service.app.idempotency import RequestKey, earlier_reference, once
 from control_service.app.lookups import datasets_of, job_of, project_of
-from control_service.app.model_nodes import node_with_model, nodes_with_model
+from control_service.app.model_nodes import node_with_model, nodes_with_model, time_left
 from control_service.app.ports import BlobStore, Clock, EventCodec, IdSource, NodeDirectory, PlanLevel
 from control_service.app.queue import views_of
 from control_service.app.store_ports import Store, Transaction
@@ -42,7 +42,7 @@ async def plan_training(
     """Resolves a project on a node that has its base; pushing its data counts into `timeout_seconds`. NotFound
     PROJECT_NOT_FOUND; FailedPrecondition NO_NODE, MODEL_NOT_FOUND (`available_models`, `nodes`); DeadlineTooShort
     DEADLINE_TOO_SHORT; else what the node refuses with."""
-    left = _time_left(timeout_seconds, clock)
+    left = time_left(timeout_seconds, clock)
     _, spec = await store.read(lambda tx: _snapshot(tx, project_id))
     name, client = await node_with_model(spec.base_model, nodes)
     if level is PlanLevel.EXACT:
@@ -67,7 +67,7 @@ async def start_training(
     """Stores a job in state QUEUED. Fails as `plan_training` at level CHECK does, and then writes no job; with no node
     reachable, or none that answers within `timeout_seconds`, the job waits and is checked when it is dispatched."""
     now = clock.utc_now()
-    left = _time_left(timeout_seconds, clock)
+    left = time_left(timeout_seconds, clock)
 
     def earlier_or_snapshot(tx: Transaction) -> JobView | TrainingSpec:
         reference = earlier_reference(tx, request)
@@ -152,12 +152,6 @@ def _snapshot(tx: Transaction, project_id: int) -> tuple[Project, TrainingSpec]:
     project = project_of(tx, project_id)
     datasets = datasets_of(tx, dataset_ids(project.draft.traits))
     return project, project.spec([dataset.reference() for dataset in datasets])
-
-
-def _time_left(timeout_seconds: float | None, clock: Clock) -> Callable[[], float | None]:
-    """Gives what is left of a time that begins now; None when there is no end to it."""
-    start = clock.monotonic_seconds()
-    return lambda: None if timeout_seconds is None else max(0.0, timeout_seconds - (clock.monotonic_seconds() - start))
 
 
 async def _check_plan(spec: TrainingSpec, nodes: NodeDirectory, left: Callable[[], float | None]) -> None:
