@@ -1,9 +1,9 @@
-"""Files of datasets: every format in every compression, how each is told by its bytes, and where each one's troubles are."""
+"""Files of datasets: every format in every compression, how each is told by its bytes, where its troubles are."""
 
 from __future__ import annotations
 
+import bz2
 import datetime
-import gzip
 import io
 import json
 from decimal import Decimal
@@ -73,7 +73,7 @@ def test_an_object_around_the_rows_is_json_and_a_row_is_not() -> None:
         (b"\xff\xfet\x00e\x00x\x00t\x00", "UTF-16"),
         (b"\x00\x00\xfe\xff", "UTF-32"),
         (b"\x89PNG\r\n\x1a\n\x00\x00", "neither JSON, CSV nor Parquet"),
-        (gzip.compress(gzip.compress(b'{"text": "a"}\n') + b"\x00"), "neither JSON, CSV nor Parquet"),
+        (bz2.compress(bz2.compress(b'{"text": "a"}\n') + b"\x00"), "neither JSON, CSV nor Parquet"),
         (b"garbage\nrow\n", "the columns (garbage) are those of no known shape"),
         (b"prompt;completion\na;b\n", "prompt;completion"),
     ],
