@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gpu_service.catalog.base_models import BaseModel, LinearLayer
-from gpu_service.domain.memory_passes import PassShape
+from gpu_service.domain.memory_passes import LargestPasses, PassShape
 
 _FLOAT32 = 4
 # Logits in float32, the log-probabilities that are saved, and their gradient stand together for a moment.
@@ -61,12 +61,14 @@ class StepShape:
     device_type: str
 
 
-def peak_beside_state(shape: StepShape, passes: Iterable[PassShape], *, accumulates: bool) -> int:
+def peak_beside_state(shape: StepShape, passes: LargestPasses) -> int:
     """Most bytes at any moment of a step beside weights, adapter and optimizer state; gradients are in it."""
     trained = _FLOAT32 * shape.num_trainable_parameters
     peaks = [trained + shape.step_bytes_per_parameter * shape.num_trainable_parameters]
-    for one in passes:
-        peaks += _pass_peaks(shape, one, trained, already_bytes=trained if accumulates else 0)
+    for one in passes.shapes:
+        peaks += _pass_peaks(shape, one, trained, already_bytes=trained if passes.accumulates else 0)
+    if passes.evaluated is not None:
+        peaks.append(_evaluation_peak(shape, passes.evaluated))
     return max(peaks) + (_WORKSPACE_BYTES if shape.device_type == "cuda" else 0)
 
 
@@ -93,6 +95,14 @@ def _pass_peaks(shape: StepShape, one: PassShape, trained: int, *, already_bytes
         # Embeddings that share the head's matrix get their gradient in a piece of its own, at the very end.
         peaks.append(trained + head_gradient + layer + working)
     return peaks
+
+
+def _evaluation_peak(shape: StepShape, one: PassShape) -> int:
+    """Without gradients there is the layer in hand, and at the end the logits with their log-probabilities."""
+    base = shape.base
+    stream = one.tokens * base.hidden_size * shape.precision.residual_bytes
+    logits = one.targets * base.vocabulary_size * (2 * _FLOAT32 + shape.precision.compute_bytes)
+    return 2 * stream + max(2 * _working_bytes(shape, one), logits + _head_cast_bytes(shape))
 
 
 def saved_by_layer(shape: StepShape, one: PassShape) -> int:

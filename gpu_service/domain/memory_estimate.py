@@ -110,7 +110,7 @@ def estimate_memory(
         step_bytes_per_parameter=optimizer.step_bytes_per_parameter,
         device_type=device_type,
     )
-    beside = peak_beside_state(shape, passes.shapes, accumulates=passes.accumulates)
+    beside = peak_beside_state(shape, passes)
     weights = _weights_bytes(base, resolved, quantization, held_bytes)
     estimate = MemoryEstimate(
         weights_bytes=weights,

@@ -32,6 +32,8 @@ class LargestPasses:
         self._max_examples = batch.micro_batch_examples or batch.examples
         self._max_tokens = batch.micro_batch_tokens or batch.tokens
         self._frontier: list[PassShape] = []
+        # The largest pass of an evaluation, which keeps nothing for a backward pass.
+        self.evaluated: PassShape | None = None
         # Gradients of a step's earlier passes stand while a later one is made.
         self.accumulates = False
 
@@ -49,6 +51,13 @@ class LargestPasses:
             return
         self._frontier = [known for known in self._frontier if not _covers(shape, known)]
         self._frontier.append(shape)
+
+    def add_evaluation(self, longest_tokens: int) -> None:
+        """Passes of held-out examples that may be as long as this; 0: there are none."""
+        tokens = longest_tokens * (self._max_examples or 1)
+        if self._max_tokens is not None:
+            tokens = max(longest_tokens, min(tokens if self._max_examples else self._max_tokens, self._max_tokens))
+        self.evaluated = PassShape(tokens, tokens, longest_tokens) if tokens else None
 
     @property
     def shapes(self) -> Sequence[PassShape]:

@@ -5,6 +5,7 @@ device, and knows nothing of library versions that are bad in themselves: the se
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from gpu_service.catalog import datasets as dataset_formats
 from gpu_service.catalog import families, methods, optimizers, quantization, templates
@@ -14,25 +15,25 @@ from gpu_service.catalog.methods.entry import MethodEntry
 from gpu_service.catalog.optimizers.entry import OptimizerEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
-from gpu_service.domain.counts import count_run, plan_datasets
+from gpu_service.domain.counts import bound_datasets, bound_run, check_batch
 from gpu_service.domain.defaults import (
     DEFAULT_BATCH_EXAMPLES,
     ResolvedHyperparameters,
     apply_defaults,
     check_ranges,
+    default_max_length,
     resolve_mix,
 )
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
-from gpu_service.domain.memory_calibration import UNCALIBRATED, Calibration
+from gpu_service.domain.memory_calibration import UNCALIBRATED, Calibration, kind_of_run
 from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.memory_passes import largest_possible
 from gpu_service.domain.mix import compute_sources
-from gpu_service.domain.plan_warnings import TOO_LONG_WARNING, list_warnings
+from gpu_service.domain.plan_warnings import list_warnings
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
 
 __all__ = [
-    "TOO_LONG_WARNING",
     "CheckedPlan",
     "DatasetPlan",
     "Device",
@@ -49,12 +50,12 @@ def resolve(
     versions: Mapping[str, str] | None = None,
     *,
     spec_digest: str = "",
-    calibration: Calibration = UNCALIBRATED,
+    calibrations: Mapping[str, Calibration] = MappingProxyType({}),
 ) -> CheckedPlan:
     """The plan at level CHECK: pure, no torch, no data.
 
     `versions` are the installed distributions by name; None or empty when not known. Counts come from the registered
-    number of examples; `calibration` is what the device's node measured of such runs.
+    number of examples; `calibrations` are what the device's node measured, by kind of run.
 
     Raises `Refusal` with the reason, the field, and the loading stage that it would have broken:
     TRAINING_TYPE_UNKNOWN, QUANTIZATION_UNKNOWN, COMBINATION_NOT_ALLOWED, MODEL_TYPE_UNKNOWN, MODEL_TYPE_MISMATCH,
@@ -77,10 +78,12 @@ def resolve(
     _check_datasets(spec, base_model)
     mix = resolve_mix(spec.mix)
     sources = compute_sources(spec.traits)
-    registered = {reference.dataset_id: reference.num_examples for reference in spec.datasets}
-    planned = plan_datasets(spec.traits, sources, mix, registered)
-    num_epochs, num_steps, total_examples = count_run(
-        given, sum(item.num_examples for item in planned if not item.held_out)
+    max_length = default_max_length(given, base_model.max_position_embeddings)
+    longest = max_length * (2 if given.objective == "dpo" else 1)
+    check_batch(given.batch, longest_tokens=longest, max_length=max_length)
+    planned = bound_datasets(spec.traits, sources, mix, spec.datasets)
+    num_epochs, num_steps, total_examples = bound_run(
+        given, sum(item.num_examples for item in planned if not item.held_out), longest_tokens=longest
     )
     resolved = apply_defaults(
         given,
@@ -94,6 +97,16 @@ def resolve(
     trainable = base_model.num_parameters
     if resolved.lora is not None:
         trainable = sum(resolved.lora.rank * (layer.in_features + layer.out_features) for layer in covered)
+    kind = kind_of_run(
+        training_type=method.id,
+        quantization=quantized.id,
+        compute_dtype=resolved.quantization.compute_dtype,
+        model_type=family.id,
+        optimizer=optimizer.id,
+        gradient_checkpointing=resolved.gradient_checkpointing,
+        objective=resolved.objective,
+        device_name=device.name if device.type == "cuda" else device.type,
+    )
     memory = estimate_memory(
         base_model,
         resolved,
@@ -103,7 +116,7 @@ def resolve(
         num_trainable_parameters=trainable,
         passes=largest_possible(resolved.batch, resolved.max_length),
         device_type=device.type,
-        calibration=calibration,
+        calibration=calibrations.get(kind, UNCALIBRATED),
     )
     # The data's length is not known yet: only what is needed whatever its length can refuse here.
     check_fit(memory.standing_bytes, device)
@@ -126,8 +139,9 @@ def resolve(
         num_steps=num_steps,
         total_examples=total_examples,
         memory=memory,
+        kind_of_run=kind,
         spec_digest=spec_digest,
-        warnings=tuple(list_warnings(spec, base_model, method, resolved, memory, device)),
+        warnings=tuple(list_warnings(spec, base_model, method, resolved, mix, memory, device)),
     )
 
 
@@ -317,7 +331,7 @@ def _check_lengths(given: Hyperparameters, base_model: BaseModel) -> None:
         )
     micro = given.batch.micro_batch_examples
     examples = given.batch.examples or DEFAULT_BATCH_EXAMPLES
-    if micro is not None and micro > examples:
+    if micro is not None and given.batch.tokens is None and micro > examples:
         raise refuse_user(
             "INVALID_FIELD",
             f"a forward pass of {micro} examples is more than a step of {examples}",
