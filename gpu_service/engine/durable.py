@@ -83,6 +83,11 @@ def delete(directory: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def half_deleted(directory: Path) -> list[Path]:
+    """What `delete` had begun with below `directory` when its process died."""
+    return sorted(directory.glob(f"{_DELETING_PREFIX}*"))
+
+
 def sync(path: Path) -> None:
     """Fsync a file or directory."""
     descriptor = os.open(path, os.O_RDONLY)

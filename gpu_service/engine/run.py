@@ -7,7 +7,7 @@ events and the memory are the caller's (`ending`). Contains no training step and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -42,6 +42,7 @@ class Run:
     switch: StopSwitch
     reporter: Reporter
     planner_command: Sequence[str]
+    make_session: Callable[..., Session] = Session
     key: BaseKey | None = None
     method: ModuleType | None = None
     loaded: Loaded | None = None
@@ -61,7 +62,7 @@ class Run:
         self.reporter.emit(plan)
         self.switch.check()
         loaded, method = self._load(plan)
-        Session(
+        self.make_session(
             request=self.request,
             plan=plan,
             data=data,

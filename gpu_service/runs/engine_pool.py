@@ -26,7 +26,6 @@ from gpu_service.runs.engine import Engine
 from gpu_service.runs.inference_stream import Generation, draining, lost
 from gpu_service.runs.run import Run
 from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, kill_shim, spawn
-from gpu_service.runs.signal import Signal
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
 from gpu_service.shim.records import ExitRecord
 
@@ -84,8 +83,8 @@ class EnginePool:
         self._sending: set[asyncio.Task[None]] = set()
         # Whoever changes which engine a device has holds the device's lock.
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        # Fires when an engine is done with a generation.
-        self.generation_over = Signal()
+        # Called when an engine is done with a generation.
+        self.on_generation_over: Callable[[], None] = lambda: None
 
     def engine_of(self, run: Run) -> Engine | None:
         return next((engine for engine in self._engines.values() if engine.run is run), None)
@@ -252,7 +251,7 @@ class EnginePool:
         status, signal = (ending.status, ending.signal) if ending else (None, None)
         _log.info("engine-ended", engine=engine.id, status=status, signal=signal, **ids)
         engine.lose_generations(draining() if engine.leaving else lost("the engine ended"))
-        self.generation_over.fire()
+        self.on_generation_over()
         if self._engines.get(engine.device_id) is engine:
             del self._engines[engine.device_id]
         self._watches.pop(engine.id, None)
@@ -279,7 +278,7 @@ class EnginePool:
             engine.take_generated(message)
             engine.leaving = engine.leaving or bool(message.get("ends_engine"))
             if message.get("done"):
-                self.generation_over.fire()
+                self.on_generation_over()
             return
         if message["type"] == "run_finished":
             engine.last_finished = str(message["run_directory"])

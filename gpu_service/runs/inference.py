@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from gpu_service.runs.admission import Admission
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.engine_pool import EnginePool, EngineStartFailed
 from gpu_service.runs.inference_stream import GeneratedPart, Generation, busy, draining
+from gpu_service.runs.manager import RunManager
 from gpu_service.runs.node_files import NodeFiles
 from gpu_service.runs.planning import Planning
 from gpu_service.runs.run_files import blob_not_found
@@ -55,7 +56,7 @@ class InferenceDesk:
         ledger: MemoryLedger,
         blobs: BlobStore,
         pool: EnginePool,
-        is_draining: Callable[[], bool],
+        manager: RunManager,
     ) -> None:
         self._files = files
         self._planning = planning
@@ -63,7 +64,7 @@ class InferenceDesk:
         self._ledger = ledger
         self._blobs = blobs
         self._pool = pool
-        self._is_draining = is_draining
+        self._manager = manager
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedPart, None]:
@@ -98,7 +99,7 @@ class InferenceDesk:
             self._spawn(self._clean_up(generation, placing), f"clean-{generation_id}")
 
     def _refuse_when_draining(self) -> None:
-        if self._is_draining():
+        if self._manager.draining:
             raise draining()
 
     async def _check_adapter(self, files: Sequence[AdapterFile]) -> None:
@@ -120,28 +121,31 @@ class InferenceDesk:
         }
         ends_at = time.monotonic() + _PATIENCE_SECONDS
         while True:
-            over = self._pool.generation_over.current()
+            changed = self._manager.changed.current()
             self._refuse_when_draining()
             if generation.is_settled:
                 return
-            free = [
-                device
-                for device in await self._admission.devices()
-                if not device.quarantine_reason and self._is_free(device)
-            ]
-            if not free:
+            usable = [device for device in await self._admission.devices() if not device.quarantine_reason]
+            soon = [device for device in usable if self._is_free(device) or self._is_free_soon(device)]
+            if not soon:
                 raise busy("every device of this node has a run")
-            # Where the base is already; else where nobody is put out.
-            for device in sorted(free, key=lambda device: not self._pool.keeps(device.id, wanted)):
+            # Where the base is already, if there is a choice.
+            for device in sorted(
+                filter(self._is_free, soon), key=lambda device: not self._pool.keeps(device.id, wanted)
+            ):
                 if await self._lend(generation, request, held, device, wanted):
                     return
             seconds = ends_at - time.monotonic()
             if seconds <= 0:
-                raise busy("every free device of this node answers somebody else")
-            await wait_for(over, seconds)
+                raise busy("every device of this node that has no run answers somebody else")
+            await wait_for(changed, seconds)
 
     def _is_free(self, device: Device) -> bool:
         return self._ledger.holder_of(device.id) is None
+
+    def _is_free_soon(self, device: Device) -> bool:
+        holder = self._ledger.holder_of(device.id)
+        return holder is not None and self._manager.is_leaving(holder)
 
     async def _lend(
         self,

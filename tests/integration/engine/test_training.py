@@ -144,11 +144,10 @@ def test_what_a_run_says(workspace: Workspace, run_in_process: Any) -> None:
     assert [name for name, status in checkpoints if status == event_pb2.CHECKPOINT_STATUS_COMMITTED] == [
         f"step-{step:08d}" for step in (1, 2, 3, 4)
     ]
-    assert [name for name, status in checkpoints if status == event_pb2.CHECKPOINT_STATUS_DELETED] == [
-        "step-00000001",
-        "step-00000002",
-    ]
-    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+    # The second is the best by held-out loss.
+    assert [name for name, status in checkpoints if status == event_pb2.CHECKPOINT_STATUS_DELETED] == ["step-00000001"]
+    kept = sorted(path.name for path in (directory / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000003", "step-00000004"]
     metrics = json.loads((directory / "artifacts/report/metrics.json").read_text())
     assert [step["loss"] for step in metrics["steps"]] == [event.loss for event in log.of("step")]
     assert (directory / "artifacts/report/loss.png").read_bytes().startswith(b"\x89PNG")
@@ -157,7 +156,7 @@ def test_what_a_run_says(workspace: Workspace, run_in_process: Any) -> None:
 
 
 def test_micro_batches_add_up_to_the_batch(workspace: Workspace, run_in_process: Any) -> None:
-    """Four passes of four, weighted by target tokens, train as one pass over sixteen padded examples does."""
+    """Four passes of four, weighted by target tokens, train as one pass over all sixteen does."""
     logs = [
         run_in_process(
             workspace.make_run(
@@ -212,8 +211,13 @@ def test_loss_that_is_not_finite_fails_the_run(workspace: Workspace, run_in_proc
     assert log.states == ["RUNNING", "FAILED"]
     failure = log.of("run_state")[-1].failure
     assert failure.reason == errors_pb2.ERROR_REASON_NON_FINITE_LOSS
-    assert [event.code for event in log.of("warning")] == ["non-finite-loss"]
+    warnings = log.of("warning")
+    assert {event.code for event in warnings} == {"non-finite-loss"}
+    # The base's held-out loss by trait, then the step.
+    assert [event.trait_type for event in warnings] == ["arithmetic", "coding", ""]
+    assert warnings[-1].message == failure.message
     (step,) = log.of("step")
+    assert step.skipped
     assert not step.HasField("loss")
     assert not any(value.HasField("loss") for value in step.trait_losses)
     assert not log.of("checkpoint")
