@@ -45,7 +45,10 @@ class StartRequest:
 
 
 class RunManager:
-    """All runs of this node. `changed` fires whenever a run's state, phase or files change, the node's own state, or what its engines keep."""
+    """All runs of this node.
+
+    `changed` fires whenever a run's state, phase or files change, the node's own state, or what its engines keep.
+    """
 
     def __init__(
         self,
