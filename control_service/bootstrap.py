@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final
 
 import grpc
@@ -161,6 +162,7 @@ def _runtime_config(settings: Settings) -> RuntimeConfig:
         retention=RetentionConfig(
             release_runs=settings.release_runs,
             replicate_checkpoint_max_bytes=settings.replicate_checkpoint_max_bytes,
+            events=timedelta(days=settings.event_retention_days),
         ),
     )
 

@@ -65,6 +65,10 @@ class Settings(BaseSettings):
         _GIBIBYTE // 2, ge=0, description="largest checkpoint that is copied into control's store; 0: none"
     )
 
+    event_retention_days: float = Field(
+        0.0, ge=0, le=36500, description="events of jobs over for longer are deleted, but for the last; 0: never"
+    )
+
     @property
     def output_directory(self) -> Path:
         """The output root that holds."""

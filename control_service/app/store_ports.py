@@ -103,6 +103,9 @@ class JobRepository(Protocol):
     def in_states(self, states: Collection[JobState]) -> Sequence[Job]:
         """Every job in one of the states, oldest first."""
 
+    def find_compactable(self, *, ended_before: datetime) -> Job | None:
+        """A job that was over before a time and whose log still has more than its last event."""
+
     def count_live_of_project(self, project_id: int) -> int: ...
 
     def live_job_ids_of_dataset(self, dataset_id: int) -> Sequence[str]: ...
@@ -128,6 +131,9 @@ class EventLog(Protocol):
 
     def bounds(self, job_id: str) -> tuple[int, int]:
         """(oldest kept sequence or 0, newest sequence)."""
+
+    def compact(self, job_id: str, *, before_sequence: int, limit: int) -> int:
+        """Deletes the oldest events before a sequence, at most `limit`; gives how many. The rest has no gap."""
 
 
 class CheckpointRepository(Protocol):

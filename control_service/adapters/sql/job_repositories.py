@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from datetime import datetime
 
 import sqlalchemy as sa
 
@@ -79,6 +80,18 @@ class SqlJobs:
         table = schema.jobs
         names = [state.value for state in states]
         return self._jobs(sa.select(table).where(table.c.state.in_(names)).order_by(table.c.job_id))
+
+    def find_compactable(self, *, ended_before: datetime) -> Job | None:
+        """See the port."""
+        table, events = schema.jobs, schema.events
+        has_more = sa.exists().where(events.c.job_id == table.c.job_id, events.c.sequence < table.c.last_sequence)
+        statement = (
+            sa.select(table)
+            .where(table.c.state.not_in(_LIVE), table.c.end_time < ended_before, has_more)
+            .order_by(table.c.job_id)
+            .limit(1)
+        )
+        return next(iter(self._jobs(statement)), None)
 
     def count_live_of_project(self, project_id: int) -> int:
         """See the port."""
