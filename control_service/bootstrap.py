@@ -16,7 +16,7 @@ from control_service.adapters.blobs.store import DiskBlobStore
 from control_service.adapters.clock import SystemClock, system_ids
 from control_service.adapters.event_codec import ProtoEventCodec
 from control_service.adapters.gpu_client.client import GrpcNodeDialer, NodeClientConfig
-from control_service.adapters.sql.store import SqlStore
+from control_service.adapters.sql.store import DATABASE_NAME, SqlStore
 from control_service.api.artifacts import ArtifactServicer
 from control_service.api.datasets import DatasetServicer
 from control_service.api.dependencies import Dependencies, EdgeConfig
@@ -44,7 +44,6 @@ from tunesmith.control.v1 import (
     project_service_pb2_grpc,
 )
 
-DATABASE_NAME: Final = "control.sqlite"
 _LAST_ANSWERS_SECONDS: Final = 1.0
 
 
