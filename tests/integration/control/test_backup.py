@@ -11,8 +11,9 @@ import pytest
 
 from control_service import main as process
 from control_service.data_directory import locked
-from tests.fakes.control import Client, control, is_state
+from tests.fakes.control import Client, control, is_state, is_step
 from tests.fakes.gpu_node import FakeGpuNode
+from tests.fakes.run_script import NUM_STEPS
 from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import artifact_service_pb2, dataset_service_pb2
 
@@ -110,3 +111,24 @@ async def test_what_would_not_be_whole_is_refused(
     # The same directory, made whole again.
     assert run("backup", "--data-directory", data, "--to", backup) == 0
     assert run("restore", "--from", backup, "--data-directory", restored) == 0
+
+
+async def test_a_job_that_was_live_goes_on_from_the_backup(tmp_path: Path, node: FakeGpuNode) -> None:
+    data, backup, restored = tmp_path / "control", tmp_path / "backup", tmp_path / "restored"
+    node.hold_at_step = 2
+    async with _served(data, node) as client:
+        dataset = await client.upload("rows")
+        project = await client.create_project(dataset_id=dataset.dataset_id)
+        job_id = (await client.start_training(project.project_id)).job_id
+        before = await client.until_event(job_id, is_step(1))
+        assert run("backup", "--data-directory", data, "--to", backup) == 0
+        await client.until_event(job_id, is_step(2))
+    assert run("restore", "--from", backup, "--data-directory", restored) == 0
+    await node.release()
+    async with _served(restored, node) as client:
+        events = await client.until_event(job_id, is_state(event_pb2.JOB_STATE_SUCCEEDED))
+        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+        assert events[: len(before)] == before
+        steps = [event.payload.step.step for event in events if event.kind == event_pb2.EVENT_KIND_STEP]
+        assert steps == list(range(1, NUM_STEPS + 1))
+        assert len(node.started) == 1
