@@ -90,7 +90,7 @@ class Application:
 
 async def build(settings: Settings) -> Application:
     """Everything, wired and bound to its port, with nothing running. Taken: the port is another process's."""
-    calls = CallInterceptor(config=CallConfig())
+    calls = CallInterceptor(config=CallConfig(stalled_reader_seconds=settings.stalled_reader_seconds))
     server = grpc.aio.server(
         interceptors=[calls],
         options=SERVER_OPTIONS,

@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     max_watches: int = Field(4096, ge=1, le=4096, description="most watches of jobs at once")
     heartbeat_seconds: float = Field(15.0, gt=0, le=3600, description="a quiet watch gets a heartbeat this often")
     upload_idle_seconds: float = Field(60.0, gt=0, le=3600, description="a silent upload is cut off after this long")
+    stalled_reader_seconds: float = Field(
+        60.0, gt=0, le=3600, description="a caller that takes nothing of a stream for this long is cut off"
+    )
     node_lease_seconds: float = Field(30.0, gt=0, le=3600, description="a silent node is unreachable after this long")
     node_heartbeat_seconds: float = Field(5.0, gt=0, le=600, description="how often nodes are asked to report")
     release_runs: bool = Field(True, description="let nodes delete what control has of jobs that are over")
