@@ -73,7 +73,8 @@ class TcpProxy:
         for connection in connections:
             for writer in (connection.client, connection.upstream):
                 endpoint = writer.get_extra_info("socket")
-                if endpoint is not None:
+                # One that ended by itself just now has no descriptor any more.
+                if endpoint.fileno() >= 0:
                     endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 writer.transport.abort()
         return len(connections)
