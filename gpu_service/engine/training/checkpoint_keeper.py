@@ -38,6 +38,10 @@ class CheckpointKeeper:
 
     def __post_init__(self) -> None:
         self._saved_step = 0
+        quantization = self.settings.quantization
+        self._environment = Environment.here(
+            device=self.device, compute_dtype=quantization.compute_dtype, quantization=quantization.method
+        )
 
     def resume(self, directory: Path) -> TrainingProgress:
         """Go on from a checkpoint and tell of it. Raises RunFailure RESUME_MISMATCH."""
@@ -109,14 +113,11 @@ class CheckpointKeeper:
             )
 
     def _measure(self) -> Certificate:
-        quantization = self.settings.quantization
         return certificate.measure(
             model=self.unwrapped_model,
             optimizer=self.optimizer,
             probe_loss=measure_probe(self.model, self.data, self.objective, self.device),
-            environment=Environment.here(
-                device=self.device, compute_dtype=quantization.compute_dtype, quantization=quantization.method
-            ),
+            environment=self._environment,
         )
 
 
