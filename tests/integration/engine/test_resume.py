@@ -142,14 +142,15 @@ def _corrupt_weight(tensors: dict[str, Any]) -> None:
     tensors[min(tensors)].view(-1)[0] += 1e-3
 
 
-def _make_cold(checkpoint: Path) -> None:
+def _make_cold(tensors: dict[str, Any]) -> None:
     """The moments of an optimizer that has never stepped, under the names of those that have."""
-    _edit_tensors("optimizer.safetensors", lambda tensors: [tensor.zero_() for tensor in tensors.values()])(checkpoint)
+    for tensor in tensors.values():
+        tensor.zero_()
 
 
 _CORRUPTIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "second-moment": (_edit_tensors("optimizer.safetensors", _corrupt_second_moment), "optimizer_sha256"),
-    "cold-optimizer": (_make_cold, "optimizer_sha256"),
+    "cold-optimizer": (_edit_tensors("optimizer.safetensors", _make_cold), "optimizer_sha256"),
     "weight": (_edit_tensors("weights.safetensors", _corrupt_weight), "weights_sha256"),
     "other-data": (_edit_manifest(data_digest="0" * 64), "data_digest"),
     "other-spec": (_edit_manifest(spec_digest="1" * 64), "spec_digest"),
