@@ -74,7 +74,7 @@ class CheckpointKeeper:
             return
         self.reporter.enter_phase("SAVING")
         start = time.monotonic()
-        held_out = _take_held_out(progress)
+        held_out = take_held_out(progress)
         measured = self._measure()
         saved = checkpoint.save(
             self.directory,
@@ -121,7 +121,7 @@ class CheckpointKeeper:
         )
 
 
-def _take_held_out(progress: TrainingProgress) -> checkpoint.HeldOut:
+def take_held_out(progress: TrainingProgress) -> checkpoint.HeldOut:
     """The newest held-out loss of the training, and whether it is the lowest that a checkpoint of it had so far.
 
     What was measured on the base, before the first step, is no checkpoint's.
