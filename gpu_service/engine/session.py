@@ -18,9 +18,11 @@ from gpu_service.engine.precision import DTYPES
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.request import RunRequest
 from gpu_service.engine.stopping import StopSwitch
-from gpu_service.engine.training import checkpoint, random_state
+from gpu_service.engine.training import random_state
 from gpu_service.engine.training.accelerator import make_accelerator
 from gpu_service.engine.training.batches import MicroBatchLimit
+from gpu_service.engine.training.checkpoint import Identity
+from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
 from gpu_service.engine.training.evaluation import as_history, evaluate
 from gpu_service.engine.training.generate import answer, stop_token_ids
 from gpu_service.engine.training.loop import TrainingLoop
@@ -64,11 +66,24 @@ class Session:
         )
         self._objective = make_objective(settings)
         self._limit = MicroBatchLimit.of(settings.batch, loaded.config)
-        self._identity = checkpoint.Identity(
-            data_digest=plan.data_digest,
-            weights_digest=self._request.weights_digest,
-            training_type=plan.training_type,
-            num_steps=data.num_steps,
+        self._checkpoints = CheckpointKeeper(
+            directory=request.checkpoints_directory,
+            identity=Identity(
+                data_digest=plan.data_digest,
+                spec_digest=request.spec_digest,
+                weights_digest=request.weights_digest,
+                training_type=plan.training_type,
+                num_steps=data.num_steps,
+            ),
+            settings=settings,
+            model=self._model,
+            unwrapped_model=self._accelerator.unwrap_model(self._model),
+            optimizer=self._optimizer,
+            scaler=self._accelerator.scaler,
+            data=data,
+            objective=self._objective,
+            device=device.torch_device,
+            reporter=reporter,
         )
         self._stop_ids = stop_token_ids(self._request.model_directory, loaded.base, loaded.tokenizer)
         self._progress = TrainingProgress()
@@ -76,7 +91,7 @@ class Session:
     def train(self) -> None:
         """From the base's losses to the artifacts."""
         if self._request.resume is not None:
-            self._resume()
+            self._progress = self._checkpoints.resume(self._request.resume.directory)
         else:
             self._switch.check()
             self._measure(event_pb2.EVALUATION_MOMENT_BASE)
@@ -92,9 +107,8 @@ class Session:
             settings=self._plan.resolved,
             objective=self._objective,
             limit=self._limit,
-            identity=self._identity,
             examples_per_epoch=self._plan.examples_per_epoch,
-            checkpoints_directory=self._request.checkpoints_directory,
+            checkpoints=self._checkpoints,
             progress=self._progress,
             device=self._device,
             switch=self._switch,
@@ -106,22 +120,6 @@ class Session:
         self._measure(event_pb2.EVALUATION_MOMENT_FINAL)
         self._answer_samples(event_pb2.EVALUATION_MOMENT_FINAL)
         self._save(stopped_early)
-
-    def _resume(self) -> None:
-        resume = self._request.resume
-        assert resume is not None
-        self._progress = checkpoint.restore(
-            resume.directory,
-            identity=self._identity,
-            model=self._loaded.model,
-            optimizer=self._optimizer,
-            scaler=self._accelerator.scaler,
-        )
-        self._reporter.emit(
-            event_pb2.ResumedEvent(
-                from_step=self._progress.steps_done, checkpoint=checkpoint.name_of(self._progress.steps_done)
-            )
-        )
 
     def _measure(self, moment: event_pb2.EvaluationMoment.ValueType) -> None:
         if not any(source.held_out for source in self._data.sources):

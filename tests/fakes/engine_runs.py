@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from google.protobuf import json_format
+
 from gpu_service.catalog import base_models
 from gpu_service.domain.planned_data import PlannedData
 from gpu_service.journal import Reader
 from tests.fakes import datasets, tiny_models
-from tunesmith.common.v1 import event_pb2
+from tunesmith.common.v1 import event_pb2, plan_pb2
 
 # Two traits, one of chat and one of completions, each with held-out data; short, so that a step is quick.
 _CHAT = [
@@ -145,6 +147,18 @@ class Workspace:
                 return PlannedData.open(path.parent)
         raise AssertionError("the run's plan is not in the cache")
 
+    def find_plan(self, plan: plan_pb2.Plan) -> Path:
+        """The directory of a plan that was made here."""
+        for path in self.cache_directory.rglob("plan.json"):
+            if json_format.Parse(path.read_text(), plan_pb2.Plan()) == plan:
+                return path.parent
+        raise AssertionError("the plan is not in the cache")
+
+    def resume_point(self, run_directory: Path, step: int) -> dict[str, Any]:
+        """`resume` of a run.json: the checkpoint that an earlier run wrote after `step` steps."""
+        name = f"step-{step:08d}"
+        return {"checkpoint_directory": str(run_directory / "checkpoints" / name), "checkpoint": name, "step": step}
+
     def make_spec(
         self,
         base_model: str,
@@ -248,3 +262,24 @@ def read_log(run_directory: Path) -> RunLog:
                 payloads.append(event_pb2.EventPayload.FromString(record.decode().payload))
                 sequence = record.run_sequence
     return RunLog(payloads=payloads)
+
+
+class StopAfterStep:
+    """The `notify` of a run in this process that asks its `switch` for a checkpoint stop once a step was told."""
+
+    def __init__(self, run_directory: Path, step: int) -> None:
+        from gpu_service.engine.stopping import StopSwitch
+
+        self.switch = StopSwitch()
+        self._journal = run_directory / "journal"
+        self._step = step
+
+    def __call__(self, notice: Mapping[str, Any]) -> None:
+        from gpu_service.engine.stopping import StopMode
+
+        if notice["type"] != "journal":
+            return
+        with Reader(self._journal) as reader:
+            (record,) = reader.read(notice["run_sequence"] - 1, limit=1)
+        if event_pb2.EventPayload.FromString(record.decode().payload).step.step == self._step:
+            self.switch.request(StopMode.CHECKPOINT)

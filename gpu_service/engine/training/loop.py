@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure, library_versions
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
-from gpu_service.engine.training import checkpoint
 from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit, collate, split
+from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
 from gpu_service.engine.training.flat_attention import attending_within_sequences
 from gpu_service.engine.training.losses import LossTally
 from gpu_service.engine.training.objectives import Objective
@@ -29,7 +28,7 @@ from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.schedule import Schedule
 from gpu_service.engine.training.step_report import StepFacts, StepReport, as_history
 from gpu_service.journal.events import failure
-from tunesmith.common.v1 import event_pb2, file_pb2, training_spec_pb2
+from tunesmith.common.v1 import event_pb2, training_spec_pb2
 
 # What becomes of a step whose loss or gradient is not finite, by the project's policy: whether training goes on.
 _GOES_ON = {"stop": False, "skip": True}
@@ -47,9 +46,8 @@ class TrainingLoop:
     objective: Objective
     # What a forward pass holds from now on. A step is the same step whatever it is.
     limit: MicroBatchLimit
-    identity: checkpoint.Identity
     examples_per_epoch: int
-    checkpoints_directory: Path
+    checkpoints: CheckpointKeeper
     progress: TrainingProgress
     device: Device
     switch: StopSwitch
@@ -66,7 +64,6 @@ class TrainingLoop:
         )
         self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._step_report = StepReport(data=self.data)
-        self._saved_step = self.progress.steps_done
 
     def run(self) -> bool:
         """Train to the end and save. True when the time limit ended it early.
@@ -197,38 +194,8 @@ class TrainingLoop:
         return message
 
     def save(self) -> None:
-        """Commit a checkpoint of the steps done, unless it is there; then delete the oldest beyond the setting."""
-        if self.progress.steps_done == self._saved_step:
-            return
-        self.reporter.enter_phase("SAVING")
-        start = time.monotonic()
-        saved = checkpoint.save(
-            self.checkpoints_directory,
-            identity=self.identity,
-            model=self.accelerator.unwrap_model(self.model),
-            optimizer=self.optimizer,
-            scaler=self.accelerator.scaler,
-            progress=self.progress,
-        )
-        self._saved_step = self.progress.steps_done
-        self.reporter.emit(
-            event_pb2.CheckpointEvent(
-                name=saved.name,
-                step=saved.step,
-                status=event_pb2.CHECKPOINT_STATUS_COMMITTED,
-                size_bytes=saved.size_bytes,
-                manifest_sha256=saved.manifest_sha256,
-                files=[
-                    file_pb2.FileReference(path=stored.path, sha256=stored.sha256, size_bytes=stored.size_bytes)
-                    for stored in saved.files
-                ],
-                seconds=time.monotonic() - start,
-            )
-        )
-        for name, step in checkpoint.prune(self.checkpoints_directory, self.settings.keep_checkpoints):
-            self.reporter.emit(
-                event_pb2.CheckpointEvent(name=name, step=step, status=event_pb2.CHECKPOINT_STATUS_DELETED)
-            )
+        """Commit a checkpoint of the steps done, unless it is there. Raises RunFailure."""
+        self.checkpoints.save(self.progress)
 
 
 def _is_due(steps_done: int, interval: int) -> bool:
