@@ -14,23 +14,23 @@ from gpu_service.catalog.methods.entry import MethodEntry
 from gpu_service.catalog.optimizers.entry import OptimizerEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
-from gpu_service.domain.counts import count_run, plan_datasets
+from gpu_service.domain.counts import bound_datasets, bound_run, check_batch
 from gpu_service.domain.defaults import (
     DEFAULT_BATCH_EXAMPLES,
     ResolvedHyperparameters,
     apply_defaults,
     check_ranges,
+    default_max_length,
     resolve_mix,
 )
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.mix import compute_sources
-from gpu_service.domain.plan_warnings import TOO_LONG_WARNING, list_warnings
+from gpu_service.domain.plan_warnings import list_warnings
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
 
 __all__ = [
-    "TOO_LONG_WARNING",
     "CheckedPlan",
     "DatasetPlan",
     "Device",
@@ -72,10 +72,12 @@ def resolve(
     _check_datasets(spec, base_model)
     mix = resolve_mix(spec.mix)
     sources = compute_sources(spec.traits)
-    registered = {reference.dataset_id: reference.num_examples for reference in spec.datasets}
-    planned = plan_datasets(spec.traits, sources, mix, registered)
-    num_epochs, num_steps, total_examples = count_run(
-        given, sum(item.num_examples for item in planned if not item.held_out)
+    max_length = default_max_length(given, base_model.max_position_embeddings)
+    longest = max_length * (2 if given.objective == "dpo" else 1)
+    check_batch(given.batch, longest_tokens=longest, max_length=max_length)
+    planned = bound_datasets(spec.traits, sources, mix, spec.datasets)
+    num_epochs, num_steps, total_examples = bound_run(
+        given, sum(item.num_examples for item in planned if not item.held_out), longest_tokens=longest
     )
     resolved = apply_defaults(
         given,
@@ -120,7 +122,7 @@ def resolve(
         total_examples=total_examples,
         memory=memory,
         spec_digest=spec_digest,
-        warnings=tuple(list_warnings(spec, base_model, method, resolved, memory, device)),
+        warnings=tuple(list_warnings(spec, base_model, method, resolved, mix, memory, device)),
     )
 
 
@@ -310,7 +312,7 @@ def _check_lengths(given: Hyperparameters, base_model: BaseModel) -> None:
         )
     micro = given.batch.micro_batch_examples
     examples = given.batch.examples or DEFAULT_BATCH_EXAMPLES
-    if micro is not None and micro > examples:
+    if micro is not None and given.batch.tokens is None and micro > examples:
         raise refuse_user(
             "INVALID_FIELD",
             f"a forward pass of {micro} examples is more than a step of {examples}",

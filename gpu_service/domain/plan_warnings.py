@@ -2,7 +2,7 @@
 
 from gpu_service.catalog.base_models import BaseModel
 from gpu_service.catalog.methods.entry import MethodEntry
-from gpu_service.domain.defaults import ResolvedHyperparameters
+from gpu_service.domain.defaults import ResolvedHyperparameters, ResolvedMix
 from gpu_service.domain.device import Device
 from gpu_service.domain.memory_estimate import MemoryEstimate
 from gpu_service.domain.spec import TrainingSpec
@@ -11,6 +11,11 @@ from gpu_service.domain.spec import TrainingSpec
 TOO_LONG_WARNING = (
     "examples of max_length would not fit the device's memory; the exact plan measures the longest there is"
 )
+TOKEN_MIX_WARNING = (
+    "the mix counts tokens, which only the exact plan reads: examples and steps are upper bounds, tokens are not known"
+)
+TOKEN_BATCH_WARNING = "a batch counts tokens, which only the exact plan reads: steps are an upper bound"
+CHECK_WARNINGS = frozenset({TOO_LONG_WARNING, TOKEN_MIX_WARNING, TOKEN_BATCH_WARNING})
 
 
 def list_warnings(
@@ -18,6 +23,7 @@ def list_warnings(
     base_model: BaseModel,
     method: MethodEntry,
     resolved: ResolvedHyperparameters,
+    mix: ResolvedMix,
     memory: MemoryEstimate,
     device: Device,
 ) -> list[str]:
@@ -52,6 +58,8 @@ def list_warnings(
             bool(device.total_memory_bytes) and memory.total_bytes > device.total_memory_bytes,
             TOO_LONG_WARNING,
         ),
+        (mix.unit != "examples", TOKEN_MIX_WARNING),
+        (resolved.batch.tokens is not None, TOKEN_BATCH_WARNING),
         (
             bool(device.free_memory_bytes) and memory.standing_bytes > device.free_memory_bytes,
             f"{device.name} has less free memory just now than the run needs",

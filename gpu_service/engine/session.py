@@ -28,6 +28,7 @@ from gpu_service.engine.training.generate import answer, stop_token_ids
 from gpu_service.engine.training.loop import TrainingLoop
 from gpu_service.engine.training.objectives import make_objective
 from gpu_service.engine.training.progress import TrainingProgress
+from gpu_service.engine.training.rises import find_rises
 from tunesmith.common.v1 import event_pb2, plan_pb2
 
 _SAMPLE_TOKENS = 64
@@ -137,6 +138,25 @@ class Session:
         if event is not None:
             self._reporter.emit(event)
             self._progress.evaluations.append(as_history(event))
+            self._warn_of_held_out(event)
+
+    def _warn_of_held_out(self, event: event_pb2.EvaluationEvent) -> None:
+        for value in event.losses:
+            if value.dataset_id and not value.HasField("loss"):
+                self._reporter.warn(
+                    "non-finite-loss",
+                    f"the held-out loss of trait {value.trait_type}, dataset {value.dataset_id} is not a finite number "
+                    f"after step {event.step}",
+                    trait_type=value.trait_type,
+                    dataset_id=value.dataset_id,
+                )
+        for rise in find_rises(self._progress.evaluations, self._plan.resolved.warn_after_rises):
+            self._reporter.warn(
+                "held-out-loss-rising",
+                f"the held-out loss of trait {rise.trait_type} has risen {rise.num_rises} evaluations in a row, from "
+                f"{rise.first:.4f} to {rise.last:.4f}",
+                trait_type=rise.trait_type,
+            )
 
     def _answer_samples(self, moment: event_pb2.EvaluationMoment.ValueType) -> None:
         prompts = self._request.spec.sample_prompts
@@ -219,7 +239,8 @@ class Session:
             total_examples=progress.num_examples,
             total_tokens=progress.num_tokens,
             total_target_tokens=progress.num_target_tokens,
-            data_digest=self._plan.data_digest,
+            # Taken again from the tokens and steps that were read: a run that stopped early has another one.
+            data_digest=self._data.compute_digest(progress.steps_done),
             training_seconds=progress.training_seconds,
             stopped_early=stopped_early,
         )

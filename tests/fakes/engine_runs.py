@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,16 @@ HYPERPARAMETERS: dict[str, Any] = {
     "save_every_steps": 0,
 }
 LORA: dict[str, Any] = {"rank": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraitRows:
+    """A trait with one dataset, and one of held-out rows unless there are none."""
+
+    trait_type: str
+    rows: Sequence[Mapping[str, Any]]
+    held_out: Sequence[Mapping[str, Any]] = ()
+    format: str = "prompt-completion"
 
 
 @dataclass(kw_only=True)
@@ -79,8 +89,9 @@ class Workspace:
         resume: Mapping[str, Any] | None = None,
         chat: bool = True,
         held_out: bool = True,
+        traits: Sequence[TraitRows] = (),
     ) -> Path:
-        """A run directory with its run.json."""
+        """A run directory with its run.json; `traits` replace the two that there are."""
         options = options or tiny_models.TinyOptions()
         name = base_model or self.place_model(options)
         spec = self.make_spec(
@@ -92,6 +103,8 @@ class Workspace:
             chat=chat,
             held_out=held_out,
         )
+        if traits:
+            spec |= self._describe(traits)
         directory = self.root / "runs" / job_id / str(attempt)
         directory.mkdir(parents=True)
         model_directory = self.models_directory / name
@@ -110,6 +123,22 @@ class Workspace:
         }
         (directory / "run.json").write_text(json.dumps(request), encoding="utf-8")
         return directory
+
+    def _describe(self, traits: Sequence[TraitRows]) -> dict[str, Any]:
+        """`traits` and `datasets` of a spec. Trait number n has dataset n, and held-out dataset n + 100."""
+        described, references = [], []
+        for number, trait in enumerate(traits, start=1):
+            entry: dict[str, Any] = {
+                "trait_type": trait.trait_type,
+                "datasets": [{"dataset_id": number, "percentage": 100}],
+            }
+            references.append(datasets.write_blob(self.blobs_directory, number, trait.rows, trait.format))
+            if trait.held_out:
+                entry["held_out_dataset_ids"] = [number + 100]
+                references.append(datasets.write_blob(self.blobs_directory, number + 100, trait.held_out, trait.format))
+            described.append(entry)
+        references.sort(key=lambda reference: reference["dataset_id"])
+        return {"traits": described, "datasets": references}
 
     def open_data(self, data_digest: str) -> PlannedData:
         """The data of a run that was planned here."""

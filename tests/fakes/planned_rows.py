@@ -48,3 +48,14 @@ def make_examples(lengths: Sequence[int], *, vocabulary_size: int, seed: int) ->
         )
         for length in lengths
     ]
+
+
+def make_pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> Example:
+    """A preference pair of two answers to one prompt; the answers carry loss."""
+    tokens = [*prompt, *chosen, *prompt, *rejected]
+    mask = [*[0] * len(prompt), *[1] * len(chosen), *[0] * len(prompt), *[1] * len(rejected)]
+    return Example(
+        tokens=memoryview(array("i", tokens)),
+        mask=memoryview(bytes(mask)),
+        rejected_start=len(prompt) + len(chosen),
+    )

@@ -91,8 +91,9 @@ def split(
     run: list[ExampleReference] = []
     tokens, is_long = 0, False
     for reference in references:
-        length = len(data.example(reference).tokens)
-        beyond = limit.boundary_tokens is not None and length > limit.boundary_tokens
+        lengths = _sequence_lengths(data.example(reference))
+        length = sum(lengths)
+        beyond = limit.boundary_tokens is not None and max(lengths) > limit.boundary_tokens
         full = (
             (limit.examples is not None and len(run) >= limit.examples)
             or (limit.tokens is not None and tokens + length > limit.tokens)
@@ -109,27 +110,36 @@ def split(
 
 
 def collate(data: PlannedData, references: Sequence[ExampleReference]) -> MicroBatch:
-    """One micro-batch of `references`, on the host. The first token of a sequence is never a target."""
+    """One micro-batch of `references`, on the host. The first token of a sequence is never a target.
+
+    A preference pair is two sequences, the chosen one first; any other example is one.
+    """
     examples = [data.example(reference) for reference in references]
-    lengths = tuple(len(example.tokens) for example in examples)
-    starts = numpy.concatenate(([0], numpy.cumsum(lengths)))
+    lengths = tuple(length for example in examples for length in _sequence_lengths(example))
+    starts = numpy.concatenate(([0], numpy.cumsum(lengths)))[:-1]
     input_ids = numpy.concatenate([_tokens(example) for example in examples])
     is_target = numpy.concatenate([_mask(example) for example in examples])
-    is_target[starts[:-1]] = False
-    positions = numpy.arange(len(input_ids), dtype=numpy.int64) - numpy.repeat(starts[:-1], lengths)
+    is_target[starts] = False
+    positions = numpy.arange(len(input_ids), dtype=numpy.int64) - numpy.repeat(starts, lengths)
     targets = is_target.nonzero()[0]
-    counts = tuple(numpy.add.reduceat(is_target, starts[:-1], dtype=numpy.int64).tolist())
+    tokens_by_example = tuple(len(example.tokens) for example in examples)
+    first_tokens = numpy.concatenate(([0], numpy.cumsum(tokens_by_example)))[:-1]
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(positions)[None],
         target_positions=torch.from_numpy(targets - 1),
         labels=torch.from_numpy(input_ids[targets]),
         layout=FlatLayout(lengths=lengths),
-        targets_by_sequence=counts,
+        targets_by_sequence=tuple(numpy.add.reduceat(is_target, starts, dtype=numpy.int64).tolist()),
         sources=tuple(reference.source_index for reference in references),
-        tokens_by_example=lengths,
-        targets_by_example=counts,
+        tokens_by_example=tokens_by_example,
+        targets_by_example=tuple(numpy.add.reduceat(is_target, first_tokens, dtype=numpy.int64).tolist()),
     )
+
+
+def _sequence_lengths(example: Example) -> tuple[int, ...]:
+    length = len(example.tokens)
+    return (example.rejected_start, length - example.rejected_start) if example.rejected_start else (length,)
 
 
 def _tokens(example: Example) -> numpy.ndarray[Any, numpy.dtype[numpy.int64]]:

@@ -11,7 +11,7 @@ from gpu_service.domain.planned_data import PlannedData
 from gpu_service.engine.stopping import StopSwitch
 from gpu_service.engine.training.batches import MicroBatchLimit, collate, split
 from gpu_service.engine.training.flat_attention import attending_within_sequences
-from gpu_service.engine.training.losses import LossTally, as_json, finite
+from gpu_service.engine.training.losses import LossTally, as_json, finite, preference_as_json
 from gpu_service.engine.training.modes import measuring
 from gpu_service.engine.training.objectives import Objective
 from tunesmith.common.v1 import event_pb2
@@ -45,6 +45,7 @@ def evaluate(
         step=step,
         loss=finite(tally.mean),
         losses=[*tally.by_trait(), *tally.by_dataset()],
+        preference=tally.preference(),
         seconds=time.monotonic() - start,
     )
 
@@ -56,5 +57,6 @@ def as_history(event: event_pb2.EvaluationEvent) -> dict[str, Any]:
         "step": event.step,
         "loss": event.loss if event.HasField("loss") else None,
         "losses": as_json(event.losses),
+        "preference": preference_as_json(event.preference if event.HasField("preference") else None),
         "seconds": event.seconds,
     }

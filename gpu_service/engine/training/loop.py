@@ -1,14 +1,13 @@
 """The training loop: planned steps in order, through accelerate. Emits a STEP event for each optimizer step.
 
-Knows when to evaluate and when to save, not what an artifact is. A stop is honored between steps; a loss that is not a
-finite number ends the run before it reaches the weights.
+Knows when to evaluate and when to save, not what an artifact is. A stop is honored between steps; a loss or gradient
+that is not finite never reaches the weights.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +22,16 @@ from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
 from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit, collate, split
 from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
 from gpu_service.engine.training.flat_attention import attending_within_sequences
-from gpu_service.engine.training.losses import LossTally, as_json, finite
+from gpu_service.engine.training.losses import LossTally
 from gpu_service.engine.training.objectives import Objective
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.schedule import Schedule
+from gpu_service.engine.training.step_report import StepFacts, StepReport, as_history
 from gpu_service.journal.events import failure
 from tunesmith.common.v1 import event_pb2, training_spec_pb2
 
-# Steps whose mean time the estimate of the rest is made from.
-_ESTIMATE_STEPS = 20
+# What becomes of a step whose loss or gradient is not finite, by the project's policy: whether training goes on.
+_GOES_ON = {"stop": False, "skip": True}
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ class TrainingLoop:
             num_steps=self.data.num_steps,
         )
         self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._recent_seconds: deque[float] = deque(maxlen=_ESTIMATE_STEPS)
+        self._step_report = StepReport(data=self.data)
 
     def run(self) -> bool:
         """Train to the end and save. True when the time limit ended it early.
@@ -109,20 +109,51 @@ class TrainingLoop:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         batches, tally, norm = self._accumulate(step)
-        # With a gradient scaler (float16) an infinite gradient is how it finds its scale: it skips the update itself.
-        usable = math.isfinite(tally.mean) and (math.isfinite(norm) or self.accelerator.scaler is not None)
-        if usable:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        is_finite = math.isfinite(tally.mean) and (math.isfinite(norm) or self.accelerator.scaler is not None)
+        updated = self._update(is_finite)
         seconds = time.monotonic() - start
-        if usable:
+        goes_on = is_finite or _GOES_ON[self.settings.non_finite_policy]
+        if goes_on:
+            # A skipped step is a step: its data was shown, and its place in data and schedule is used up.
             self.progress.steps_done = step + 1
             self.progress.training_seconds += seconds
             for batch in batches:
                 self.progress.count(batch, self.examples_per_epoch)
-        self._report(step, batches, tally, norm, learning_rate, seconds)
-        if not usable:
-            raise self._not_finite(step)
+        event = self._step_report.describe(
+            StepFacts(
+                step=step,
+                batches=batches,
+                tally=tally,
+                norm=norm,
+                learning_rate=learning_rate,
+                seconds=seconds,
+                peak_memory_bytes=self.device.peak_bytes(),
+                skipped=not updated,
+            )
+        )
+        self.progress.steps.append(as_history(event))
+        self.reporter.emit(event)
+        if not is_finite:
+            message = self._warn_not_finite(event)
+            if not goes_on:
+                raise _not_finite(message)
+
+    def _update(self, is_finite: bool) -> bool:
+        """Let the gradient into the weights if it is finite, and drop it. Whether the weights changed.
+
+        A gradient scaler (float16) finds its scale by infinite gradients, and leaves out such an update itself.
+        """
+        scaler = self.accelerator.scaler
+        if is_finite:
+            self.optimizer.step()
+            updated = scaler is None or not self.optimizer.step_was_skipped
+        else:
+            updated = False
+            if scaler is not None:
+                # Its gradients were unscaled for clipping; without this it would refuse to do that for the next step.
+                scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return updated
 
     def _accumulate(self, step: int) -> tuple[list[MicroBatch], LossTally, float]:
         """The gradient of a step, its losses and the gradient's norm. May be begun again until the update is made."""
@@ -152,58 +183,15 @@ class TrainingLoop:
         norm: torch.Tensor = self.accelerator.clip_grad_norm_(self._trainable, limit if limit > 0 else math.inf)
         return norm
 
-    def _report(
-        self,
-        step: int,
-        batches: list[MicroBatch],
-        tally: LossTally,
-        norm: float,
-        learning_rate: float,
-        seconds: float,
-    ) -> None:
-        self._recent_seconds.append(seconds)
-        mean_seconds = sum(self._recent_seconds) / len(self._recent_seconds)
-        num_tokens = sum(batch.num_tokens for batch in batches)
-        traits, datasets = tally.by_trait(), tally.by_dataset()
-        event = event_pb2.StepEvent(
-            step=step + 1,
-            total_steps=self.data.num_steps,
-            epoch=self.data.epoch_of_step(step + 1),
-            loss=finite(tally.mean),
-            trait_losses=traits,
-            dataset_losses=datasets,
-            learning_rate=learning_rate,
-            gradient_norm=finite(norm),
-            num_tokens=num_tokens,
-            num_target_tokens=tally.num_target_tokens,
-            tokens_per_second=num_tokens / max(seconds, 1e-9),
-            step_seconds=seconds,
-            peak_memory_bytes=self.device.peak_bytes(),
-            remaining_seconds=mean_seconds * (self.data.num_steps - step - 1),
-            num_examples=sum(len(batch.sources) for batch in batches),
-        )
-        self.progress.steps.append(
-            {
-                "step": event.step,
-                "loss": finite(tally.mean),
-                "trait_losses": as_json(traits),
-                "dataset_losses": as_json(datasets),
-                "learning_rate": learning_rate,
-                "gradient_norm": finite(norm),
-                "num_tokens": num_tokens,
-                "step_seconds": seconds,
-            }
-        )
-        self.reporter.emit(event)
-
-    def _not_finite(self, step: int) -> RunFailure:
-        message = f"the loss or gradient of step {step + 1} is not a finite number; its update was not applied"
-        self.reporter.warn("non-finite-loss", message)
-        return RunFailure(
-            failure(
-                reason="NON_FINITE_LOSS", fault="USER", message=message, stage="TRAINING", versions=library_versions()
-            )
-        )
+    def _warn_not_finite(self, event: event_pb2.StepEvent) -> str:
+        """Say which data it came from, as far as the losses tell. The message."""
+        blamed = [value for value in event.dataset_losses if not value.HasField("loss")]
+        what = "the loss" if blamed else "the gradient"
+        where = "".join(f", trait {value.trait_type}, dataset {value.dataset_id}" for value in blamed)
+        message = f"{what} of step {event.step}{where} is not a finite number; its update was not applied"
+        only = blamed[0] if len(blamed) == 1 else event_pb2.LossValue()
+        self.reporter.warn("non-finite-loss", message, trait_type=only.trait_type, dataset_id=only.dataset_id)
+        return message
 
     def save(self) -> None:
         """Commit a checkpoint of the steps done, unless it is there. Raises RunFailure."""
@@ -212,3 +200,9 @@ class TrainingLoop:
 
 def _is_due(steps_done: int, interval: int) -> bool:
     return interval > 0 and steps_done % interval == 0
+
+
+def _not_finite(message: str) -> RunFailure:
+    return RunFailure(
+        failure(reason="NON_FINITE_LOSS", fault="USER", message=message, stage="TRAINING", versions=library_versions())
+    )

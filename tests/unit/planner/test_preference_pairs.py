@@ -15,9 +15,11 @@ from gpu_service.planner.formats import preference
 from gpu_service.planner.progress import Progress
 from gpu_service.planner.rendering import RenderedPair
 from gpu_service.planner.rows import RowError
-from gpu_service.planner.shards import ShardMaker, ShardSettings
+from gpu_service.planner.shard_settings import ShardSettings
+from gpu_service.planner.token_store import TokenStores
 from gpu_service.planner.tokenizer import TextTokenizer
 from gpu_service.planner.tokenizer_source import load_source
+from gpu_service.planner.toolchain import Toolchain
 from tests.fakes.datasets import write_blob
 from tests.fakes.tiny_models import CHAT_TEMPLATE, TinyOptions, place_header_only
 
@@ -95,9 +97,7 @@ def make_shard(root: Path, rows: list[dict[str, Any]], *, loss_on: str = "target
     directory = root / "tiny/llama"
     source = load_source(directory, read_tokenizer_facts(directory), config_type="llama", cache_directory=root)
     reference = DatasetReference(**{**write_blob(root / "blobs", 1, rows, "preference"), "size_bytes": 0})
-    maker = ShardMaker(
-        blobs_directory=root / "blobs",
-        tokens_directory=root / "tokens",
+    tools = Toolchain(
         settings=ShardSettings(
             tokenizer_digest=source.digest,
             template=CHAT_TEMPLATE,
@@ -107,9 +107,10 @@ def make_shard(root: Path, rows: list[dict[str, Any]], *, loss_on: str = "target
         ),
         tokenizer=TextTokenizer(source, {}),
         chat=CHAT,
-        progress=Progress(io.StringIO(), total=len(rows)),
     )
-    return maker.ensure(reference)
+    progress = Progress(io.StringIO(), total=len(rows))
+    with TokenStores(blobs_directory=root / "blobs", cache_directory=root, tools=tools, progress=progress) as stores:
+        return stores.open_whole(reference).close()
 
 
 def test_a_shard_keeps_the_two_apart(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_each_half_is_cut_and_a_useless_pair_dropped(tmp_path: Path) -> None:
         {"prompt": "0", "chosen": "1", "rejected": "2"},
     ]
     shard = make_shard(tmp_path, rows, max_length=32)
-    assert shard.facts["dropped"] == {"no_target_tokens": 1, "identical_answers": 1}
+    assert shard.facts["dropped"] == {"no_target_tokens": [1], "identical_answers": [2]}
     assert [shard.was_truncated(index) for index in range(shard.num_examples)] == [True, False]
     example = shard.example(0)
     assert example.rejected_start == 32

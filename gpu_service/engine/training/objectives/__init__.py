@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from gpu_service.engine.training.objectives import sft
+from gpu_service.engine.training.objectives import dpo, sft
 from gpu_service.engine.training.objectives.objective import Objective, Outcome
 from tunesmith.common.v1 import training_spec_pb2
 
 __all__ = ["OBJECTIVES", "Objective", "Outcome", "make_objective"]
 
 OBJECTIVES: Mapping[str, Callable[[training_spec_pb2.Hyperparameters], Objective]] = MappingProxyType(
-    {"sft": sft.build}
+    {"sft": sft.build, "dpo": dpo.build}
 )
 
 
