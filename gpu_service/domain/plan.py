@@ -13,22 +13,23 @@ from gpu_service.catalog.families.entry import FamilyEntry
 from gpu_service.catalog.methods.entry import MethodEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
-from gpu_service.domain.counts import count_run, plan_datasets
+from gpu_service.domain.counts import bound_datasets, bound_run, check_batch
 from gpu_service.domain.defaults import (
     DEFAULT_BATCH_EXAMPLES,
     ResolvedHyperparameters,
     apply_defaults,
     check_ranges,
+    default_max_length,
     resolve_mix,
 )
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
-from gpu_service.domain.memory_estimate import MemoryEstimate, estimate_memory
+from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.mix import compute_sources
+from gpu_service.domain.plan_warnings import list_warnings
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
 
 __all__ = [
-    "TOO_LONG_WARNING",
     "CheckedPlan",
     "DatasetPlan",
     "Device",
@@ -36,11 +37,6 @@ __all__ = [
     "check_fit",
     "resolve",
 ]
-
-# Said at level CHECK only; the exact plan knows the longest example and refuses instead.
-TOO_LONG_WARNING = (
-    "examples of max_length would not fit the device's memory; the exact plan measures the longest there is"
-)
 
 
 def resolve(
@@ -66,6 +62,7 @@ def resolve(
     check_ranges(given)
     method = _find_method(spec)
     quantized = _find_quantization(given, method)
+    _check_objective(given, method)
     family = _find_family(spec, base_model)
     optimizer = optimizers.REGISTRY.get(given.optimizer.name or "adamw")
     if optimizer is None:
@@ -81,10 +78,12 @@ def resolve(
     _check_datasets(spec, base_model)
     mix = resolve_mix(spec.mix)
     sources = compute_sources(spec.traits)
-    registered = {reference.dataset_id: reference.num_examples for reference in spec.datasets}
-    planned = plan_datasets(spec.traits, sources, mix, registered)
-    num_epochs, num_steps, total_examples = count_run(
-        given, sum(item.num_examples for item in planned if not item.held_out)
+    max_length = default_max_length(given, base_model.max_position_embeddings)
+    longest = max_length * (2 if given.objective == "dpo" else 1)
+    check_batch(given.batch, longest_tokens=longest, max_length=max_length)
+    planned = bound_datasets(spec.traits, sources, mix, spec.datasets)
+    num_epochs, num_steps, total_examples = bound_run(
+        given, sum(item.num_examples for item in planned if not item.held_out), longest_tokens=longest
     )
     resolved = apply_defaults(
         given,
@@ -129,7 +128,7 @@ def resolve(
         total_examples=total_examples,
         memory=memory,
         spec_digest=spec_digest,
-        warnings=tuple(_list_warnings(spec, base_model, method, resolved, memory, device)),
+        warnings=tuple(list_warnings(spec, base_model, method, resolved, mix, memory, device)),
     )
 
 
@@ -186,6 +185,24 @@ def _find_quantization(given: Hyperparameters, method: MethodEntry) -> Quantizat
             stage="QUANTIZATION",
         )
     return entry
+
+
+def _check_objective(given: Hyperparameters, method: MethodEntry) -> None:
+    if given.objective != "dpo":
+        return
+    if not method.trains_adapter:
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            f"objective 'dpo' compares with the base, which training type {method.id!r} changes; it goes with "
+            + ", ".join(entry.id for entry in methods.REGISTRY.values() if entry.trains_adapter),
+            field="hyperparameters.objective",
+        )
+    if given.loss_on == "all":
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            "objective 'dpo' compares answers: loss_on can only be 'targets'",
+            field="hyperparameters.loss_on",
+        )
 
 
 def _find_family(spec: TrainingSpec, base_model: BaseModel) -> FamilyEntry:
@@ -281,7 +298,7 @@ def _check_lengths(given: Hyperparameters, base_model: BaseModel) -> None:
         )
     micro = given.batch.micro_batch_examples
     examples = given.batch.examples or DEFAULT_BATCH_EXAMPLES
-    if micro is not None and micro > examples:
+    if micro is not None and given.batch.tokens is None and micro > examples:
         raise refuse_user(
             "INVALID_FIELD",
             f"a forward pass of {micro} examples is more than a step of {examples}",
@@ -317,6 +334,18 @@ def _check_datasets(spec: TrainingSpec, base_model: BaseModel) -> None:
                     field="datasets",
                     dataset_id=dataset_id,
                 )
+            if entry.is_preference != (spec.hyperparameters.objective == "dpo"):
+                raise refuse_user(
+                    "COMBINATION_NOT_ALLOWED",
+                    f"dataset {dataset_id} has preference pairs, which are for objective 'dpo': set "
+                    "hyperparameters.objective to 'dpo'"
+                    if entry.is_preference
+                    else f"dataset {dataset_id} has format {entry.id!r}, and objective 'dpo' needs preference pairs in "
+                    "every dataset, also in those held out: leave the dataset out, or set hyperparameters.objective to "
+                    "'sft'",
+                    field="hyperparameters.objective",
+                    dataset_id=dataset_id,
+                )
             if entry.needs_chat_template and not (template or base_model.has_chat_template):
                 raise refuse_user(
                     "CHAT_TEMPLATE_MISSING",
@@ -327,45 +356,3 @@ def _check_datasets(spec: TrainingSpec, base_model: BaseModel) -> None:
                     dataset_id=dataset_id,
                     available=",".join(templates.REGISTRY),
                 )
-
-
-def _list_warnings(
-    spec: TrainingSpec,
-    base_model: BaseModel,
-    method: MethodEntry,
-    resolved: ResolvedHyperparameters,
-    memory: MemoryEstimate,
-    device: Device,
-) -> list[str]:
-    """Things worth knowing that refuse nothing."""
-    formats = {reference.format for reference in spec.datasets}
-    smallest = min((min(layer.in_features, layer.out_features) for layer in base_model.linear_layers), default=0)
-    has_template = bool(resolved.chat_template or base_model.has_chat_template)
-    checks = (
-        (spec.training_type != method.id, f"training type {spec.training_type!r} means {method.id!r}"),
-        (
-            not method.trains_adapter and spec.hyperparameters.lora != type(spec.hyperparameters.lora)(),
-            f"the lora settings mean nothing for training type {method.id!r}",
-        ),
-        (
-            resolved.lora is not None and resolved.lora.rank > smallest,
-            f"the adapter's rank is larger than the smallest side of a covered layer ({smallest})",
-        ),
-        (
-            bool(resolved.chat_template) and base_model.has_chat_template,
-            f"catalog template {resolved.chat_template!r} is used in place of the base model's own",
-        ),
-        (
-            "prompt-completion" in formats and has_template,
-            "prompt-completion data is rendered with the chat template as one user turn and one assistant turn",
-        ),
-        (
-            bool(device.total_memory_bytes) and memory.total_bytes > device.total_memory_bytes,
-            TOO_LONG_WARNING,
-        ),
-        (
-            bool(device.free_memory_bytes) and memory.standing_bytes > device.free_memory_bytes,
-            f"{device.name} has less free memory just now than the run needs",
-        ),
-    )
-    return [text for holds, text in checks if holds]

@@ -213,7 +213,8 @@ class Session:
             total_examples=progress.num_examples,
             total_tokens=progress.num_tokens,
             total_target_tokens=progress.num_target_tokens,
-            data_digest=self._plan.data_digest,
+            # Taken again from the tokens and steps that were read: a run that stopped early has another one.
+            data_digest=self._data.compute_digest(progress.steps_done),
             training_seconds=progress.training_seconds,
             stopped_early=stopped_early,
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from gpu_service.catalog import datasets, families, methods, quantization
+from gpu_service.catalog import datasets, families, methods, optimizers, quantization
 from gpu_service.catalog.base_models import BaseModel
 from gpu_service.devices import Device
 from gpu_service.domain.errors import Refusal
@@ -33,6 +33,7 @@ class Capabilities:
     training_types: Sequence[Entry]
     dataset_formats: Sequence[Entry]
     model_types: Sequence[Entry]
+    optimizers: Sequence[Entry]
     versions: Mapping[str, str]
     problem: Refusal | None
 
@@ -53,6 +54,7 @@ class CapabilityReader:
             training_types=_entries(methods.REGISTRY),
             dataset_formats=_entries(datasets.REGISTRY),
             model_types=_entries(families.REGISTRY),
+            optimizers=_entries(optimizers.REGISTRY),
             versions=self._versions,
             problem=self._admission.problem(),
         )
