@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, normalizers, processors, trainers
 from gpu_service.catalog import templates
 from gpu_service.catalog.tokenizer_files import read_json_object, read_tokenizer_facts
 from gpu_service.planner.chat_template import ChatTemplate
+from gpu_service.planner.encoding import ExampleEncoder
+from gpu_service.planner.inspection import describe_example
 from gpu_service.planner.rendering import Rendered
 from gpu_service.planner.tokenizer import TextTokenizer
 from gpu_service.planner.tokenizer_source import load_source
@@ -262,6 +264,24 @@ def test_pipelines_that_transformers_rebuilds_are_rebuilt(
     write_sentencepiece_style(directory, tokenizer_class)
     rewrite(directory / "config.json", model_type=model_type)
     assert_equal_to_auto(directory)
+
+
+@pytest.mark.parametrize("style", ["smollm2", "sentencepiece"])
+def test_segments_of_a_preview_read_as_the_text(request: pytest.FixtureRequest, tmp_path: Path, style: str) -> None:
+    """Runs of tokens are decoded one by one, where a decoder would strip the space that a run begins with."""
+    if style == "smollm2":
+        models_directory: Path = request.getfixturevalue("real_models")
+        directory = models_directory / SMOLLM
+    else:
+        directory = tmp_path / place_header_only(tmp_path, TinyOptions())
+        write_sentencepiece_style(directory, "LlamaTokenizer")
+    tokenizer, chat = load(directory)
+    for conversation in CONVERSATIONS:
+        rendered = chat.render_conversation([turn for turn in conversation if turn["role"] != "system"])
+        [example] = ExampleEncoder(tokenizer, loss_on_all=False, max_length=4096).encode([rendered])
+        shown = describe_example(example, tokenizer)["segments"]
+        assert "".join(segment["text"] for segment in shown) == rendered.text
+        assert sum(segment["num_tokens"] for segment in shown) == len(example.tokens)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
