@@ -105,8 +105,8 @@ class FakeRun:
         self.end(RunState.SUCCEEDED)
         return file
 
-    def fail(self, reason: str, fault: Fault = Fault.PLATFORM) -> None:
-        self.failure = Failure(reason=reason, fault=fault, message="it broke", signal=9)
+    def fail(self, reason: str, fault: Fault = Fault.PLATFORM, **details: str) -> None:
+        self.failure = Failure(reason=reason, fault=fault, message="it broke", signal=9, details=details)
         self.end(RunState.FAILED)
 
     def end(self, state: RunState) -> None:

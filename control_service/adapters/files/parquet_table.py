@@ -24,6 +24,8 @@ _BUFFER_BYTES: Final = 256 * 1024
 # What a footer may make the reader hold: names and counts are a file's own word.
 _MAX_FOOTER_STRING_BYTES: Final = 16 * 1024**2
 _MAX_FOOTER_ITEMS: Final = 1_000_000
+# What the library raises over a damaged file: its own exceptions, and Python's over what it made of the bytes.
+_DAMAGE: Final = (pyarrow.ArrowException, OSError, ValueError, LookupError, OverflowError)
 
 
 def open_table(stream: BinaryIO, limits: FileLimits, size_bytes: int) -> tuple[tuple[str, ...], Iterator[SourceRow]]:
@@ -48,7 +50,7 @@ def open_table(stream: BinaryIO, limits: FileLimits, size_bytes: int) -> tuple[t
         again = pyarrow.parquet.ParquetFile(
             stream, metadata=file.metadata, read_dictionary=texts, pre_buffer=False, buffer_size=_BUFFER_BYTES
         )
-    except (pyarrow.ArrowException, OSError) as error:
+    except _DAMAGE as error:
         raise _damaged(error) from error
     return columns, _rows(again, columns)
 
@@ -59,7 +61,7 @@ def _rows(file: Any, columns: tuple[str, ...]) -> Iterator[SourceRow]:
     while True:
         try:
             batch = next(batches, None)
-        except (pyarrow.ArrowException, OSError) as error:
+        except _DAMAGE as error:
             raise _damaged(error) from error
         if batch is None:
             return
