@@ -815,11 +815,11 @@ class CheckpointEvent(_message.Message):
     """Lower-case hex SHA-256 of the manifest."""
     seconds: _builtins.float
     probe_loss: _builtins.float
-    """Loss of the probe batch at this step, which a resume measures again. Nats per target token."""
+    """Loss of the probe batch at this step, which a resume measures again: mean of what is minimized. Unset: not finite."""
     held_out_loss: _builtins.float
-    """Newest held-out loss when it was written; unset when none was measured."""
+    """Newest held-out loss when it was written; unset when none was measured since the first step."""
     best: _builtins.bool
-    """The lowest held-out loss so far."""
+    """No earlier checkpoint of the job had a held-out loss as low."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_file_pb2.FileReference]: ...
     def __init__(
