@@ -11,6 +11,7 @@ from gpu_service.catalog import families, methods, optimizers, quantization, tem
 from gpu_service.catalog.base_models import BaseModel, LinearLayer
 from gpu_service.catalog.families.entry import FamilyEntry
 from gpu_service.catalog.methods.entry import MethodEntry
+from gpu_service.catalog.optimizers.entry import OptimizerEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
 from gpu_service.domain.counts import bound_datasets, bound_run, check_batch
@@ -64,14 +65,7 @@ def resolve(
     quantized = _find_quantization(given, method)
     _check_objective(given, method)
     family = _find_family(spec, base_model)
-    optimizer = optimizers.REGISTRY.get(given.optimizer.name or "adamw")
-    if optimizer is None:
-        known = ", ".join(optimizers.REGISTRY)
-        raise refuse_user(
-            "INVALID_FIELD",
-            f"the catalog has no optimizer {given.optimizer.name!r}; it has {known}",
-            field="hyperparameters.optimizer.name",
-        )
+    optimizer = _find_optimizer(given, device, versions or {})
     _check_device(given, quantized, device, versions or {})
     covered = _cover_layers(given, method, base_model)
     _check_lengths(given, base_model)
@@ -187,6 +181,26 @@ def _find_quantization(given: Hyperparameters, method: MethodEntry) -> Quantizat
     return entry
 
 
+def _find_optimizer(given: Hyperparameters, device: Device, versions: Mapping[str, str]) -> OptimizerEntry:
+    entry = optimizers.REGISTRY.get(given.optimizer.name or "adamw")
+    if entry is None:
+        known = ", ".join(optimizers.REGISTRY)
+        raise refuse_user(
+            "INVALID_FIELD",
+            f"the catalog has no optimizer {given.optimizer.name!r}; it has {known}",
+            field="hyperparameters.optimizer.name",
+        )
+    if device.type not in entry.devices:
+        offered = ", ".join(name for name, other in optimizers.REGISTRY.items() if device.type in other.devices)
+        raise _unsupported(
+            f"optimizer {entry.id!r} is not offered on {device.name}; there are {offered}", "optimizer.name", stage=""
+        )
+    missing = [name for name in entry.requires if versions and name not in versions]
+    if missing:
+        raise _unsupported(f"optimizer {entry.id!r} needs {missing[0]}, which is not here", "optimizer.name", stage="")
+    return entry
+
+
 def _check_objective(given: Hyperparameters, method: MethodEntry) -> None:
     if given.objective != "dpo":
         return
@@ -261,8 +275,8 @@ def _check_device(
         )
 
 
-def _unsupported(message: str, field: str) -> Refusal:
-    return Refusal("DEVICE_UNSUPPORTED", Fault.USER, message, "QUANTIZATION", f"hyperparameters.{field}")
+def _unsupported(message: str, field: str, *, stage: str = "QUANTIZATION") -> Refusal:
+    return Refusal("DEVICE_UNSUPPORTED", Fault.USER, message, stage, f"hyperparameters.{field}")
 
 
 def _cover_layers(given: Hyperparameters, method: MethodEntry, base_model: BaseModel) -> tuple[LinearLayer, ...]:

@@ -205,5 +205,5 @@ def test_faults_are_the_wire_s() -> None:
 def test_entries_are_registered_under_their_ids(package: Any) -> None:
     for name, entry in package.REGISTRY.items():
         assert entry.id == name
-        assert entry.builder.endswith(f".{name}")
+        assert entry.builder.endswith(f".{name.replace('-', '_')}")
         assert entry.description
