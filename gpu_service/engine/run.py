@@ -58,11 +58,15 @@ class Run:
             switch=self.switch,
             reporter=self.reporter,
         )
+        self.open_session(plan_directory).train()
+
+    def open_session(self, plan_directory: Path) -> Session:
+        """The planned data with the loaded model, ready to train. Raises StopRequested, RunFailure."""
         data, plan = _open(plan_directory)
         self.reporter.emit(plan)
         self.switch.check()
         loaded, method = self._load(plan)
-        self.make_session(
+        return self.make_session(
             request=self.request,
             plan=plan,
             data=data,
@@ -71,7 +75,7 @@ class Run:
             device=self.device,
             switch=self.switch,
             reporter=self.reporter,
-        ).train()
+        )
 
     def _load(self, plan: plan_pb2.Plan) -> tuple[Loaded, ModuleType]:
         self.reporter.enter_phase("LOADING")
