@@ -31,6 +31,7 @@ _CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
         "LIBRARY_KNOWN_BAD": grpc.StatusCode.FAILED_PRECONDITION,
         "MODEL_INVALID": grpc.StatusCode.FAILED_PRECONDITION,
         "MODEL_NOT_FOUND": grpc.StatusCode.FAILED_PRECONDITION,
+        "MEMORY_PROBE": grpc.StatusCode.INTERNAL,
         "NODE_BUSY": grpc.StatusCode.RESOURCE_EXHAUSTED,
         "NODE_DRAINING": grpc.StatusCode.FAILED_PRECONDITION,
         "OFFSET_MISMATCH": grpc.StatusCode.FAILED_PRECONDITION,

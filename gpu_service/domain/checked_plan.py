@@ -82,6 +82,8 @@ class CheckedPlan:
     num_steps: int
     total_examples: int
     memory: MemoryEstimate
+    # Under what a node keeps its measurements of such runs.
+    kind_of_run: str = ""
     total_tokens: int = 0
     total_target_tokens: int = 0
     # At level EXACT; `fill` is 0 where a batch counts examples.

@@ -1,26 +1,41 @@
-"""Predicted device memory of a run, by arithmetic on shapes. Measures nothing and refuses nothing."""
+"""Predicted device memory of a run, by arithmetic on shapes. Measures nothing and refuses nothing.
+
+`peak_bytes` is the highest memory that torch's allocator hands out (`max_memory_allocated`), as the STEP and
+MEMORY_MEASURED events tell it; what the driver, its libraries and the allocator's gaps take beside it is
+`overhead_bytes`, and the sum is what a device must have. A CPU has one number for both: the process' resident memory.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from gpu_service.catalog.base_models import BaseModel
+from gpu_service.catalog.base_models import BaseModel, LinearLayer
+from gpu_service.catalog.optimizers.entry import OptimizerEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain.defaults import ResolvedHyperparameters
+from gpu_service.domain.memory_activations import Precision, StepShape, peak_beside_state
+from gpu_service.domain.memory_calibration import ANALYTIC, UNCALIBRATED, Calibration
+from gpu_service.domain.memory_passes import LargestPasses
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _TRAINED_BYTES = 4  # trained weights and their gradients are float32
-_LOGITS_COPIES = 2  # the logits in float32 and their gradient
-# Per token and layer: values kept for the backward pass, in multiples of hidden and of intermediate size.
-_HIDDEN_COPIES = 10
-_INTERMEDIATE_COPIES = 4
-# Library and driver context, fragmentation: fixed on CUDA, none worth counting on a CPU, plus a twentieth of the rest.
+# The driver's context with the kernels of torch and its libraries, on an H100.
 _CUDA_CONTEXT_BYTES = 600 * 1024**2
-_CPU_CONTEXT_BYTES = 300 * 1024**2
+# An engine's process on a CPU, before it has a model.
+_CPU_PROCESS_BYTES = 450 * 1024**2
+# Gaps between blocks, and room for a prediction that is a little low.
+_MARGIN = 20
+# Codes, offsets and rounding of a quantized layer.
+_LAYER_EXTRA_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes; `activations_bytes` is for the largest forward and backward pass that the plan allows."""
+    """Bytes; `activations_bytes` is all that a step takes for a time, at its highest moment.
+
+    `analytic_bytes` is the peak before this node's measurements were taken into account; `basis` says whether they
+    were.
+    """
 
     weights_bytes: int
     adapter_bytes: int
@@ -28,69 +43,108 @@ class MemoryEstimate:
     optimizer_bytes: int
     activations_bytes: int
     overhead_bytes: int
+    analytic_bytes: int
+    is_cpu: bool = False
+    basis: str = ANALYTIC
 
     @property
     def total_bytes(self) -> int:
-        return sum(vars(self).values())
+        """What a device must have."""
+        return self.standing_bytes + self.activations_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """What a run's measured peak is to be compared with."""
+        return self.total_bytes if self.is_cpu else self.total_bytes - self.overhead_bytes
 
     @property
     def standing_bytes(self) -> int:
         """All but the activations: what is needed however short the data is."""
-        return self.total_bytes - self.activations_bytes
+        return (
+            self.weights_bytes + self.adapter_bytes + self.gradients_bytes + self.optimizer_bytes + self.overhead_bytes
+        )
 
     def to_json(self) -> dict[str, str]:
         """`MemoryEstimate` as proto JSON."""
-        return {**{name: str(number) for name, number in vars(self).items()}, "total_bytes": str(self.total_bytes)}
+        numbers = ("weights", "adapter", "gradients", "optimizer", "activations", "overhead", "total", "peak")
+        return {
+            **{f"{name}_bytes": str(getattr(self, f"{name}_bytes")) for name in numbers},
+            "analytic_bytes": str(self.analytic_bytes),
+            "basis": self.basis,
+        }
 
 
 def estimate_memory(
     base: BaseModel,
     resolved: ResolvedHyperparameters,
     quantization: QuantizationEntry,
+    optimizer: OptimizerEntry,
     *,
+    covered_layers: Sequence[LinearLayer],
     num_trainable_parameters: int,
-    optimizer_state_bytes: float,
-    longest_tokens: int,
+    passes: LargestPasses,
     device_type: str,
+    calibration: Calibration = UNCALIBRATED,
 ) -> MemoryEstimate:
-    """`longest_tokens` is the longest example's length, or max_length when no example was read."""
-    adapter = resolved.lora is not None
+    """`passes` are the largest that the plan has, or may have; `calibration` is what this node measured of its like."""
+    trains_adapter = resolved.lora is not None
     compute_bytes = DTYPE_BYTES[resolved.quantization.compute_dtype]
-    weights = _weights_bytes(base, resolved, quantization, compute_bytes if adapter else _TRAINED_BYTES)
+    is_quantized = quantization.bits is not None
+    # PEFT holds what is not quantized of a quantized base in float32, and a base that is trained is float32 anyway.
+    held_bytes = compute_bytes if trains_adapter and not is_quantized else _TRAINED_BYTES
     trained = _TRAINED_BYTES * num_trainable_parameters
-    activations = _activations_bytes(base, resolved, compute_bytes, longest_tokens)
-    context = _CUDA_CONTEXT_BYTES if device_type == "cuda" else _CPU_CONTEXT_BYTES
-    return MemoryEstimate(
-        weights_bytes=weights,
-        adapter_bytes=trained if adapter else 0,
-        gradients_bytes=trained,
-        optimizer_bytes=math.ceil(optimizer_state_bytes * num_trainable_parameters),
-        activations_bytes=activations,
-        overhead_bytes=context + weights // 20,
+    shape = StepShape(
+        base=base,
+        precision=Precision(
+            compute_bytes=compute_bytes,
+            residual_bytes=held_bytes,
+            trains_base=not trains_adapter,
+            is_quantized=is_quantized,
+            keeps_inputs=is_quantized and quantization.block_size is None,
+        ),
+        covered=tuple(covered_layers),
+        rank=resolved.lora.rank if resolved.lora is not None else 0,
+        num_trainable_parameters=num_trainable_parameters,
+        recomputes=resolved.gradient_checkpointing,
+        has_pairs=resolved.objective == "dpo",
+        step_bytes_per_parameter=optimizer.step_bytes_per_parameter,
+        device_type=device_type,
     )
+    beside = peak_beside_state(shape, passes)
+    weights = _weights_bytes(base, resolved, quantization, held_bytes)
+    estimate = MemoryEstimate(
+        weights_bytes=weights,
+        adapter_bytes=trained if trains_adapter else 0,
+        gradients_bytes=trained,
+        optimizer_bytes=0
+        if optimizer.is_paged
+        else math.ceil(optimizer.state_bytes_per_parameter * num_trainable_parameters),
+        activations_bytes=max(beside - trained, 0),
+        overhead_bytes=_CPU_PROCESS_BYTES if device_type == "cpu" else _CUDA_CONTEXT_BYTES,
+        analytic_bytes=0,
+        is_cpu=device_type == "cpu",
+    )
+    estimate = replace(estimate, analytic_bytes=estimate.peak_bytes)
+    peak_bytes = calibration.scale(estimate.peak_bytes)
+    if peak_bytes is not None:
+        # Weights and states are known to the byte: what was measured otherwise is the activations' doing.
+        others = estimate.peak_bytes - estimate.activations_bytes
+        estimate = replace(estimate, activations_bytes=max(peak_bytes - others, 0), basis=calibration.basis)
+    if device_type == "cpu":
+        return estimate
+    return replace(estimate, overhead_bytes=_CUDA_CONTEXT_BYTES + estimate.peak_bytes // _MARGIN)
 
 
 def _weights_bytes(
-    base: BaseModel, resolved: ResolvedHyperparameters, quantization: QuantizationEntry, plain_bytes: int
+    base: BaseModel, resolved: ResolvedHyperparameters, quantization: QuantizationEntry, held_bytes: int
 ) -> int:
     linear = base.num_linear_parameters
-    plain = (base.num_parameters - linear) * plain_bytes
+    plain = (base.num_parameters - linear) * held_bytes
     if quantization.bits is None:
-        return plain + linear * plain_bytes
-    packed = linear * quantization.bits // 8
+        return plain + linear * held_bytes
+    packed = linear * quantization.bits // 8 + _LAYER_EXTRA_BYTES * len(base.linear_layers)
     if quantization.block_size is None:  # one float32 scale a row
         return plain + packed + 4 * sum(layer.out_features for layer in base.linear_layers)
     scales = linear // quantization.block_size
     # A scale is float32, or one byte and a float32 for every 256 scales when the scales are quantized too.
     return plain + packed + (scales + scales // 64 if resolved.quantization.double_quantization else 4 * scales)
-
-
-def _activations_bytes(
-    base: BaseModel, resolved: ResolvedHyperparameters, compute_bytes: int, longest_tokens: int
-) -> int:
-    tokens = (resolved.batch.micro_batch_examples or 1) * longest_tokens
-    layer = _HIDDEN_COPIES * base.hidden_size + _INTERMEDIATE_COPIES * base.intermediate_size
-    recomputed = base.num_layers * base.hidden_size + layer
-    kept = recomputed if resolved.gradient_checkpointing else base.num_layers * layer
-    logits = base.vocabulary_size * (compute_bytes + 4 * _LOGITS_COPIES)
-    return tokens * (kept * compute_bytes + logits)

@@ -5,6 +5,7 @@ device, and knows nothing of library versions that are bad in themselves: the se
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from gpu_service.catalog import datasets as dataset_formats
 from gpu_service.catalog import families, methods, optimizers, quantization, templates
@@ -25,7 +26,9 @@ from gpu_service.domain.defaults import (
 )
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
+from gpu_service.domain.memory_calibration import UNCALIBRATED, Calibration, kind_of_run
 from gpu_service.domain.memory_estimate import estimate_memory
+from gpu_service.domain.memory_passes import largest_possible
 from gpu_service.domain.mix import compute_sources
 from gpu_service.domain.plan_warnings import list_warnings
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
@@ -47,11 +50,14 @@ def resolve(
     versions: Mapping[str, str] | None = None,
     *,
     spec_digest: str = "",
+    calibrations: Mapping[str, Calibration] = MappingProxyType({}),
 ) -> CheckedPlan:
     """The plan at level CHECK: pure, no torch, no data.
 
     `versions` are the installed distributions by name; None or empty when not known. Counts come from the registered
-    number of examples. Raises `Refusal` with the reason, the field, and the loading stage that it would have broken:
+    number of examples; `calibrations` are what the device's node measured, by kind of run.
+
+    Raises `Refusal` with the reason, the field, and the loading stage that it would have broken:
     TRAINING_TYPE_UNKNOWN, QUANTIZATION_UNKNOWN, COMBINATION_NOT_ALLOWED, MODEL_TYPE_UNKNOWN, MODEL_TYPE_MISMATCH,
     MODEL_INVALID, DEVICE_UNSUPPORTED, TARGETS_MATCH_NOTHING, DATASET_NOT_FOUND, DATASET_FORMAT_UNKNOWN,
     CHAT_TEMPLATE_MISSING, MIX_INFEASIBLE, WEIGHTS_ALL_ZERO, PERCENTAGES_NOT_100, NO_EXAMPLES_LEFT, DOES_NOT_FIT,
@@ -91,14 +97,26 @@ def resolve(
     trainable = base_model.num_parameters
     if resolved.lora is not None:
         trainable = sum(resolved.lora.rank * (layer.in_features + layer.out_features) for layer in covered)
+    kind = kind_of_run(
+        training_type=method.id,
+        quantization=quantized.id,
+        compute_dtype=resolved.quantization.compute_dtype,
+        model_type=family.id,
+        optimizer=optimizer.id,
+        gradient_checkpointing=resolved.gradient_checkpointing,
+        objective=resolved.objective,
+        device_name=device.name if device.type == "cuda" else device.type,
+    )
     memory = estimate_memory(
         base_model,
         resolved,
         quantized,
+        optimizer,
+        covered_layers=covered,
         num_trainable_parameters=trainable,
-        optimizer_state_bytes=optimizer.state_bytes_per_parameter,
-        longest_tokens=resolved.max_length,
+        passes=largest_possible(resolved.batch, resolved.max_length),
         device_type=device.type,
+        calibration=calibrations.get(kind, UNCALIBRATED),
     )
     # The data's length is not known yet: only what is needed whatever its length can refuse here.
     check_fit(memory.standing_bytes, device)
@@ -121,6 +139,7 @@ def resolve(
         num_steps=num_steps,
         total_examples=total_examples,
         memory=memory,
+        kind_of_run=kind,
         spec_digest=spec_digest,
         warnings=tuple(list_warnings(spec, base_model, method, resolved, mix, memory, device)),
     )

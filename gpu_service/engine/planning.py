@@ -46,6 +46,7 @@ def plan(
                 "cache_directory": str(request.cache_directory),
                 "device": device,
                 "weights_digest": request.weights_digest,
+                "calibrations": request.calibrations,
             }
         ),
         encoding="utf-8",

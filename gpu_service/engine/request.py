@@ -46,6 +46,8 @@ class RunRequest:
     cache_directory: Path
     device: DeviceChoice
     resume: ResumePoint | None
+    # What the node measured of such runs, as the planner takes it.
+    calibrations: dict[str, Any]
 
     @property
     def journal_path(self) -> Path:
@@ -85,4 +87,5 @@ def read(run_directory: Path) -> RunRequest:
         else ResumePoint(
             directory=Path(resume["checkpoint_directory"]), name=resume["checkpoint"], step=int(resume["step"])
         ),
+        calibrations=document.get("calibrations") or {},
     )

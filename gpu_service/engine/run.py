@@ -7,7 +7,7 @@ events and the memory are the caller's (`ending`). Contains no training step and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -42,6 +42,7 @@ class Run:
     switch: StopSwitch
     reporter: Reporter
     planner_command: Sequence[str]
+    make_session: Callable[..., Session] = Session
     key: BaseKey | None = None
     method: ModuleType | None = None
     loaded: Loaded | None = None
@@ -57,11 +58,15 @@ class Run:
             switch=self.switch,
             reporter=self.reporter,
         )
+        self.open_session(plan_directory).train()
+
+    def open_session(self, plan_directory: Path) -> Session:
+        """The planned data with the loaded model, ready to train. Raises StopRequested, RunFailure."""
         data, plan = _open(plan_directory)
         self.reporter.emit(plan)
         self.switch.check()
         loaded, method = self._load(plan)
-        Session(
+        return self.make_session(
             request=self.request,
             plan=plan,
             data=data,
@@ -70,7 +75,7 @@ class Run:
             device=self.device,
             switch=self.switch,
             reporter=self.reporter,
-        ).train()
+        )
 
     def _load(self, plan: plan_pb2.Plan) -> tuple[Loaded, ModuleType]:
         self.reporter.enter_phase("LOADING")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gpu_service.engine import devices, request
@@ -19,6 +19,7 @@ from gpu_service.engine.planning import PLANNER_COMMAND
 from gpu_service.engine.reporter import Notify, Reporter
 from gpu_service.engine.resident import BaseShelf
 from gpu_service.engine.run import Run
+from gpu_service.engine.session import Session
 from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
 from gpu_service.journal import Writer
 from tunesmith.common.v1 import event_pb2
@@ -66,6 +67,7 @@ def carry_out(
     switch: StopSwitch,
     notify: Notify,
     planner_command: Sequence[str] = PLANNER_COMMAND,
+    make_session: Callable[..., Session] = Session,
 ) -> Outcome:
     """One run from its `run.json` to its terminal event. Raises only when the journal itself cannot be used."""
     asked = request.read(run_directory)
@@ -77,6 +79,7 @@ def carry_out(
             switch=switch,
             reporter=Reporter(run_directory=run_directory, writer=writer, notify=notify),
             planner_command=planner_command,
+            make_session=make_session,
         )
         outcome = _execute(run)
         # Outside the handlers: an exception's traceback keeps the model's memory alive.

@@ -17,7 +17,7 @@ from gpu_service.engine.loading import Loaded
 from gpu_service.engine.precision import DTYPES
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.request import RunRequest
-from gpu_service.engine.stopping import StopSwitch
+from gpu_service.engine.stopping import StopRequested, StopSwitch
 from gpu_service.engine.training import random_state
 from gpu_service.engine.training.accelerator import make_accelerator
 from gpu_service.engine.training.batches import MicroBatchLimit
@@ -26,12 +26,16 @@ from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
 from gpu_service.engine.training.evaluation import as_history, evaluate
 from gpu_service.engine.training.generate import answer, stop_token_ids
 from gpu_service.engine.training.loop import TrainingLoop
-from gpu_service.engine.training.objectives import make_objective
+from gpu_service.engine.training.objectives import Objective, make_objective
+from gpu_service.engine.training.out_of_memory import PassSize
 from gpu_service.engine.training.progress import TrainingProgress
+from gpu_service.engine.training.rehearsal import Rehearsed, find_largest_steps
 from gpu_service.engine.training.rises import find_rises
 from tunesmith.common.v1 import event_pb2, plan_pb2
 
 _SAMPLE_TOKENS = 64
+# The first step makes the optimizer's state, the second has it from the start.
+_REHEARSALS = 2
 
 
 class Session:
@@ -48,7 +52,9 @@ class Session:
         device: Device,
         switch: StopSwitch,
         reporter: Reporter,
+        objective: Objective | None = None,
     ) -> None:
+        """`objective` None is the plan's."""
         self._request = request
         self._method = method
         self._device = device
@@ -64,8 +70,7 @@ class Session:
         self._model, self._optimizer = self._accelerator.prepare(
             loaded.model, builder.build(trainable, settings.optimizer)
         )
-        self._objective = make_objective(settings)
-        self._limit = MicroBatchLimit.of(settings.batch, loaded.config)
+        self._objective = objective or make_objective(settings)
         self._checkpoints = CheckpointKeeper(
             directory=request.checkpoints_directory,
             identity=Identity(
@@ -99,14 +104,38 @@ class Session:
             # Dropout must not depend on what was measured before the first step.
             random_state.seed_all(self._plan.resolved.seed)
         self._reporter.enter_phase("TRAINING")
-        loop = TrainingLoop(
+        loop = self._make_loop()
+        try:
+            stopped_early = loop.run()
+        except StopRequested:
+            self._report_memory(is_whole=False)
+            raise
+        self._report_memory(is_whole=not stopped_early)
+        self._switch.check()
+        self._measure(event_pb2.EVALUATION_MOMENT_FINAL)
+        self._answer_samples(event_pb2.EVALUATION_MOMENT_FINAL)
+        self._save(stopped_early)
+
+    def rehearse(self) -> Rehearsed:
+        """Make the plan's largest steps twice each and save nothing: what memory they come to. Called once, alone."""
+        loop = self._make_loop()
+        limit = MicroBatchLimit.of(self._plan.resolved.batch, self._loaded.config)
+        largest = find_largest_steps(self._data, limit)
+        self._reporter.enter_phase("TRAINING")
+        peak_bytes = loop.rehearse([one.step for one in largest], _REHEARSALS)
+        return Rehearsed(
+            peak_bytes=peak_bytes, step_tokens=largest[0].step_tokens, longest_tokens=largest[0].longest_tokens
+        )
+
+    def _make_loop(self) -> TrainingLoop:
+        return TrainingLoop(
             accelerator=self._accelerator,
             model=self._model,
             optimizer=self._optimizer,
             data=self._data,
             settings=self._plan.resolved,
             objective=self._objective,
-            limit=self._limit,
+            pass_size=self._pass_size(),
             examples_per_epoch=self._plan.examples_per_epoch,
             checkpoints=self._checkpoints,
             progress=self._progress,
@@ -115,25 +144,45 @@ class Session:
             reporter=self._reporter,
             evaluate=lambda: self._measure(event_pb2.EVALUATION_MOMENT_DURING),
         )
-        stopped_early = loop.run()
-        self._switch.check()
-        self._measure(event_pb2.EVALUATION_MOMENT_FINAL)
-        self._answer_samples(event_pb2.EVALUATION_MOMENT_FINAL)
-        self._save(stopped_early)
+
+    def _report_memory(self, *, is_whole: bool) -> None:
+        """Say what memory came to. Only a run that made every pass of its plan tells how good the prediction was."""
+        memory = self._plan.memory
+        is_whole = is_whole and self._request.resume is None and not self._progress.pass_limits
+        self._reporter.emit(
+            event_pb2.MemoryMeasuredEvent(
+                predicted_bytes=memory.peak_bytes,
+                peak_bytes=self._device.peak_bytes(),
+                analytic_bytes=memory.analytic_bytes if is_whole else 0,
+            )
+        )
+
+    def _pass_size(self) -> PassSize:
+        return PassSize(
+            planned=MicroBatchLimit.of(self._plan.resolved.batch, self._loaded.config),
+            data=self._data,
+            device=self._device,
+            reporter=self._reporter,
+            progress=self._progress,
+        )
 
     def _measure(self, moment: event_pb2.EvaluationMoment.ValueType) -> None:
         if not any(source.held_out for source in self._data.sources):
             return
         self._reporter.enter_phase("EVALUATING")
-        event = evaluate(
-            self._model,
-            self._data,
-            objective=self._objective,
-            device=self._device.torch_device,
-            limit=self._limit,
-            moment=moment,
+        event = self._pass_size().carry_out(
+            lambda limit: evaluate(
+                self._model,
+                self._data,
+                objective=self._objective,
+                device=self._device.torch_device,
+                limit=limit,
+                moment=moment,
+                step=self._progress.steps_done,
+                switch=self._switch,
+            ),
+            self._data.held_out_examples(),
             step=self._progress.steps_done,
-            switch=self._switch,
         )
         if event is not None:
             self._reporter.emit(event)

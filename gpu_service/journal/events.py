@@ -32,6 +32,8 @@ EventMessage = (
     | event_pb2.MemoryReleasedEvent
     | event_pb2.RealizedEvent
     | event_pb2.NodeReachabilityEvent
+    | event_pb2.MicroBatchReducedEvent
+    | event_pb2.MemoryMeasuredEvent
 )
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +12,7 @@ from gpu_service.catalog.datasets import REGISTRY
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
 from gpu_service.domain.defaults import default_warmup_steps
 from gpu_service.domain.device import Device
+from gpu_service.domain.memory_calibration import UNCALIBRATED, Calibration
 from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.order import ORDER_VERSION
 from gpu_service.domain.plan import check_fit, resolve
@@ -31,6 +32,7 @@ from gpu_service.domain.planned_data import (
 )
 from gpu_service.domain.spec import TrainingSpec, spec_digest
 from gpu_service.planner.choosing import Chooser, ChosenSource
+from gpu_service.planner.pass_sizes import find_largest_passes
 from gpu_service.planner.progress import Progress
 from gpu_service.planner.selection import (
     RunSteps,
@@ -57,6 +59,8 @@ class PlanRequest:
     device: Device
     weights_digest: str
     spec_digest: str
+    # What the node measured, by kind of run.
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "PlanRequest":
@@ -69,14 +73,21 @@ class PlanRequest:
             device=Device.from_json(value.get("device", {})),
             weights_digest=value.get("weights_digest") or "",
             spec_digest=value.get("spec_digest") or spec_digest(value["spec"]),
+            calibrations={
+                kind: Calibration.from_json(cells) for kind, cells in (value.get("calibrations") or {}).items()
+            },
         )
+
+    def calibration_of(self, plan: CheckedPlan) -> Calibration:
+        """What the node measured of runs like this plan's."""
+        return self.calibrations.get(plan.kind_of_run, UNCALIBRATED)
 
 
 def make_plan(request: PlanRequest, *, stream: TextIO) -> Path:
     """Plans exactly and returns the plan directory; progress goes to `stream`. Raises `Refusal`, `OSError`."""
     spec = request.spec
     base = replace(read_directory(request.model_directory, spec.base_model), weights_digest=request.weights_digest)
-    checked = resolve(spec, base, request.device, spec_digest=request.spec_digest)
+    checked = resolve(spec, base, request.device, spec_digest=request.spec_digest, calibrations=request.calibrations)
     stores, warnings, progress = _make_stores(request, checked, base, stream)
     with stores:
         sources, idle = Chooser(spec, checked, stores).choose()
@@ -85,7 +96,7 @@ def make_plan(request: PlanRequest, *, stream: TextIO) -> Path:
     selection = select(sources, seed=checked.hyperparameters.seed)
     run = make_steps(spec.hyperparameters, selection)
     data = _open_data(checked, sources, shards, selection, run)
-    exact = _complete(checked, spec, sources, idle, selection, run, data)
+    exact = _complete(checked, spec, sources, idle, selection, run, data, request.calibration_of(checked))
     exact = replace(exact, warnings=(*exact.warnings, *warnings))
     return _write(request.cache_directory, exact, sources, shards, selection, run)
 
@@ -152,22 +163,24 @@ def _complete(
     selection: Selection,
     run: RunSteps,
     data: PlannedData,
+    calibration: Calibration,
 ) -> CheckedPlan:
     """The checked plan with its counts, memory and digest made exact. Raises `Refusal` DOES_NOT_FIT."""
     given, resolved = spec.hyperparameters, checked.hyperparameters
     if given.schedule.warmup_steps is None:
         schedule = replace(resolved.schedule, warmup_steps=default_warmup_steps(data.num_steps))
         resolved = replace(resolved, schedule=schedule)
-    longest = max(selection.num_tokens)
     evaluated = max((max(source.draw.tokens) for source in sources if source.plan.held_out), default=0)
     memory = estimate_memory(
         checked.base_model,
         resolved,
         checked.quantization,
+        checked.optimizer,
+        covered_layers=checked.covered_layers,
         num_trainable_parameters=checked.num_trainable_parameters,
-        optimizer_state_bytes=checked.optimizer.state_bytes_per_parameter,
-        longest_tokens=max(longest, evaluated),
+        passes=find_largest_passes(selection, run, resolved, longest_held_out=evaluated),
         device_type=checked.device.type,
+        calibration=calibration,
     )
     check_fit(memory.total_bytes, checked.device)
     counts = count_sources(selection, run)
@@ -192,7 +205,7 @@ def _complete(
         datasets=tuple(sorted([*rows, *idle], key=lambda row: (row.held_out, row.trait_type, row.dataset_id))),
         memory=memory,
         fill=total_tokens / (data.num_steps * given.batch.tokens) if given.batch.tokens else 0.0,
-        longest_example_tokens=longest,
+        longest_example_tokens=max(selection.num_tokens),
         largest_step_tokens=find_largest_step(selection, run),
         num_duplicates=count_duplicates(selection, data.selection_entries()),
         data_digest=data.compute_digest(),

@@ -22,6 +22,7 @@ from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.cache_keeper import CacheKeeper
 from gpu_service.runs.engine_pool import EnginePool
 from gpu_service.runs.launcher import Launcher
+from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
 from gpu_service.runs.planning import Planning
 from gpu_service.runs.run import Run
@@ -54,6 +55,7 @@ class RunManager:
         facts: NodeFacts,
         admission: Admission,
         ledger: MemoryLedger,
+        memory: MemoryRecords,
         blobs: BlobStore,
         pool: EnginePool,
         planning: Planning,
@@ -74,7 +76,12 @@ class RunManager:
         self.finished = False
         self.changed = Signal()
         self._launcher = Launcher(
-            admission=admission, ledger=ledger, pool=pool, changed=self.changed, grace_seconds=grace_seconds
+            admission=admission,
+            ledger=ledger,
+            memory=memory,
+            pool=pool,
+            changed=self.changed,
+            grace_seconds=grace_seconds,
         )
         self._cache_keeper = CacheKeeper(
             files=files,
@@ -221,6 +228,8 @@ class RunManager:
             "cache_directory": str(self._files.cache),
             "device": {"type": admitted.device.type, "index": admitted.device.index},
             "quantization": admitted.quantization,
+            "kind_of_run": admitted.kind_of_run,
+            "calibrations": admitted.calibrations,
             "resume": resume,
         }
         directory = await asyncio.to_thread(self._files.write_run, key, content)

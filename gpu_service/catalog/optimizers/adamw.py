@@ -7,5 +7,7 @@ ENTRY = OptimizerEntry(
     description="Adam with decoupled weight decay",
     builder="gpu_service.engine.builders.optimizers.adamw",
     state_bytes_per_parameter=8,
+    # The square roots of all second moments at once.
+    step_bytes_per_parameter=4,
     devices=("cuda", "cpu"),
 )

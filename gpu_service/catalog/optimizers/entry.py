@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerEntry:
-    """`state_bytes_per_parameter` is what it keeps for each trainable parameter, blocks' scales counted in.
+    """`state_bytes_per_parameter` is what it keeps for each trainable parameter, blocks' scales counted in;
+    `step_bytes_per_parameter` is what one of its steps takes for each besides.
 
     `devices` are the types of device on which its resume test passes; on any other it is not offered.
     """
@@ -15,5 +16,8 @@ class OptimizerEntry:
     builder: str
     state_bytes_per_parameter: float
     devices: tuple[str, ...]
+    step_bytes_per_parameter: int = 0
+    # Its state leaves the device when memory is short, so it is no part of what a run needs there.
+    is_paged: bool = False
     # Distributions that must be installed.
     requires: tuple[str, ...] = ()

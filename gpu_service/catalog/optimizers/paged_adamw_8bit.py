@@ -7,6 +7,7 @@ ENTRY = OptimizerEntry(
     description="AdamW with moments of 8 bits, paged to the host when the device is full",
     builder="gpu_service.engine.builders.optimizers.paged_adamw_8bit",
     state_bytes_per_parameter=2 + 2 * 4 / 256,
+    is_paged=True,
     # A CPU has nothing to page to.
     devices=("cuda",),
     requires=("bitsandbytes",),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
 from gpu_service.engine.training.flat_attention import attending_within_sequences
 from gpu_service.engine.training.losses import LossTally
 from gpu_service.engine.training.objectives import Objective
+from gpu_service.engine.training.out_of_memory import PassSize
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.schedule import Schedule
 from gpu_service.engine.training.step_report import StepFacts, StepReport, as_history
@@ -45,7 +46,7 @@ class TrainingLoop:
     settings: training_spec_pb2.Hyperparameters
     objective: Objective
     # What a forward pass holds from now on. A step is the same step whatever it is.
-    limit: MicroBatchLimit
+    pass_size: PassSize
     examples_per_epoch: int
     checkpoints: CheckpointKeeper
     progress: TrainingProgress
@@ -83,6 +84,20 @@ class TrainingLoop:
         self.save()
         return stopped_early
 
+    def rehearse(self, steps: Sequence[int], times: int) -> int:
+        """Make each of the steps so many times, without a word and saving nothing; the device's peak in bytes.
+
+        The weights are no use afterwards. Raises torch.OutOfMemoryError where a run would make its passes smaller.
+        """
+        self.model.train()
+        self.device.start_counting()
+        with attending_within_sequences(self.model):
+            for step in (step for step in steps for _ in range(times)):
+                _, tally, norm = self._accumulate(step, self.pass_size.limit)
+                self.device.peak_bytes()
+                self._update(math.isfinite(tally.mean) and math.isfinite(norm))
+        return self.device.peak_bytes()
+
     def _train(self) -> bool:
         while self.progress.steps_done < self.data.num_steps:
             self.switch.check()
@@ -108,7 +123,12 @@ class TrainingLoop:
         learning_rate = self._schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        batches, tally, norm = self._accumulate(step)
+        batches, tally, norm = self.pass_size.carry_out(
+            lambda limit: self._accumulate(step, limit),
+            self.data.step_examples(step),
+            step=step + 1,
+            undo=lambda: self.optimizer.zero_grad(set_to_none=True),
+        )
         is_finite = math.isfinite(tally.mean) and (math.isfinite(norm) or self.accelerator.scaler is not None)
         updated = self._update(is_finite)
         seconds = time.monotonic() - start
@@ -155,10 +175,10 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         return updated
 
-    def _accumulate(self, step: int) -> tuple[list[MicroBatch], LossTally, float]:
+    def _accumulate(self, step: int, limit: MicroBatchLimit) -> tuple[list[MicroBatch], LossTally, float]:
         """The gradient of a step, its losses and the gradient's norm. May be begun again until the update is made."""
         self.optimizer.zero_grad(set_to_none=True)
-        batches = [collate(self.data, part) for part in split(self.data, self.data.step_examples(step), self.limit)]
+        batches = [collate(self.data, part) for part in split(self.data, self.data.step_examples(step), limit)]
         weights = [self.objective.weights(batch) for batch in batches]
         whole = max(sum(map(sum, weights)), 1)
         values = []

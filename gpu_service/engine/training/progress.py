@@ -33,6 +33,8 @@ class TrainingProgress:
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    # What memory left of the plan's limits of a forward pass, by unit (`examples`, `tokens`).
+    pass_limits: dict[str, int] = field(default_factory=dict)
     # Lowest held-out loss that a checkpoint of this training had; None before there was one.
     best_held_out_loss: float | None = None
 

@@ -16,6 +16,7 @@ from gpu_service.runs.admission import Admission, Admitted
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.engine_pool import EnginePool, EngineSettings
 from gpu_service.runs.manager import RunManager, StartRequest
+from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.models import ModelShelf
 from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
 from gpu_service.runs.planner_process import PlannerProcess
@@ -47,9 +48,10 @@ class Node:
         self.spec = make_spec([dataset], base_model="org/name", training_type="lora")
         self.ledger = MemoryLedger()
         self.blobs = BlobStore(files.blobs)
+        memory = MemoryRecords(files.memory_records)
         models = ModelShelf(files.models, cache_file=files.cache / "digests.json")
         planner = PlannerProcess(files.requests)
-        planning = Planning(files=files, models=models, blobs=self.blobs, planner=planner, versions={})
+        planning = Planning(files=files, models=models, blobs=self.blobs, planner=planner, versions={}, memory=memory)
         settings = EngineSettings(command=("/nothing",), orphan_limit_seconds=1, grace_seconds=1, idle_seconds=1)
         pool = EnginePool(directory=files.engines, settings=settings)
         self.admission = BusyAdmission(
@@ -64,6 +66,7 @@ class Node:
             facts=files.read_facts("local"),
             admission=self.admission,
             ledger=self.ledger,
+            memory=memory,
             blobs=self.blobs,
             pool=pool,
             planning=planning,

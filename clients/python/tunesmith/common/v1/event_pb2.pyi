@@ -1104,17 +1104,24 @@ class MemoryMeasuredEvent(_message.Message):
 
     PREDICTED_BYTES_FIELD_NUMBER: _builtins.int
     PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    ANALYTIC_BYTES_FIELD_NUMBER: _builtins.int
     predicted_bytes: _builtins.int
+    """MemoryEstimate.peak_bytes of the run's plan."""
     peak_bytes: _builtins.int
+    analytic_bytes: _builtins.int
+    """MemoryEstimate.analytic_bytes of the run's plan; 0 when the run did not make all passes of its plan (it was stopped
+    or resumed, or ran out of memory), so that nothing can be learned from its peak.
+    """
     def __init__(
         self,
         *,
         predicted_bytes: _builtins.int = ...,
         peak_bytes: _builtins.int = ...,
+        analytic_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["peak_bytes", b"peak_bytes", "predicted_bytes", b"predicted_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["analytic_bytes", b"analytic_bytes", "peak_bytes", b"peak_bytes", "predicted_bytes", b"predicted_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

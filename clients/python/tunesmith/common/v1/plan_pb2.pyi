@@ -152,6 +152,8 @@ class MemoryEstimate(_message.Message):
     OVERHEAD_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     BASIS_FIELD_NUMBER: _builtins.int
+    PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    ANALYTIC_BYTES_FIELD_NUMBER: _builtins.int
     weights_bytes: _builtins.int
     adapter_bytes: _builtins.int
     gradients_bytes: _builtins.int
@@ -161,6 +163,12 @@ class MemoryEstimate(_message.Message):
     total_bytes: _builtins.int
     basis: _builtins.str
     """What it rests on: `analytic`, or `calibrated` by this node's measured runs and probes."""
+    peak_bytes: _builtins.int
+    """Highest allocated memory to expect, in the measure of StepEvent.peak_memory_bytes: the total without the overhead of
+    driver, libraries and gaps (on a CPU, where the measure is of the whole process, the total).
+    """
+    analytic_bytes: _builtins.int
+    """The peak by arithmetic alone, before calibration."""
     def __init__(
         self,
         *,
@@ -172,10 +180,12 @@ class MemoryEstimate(_message.Message):
         overhead_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
         basis: _builtins.str = ...,
+        peak_bytes: _builtins.int = ...,
+        analytic_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations_bytes", b"activations_bytes", "adapter_bytes", b"adapter_bytes", "basis", b"basis", "gradients_bytes", b"gradients_bytes", "optimizer_bytes", b"optimizer_bytes", "overhead_bytes", b"overhead_bytes", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations_bytes", b"activations_bytes", "adapter_bytes", b"adapter_bytes", "analytic_bytes", b"analytic_bytes", "basis", b"basis", "gradients_bytes", b"gradients_bytes", "optimizer_bytes", b"optimizer_bytes", "overhead_bytes", b"overhead_bytes", "peak_bytes", b"peak_bytes", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

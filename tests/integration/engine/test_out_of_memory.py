@@ -1,0 +1,141 @@
+"""A device that runs out of memory in the middle of a training: forced by an objective that refuses large passes."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_service.engine import devices
+from gpu_service.engine.request import DeviceChoice
+from gpu_service.engine.session import Session
+from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit
+from gpu_service.engine.training.objectives import Outcome
+from gpu_service.engine.training.objectives.sft import Likelihood
+from gpu_service.engine.training.out_of_memory import PassSize
+from gpu_service.engine.training.progress import TrainingProgress
+from tests.fakes.engine_runs import RunLog, Workspace
+from tunesmith.common.v1 import errors_pb2
+
+_HYPERPARAMETERS = {"num_steps": 4, "lora": {"rank": 4, "dropout": 0.0}}
+
+
+class _SmallDevice(Likelihood):
+    """Raises as torch does when a pass with gradients holds more than `fits` examples, once it has made `after`."""
+
+    def __init__(self, *, fits: int, after: int = 0) -> None:
+        self.passes: list[list[int]] = []
+        self._fits = fits
+        self._after = after
+
+    def forward(self, model: Any, batch: MicroBatch) -> Outcome:
+        if torch.is_grad_enabled():
+            if len(self.passes) >= self._after and len(batch.sources) > self._fits:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
+            self.passes.append(list(batch.tokens_by_example))
+        return super().forward(model, batch)
+
+
+def _train(workspace: Workspace, run_in_process: Any, name: str, objective: Any, **options: Any) -> RunLog:
+    directory = workspace.make_run(name, held_out=False, **{"hyperparameters": _HYPERPARAMETERS, **options})
+    log: RunLog = run_in_process(directory, make_session=partial(Session, objective=objective))
+    return log
+
+
+def test_training_goes_on_in_smaller_passes(workspace: Workspace, run_in_process: Any) -> None:
+    plain_objective, small = _SmallDevice(fits=99), _SmallDevice(fits=1, after=2)
+    plain = _train(workspace, run_in_process, "room", plain_objective)
+    tight = _train(workspace, run_in_process, "no-room", small)
+
+    assert tight.states == ["RUNNING", "SUCCEEDED"]
+    reduced = [(event.step, event.unit, event.previous_limit, event.limit) for event in tight.of("micro_batch_reduced")]
+    assert reduced == [(3, "examples", 4, 2), (3, "examples", 2, 1)]
+    # The same examples in the same order: the passes of a step, end to end, are those of the other run.
+    whole_steps = [*small.passes[:2], *_in_fours(small.passes[2:])]
+    assert whole_steps == plain_objective.passes
+    for step, loss in plain.losses.items():
+        assert tight.losses[step] == pytest.approx(loss, rel=1e-4)
+    assert tight.of("realized")[0].datasets == plain.of("realized")[0].datasets
+    assert [event.num_examples for event in tight.of("step")] == [4, 4, 4, 4]
+    # Nothing is learned from the peak of a run that did not make its planned passes.
+    assert plain.of("memory_measured")[0].analytic_bytes > 0
+    assert tight.of("memory_measured")[0].analytic_bytes == 0
+
+
+def test_random_numbers_are_drawn_as_if_nothing_had_happened(workspace: Workspace, run_in_process: Any) -> None:
+    drawn: list[tuple[int | None, float]] = []
+    undone: list[int] = []
+
+    def work(limit: MicroBatchLimit) -> float:
+        drawn.append((limit.examples, float(torch.rand(()))))
+        if len(drawn) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return drawn[-1][1]
+
+    log = run_in_process(workspace.make_run("numbers", held_out=False))
+    data = workspace.open_data(log.of("plan")[0].data_digest)
+    pass_size = PassSize(
+        planned=MicroBatchLimit(examples=4),
+        data=data,
+        device=devices.select(DeviceChoice(type="cpu")),
+        reporter=_Silent(),  # type: ignore[arg-type]
+        progress=TrainingProgress(),
+    )
+    number = pass_size.carry_out(work, data.step_examples(0), step=1, undo=lambda: undone.append(1))
+
+    assert [examples for examples, _ in drawn] == [4, 2, 1]
+    assert {number} == {value for _, value in drawn}
+    assert len(undone) == 2
+
+
+def test_limit_of_tokens_halves(workspace: Workspace, run_in_process: Any) -> None:
+    objective = _SmallDevice(fits=2)
+    hyperparameters = {**_HYPERPARAMETERS, "batch": {"examples": 4, "micro_batch_tokens": "100000"}}
+    log = _train(workspace, run_in_process, "tokens", objective, hyperparameters=hyperparameters)
+
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    reduced = log.of("micro_batch_reduced")
+    assert {event.unit for event in reduced} == {"tokens"}
+    assert reduced[0].previous_limit == 100000
+    assert all(sum(one) <= reduced[-1].limit or len(one) == 1 for one in objective.passes)
+
+
+def test_one_example_that_does_not_fit_fails_the_run(workspace: Workspace, run_in_process: Any) -> None:
+    log = _train(workspace, run_in_process, "hopeless", _SmallDevice(fits=0))
+
+    assert log.states == ["RUNNING", "FAILED"]
+    assert [event.limit for event in log.of("micro_batch_reduced")] == [2, 1]
+    assert log.of("run_state")[-1].failure.reason == errors_pb2.ERROR_REASON_DEVICE_OUT_OF_MEMORY
+
+
+def test_smaller_passes_stay_after_a_resume(workspace: Workspace, run_in_process: Any) -> None:
+    hyperparameters = {**_HYPERPARAMETERS, "save_every_steps": 2}
+    directory = workspace.make_run("first-half", held_out=False, hyperparameters=hyperparameters)
+    run_in_process(directory, make_session=partial(Session, objective=_SmallDevice(fits=2)))
+    checkpoint: Path = directory / "checkpoints/step-00000002"
+    objective = _SmallDevice(fits=2)
+    rest = workspace.make_run(
+        "second-half",
+        held_out=False,
+        hyperparameters=hyperparameters,
+        resume={"checkpoint_directory": str(checkpoint), "checkpoint": checkpoint.name, "step": 2},
+    )
+    log: RunLog = run_in_process(rest, make_session=partial(Session, objective=objective))
+
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert not log.of("micro_batch_reduced")
+    assert [len(one) for one in objective.passes] == [2, 2, 2, 2]
+
+
+class _Silent:
+    def emit(self, message: object) -> None:
+        """Says nothing."""
+
+
+def _in_fours(passes: list[list[int]]) -> list[list[int]]:
+    """Lengths of four passes at a time, end to end."""
+    return [list(chain.from_iterable(passes[start : start + 4])) for start in range(0, len(passes), 4)]
