@@ -1,6 +1,7 @@
-"""Writes a run's artifacts, each staged, fsynced and renamed; a table says what is written for which method.
+"""Writes a run's artifacts, all of them or none; a table says what is written for which method.
 
-`artifacts/manifest.json` lists them last. Paths in events and manifest are relative to the artifact's own directory.
+The whole of `artifacts/` is staged, fsynced and renamed, with the `manifest.json` that lists it, so that a run that is
+stopped while it saves leaves nothing. Paths in events and manifest are relative to the artifact's own directory.
 """
 
 from __future__ import annotations
@@ -53,40 +54,46 @@ class _Artifact:
     is_wanted: Callable[[ArtifactRequest], bool]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Listed:
+    artifact: _Artifact
+    files: list[durable.StoredFile]
+
+    def as_json(self) -> dict[str, Any]:
+        kind = event_pb2.ArtifactKind.Name(self.artifact.kind).removeprefix("ARTIFACT_KIND_")
+        return {"name": self.artifact.name, "kind": kind, "files": [asdict(stored) for stored in self.files]}
+
+    def as_event(self) -> event_pb2.ArtifactEvent:
+        return event_pb2.ArtifactEvent(
+            name=self.artifact.name,
+            kind=self.artifact.kind,
+            files=[file_pb2.FileReference(**asdict(stored)) for stored in self.files],
+        )
+
+
 def write_all(request: ArtifactRequest, before_each: Callable[[], None]) -> list[event_pb2.ArtifactEvent]:
-    """Write every artifact that the run leaves, and their manifest. `before_each` may raise to stop.
+    """Write every artifact that the run leaves, and their manifest. `before_each` may raise to stop: nothing is left.
 
     Raises RunFailure EXPORT or DISK_FULL naming the artifact.
     """
-    written: list[event_pb2.ArtifactEvent] = []
-    listed: list[dict[str, Any]] = []
-    for artifact in _ARTIFACTS:
-        if not artifact.is_wanted(request):
-            continue
-        before_each()
-        try:
-            with durable.staged(request.directory / artifact.name) as staging:
-                artifact.write(request, staging)
-                files = durable.list_files(staging)
-        except _RAISES as error:
-            raise _failure(error, artifact.name) from error
-        kind = event_pb2.ArtifactKind.Name(artifact.kind).removeprefix("ARTIFACT_KIND_")
-        listed.append({"name": artifact.name, "kind": kind, "files": [asdict(stored) for stored in files]})
-        written.append(
-            event_pb2.ArtifactEvent(
-                name=artifact.name,
-                kind=artifact.kind,
-                files=[file_pb2.FileReference(**asdict(stored)) for stored in files],
-            )
-        )
+    name = ""
     try:
-        path = request.directory / durable.MANIFEST_FILE
-        path.write_text(json.dumps({"artifacts": listed}, indent=1), encoding="utf-8")
-        durable.sync(path)
-        durable.sync(request.directory)
-    except OSError as error:
-        raise _failure(error, durable.MANIFEST_FILE) from error
-    return written
+        with durable.staged(request.directory) as staging:
+            listed: list[_Listed] = []
+            for artifact in _ARTIFACTS:
+                if not artifact.is_wanted(request):
+                    continue
+                before_each()
+                name = artifact.name
+                (staging / name).mkdir()
+                artifact.write(request, staging / name)
+                listed.append(_Listed(artifact=artifact, files=durable.list_files(staging / name)))
+            name = durable.MANIFEST_FILE
+            text = json.dumps({"artifacts": [entry.as_json() for entry in listed]}, indent=1)
+            (staging / name).write_text(text, encoding="utf-8")
+    except _RAISES as error:
+        raise _failure(error, name) from error
+    return [entry.as_event() for entry in listed]
 
 
 def _failure(error: Exception, name: str) -> RunFailure:
