@@ -32,6 +32,7 @@ _CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
         "MODEL_NOT_FOUND": grpc.StatusCode.FAILED_PRECONDITION,
         "NODE_BUSY": grpc.StatusCode.RESOURCE_EXHAUSTED,
         "NODE_DRAINING": grpc.StatusCode.FAILED_PRECONDITION,
+        "NOT_OFFERED": grpc.StatusCode.FAILED_PRECONDITION,
         "OFFSET_MISMATCH": grpc.StatusCode.FAILED_PRECONDITION,
         "PICKLE_REFUSED": grpc.StatusCode.FAILED_PRECONDITION,
         "PLANNING": grpc.StatusCode.INTERNAL,

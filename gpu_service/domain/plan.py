@@ -5,6 +5,7 @@ device, and knows nothing of library versions that are bad in themselves: the se
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from gpu_service.catalog import datasets as dataset_formats
 from gpu_service.catalog import families, methods, optimizers, quantization, templates
@@ -25,6 +26,7 @@ from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.domain.memory_estimate import MemoryEstimate, estimate_memory
 from gpu_service.domain.mix import compute_sources
+from gpu_service.domain.plan_start import check_exports, check_start, check_task
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
 
 __all__ = [
@@ -56,7 +58,7 @@ def resolve(
     `versions` are the installed distributions by name; None or empty when not known. Counts come from the registered
     number of examples. Raises `Refusal` with the reason, the field, and the loading stage that it would have broken:
     TRAINING_TYPE_UNKNOWN, QUANTIZATION_UNKNOWN, COMBINATION_NOT_ALLOWED, MODEL_TYPE_UNKNOWN, MODEL_TYPE_MISMATCH,
-    MODEL_INVALID, DEVICE_UNSUPPORTED, TARGETS_MATCH_NOTHING, DATASET_NOT_FOUND, DATASET_FORMAT_UNKNOWN,
+    MODEL_INVALID, DEVICE_UNSUPPORTED, TARGETS_MATCH_NOTHING, NOT_OFFERED, DATASET_NOT_FOUND, DATASET_FORMAT_UNKNOWN,
     CHAT_TEMPLATE_MISSING, MIX_INFEASIBLE, WEIGHTS_ALL_ZERO, PERCENTAGES_NOT_100, NO_EXAMPLES_LEFT, DOES_NOT_FIT,
     TOO_LARGE, INVALID_FIELD.
     """
@@ -64,7 +66,9 @@ def resolve(
     if base_model.problem:
         raise refuse_user("MODEL_INVALID", base_model.problem, field="base_model", stage="CONFIG")
     check_ranges(given)
+    trains = check_task(spec)
     method = _find_method(spec)
+    check_exports(spec, method)
     quantized = _find_quantization(given, method)
     family = _find_family(spec, base_model)
     optimizer = optimizers.REGISTRY.get(given.optimizer.name or "adamw")
@@ -77,14 +81,19 @@ def resolve(
         )
     _check_device(given, quantized, device, versions or {})
     covered = _cover_layers(given, method, base_model)
+    if spec.start_from is not None:
+        before = _cover_layers(replace(given, lora=spec.start_from.lora), method, base_model)
+        paths, paths_before = ([layer.path for layer in layers] for layers in (covered, before))
+        check_start(spec, method, covered=paths, covered_before=paths_before)
     _check_lengths(given, base_model)
     _check_datasets(spec, base_model)
     mix = resolve_mix(spec.mix)
-    sources = compute_sources(spec.traits)
+    # An export has no data: there is nothing to select or count.
+    sources = compute_sources(spec.traits) if trains else []
     registered = {reference.dataset_id: reference.num_examples for reference in spec.datasets}
-    planned = plan_datasets(spec.traits, sources, mix, registered)
-    num_epochs, num_steps, total_examples = count_run(
-        given, sum(item.num_examples for item in planned if not item.held_out)
+    planned = plan_datasets(spec.traits, sources, mix, registered) if trains else ()
+    num_epochs, num_steps, total_examples = (
+        count_run(given, sum(item.num_examples for item in planned if not item.held_out)) if trains else (0.0, 0, 0)
     )
     resolved = apply_defaults(
         given,

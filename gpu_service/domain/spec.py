@@ -141,6 +141,9 @@ class StartFrom:
     job_id: str = ""
     name: str = ""
     files: tuple[StoredFile, ...] = ()
+    # Of the earlier job; empty: not told.
+    training_type: str = ""
+    lora: Lora = Lora()
 
 
 @dataclass(frozen=True, kw_only=True)
