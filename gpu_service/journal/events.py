@@ -32,6 +32,7 @@ EventMessage = (
     | event_pb2.MemoryReleasedEvent
     | event_pb2.RealizedEvent
     | event_pb2.NodeReachabilityEvent
+    | event_pb2.ExportEvent
 )
 
 

@@ -1,0 +1,116 @@
+"""Merged exports: loaded elsewhere they are the adapter on its base; one that differs too much is left out and said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.fakes.engine_runs import Workspace
+from tests.fakes.fresh_process import ask, load_elsewhere
+from tests.fakes.tiny_models import TinyOptions
+from tunesmith.common.v1 import event_pb2
+
+_PROMPTS = ("What is 3 plus 3?", "def add_4(")
+_MERGED: dict[str, Any] = {"exports": ["merged"], "num_steps": 3}
+# Rounding weights of a tiny model to bfloat16 moves its logits less than this.
+_ROUNDING = 0.05
+
+
+def _far_apart(left: list[list[float]], right: list[list[float]]) -> float:
+    return float((torch.tensor(left) - torch.tensor(right)).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("training_type", "options"),
+    [
+        pytest.param("qlora", TinyOptions(tied=True), id="qlora-tied"),
+        pytest.param("lora", TinyOptions(family="qwen3", sharded=True), id="lora-sharded"),
+    ],
+)
+def test_merged_is_the_adapter_on_its_base(
+    training_type: str, options: TinyOptions, workspace: Workspace, run_in_process: Any
+) -> None:
+    directory = workspace.make_run(
+        f"merged-{options.name}", options=options, training_type=training_type, hyperparameters=_MERGED
+    )
+    log = run_in_process(directory)
+    assert log.states[-1] == "SUCCEEDED"
+    artifacts, base = directory / "artifacts", workspace.models_directory / f"tiny/{options.name}"
+
+    (export,) = log.of("export")
+    assert (export.format, export.accepted, export.threshold) == ("merged", True, 1.0)
+    assert 0 < export.max_logit_difference < _ROUNDING
+    assert export.num_same_top_tokens <= export.num_positions
+    # What the run had was quantized, or the very base.
+    by_quantization = export.trained_mean_logit_difference / export.mean_logit_difference
+    assert by_quantization > 3 if training_type == "qlora" else by_quantization == pytest.approx(1, abs=0.1)
+    kinds = {event.name: event.kind for event in log.of("artifact")}
+    assert kinds["merged"] == event_pb2.ARTIFACT_KIND_MERGED
+    assert kinds["adapter"] == event_pb2.ARTIFACT_KIND_ADAPTER
+
+    merged, adapted, plain = load_elsewhere(
+        [
+            ask(artifacts / "merged", _PROMPTS),
+            ask(base, _PROMPTS, adapter=artifacts / "adapter"),
+            ask(base, _PROMPTS),
+        ]
+    )
+    assert _far_apart(merged["logits"], adapted["logits"]) < _ROUNDING
+    assert _far_apart(merged["logits"], plain["logits"]) > 2 * _ROUNDING
+    assert merged["chat"] == adapted["chat"] == "<|im_start|>user\nHello<|im_end|>\n"
+    assert merged["tied"] == options.tied
+
+    _assert_files_are_the_bases(artifacts / "merged", base)
+    _assert_said(artifacts, export)
+
+
+def _assert_files_are_the_bases(merged: Path, base: Path) -> None:
+    """The same shards with the same tensors, all in 16 bits; what no adapter covers is only rounded."""
+    shards = sorted(path.name for path in base.glob("*.safetensors"))
+    assert sorted(path.name for path in merged.glob("*.safetensors")) == shards
+    assert (merged / "model.safetensors.index.json").is_file() == (len(shards) > 1)
+    for shard in shards:
+        ours, theirs = load_file(merged / shard), load_file(base / shard)
+        assert ours.keys() == theirs.keys()
+        assert {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
+        for name, tensor in theirs.items():
+            if "proj" not in name:
+                assert torch.equal(ours[name], tensor.bfloat16())
+        with safe_open(merged / shard, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    config = json.loads((merged / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert "quantization_config" not in config
+
+
+def _assert_said(artifacts: Path, export: Any) -> None:
+    card = (artifacts / "merged/README.md").read_text()
+    assert f"{export.max_logit_difference:.4g}" in card
+    assert f"{export.trained_max_logit_difference:.4g}" in card
+    assert "library_name: transformers" in card
+    report = json.loads((artifacts / "report/metrics.json").read_text())
+    assert [entry["format"] for entry in report["exports"]] == ["merged"]
+    assert report["exports"][0]["max_logit_difference"] == export.max_logit_difference
+
+
+def test_an_export_that_differs_is_left_out(workspace: Workspace, run_in_process: Any) -> None:
+    """The adapter is kept and the run succeeds; the export's numbers are told, and a warning says why."""
+    directory = workspace.make_run(
+        "differs", training_type="lora", hyperparameters=_MERGED | {"max_export_logit_difference": 1e-9}
+    )
+    log = run_in_process(directory)
+
+    assert log.states[-1] == "SUCCEEDED"
+    (export,) = log.of("export")
+    assert not export.accepted
+    assert {event.name for event in log.of("artifact")} == {"adapter", "report"}
+    assert not (directory / "artifacts/merged").exists()
+    (warning,) = (event for event in log.of("warning") if event.code == "export-differs")
+    assert "max_export_logit_difference" in warning.message
+    assert json.loads((directory / "artifacts/report/metrics.json").read_text())["exports"][0]["accepted"] is False
