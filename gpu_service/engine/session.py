@@ -8,10 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-from gpu_service.catalog import families, optimizers
+from gpu_service.catalog import optimizers
 from gpu_service.domain.planned_data import PlannedData
 from gpu_service.engine.artifacts import ArtifactRequest, exporting, write_all
-from gpu_service.engine.artifacts.export_source import ExportSource, open_source
+from gpu_service.engine.artifacts.export_source import open_source
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import library_versions
 from gpu_service.engine.loading import Loaded
@@ -183,7 +183,12 @@ class Session:
                 progress=self._progress,
                 stopped_early=stopped_early,
                 versions=library_versions(),
-                export_source=self._export_source(),
+                export_source=open_source(
+                    request=self._request,
+                    plan=self._plan,
+                    model=self._accelerator.unwrap_model(self._model),
+                    loaded=self._loaded,
+                ),
             ),
             self._switch.check,
         )
@@ -195,17 +200,6 @@ class Session:
                 self._reporter.warn(exporting.WARNING_CODE, exporting.describe_refusal(export))
         for artifact in written.artifacts:
             self._reporter.emit(artifact)
-
-    def _export_source(self) -> ExportSource | None:
-        if not self._plan.resolved.exports:
-            return None
-        return open_source(
-            model_directory=self._request.model_directory,
-            family=import_module(families.REGISTRY[self._plan.model_type].builder),
-            model=self._accelerator.unwrap_model(self._model),
-            tokenizer=self._loaded.tokenizer,
-            stored_dtype=self._loaded.stored_dtype,
-        )
 
     def _realized(self, stopped_early: bool) -> event_pb2.RealizedEvent:
         """What was trained on, counted from the batches, over the run and within its first epoch."""

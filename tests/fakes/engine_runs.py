@@ -77,8 +77,10 @@ class Workspace:
         resume: Mapping[str, Any] | None = None,
         chat: bool = True,
         held_out: bool = True,
+        start: Path | None = None,
+        task: str = "",
     ) -> Path:
-        """A run directory with its run.json."""
+        """A run directory with its run.json. `start`: an artifact or checkpoint of an earlier run to begin with."""
         options = options or tiny_models.TinyOptions()
         name = base_model or self.place_model(options)
         spec = self.make_spec(
@@ -90,6 +92,10 @@ class Workspace:
             chat=chat,
             held_out=held_out,
         )
+        if task:
+            spec |= {"task": task, "traits": [], "datasets": []}
+        if start is not None:
+            spec["start_from"] = {"job_id": "earlier", "name": start.name}
         directory = self.root / "runs" / job_id / str(attempt)
         directory.mkdir(parents=True)
         model_directory = self.models_directory / name
@@ -105,6 +111,7 @@ class Workspace:
             "cache_directory": str(self.cache_directory),
             "device": dict(device or {"type": "cpu", "index": -1}),
             "resume": resume,
+            "start_from": None if start is None else {"directory": str(start), "name": start.name},
         }
         (directory / "run.json").write_text(json.dumps(request), encoding="utf-8")
         return directory

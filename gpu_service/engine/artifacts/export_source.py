@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+
+from gpu_service.catalog import families
+from gpu_service.engine.loading import Loaded
+from gpu_service.engine.request import RunRequest
+from tunesmith.common.v1 import plan_pb2
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -49,10 +55,14 @@ class ExportSource:
     base_prefix: str
 
 
-def open_source(
-    *, model_directory: Path, family: ModuleType, model: Any, tokenizer: Any, stored_dtype: torch.dtype | None
-) -> ExportSource:
-    """Take the adapter's layers out of a PEFT model with one LoRA adapter, without changing it."""
+def open_source(*, request: RunRequest, plan: plan_pb2.Plan, model: Any, loaded: Loaded) -> ExportSource | None:
+    """Take the adapter's layers out of a PEFT model with one LoRA adapter, without changing it.
+
+    None when the plan wants no export.
+    """
+    if not plan.resolved.exports:
+        return None
+    family = import_module(families.REGISTRY[plan.model_type].builder)
     layers: list[AdapterLayer] = []
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -68,12 +78,12 @@ def open_source(
                 )
             )
     return ExportSource(
-        model_directory=model_directory,
+        model_directory=request.model_directory,
         family=family,
         model=model,
         layers=tuple(layers),
-        tokenizer=tokenizer,
-        stored_dtype=stored_dtype,
+        tokenizer=loaded.tokenizer,
+        stored_dtype=loaded.stored_dtype,
         device=layers[0].down.device,
         base_prefix=str(family.MODEL_CLASS.base_model_prefix),
     )

@@ -11,63 +11,63 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.fakes.engine_runs import Workspace
+from tests.fakes.engine_runs import RunLog, Workspace, read_log
 from tests.fakes.fresh_process import ask, load_elsewhere
 from tests.fakes.tiny_models import TinyOptions
-from tunesmith.common.v1 import event_pb2
+from tunesmith.common.v1 import errors_pb2, event_pb2
 
 _PROMPTS = ("What is 3 plus 3?", "def add_4(")
 _MERGED: dict[str, Any] = {"exports": ["merged"], "num_steps": 3}
 # Rounding weights of a tiny model to bfloat16 moves its logits less than this.
 _ROUNDING = 0.05
+_CASES = {"qlora": TinyOptions(tied=True), "lora": TinyOptions(family="qwen3", sharded=True)}
 
 
 def _far_apart(left: list[list[float]], right: list[list[float]]) -> float:
     return float((torch.tensor(left) - torch.tensor(right)).abs().max())
 
 
-@pytest.mark.parametrize(
-    ("training_type", "options"),
-    [
-        pytest.param("qlora", TinyOptions(tied=True), id="qlora-tied"),
-        pytest.param("lora", TinyOptions(family="qwen3", sharded=True), id="lora-sharded"),
-    ],
-)
-def test_merged_is_the_adapter_on_its_base(
-    training_type: str, options: TinyOptions, workspace: Workspace, run_in_process: Any
-) -> None:
-    directory = workspace.make_run(
-        f"merged-{options.name}", options=options, training_type=training_type, hyperparameters=_MERGED
-    )
-    log = run_in_process(directory)
-    assert log.states[-1] == "SUCCEEDED"
-    artifacts, base = directory / "artifacts", workspace.models_directory / f"tiny/{options.name}"
+def test_merged_is_the_adapter_on_its_base(workspace: Workspace, run_in_process: Any) -> None:
+    """One process loads everything, because it takes long to start."""
+    runs: dict[str, tuple[Path, Path, RunLog]] = {}
+    asked = []
+    for training_type, options in _CASES.items():
+        directory = workspace.make_run(
+            f"merged-{training_type}", options=options, training_type=training_type, hyperparameters=_MERGED
+        )
+        log = run_in_process(directory)
+        assert log.states[-1] == "SUCCEEDED"
+        artifacts, base = directory / "artifacts", workspace.models_directory / f"tiny/{options.name}"
+        runs[training_type] = artifacts, base, log
+        asked += [
+            ask(artifacts / "merged", _PROMPTS),
+            ask(base, _PROMPTS, adapter=artifacts / "adapter"),
+            ask(base, _PROMPTS),
+        ]
+    answers = iter(load_elsewhere(asked))
 
-    (export,) = log.of("export")
+    for training_type, (artifacts, base, log) in runs.items():
+        merged, adapted, plain = next(answers), next(answers), next(answers)
+        assert _far_apart(merged["logits"], adapted["logits"]) < _ROUNDING
+        assert _far_apart(merged["logits"], plain["logits"]) > 2 * _ROUNDING
+        assert merged["chat"] == adapted["chat"] == "<|im_start|>user\nHello<|im_end|>\n"
+        assert merged["tied"] == _CASES[training_type].tied
+        kinds = {event.name: event.kind for event in log.of("artifact")}
+        assert kinds["merged"] == event_pb2.ARTIFACT_KIND_MERGED
+        assert kinds["adapter"] == event_pb2.ARTIFACT_KIND_ADAPTER
+        (export,) = log.of("export")
+        _assert_compared(export, training_type)
+        _assert_files_are_the_bases(artifacts / "merged", base)
+        _assert_said(artifacts, export)
+
+
+def _assert_compared(export: Any, training_type: str) -> None:
     assert (export.format, export.accepted, export.threshold) == ("merged", True, 1.0)
     assert 0 < export.max_logit_difference < _ROUNDING
     assert export.num_same_top_tokens <= export.num_positions
     # What the run had was quantized, or the very base.
     by_quantization = export.trained_mean_logit_difference / export.mean_logit_difference
     assert by_quantization > 3 if training_type == "qlora" else by_quantization == pytest.approx(1, abs=0.1)
-    kinds = {event.name: event.kind for event in log.of("artifact")}
-    assert kinds["merged"] == event_pb2.ARTIFACT_KIND_MERGED
-    assert kinds["adapter"] == event_pb2.ARTIFACT_KIND_ADAPTER
-
-    merged, adapted, plain = load_elsewhere(
-        [
-            ask(artifacts / "merged", _PROMPTS),
-            ask(base, _PROMPTS, adapter=artifacts / "adapter"),
-            ask(base, _PROMPTS),
-        ]
-    )
-    assert _far_apart(merged["logits"], adapted["logits"]) < _ROUNDING
-    assert _far_apart(merged["logits"], plain["logits"]) > 2 * _ROUNDING
-    assert merged["chat"] == adapted["chat"] == "<|im_start|>user\nHello<|im_end|>\n"
-    assert merged["tied"] == options.tied
-
-    _assert_files_are_the_bases(artifacts / "merged", base)
-    _assert_said(artifacts, export)
 
 
 def _assert_files_are_the_bases(merged: Path, base: Path) -> None:
@@ -114,3 +114,33 @@ def test_an_export_that_differs_is_left_out(workspace: Workspace, run_in_process
     (warning,) = (event for event in log.of("warning") if event.code == "export-differs")
     assert "max_export_logit_difference" in warning.message
     assert json.loads((directory / "artifacts/report/metrics.json").read_text())["exports"][0]["accepted"] is False
+
+
+def test_export_of_an_earlier_job(workspace: Workspace, run_in_process: Any) -> None:
+    """Without data, planning or training, the same bytes as when the training exported; too far off, it fails."""
+    trained = workspace.make_run("exported", hyperparameters=_MERGED)
+    run_in_process(trained)
+    adapter = trained / "artifacts/adapter"
+    later = workspace.make_run("later", start=adapter, task="export", hyperparameters=_MERGED)
+    log = run_in_process(later)
+
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert log.phases == ["LOADING", "SAVING"]
+    assert {event.name for event in log.of("artifact")} == {"merged", "report"}
+    weights = "merged/model.safetensors"
+    assert (later / "artifacts" / weights).read_bytes() == (trained / "artifacts" / weights).read_bytes()
+    card = (later / "artifacts/merged/README.md").read_text()
+    (plan,) = read_log(trained).of("plan")
+    # What the adapter was trained on goes along.
+    assert plan.data_digest in card
+    assert "Held-out loss" in card
+
+    strict = workspace.make_run(
+        "strict", start=adapter, task="export", hyperparameters=_MERGED | {"max_export_logit_difference": 1e-9}
+    )
+    log = run_in_process(strict)
+    failure = log.of("run_state")[-1].failure
+    assert failure.reason == errors_pb2.ERROR_REASON_EXPORT_DIFFERS
+    assert not log.of("artifact")
+    assert [event.accepted for event in log.of("export")] == [False]
+    assert not (strict / "artifacts/merged").exists()
