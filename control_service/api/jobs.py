@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from control_service.api.dependencies import Dependencies
 from control_service.api.paging import cut_page, page_limit
-from control_service.api.requests import request_key
+from control_service.api.requests import request_key, seconds_for_nodes
 from control_service.api.wire.artifacts import checkpoint_message
 from control_service.api.wire.jobs import (
     event_message,
@@ -17,6 +17,7 @@ from control_service.api.wire.jobs import (
     job_states,
     plan_level,
     plan_message,
+    start_request,
 )
 from control_service.app import jobs, training
 from control_service.domain.errors import ResourceExhausted
@@ -25,8 +26,6 @@ from tunesmith.control.v1 import job_service_pb2_grpc
 
 DEFAULT_EVENTS: Final = 100
 DEFAULT_MAX_RETRIES: Final = 2
-# Left of a caller's deadline for the way back when a node plans.
-_ANSWER_SECONDS: Final = 0.5
 
 
 class JobServicer(job_service_pb2_grpc.JobServiceServicer):
@@ -41,7 +40,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         result = await training.plan_training(
             request.project_id,
             level=plan_level(request.level),
-            timeout_seconds=_seconds_for_nodes(context),
+            timeout_seconds=seconds_for_nodes(context),
             store=self._on.store,
             nodes=self._on.nodes,
             blobs=self._on.blobs,
@@ -55,7 +54,8 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
             request.project_id,
             priority=request.priority,
             max_retries=request.max_retries if request.HasField("max_retries") else DEFAULT_MAX_RETRIES,
-            timeout_seconds=_seconds_for_nodes(context),
+            start=start_request(request),
+            timeout_seconds=seconds_for_nodes(context),
             store=self._on.store,
             nodes=self._on.nodes,
             clock=self._on.clock,
@@ -186,10 +186,3 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         """Lists a job's checkpoints by step."""
         found = await jobs.list_checkpoints(request.job_id, store=self._on.store)
         return messages.ListCheckpointsResponse(checkpoints=[checkpoint_message(checkpoint) for checkpoint in found])
-
-
-def _seconds_for_nodes(context: Any) -> float | None:
-    """What of the caller's deadline a node may take; None when the caller set none."""
-    remaining = context.time_remaining()
-    # Of a short one half, so that there is time to ask and time to answer.
-    return None if remaining is None else max(remaining - _ANSWER_SECONDS, remaining / 2)
