@@ -69,12 +69,13 @@ def check_start(
         if now != before:
             raise _does_not_fit(spec, f"hyperparameters.lora.{field}", f"{now:g}", f"{before:g}")
     if set(covered) != set(covered_before):
-        raise _does_not_fit(
-            spec,
-            "hyperparameters.lora.target_modules",
-            f"{len(covered)} layers",
-            f"{len(covered_before)} layers" if len(covered_before) != len(covered) else "others",
-        )
+        raise _does_not_fit(spec, "hyperparameters.lora.target_modules", _in_words(covered), _in_words(covered_before))
+
+
+def _in_words(covered: Collection[str]) -> str:
+    """`q_proj, v_proj (32 layers)`."""
+    names = ", ".join(sorted({path.rpartition(".")[2] for path in covered}))
+    return f"{names} ({len(covered)} layers)"
 
 
 def _scale(lora: Lora) -> tuple[int, float]:

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from gpu_service.engine.artifacts.tensor_files import write_tensors
 from tests.fakes.engine_runs import RunLog, Workspace, read_log
 from tests.fakes.fresh_process import ask, load_elsewhere
 from tests.fakes.tiny_models import TinyOptions
@@ -144,3 +145,21 @@ def test_export_of_an_earlier_job(workspace: Workspace, run_in_process: Any) -> 
     assert not log.of("artifact")
     assert [event.accepted for event in log.of("export")] == [False]
     assert not (strict / "artifacts/merged").exists()
+
+
+def test_one_tensor_at_a_time(tmp_path: Path) -> None:
+    """A shard is written without ever being in memory: the next tensor is asked for when the last one is on its way."""
+    entries = [(f"layer.{n}", (8, 4), torch.bfloat16) for n in range(3)] + [("empty", (0, 4), torch.int64)]
+    path, asked = tmp_path / "model.safetensors", []
+
+    def produce(name: str) -> torch.Tensor:
+        asked.append(name)
+        return torch.full((8, 4), float(len(asked))) if name != "empty" else torch.zeros(0, 4, dtype=torch.int64)
+
+    assert write_tensors(path, entries, produce) == 3 * 8 * 4 * 2
+    assert asked == [name for name, _, _ in entries]
+    found = load_file(path)
+    assert all(torch.equal(found[name], torch.full((8, 4), n + 1.0).bfloat16()) for n, name in enumerate(asked[:3]))
+    assert found["empty"].shape == (0, 4)
+    with pytest.raises(ValueError, match="came out as"):
+        write_tensors(path, [("layer", (4, 8), torch.float32)], lambda _: torch.zeros(8, 4))
