@@ -105,11 +105,11 @@ def test_cancel_over_the_pipe(training_type: str, saving: int, workspace: Worksp
 
 
 class _SwitchThatCancels(StopSwitch):
-    """Cancels at the first boundary after the adapter is there."""
+    """Cancels at the first boundary after a file of the artifacts is there, which is still being staged."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, file: str) -> None:
         super().__init__()
-        self._written = directory / ".staging-artifacts/adapter/README.md"
+        self._written = directory / ".staging-artifacts" / file
         self.met = False
 
     def check(self) -> None:
@@ -119,10 +119,11 @@ class _SwitchThatCancels(StopSwitch):
         super().check()
 
 
-def test_cancel_between_two_artifacts(workspace: Workspace, run_in_process: Any) -> None:
-    """The adapter was written whole; a cancelled run leaves not even that."""
-    directory = workspace.make_run("between")
-    switch = _SwitchThatCancels(directory)
+@pytest.mark.parametrize("file", ["adapter/README.md", "merged/model.safetensors"])
+def test_cancel_between_two_files(file: str, workspace: Workspace, run_in_process: Any) -> None:
+    """The adapter was written whole, or a shard of an export begun; a cancelled run leaves neither."""
+    directory = workspace.make_run(Path(file).parent.name, hyperparameters={"exports": ["merged"]})
+    switch = _SwitchThatCancels(directory, file)
     run_in_process(directory, switch=switch)
 
     assert switch.met

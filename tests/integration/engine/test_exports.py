@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gpu_service.engine import request
+from gpu_service.engine.artifacts.export_source import open_source
+from gpu_service.engine.artifacts.logit_difference import compare
 from gpu_service.engine.artifacts.tensor_files import write_tensors
+from gpu_service.engine.loading import Loaded
 from tests.fakes.engine_runs import RunLog, Workspace, read_log
 from tests.fakes.fresh_process import ask, load_elsewhere
 from tests.fakes.tiny_models import TinyOptions
@@ -145,6 +152,63 @@ def test_export_of_an_earlier_job(workspace: Workspace, run_in_process: Any) -> 
     assert not log.of("artifact")
     assert [event.accepted for event in log.of("export")] == [False]
     assert not (strict / "artifacts/merged").exists()
+
+
+def _half_and_without_a_type(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    del config["model_type"], config["architectures"]
+    (model / "config.json").write_text(json.dumps(config))
+    _rewrite(model, lambda name, tensor: (name, tensor.half()))
+
+
+def _as_a_bare_decoder(model: Path) -> None:
+    _rewrite(model, lambda name, tensor: (name.removeprefix("model."), tensor))
+
+
+def _rewrite(model: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> None:
+    path = model / "model.safetensors"
+    tensors = dict(change(name, tensor) for name, tensor in load_file(path).items())
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("seed", "change", "dtype"),
+    [(5, _half_and_without_a_type, torch.float16), (6, _as_a_bare_decoder, torch.bfloat16)],
+)
+def test_bases_as_people_keep_them(
+    seed: int, change: Callable[[Path], None], dtype: torch.dtype, workspace: Workspace, run_in_process: Any
+) -> None:
+    options = TinyOptions(seed=seed, tied=True)
+    base = workspace.models_directory / workspace.place_model(options)
+    change(base)
+    directory = workspace.make_run(
+        f"kept-{seed}", options=options, training_type="lora", hyperparameters=_MERGED, held_out=False
+    )
+    (export,) = run_in_process(directory).of("export")
+
+    assert export.accepted
+    assert export.max_logit_difference < _ROUNDING
+    merged = AutoModelForCausalLM.from_pretrained(directory / "artifacts/merged", dtype="auto")
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    assert merged.dtype is dtype
+
+
+def test_what_is_not_the_adapter_on_its_base_shows(workspace: Workspace, run_in_process: Any) -> None:
+    """The base itself, passed off as an export: the difference is what the adapter does."""
+    directory = workspace.make_run("shows", training_type="lora", hyperparameters=_MERGED, held_out=False)
+    run_in_process(directory)
+    base = workspace.models_directory / "tiny/llama"
+    adapter = directory / "artifacts/adapter"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    loaded = Loaded(tokenizer=AutoTokenizer.from_pretrained(adapter), stored_dtype=torch.float32)
+    (plan,) = read_log(directory).of("plan")
+    source = open_source(request=request.read(directory), plan=plan, model=model, loaded=loaded)
+    assert source is not None
+
+    comparison = compare(source, base, lambda: None)
+    assert comparison.adapter.max_difference > 2 * _ROUNDING
+    assert comparison.adapter.num_same_top_tokens < comparison.adapter.num_positions
+    assert compare(source, directory / "artifacts/merged", lambda: None).adapter.max_difference < _ROUNDING
 
 
 def test_one_tensor_at_a_time(tmp_path: Path) -> None:
