@@ -1,4 +1,7 @@
-"""Names a mutating request for idempotency: method, request_id, and a digest of everything else in it."""
+"""What is read of every request that changes something: its key for idempotency.
+
+A key is method, request_id, and a digest of everything else in the request.
+"""
 
 from __future__ import annotations
 

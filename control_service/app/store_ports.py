@@ -79,13 +79,18 @@ class DatasetRepository(Protocol):
     def delete(self, dataset_id: int) -> None: ...
 
     def content_is_used(self, sha256: str) -> bool:
-        """True when a dataset, a collected artifact or a replicated checkpoint has this content."""
+        """True when a dataset, a collected artifact, a replicated checkpoint or what a job starts from has this
+        content."""
 
 
 class JobRepository(Protocol):
     """Jobs. `last_sequence` is the event log's to write."""
 
-    def insert(self, job: Job) -> None: ...
+    def insert(self, job: Job) -> None:
+        """Stores a job, which holds the content that it starts from."""
+
+    def release_start(self, job_id: str) -> None:
+        """The job holds what it started from no longer."""
 
     def get(self, job_id: str) -> Job | None: ...
 

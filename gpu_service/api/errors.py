@@ -34,6 +34,7 @@ _CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
         "MEMORY_PROBE": grpc.StatusCode.INTERNAL,
         "NODE_BUSY": grpc.StatusCode.RESOURCE_EXHAUSTED,
         "NODE_DRAINING": grpc.StatusCode.FAILED_PRECONDITION,
+        "NOT_OFFERED": grpc.StatusCode.FAILED_PRECONDITION,
         "OFFSET_MISMATCH": grpc.StatusCode.FAILED_PRECONDITION,
         "PICKLE_REFUSED": grpc.StatusCode.FAILED_PRECONDITION,
         "PLANNING": grpc.StatusCode.INTERNAL,

@@ -82,9 +82,8 @@ class Planning:
         return await self._models.weights_digest(checked.base_model)
 
     async def check_blobs(self, spec: Mapping[str, Any]) -> None:
-        """Raises `Refusal` BLOB_NOT_FOUND (details `sha256`) unless every dataset is here."""
-        wanted = [dataset.sha256 for dataset in TrainingSpec.from_json(spec).datasets]
-        missing = await self._blobs.find_missing(wanted)
+        """Raises `Refusal` BLOB_NOT_FOUND (details `sha256`) unless every dataset is here, and what it starts from."""
+        missing = await self._blobs.find_missing(TrainingSpec.from_json(spec).contents)
         if missing:
             raise blob_not_found([digest for digest, _ in missing])
 

@@ -35,6 +35,7 @@ from control_service.domain.failure import Failure, Fault
 from control_service.domain.node import CatalogEntry, Device, NodeCapabilities, NodeModel, NodeReport
 from control_service.domain.run import ObservedRun, Phase, RunKey, RunState, StopMode
 from control_service.domain.spec import TrainingSpec
+from control_service.domain.start_from import start_files
 from tests.fakes.control_codec import PickleCodec
 
 _CODEC = PickleCodec()
@@ -261,6 +262,7 @@ class FakeNodeClient:
             raise ResourceExhausted("NODE_BUSY", "no device is free")
         needed = {d.sha256 for d in request.spec.datasets}
         needed |= {file.sha256 for file in (request.resume_from.files if request.resume_from else ())}
+        needed |= {file.sha256 for file in start_files(request.spec)}
         if not needed <= node.blobs.keys():
             raise FailedPrecondition("BLOB_NOT_FOUND", "a blob is missing")
         run = node.runs[key] = FakeRun(node, request)

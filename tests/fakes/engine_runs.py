@@ -90,8 +90,13 @@ class Workspace:
         chat: bool = True,
         held_out: bool = True,
         traits: Sequence[TraitRows] = (),
+        start: Path | None = None,
+        task: str = "",
     ) -> Path:
-        """A run directory with its run.json; `traits` replace the two that there are."""
+        """A run directory with its run.json; `traits` replace the two that there are.
+
+        `start`: an artifact or checkpoint of an earlier run to begin with.
+        """
         options = options or tiny_models.TinyOptions()
         name = base_model or self.place_model(options)
         spec = self.make_spec(
@@ -105,6 +110,10 @@ class Workspace:
         )
         if traits:
             spec |= self._describe(traits)
+        if task:
+            spec |= {"task": task, "traits": [], "datasets": []}
+        if start is not None:
+            spec["start_from"] = {"job_id": "earlier", "name": start.name}
         directory = self.root / "runs" / job_id / str(attempt)
         directory.mkdir(parents=True)
         model_directory = self.models_directory / name
@@ -120,6 +129,7 @@ class Workspace:
             "cache_directory": str(self.cache_directory),
             "device": dict(device or {"type": "cpu", "index": -1}),
             "resume": resume,
+            "start_from": None if start is None else {"directory": str(start), "name": start.name},
         }
         (directory / "run.json").write_text(json.dumps(request), encoding="utf-8")
         return directory

@@ -171,3 +171,20 @@ def test_paged_moments_are_paged_again_and_given_back() -> None:
     torch.cuda.synchronize()
     after, _ = torch.cuda.mem_get_info()
     assert before - after < _MEMORY_SLACK_BYTES
+
+
+@pytest.mark.parametrize("training_type", ["qlora", "lora"])
+def test_merged_exports_are_compared_on_the_device(training_type: str, workspace: Workspace, shelf: Any) -> None:
+    """Layer by layer from the disk to the device; afterwards it holds the base, and nothing of the export."""
+    import torch
+
+    directory = workspace.make_run(
+        f"merged-{training_type}", training_type=training_type, hyperparameters={"exports": ["merged"]}, device=_CUDA
+    )
+    log = _carry_out(directory, shelf)
+    assert log.states[-1] == "SUCCEEDED", log.payloads[-1]
+    (export,) = log.of("export")
+    assert export.accepted
+    assert 0 < export.max_logit_difference < 0.05
+    (released,) = log.of("memory_released")
+    assert torch.cuda.memory_allocated() <= released.resident_bytes + _MEMORY_SLACK_BYTES

@@ -161,7 +161,8 @@ def _export(payload: event_pb2.EventPayload) -> str:
     verdict = "accepted" if event.accepted else "REFUSED"
     return (
         f"export {event.format} {verdict}: logits differ by at most {event.max_logit_difference:.4g} "
-        f"({event.threshold:g} is the limit) on {event.num_prompts} prompts"
+        f"from the adapter's ({event.threshold:g} is the limit), and by {event.trained_max_logit_difference:.4g} "
+        f"from those on the base as trained, on {event.num_prompts} prompts"
     )
 
 

@@ -165,7 +165,7 @@ blob_references = sa.Table(
     metadata,
     sa.Column("sha256", sa.String(64), primary_key=True),
     sa.Column("job_id", sa.String(26), sa.ForeignKey("jobs.job_id", ondelete="CASCADE"), primary_key=True),
-    # `artifact:adapter`, `checkpoint:step-00000020`.
+    # `artifact:adapter`, `checkpoint:step-00000020`; `start`: what the job itself starts from.
     sa.Column("holder", sa.String(160), primary_key=True),
     sa.Index(None, "job_id"),
 )

@@ -10,7 +10,13 @@ import pytest
 
 from tests.fakes.scripted_control import FakeControl, refuse
 from tunesmith.common.v1 import event_pb2, plan_pb2, training_spec_pb2
-from tunesmith.control.v1 import dataset_service_pb2, job_service_pb2, node_service_pb2, project_service_pb2
+from tunesmith.control.v1 import (
+    artifact_service_pb2,
+    dataset_service_pb2,
+    job_service_pb2,
+    node_service_pb2,
+    project_service_pb2,
+)
 from tunesmith_cli.main import main
 
 JOB = "01JZZZZZZZZZZZZZZZZZZZZZZZ"
@@ -334,3 +340,35 @@ def test_a_dataset_is_shown_with_its_tokens_and_previewed_with_what_carries_loss
     assert main(["datasets", "preview", "1", *options, "--output", "json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["rendered"]["segments"][1] == {"text": "all 9", "is_target": True, "num_tokens": 2}
+
+
+def test_starting_from_an_earlier_job_names_it(control: FakeControl, capsys: pytest.CaptureFixture[str]) -> None:
+    project = project_service_pb2.Project(project_id=1)
+    control.handlers["GetProject"] = lambda *_: project_service_pb2.GetProjectResponse(project=project)
+    queued = job_service_pb2.StartTrainingResponse(job=job(event_pb2.JOB_STATE_QUEUED))
+    control.handlers["StartTraining"] = lambda *_: queued
+    assert main(["start", "1", "--from-job", JOB, "--from-checkpoint", "step-00000020"]) == 0
+    (request,) = control.requests["StartTraining"]
+    assert (request.start_from_job_id, request.start_from_checkpoint) == (JOB, "step-00000020")
+
+
+def test_an_export_is_queued_and_can_be_waited_for(control: FakeControl, capsys: pytest.CaptureFixture[str]) -> None:
+    queued = artifact_service_pb2.ExportArtifactResponse(job=job(event_pb2.JOB_STATE_QUEUED))
+    control.handlers["ExportArtifact"] = lambda *_: queued
+    assert main(["artifacts", "export", "--job", JOB, "--format", "merged", "--max-logit-difference", "0.5"]) == 0
+    (request,) = control.requests["ExportArtifact"]
+    assert (request.job_id, request.format, request.max_logit_difference) == (JOB, "merged", 0.5)
+    assert JOB in capsys.readouterr().out
+
+    give_job(control, job(event_pb2.JOB_STATE_FAILED))
+    control.handlers["WatchJob"] = lambda *_: iter(())
+    assert main(["artifacts", "export", "--job", JOB, "--wait"]) != 0
+
+
+def test_an_export_that_is_not_offered_says_why(control: FakeControl, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(request: Any, context: grpc.ServicerContext) -> Any:
+        refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "NOT_OFFERED", "export 'gguf' is not offered: no package")
+
+    control.handlers["ExportArtifact"] = refused
+    assert main(["artifacts", "export", "--job", JOB, "--format", "gguf"]) == 3
+    assert "NOT_OFFERED" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from gpu_service.engine.stopping import StopSwitch
 from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit
 from gpu_service.engine.training.loop import TrainingLoop
 from gpu_service.engine.training.objectives import Outcome
+from gpu_service.engine.training.out_of_memory import PassSize
 from gpu_service.engine.training.progress import TrainingProgress
 from tests.fakes.planned_rows import PlannedRows, make_examples
 from tunesmith.common.v1 import event_pb2, training_spec_pb2
@@ -137,18 +138,26 @@ def test_a_step_that_is_left_out_does_not_stop_the_next(fault: float, warnings: 
         non_finite_policy="skip",
     )
     progress = TrainingProgress()
+    data = _Steps(make_examples([9] * _STEPS, vocabulary_size=9, seed=0)).as_data()
+    device = CpuDevice(DeviceChoice(type="cpu", index=-1))
     loop = TrainingLoop(
         accelerator=optimizer.accelerator,
         model=model,
         optimizer=optimizer,
-        data=_Steps(make_examples([9] * _STEPS, vocabulary_size=9, seed=0)).as_data(),
+        data=data,
         settings=settings,
         objective=_Objective(fault),
-        limit=MicroBatchLimit(),
+        pass_size=PassSize(
+            planned=MicroBatchLimit(),
+            data=data,
+            device=device,
+            reporter=reporter,  # type: ignore[arg-type]
+            progress=progress,
+        ),
         examples_per_epoch=_STEPS,
         checkpoints=_NoCheckpoints(),  # type: ignore[arg-type]
         progress=progress,
-        device=CpuDevice(DeviceChoice(type="cpu", index=-1)),
+        device=device,
         switch=StopSwitch(),
         reporter=reporter,  # type: ignore[arg-type]
         evaluate=lambda: None,

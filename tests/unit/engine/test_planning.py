@@ -43,6 +43,7 @@ def _plan(tmp_path: Path, script: str, switch: StopSwitch | None = None) -> Path
         cache_directory=Path("/c"),
         device=DeviceChoice(type="cpu"),
         resume=None,
+        calibrations={},
     )
     notices: list[dict[str, Any]] = []
     with Writer.open(tmp_path / "journal", 1) as writer:
