@@ -266,6 +266,31 @@ def test_pipelines_that_transformers_rebuilds_are_rebuilt(
     assert_equal_to_auto(directory)
 
 
+@pytest.mark.parametrize("trims", [True, False])
+def test_spaces_of_an_answer_carry_loss(tmp_path: Path, trims: bool) -> None:
+    """Also where the tokenizer's offsets leave spaces out, as GPT-2's do: indentation is part of a code."""
+    directory = tmp_path / place_header_only(tmp_path, TinyOptions(adds_bos=True))
+    value = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": trims, "use_regex": True}
+    value["post_processor"] = {"type": "Sequence", "processors": [byte_level, value["post_processor"]]}
+    (directory / "tokenizer.json").write_text(json.dumps(value), encoding="utf-8")
+    tokenizer, chat = load(directory)
+    conversation = [
+        {"role": "user", "content": "  Code? "},
+        {"role": "assistant", "content": "  if a:\n        b  \n    "},
+    ]
+    rendered = chat.render_conversation(conversation)
+    [example] = ExampleEncoder(tokenizer, loss_on_all=False, max_length=4096).encode([rendered])
+    segments = describe_example(example, tokenizer)["segments"]
+    [(start, end)] = rendered.targets
+    assert [segment["text"] for segment in segments] == [rendered.text[:start], rendered.text[start:end]]
+    auto = load_auto(directory)
+    assert list(example.tokens) == auto.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
+    document = Rendered(text="two plus two", targets=[(0, 12)], is_document=True)
+    [(tokens, _, _)] = tokenizer.encode([document], loss_on_all=False, max_length=4096)
+    assert list(tokens) == [*auto("two plus two")["input_ids"], auto.eos_token_id]
+
+
 @pytest.mark.parametrize("style", ["smollm2", "sentencepiece"])
 def test_segments_of_a_preview_read_as_the_text(request: pytest.FixtureRequest, tmp_path: Path, style: str) -> None:
     """Runs of tokens are decoded one by one, where a decoder would strip the space that a run begins with."""
