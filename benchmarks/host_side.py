@@ -89,8 +89,9 @@ def _plan(site: PlanningSite, rows: int, tokens: int) -> PlannedData:
     spec = site.spec([reference], {1: 100.0}, hyperparameters=batch)
     first, again = site.plan(spec, cache="cache"), site.plan(spec, cache="cache")
     num_tokens = int(first.plan["tokens_per_epoch"])
+    longest = first.plan["longest_example_tokens"]
     print(
-        f"{rows} rows, {num_tokens} tokens (mean {num_tokens / rows:.0f}, longest {first.plan['longest_example_tokens']})"
+        f"{rows} rows, {num_tokens} tokens (mean {num_tokens / rows:.0f}, longest {longest})"
         f"\nplan {first.seconds:.1f} s, from kept tokens {again.seconds:.1f} s: tokenizing"
         f" {num_tokens / max(first.seconds - again.seconds, 1e-3):,.0f} tokens/s"
     )

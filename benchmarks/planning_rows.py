@@ -1,4 +1,4 @@
-"""Datasets and planner runs for the benchmarks of the host's side: rows written as blobs, the planner as its process."""
+"""Datasets and planner runs for benchmarks of the host's side: rows written as blobs, the planner as its process."""
 
 from __future__ import annotations
 
