@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from gpu_service.engine.training.progress import TrainingProgress
+from gpu_service.engine.training.rises import find_rises
 from tests.fakes.engine_runs import TraitRows, Workspace
 from tests.fakes.tiny_models import TinyOptions
 from tunesmith.common.v1 import errors_pb2
@@ -142,3 +144,13 @@ def test_a_trait_with_shuffled_labels_is_told_of(workspace: Workspace, run_in_pr
     assert min(held_out["shuffled"]) < held_out["shuffled"][-1]
     warnings = [event for event in log.of("warning") if event.code == "held-out-loss-rising"]
     assert {event.trait_type for event in warnings} == {"shuffled"}
+
+
+def test_a_row_of_rises_goes_through_a_checkpoint() -> None:
+    def evaluation(loss: float) -> dict[str, Any]:
+        return {"losses": [{"trait_type": "coding", "dataset_id": 0, "loss": loss}]}
+
+    before = TrainingProgress(evaluations=[evaluation(1.0), evaluation(2.0)])
+    after = TrainingProgress.from_json(json.loads(json.dumps(before.to_json())))
+    after.evaluations.append(evaluation(3.0))
+    assert [rise.num_rises for rise in find_rises(after.evaluations, 2)] == [2]
