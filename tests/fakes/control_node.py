@@ -86,7 +86,9 @@ class FakeRun:
             )
         )
 
-    def checkpoint(self, step: int, data: bytes = b"checkpoint") -> FileReference:
+    def checkpoint(
+        self, step: int, data: bytes = b"checkpoint", *, held_out_loss: float | None = None, best: bool = False
+    ) -> FileReference:
         file = self.node.add_file(data + str(step).encode(), f"step-{step}.safetensors")
         self.emit(
             CheckpointFact(
@@ -96,6 +98,9 @@ class FakeRun:
                 size_bytes=file.size_bytes,
                 manifest_sha256="m" * 64,
                 files=(file,),
+                probe_loss=1.5,
+                held_out_loss=held_out_loss,
+                best=best,
             )
         )
         return file

@@ -136,11 +136,17 @@ def _sample(payload: event_pb2.EventPayload) -> str:
 def _checkpoint(payload: event_pb2.EventPayload) -> str:
     checkpoint = payload.checkpoint
     status = event_pb2.CheckpointStatus.Name(checkpoint.status).removeprefix("CHECKPOINT_STATUS_").lower()
-    return f"checkpoint {checkpoint.name} {status} ({byte_count(checkpoint.size_bytes)})"
+    losses = f", held-out loss {loss_text(checkpoint.held_out_loss)}" if checkpoint.HasField("held_out_loss") else ""
+    best = ", the best so far" if checkpoint.best else ""
+    return f"checkpoint {checkpoint.name} {status} ({byte_count(checkpoint.size_bytes)}){losses}{best}"
 
 
 def _resumed(payload: event_pb2.EventPayload) -> str:
-    return f"resumed from step {payload.resumed.from_step} ({payload.resumed.checkpoint})"
+    resumed = payload.resumed
+    probe = ""
+    if resumed.HasField("saved_probe_loss") and resumed.HasField("measured_probe_loss"):
+        probe = f", probe loss {resumed.saved_probe_loss:.6f} when saved, {resumed.measured_probe_loss:.6f} now"
+    return f"resumed from step {resumed.from_step} ({resumed.checkpoint}){probe}"
 
 
 def _micro_batch_reduced(payload: event_pb2.EventPayload) -> str:

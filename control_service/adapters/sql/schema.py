@@ -146,6 +146,9 @@ checkpoints = sa.Table(
     sa.Column("files", _JSON, nullable=False),
     sa.Column("node", sa.String(63), nullable=False),
     sa.Column("create_time", UtcMicroseconds, nullable=False),
+    sa.Column("probe_loss", sa.Double),
+    sa.Column("held_out_loss", sa.Double),
+    sa.Column("best", sa.Boolean, nullable=False, server_default=sa.false()),
 )
 
 artifacts = sa.Table(

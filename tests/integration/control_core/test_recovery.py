@@ -103,7 +103,7 @@ async def test_a_killed_engine_is_retried_from_its_last_checkpoint(open_core: Op
     await core.reachable()
     job = await core.start((await core.project()).project_id)
     await core.running(job.job_id)
-    node.run(job.job_id).checkpoint(20)
+    node.run(job.job_id).checkpoint(20, held_out_loss=2.5, best=True)
     node.run(job.job_id).checkpoint(40)
     node.run(job.job_id).fail("ENGINE_KILLED", Fault.HARDWARE)
     again = await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
@@ -111,6 +111,11 @@ async def test_a_killed_engine_is_retried_from_its_last_checkpoint(open_core: Op
     resume = node.run(job.job_id, 2).request.resume_from
     assert resume is not None
     assert (resume.checkpoint, resume.attempt) == ("step-00000040", 1)
+    listed = await core.store.read(lambda tx: tx.checkpoints.list_for_job(job.job_id))
+    assert [(known.probe_loss, known.held_out_loss, known.best) for known in listed] == [
+        (1.5, 2.5, True),
+        (1.5, None, False),
+    ]
 
 
 async def test_a_failure_is_told_once_and_kept_until_the_next_attempt_runs(open_core: OpenCore) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gpu_service.catalog import base_models
 from gpu_service.engine import durable
-from tests.fakes.engine_runs import RunLog, StopAfterStep, Workspace
+from tests.fakes.engine_runs import RunLog, StopAfterStep, Workspace, read_log
 from tests.fakes.tiny_models import TinyOptions
 from tunesmith.common.v1 import errors_pb2
 
@@ -207,6 +207,22 @@ def test_another_base_shows_in_the_probe(
     assert (failure.reason, failure.details["what"]) == (errors_pb2.ERROR_REASON_RESUME_MISMATCH, "probe_loss")
     saved = json.loads((trained.run / "checkpoints/step-00000002/manifest.json").read_text())["certificate"]
     assert float(failure.details["saved"]) == saved["probe_loss"] != float(failure.details["measured"])
+
+
+def test_another_node_goes_on(trained: Trained, run_in_process: Callable[..., RunLog], tmp_path: Path) -> None:
+    """Nothing but the checkpoint, the base and the datasets is there: its own plan has the same digest."""
+    from gpu_service.engine.resident import BaseShelf
+
+    elsewhere = Workspace(root=tmp_path)
+    run = _gone_on("certified", _copy_of_checkpoint(trained, tmp_path / "received"), elsewhere)
+
+    log = run_in_process(run, shelf=BaseShelf())
+
+    assert log.states[-1] == "SUCCEEDED", log.payloads[-1]
+    before = read_log(trained.run)
+    assert log.of("plan")[0].data_digest == before.of("plan")[0].data_digest
+    assert log.losses == {3: before.losses[3]}
+    assert _state_of(run, 3) == _state_of(trained.run, 3)
 
 
 def test_certifying_changes_no_training(workspace: Workspace, run_in_process: Callable[..., RunLog]) -> None:
