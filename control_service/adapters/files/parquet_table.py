@@ -81,6 +81,8 @@ def _content(values: dict[str, Any], index: int) -> dict[str, Any]:
             value = _plain(column[index].as_py())
         except UnicodeDecodeError as error:
             raise Trouble("is not UTF-8", column=name) from error
+        except _DAMAGE as error:
+            raise Trouble(f"cannot be read: {_first_line(error)}", column=name) from error
         if value is not None:
             row[name] = value
     return row
@@ -149,4 +151,8 @@ def _check_size(metadata: Any, limits: FileLimits, size_bytes: int) -> None:
 
 
 def _damaged(error: Exception) -> Trouble:
-    return Trouble(f"the file cannot be read as Parquet: {str(error).splitlines()[0] if str(error) else error!r}")
+    return Trouble(f"the file cannot be read as Parquet: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
