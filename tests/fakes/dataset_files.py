@@ -70,13 +70,13 @@ def as_csv(rows: Iterable[Row]) -> bytes:
     return text.getvalue().encode()
 
 
-def as_parquet(rows: Iterable[Row], *, row_group_size: int = 2) -> bytes:
+def as_parquet(rows: Iterable[Row], *, row_group_size: int = 2, **options: Any) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
     file = io.BytesIO()
     table = pyarrow.Table.from_pylist([dict(row) for row in rows])
-    pyarrow.parquet.write_table(table, file, row_group_size=row_group_size)
+    pyarrow.parquet.write_table(table, file, row_group_size=row_group_size, **options)
     return file.getvalue()
 
 

@@ -1,7 +1,8 @@
 """Reads Parquet by row groups, a few rows at a time. Reads no column that JSON cannot hold.
 
-Strings stay references into their dictionaries until a row is made: a small file may repeat a large string a million
-times, and would otherwise be that large in memory.
+Columns of text stay references into their dictionaries until a row is made: a small file may repeat a large text a
+million times, and would otherwise be that large in memory. Texts inside of lists and objects cannot be read so (Arrow makes no
+nested array of several dictionaries, which a large column has), and are held for a few rows at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from control_service.domain.dataset_files import FileLimits, SourceRow, Trouble
 from control_service.domain.errors import ResourceExhausted
 from control_service.domain.row_shapes import KNOWN_KEYS
 
-_BATCH_ROWS: Final = 64
+_BATCH_ROWS: Final = 16
 _BUFFER_BYTES: Final = 256 * 1024
 # What a footer may make the reader hold: names and counts are a file's own word.
 _MAX_FOOTER_STRING_BYTES: Final = 16 * 1024**2
@@ -44,7 +45,7 @@ def open_table(stream: BinaryIO, limits: FileLimits, size_bytes: int) -> tuple[t
         texts = [
             leaf.path
             for leaf in (file.schema.column(index) for index in range(len(file.schema)))
-            if leaf.physical_type == "BYTE_ARRAY"
+            if leaf.physical_type == "BYTE_ARRAY" and "." not in leaf.path
         ]
         stream.seek(0)
         again = pyarrow.parquet.ParquetFile(
@@ -57,14 +58,7 @@ def open_table(stream: BinaryIO, limits: FileLimits, size_bytes: int) -> tuple[t
 
 def _rows(file: Any, columns: tuple[str, ...]) -> Iterator[SourceRow]:
     number = 0
-    batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns), use_threads=False)
-    while True:
-        try:
-            batch = next(batches, None)
-        except _DAMAGE as error:
-            raise _damaged(error) from error
-        if batch is None:
-            return
+    for batch in _batches(file, columns):
         values = {name: batch.column(name) for name in columns}
         for index in range(batch.num_rows):
             number += 1
@@ -72,6 +66,16 @@ def _rows(file: Any, columns: tuple[str, ...]) -> Iterator[SourceRow]:
                 yield SourceRow(number=number, line=0, content=_content(values, index))
             except Trouble as trouble:
                 yield SourceRow(number=number, line=0, trouble=trouble)
+
+
+def _batches(file: Any, columns: tuple[str, ...]) -> Iterator[Any]:
+    try:
+        for group in range(file.num_row_groups):
+            yield from file.iter_batches(
+                batch_size=_BATCH_ROWS, row_groups=[group], columns=list(columns), use_threads=False
+            )
+    except _DAMAGE as error:
+        raise _damaged(error) from error
 
 
 def _content(values: dict[str, Any], index: int) -> dict[str, Any]:
