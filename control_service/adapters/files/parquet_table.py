@@ -1,8 +1,8 @@
 """Reads Parquet by row groups, a few rows at a time. Reads no column that JSON cannot hold.
 
 Columns of text stay references into their dictionaries until a row is made: a small file may repeat a large text a
-million times, and would otherwise be that large in memory. Texts inside of lists and objects cannot be read so (Arrow makes no
-nested array of several dictionaries, which a large column has), and are held for a few rows at a time.
+million times, and would otherwise be that large in memory. Texts inside of lists and objects cannot be read so (Arrow
+makes no nested array of several dictionaries, which a large column has), and are held for a few rows at a time.
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ def _columns(schema: Any, limits: FileLimits) -> tuple[str, ...]:
     for field in schema:
         if schema.names.count(field.name) > 1:
             raise Trouble("the file names a column twice", column=field.name[:32])
+        if _depth(field.type) >= limits.max_depth:
+            raise Trouble(f"a column is nested deeper than {limits.max_depth}", column=field.name[:32])
         if _is_plain(field.type):
             found.append(field.name)
         elif field.name in KNOWN_KEYS:
@@ -121,11 +123,19 @@ def _columns(schema: Any, limits: FileLimits) -> tuple[str, ...]:
 def _is_plain(type: Any) -> bool:
     if types.is_struct(type):
         return all(_is_plain(type.field(index).type) for index in range(type.num_fields))
-    if types.is_list(type) or types.is_large_list(type) or types.is_fixed_size_list(type):
-        return _is_plain(type.value_type)
-    if types.is_dictionary(type):
+    if _is_list(type) or types.is_dictionary(type):
         return _is_plain(type.value_type)
     return any(is_one(type) for is_one in _PLAIN)
+
+
+def _is_list(type: Any) -> bool:
+    return bool(types.is_list(type) or types.is_large_list(type) or types.is_fixed_size_list(type))
+
+
+def _depth(type: Any) -> int:
+    if types.is_struct(type):
+        return 1 + max((_depth(type.field(index).type) for index in range(type.num_fields)), default=0)
+    return 1 + _depth(type.value_type) if _is_list(type) else 0
 
 
 _PLAIN: Final = (

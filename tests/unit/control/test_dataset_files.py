@@ -22,6 +22,7 @@ from tests.fakes.dataset_files import (
     as_json_lines,
     as_json_object,
     as_parquet,
+    open_parquet_here,
     read_file,
 )
 
@@ -166,6 +167,14 @@ def test_a_table_with_too_many_columns_is_refused() -> None:
     assert "at most 3" in _refusal(as_parquet([{"text": "a", "b": 1, "c": 2, "d": 3}]), limits=limits).message
 
 
+def test_a_table_that_is_nested_too_deeply_is_refused() -> None:
+    value: Any = "a"
+    for _ in range(32):
+        value = [value]
+    assert "nested deeper than 32" in _refusal(as_parquet([{"text": "a", "x": value}])).message
+    assert read_file(as_parquet([{"text": "a", "x": value[0]}])).summary.num_examples == 1
+
+
 def test_parquet_gives_rows_by_number_leaves_out_nulls_and_what_json_cannot_hold() -> None:
     rows: list[dict[str, Any]] = [
         {
@@ -190,7 +199,7 @@ def test_a_large_text_that_a_table_repeats_is_not_multiplied_in_memory() -> None
     data = as_parquet([{"text": "a" * 300_000, "turns": [{"x": "b" * 300_000}]}] * 100, row_group_size=100)
     assert len(data) < 1_000_000
     before = pyarrow.total_allocated_bytes()
-    reader = DatasetFileReader(limits=FileLimits(), spool_directory=Path())
+    reader = DatasetFileReader(limits=FileLimits(), spool_directory=Path(), open_parquet=open_parquet_here)
     with reader.open(io.BytesIO(data), size_bytes=len(data)) as file:
         for row, _ in zip(file.rows, range(70), strict=False):
             assert row.content is not None
