@@ -19,7 +19,7 @@ from control_service.domain.dataset_rows import read_rows
 from control_service.domain.errors import InvalidArgument, ResourceExhausted
 from tests.fakes.dataset_files import COMPRESSIONS, FORMATS, Read, as_json_lines, read_file
 
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 SMALL = FileLimits(max_row_bytes=4096, ratio_floor_bytes=1 << 20, max_ratio=50, max_columns=20, max_rows=500)
 ROWS = [{"prompt": f"q{number}é", "completion": 'a,"b"\n' * number} for number in range(1, 6)]
 MEBIBYTE = 1 << 20
