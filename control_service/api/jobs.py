@@ -41,6 +41,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         result = await training.plan_training(
             request.project_id,
             level=plan_level(request.level),
+            probe_memory=request.probe_memory,
             timeout_seconds=seconds_for_nodes(context),
             store=self._on.store,
             nodes=self._on.nodes,

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from control_service.app.blob_push import blobs_of_spec, push_missing_blobs
 from control_service.app.idempotency import RequestKey, earlier_reference, once
 from control_service.app.lookups import datasets_of, job_of, project_of
-from control_service.app.model_nodes import node_with_model, nodes_with_model, time_left
-from control_service.app.ports import BlobStore, Clock, EventCodec, IdSource, NodeDirectory, PlanLevel
+from control_service.app.model_nodes import nodes_with_model, some_nodes_with_model, time_left
+from control_service.app.plan_asking import ask_in_turn
+from control_service.app.ports import BlobStore, Clock, EventCodec, IdSource, NodeClient, NodeDirectory, PlanLevel
 from control_service.app.queue import views_of
 from control_service.app.start_points import StartRequest, check_same_base, find_start
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import insert_job
-from control_service.domain.errors import DeadlineTooShort, Unavailable
+from control_service.domain.errors import invalid_field
 from control_service.domain.job import Job, JobView
 from control_service.domain.job_state import CAN_RETRY, check_verb
 from control_service.domain.project import Project, dataset_ids
 from control_service.domain.spec import TrainingSpec
+
+# What the next node may do though this one cannot.
+_ANOTHER_NODE_MAY: frozenset[str] = frozenset({"DOES_NOT_FIT", "NODE_BUSY"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ async def plan_training(
     project_id: int,
     *,
     level: PlanLevel = PlanLevel.EXACT,
+    probe_memory: bool = False,
     timeout_seconds: float | None = None,
     store: Store,
     nodes: NodeDirectory,
@@ -42,14 +47,21 @@ async def plan_training(
 ) -> PlanResult:
     """Resolves a project on a node that has its base; pushing its data counts into `timeout_seconds`. NotFound
     PROJECT_NOT_FOUND; FailedPrecondition NO_NODE, MODEL_NOT_FOUND (`available_models`, `nodes`); DeadlineTooShort
-    DEADLINE_TOO_SHORT; else what the node refuses with."""
+    DEADLINE_TOO_SHORT; else what the node refuses with. A node whose devices are too small is passed over for the next;
+    so is one that is busy, when memory is to be probed. InvalidArgument INVALID_FIELD for a probe at level CHECK."""
+    if probe_memory and level is not PlanLevel.EXACT:
+        raise invalid_field("probe_memory", "memory is probed at level EXACT only")
     left = time_left(timeout_seconds, clock)
     _, spec = await store.read(lambda tx: _snapshot(tx, project_id))
-    name, client = await node_with_model(spec.base_model, nodes)
-    if level is PlanLevel.EXACT:
-        await push_missing_blobs(client, blobs, blobs_of_spec(spec))
-    plan = await client.plan_run(spec=spec, level=level, timeout_seconds=left())
-    return PlanResult(plan=plan, node=name)
+
+    async def ask(client: NodeClient) -> Mapping[str, Any]:
+        if level is PlanLevel.EXACT:
+            await push_missing_blobs(client, blobs, blobs_of_spec(spec))
+        return await client.plan_run(spec=spec, level=level, probe_memory=probe_memory, timeout_seconds=left())
+
+    planned = await ask_in_turn(await some_nodes_with_model(spec.base_model, nodes), ask, passes_silent=False)
+    assert planned is not None
+    return PlanResult(node=planned[0], plan=planned[1])
 
 
 async def start_training(
@@ -169,10 +181,10 @@ def _snapshot(tx: Transaction, project_id: int) -> tuple[Project, TrainingSpec]:
 
 
 async def check_plan(spec: TrainingSpec, nodes: NodeDirectory, left: Callable[[], float | None]) -> None:
-    """Raises what a node refuses the spec with. Asks the next node when one does not answer; none answers: passes."""
-    for _, client in await nodes_with_model(spec.base_model, nodes):
-        try:
-            await client.plan_run(spec=spec, level=PlanLevel.CHECK, timeout_seconds=left())
-        except (Unavailable, DeadlineTooShort):
-            continue
-        return
+    """Raises what a node refuses the spec with. Asks the next node when one does not answer, or has too little memory;
+    none answers: passes."""
+
+    def ask(client: NodeClient) -> Awaitable[Mapping[str, Any]]:
+        return client.plan_run(spec=spec, level=PlanLevel.CHECK, timeout_seconds=left())
+
+    await ask_in_turn(await nodes_with_model(spec.base_model, nodes), ask, passes_silent=True)

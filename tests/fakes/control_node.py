@@ -211,14 +211,20 @@ class FakeNodeClient:
         )
 
     async def plan_run(
-        self, *, spec: TrainingSpec, level: PlanLevel, timeout_seconds: float | None = None
+        self,
+        *,
+        spec: TrainingSpec,
+        level: PlanLevel,
+        probe_memory: bool = False,
+        timeout_seconds: float | None = None,
     ) -> Mapping[str, Any]:
         node = self._answer()
         node.num_plans += 1
         node.plan_timeouts.append(timeout_seconds)
         if node.plan_error is not None:
             raise node.plan_error
-        return {"level": f"PLAN_LEVEL_{level.value}", "num_steps": "100"}
+        plan: dict[str, Any] = {"level": f"PLAN_LEVEL_{level.value}", "num_steps": "100"}
+        return {**plan, "memory_probe": {"peak_bytes": "7"}} if probe_memory else plan
 
     async def inspect_dataset(
         self, request: InspectDataset, *, timeout_seconds: float | None = None

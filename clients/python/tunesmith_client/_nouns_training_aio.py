@@ -19,7 +19,7 @@ from tunesmith.control.v1 import (
     job_service_pb2_grpc,
 )
 from tunesmith_client._caller_aio import AsyncCaller
-from tunesmith_client._config import PAGE_SIZE
+from tunesmith_client._config import DEFAULT_DEADLINE_SECONDS, MEMORY_PROBE_SECONDS, PAGE_SIZE
 from tunesmith_client._cursor import Cursor
 from tunesmith_client._errors import NotFound
 from tunesmith_client._outcome import job_result
@@ -42,11 +42,18 @@ class AsyncJobs:
         self._call = caller.call
 
     async def plan(
-        self, project_id: int, *, level: "plan_pb2.PlanLevel.ValueType" = plan_pb2.PLAN_LEVEL_EXACT
+        self,
+        project_id: int,
+        *,
+        level: "plan_pb2.PlanLevel.ValueType" = plan_pb2.PLAN_LEVEL_EXACT,
+        probe_memory: bool = False,
     ) -> job_service_pb2.PlanTrainingResponse:
-        """Resolves everything without loading a weight. The answer has `plan` and the `node` that planned."""
-        request = job_service_pb2.PlanTrainingRequest(project_id=project_id, level=level)
-        return await self._call(self._stub.PlanTraining, request)
+        """Resolves everything without training. The answer has `plan` and the `node` that planned. With `probe_memory`
+        the node loads the base in a process of its own and measures two steps: the plan has `memory_probe`, or the call
+        raises ResourceExhausted (NODE_BUSY) or TunesmithError (MEMORY_PROBE)."""
+        request = job_service_pb2.PlanTrainingRequest(project_id=project_id, level=level, probe_memory=probe_memory)
+        seconds = MEMORY_PROBE_SECONDS if probe_memory else DEFAULT_DEADLINE_SECONDS
+        return await self._call(self._stub.PlanTraining, request, default_seconds=seconds)
 
     async def start(
         self,

@@ -43,11 +43,19 @@ def plan(
     session: Session,
     project: ProjectArgument,
     check: Annotated[bool, typer.Option("--check", help="Read no data: catalog, model files and memory only.")] = False,
+    probe_memory: Annotated[
+        bool,
+        typer.Option(
+            "--probe-memory", help="Load the base on a free device, and measure two steps on the longest batch."
+        ),
+    ] = False,
 ) -> None:
-    """Shows what training a project would be, without loading a weight."""
+    """Shows what training a project would be, without training it."""
+    if check and probe_memory:
+        raise typer.BadParameter("memory is probed on the longest planned batch, which --check does not plan")
     level = plan_pb2.PLAN_LEVEL_CHECK if check else plan_pb2.PLAN_LEVEL_EXACT
     found = find_project(session.client, project)
-    answer = session.client.jobs.plan(found.project_id, level=level)
+    answer = session.client.jobs.plan(found.project_id, level=level, probe_memory=probe_memory)
     if session.out.is_json:
         session.out.message(answer, ())
     else:
