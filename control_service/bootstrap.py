@@ -14,6 +14,7 @@ from control_service.adapters.blobs.imports import DirectoryImportRoot
 from control_service.adapters.blobs.store import DiskBlobStore
 from control_service.adapters.clock import SystemClock, system_ids
 from control_service.adapters.event_codec import ProtoEventCodec
+from control_service.adapters.files.reader import DatasetFileReader
 from control_service.adapters.gpu_client.client import GrpcNodeDialer, NodeClientConfig
 from control_service.adapters.sql.store import SqlStore
 from control_service.api.artifacts import ArtifactServicer
@@ -28,7 +29,7 @@ from control_service.api.paging import PageTokens
 from control_service.api.projects import ProjectServicer
 from control_service.api.registration import register
 from control_service.api.server_options import MAX_CONCURRENT_CALLS, SERVER_OPTIONS
-from control_service.app.datasets import DatasetLimits
+from control_service.app.dataset_intake import DatasetLimits
 from control_service.app.event_hub import EventHubConfig
 from control_service.app.node_monitor import NodeMonitorConfig
 from control_service.app.runtime import RetentionConfig, Runtime, RuntimeConfig
@@ -109,6 +110,7 @@ async def build(settings: Settings) -> Application:
         clock=clock,
         config=_runtime_config(settings),
     )
+    dataset_limits = DatasetLimits(max_dataset_bytes=settings.max_dataset_bytes)
     dependencies = Dependencies(
         store=store,
         blobs=blobs,
@@ -119,7 +121,10 @@ async def build(settings: Settings) -> Application:
         clock=clock,
         ids=system_ids(),
         pages=PageTokens(secret=store.installation_id),
-        dataset_limits=DatasetLimits(max_dataset_bytes=settings.max_dataset_bytes),
+        files=DatasetFileReader(
+            limits=dataset_limits.files, spool_directory=settings.data_directory / "blobs" / "staging"
+        ),
+        dataset_limits=dataset_limits,
         config=EdgeConfig(upload_idle_seconds=settings.upload_idle_seconds, max_watches=settings.max_watches),
     )
     health = HealthReporter(store=store, clock=clock)

@@ -23,9 +23,11 @@ from gpu_service.runs.admission import Admission
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.capabilities import CapabilityReader
 from gpu_service.runs.engine_pool import EnginePool, EngineSettings
+from gpu_service.runs.inspection import Inspection
 from gpu_service.runs.manager import RunManager
 from gpu_service.runs.models import ModelShelf
 from gpu_service.runs.node_files import NodeFiles
+from gpu_service.runs.planner_process import PlannerProcess
 from gpu_service.runs.planning import Planning
 from tunesmith.gpu.v1 import blob_service_pb2, blob_service_pb2_grpc, run_service_pb2, run_service_pb2_grpc
 
@@ -96,7 +98,8 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
     ledger = MemoryLedger()
     blobs = BlobStore(files.blobs)
     models = ModelShelf(files.models, cache_file=files.cache / "weights-digests.json")
-    planning = Planning(files=files, models=models, blobs=blobs, versions=versions)
+    planner = PlannerProcess(files.requests)
+    planning = Planning(files=files, models=models, blobs=blobs, planner=planner, versions=versions)
     pool = EnginePool(directory=files.engines, settings=engine_settings)
     admission = Admission(
         planning=planning,
@@ -122,6 +125,7 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
         manager=manager,
         admission=admission,
         planning=planning,
+        inspection=Inspection(files=files, models=models, blobs=blobs, planner=planner),
         capabilities=CapabilityReader(admission=admission, models=models, versions=versions),
         node_name=settings.name,
         instance_id=uuid.uuid4().hex,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+from control_service.api.deadline import seconds_for_nodes
 from control_service.api.dependencies import Dependencies
-from control_service.api.requests import request_key, seconds_for_nodes
+from control_service.api.requests import request_key
 from control_service.api.wire.artifacts import artifact_message
 from control_service.api.wire.jobs import job_message
 from control_service.app import artifacts, exports

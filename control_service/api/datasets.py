@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
+from control_service.api.deadline import seconds_for_nodes
 from control_service.api.dependencies import Dependencies
 from control_service.api.paging import cut_page, page_limit
 from control_service.api.requests import request_key
-from control_service.api.wire.datasets import dataset_message, row_message, upload_header
-from control_service.app import datasets
+from control_service.api.wire.datasets import dataset_message, rendering_of, row_message, upload_header
+from control_service.app import dataset_inspection, datasets
 from control_service.domain.errors import DeadlineTooShort, invalid_field
 from tunesmith.control.v1 import dataset_service_pb2 as messages
 from tunesmith.control.v1 import dataset_service_pb2_grpc
@@ -34,6 +35,7 @@ class DatasetServicer(dataset_service_pb2_grpc.DatasetServiceServicer):
             self._chunks(requests),
             store=self._on.store,
             blobs=self._on.blobs,
+            files=self._on.files,
             clock=self._on.clock,
             limits=self._on.dataset_limits,
         )
@@ -48,15 +50,27 @@ class DatasetServicer(dataset_service_pb2_grpc.DatasetServiceServicer):
             store=self._on.store,
             blobs=self._on.blobs,
             imports=self._on.imports,
+            files=self._on.files,
             clock=self._on.clock,
             limits=self._on.dataset_limits,
         )
         return messages.RegisterDatasetResponse(dataset=dataset_message(dataset))
 
     async def GetDataset(self, request: messages.GetDatasetRequest, context: Any) -> Any:
-        """Reads one dataset's record."""
-        dataset = await datasets.get_dataset(request.dataset_id, store=self._on.store)
-        return messages.GetDatasetResponse(dataset=dataset_message(dataset))
+        """Reads one dataset's record; with a base model also its tokens."""
+        if not request.base_model:
+            dataset = await datasets.get_dataset(request.dataset_id, store=self._on.store)
+            return messages.GetDatasetResponse(dataset=dataset_message(dataset))
+        dataset, tokens = await dataset_inspection.count_tokens(
+            request.dataset_id,
+            request.base_model,
+            timeout_seconds=seconds_for_nodes(context),
+            store=self._on.store,
+            nodes=self._on.nodes,
+            blobs=self._on.blobs,
+            clock=self._on.clock,
+        )
+        return messages.GetDatasetResponse(dataset=dataset_message(dataset, tokens))
 
     async def ListDatasets(self, request: messages.ListDatasetsRequest, context: Any) -> Any:
         """Lists datasets by id."""
@@ -80,12 +94,16 @@ class DatasetServicer(dataset_service_pb2_grpc.DatasetServiceServicer):
         )
 
     async def PreviewDataset(self, request: messages.PreviewDatasetRequest, context: Any) -> Any:
-        """Gives the first rows as they are in the file; fewer when they are large."""
-        rows = await datasets.preview_dataset(
+        """Gives the first rows as they are stored, fewer when they are large; with a base model also rendered."""
+        rows = await dataset_inspection.preview_dataset(
             request.dataset_id,
             num_rows=request.num_rows or DEFAULT_PREVIEW_ROWS,
+            rendering=rendering_of(request),
+            timeout_seconds=seconds_for_nodes(context),
             store=self._on.store,
+            nodes=self._on.nodes,
             blobs=self._on.blobs,
+            clock=self._on.clock,
         )
         page, _ = cut_page(rows, page_size=len(rows), to_message=row_message, position=lambda row: str(row.line))
         return messages.PreviewDatasetResponse(rows=page)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from control_service.api.paging import PageTokens
-from control_service.app.datasets import DatasetLimits
+from control_service.app.dataset_intake import DatasetLimits
 from control_service.app.event_hub import EventHub
-from control_service.app.ports import BlobStore, Clock, EventCodec, IdSource, ImportRoot, NodeDirectory
+from control_service.app.ports import BlobStore, Clock, DatasetFiles, EventCodec, IdSource, ImportRoot, NodeDirectory
 from control_service.app.store_ports import Store
 
 
@@ -28,6 +28,7 @@ class Dependencies:
     store: Store
     blobs: BlobStore
     imports: ImportRoot
+    files: DatasetFiles
     nodes: NodeDirectory
     hub: EventHub
     codec: EventCodec

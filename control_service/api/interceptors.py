@@ -51,6 +51,9 @@ class CallConfig:
             "PlanTraining": _HOUR_SECONDS,
             "UploadDataset": 12 * _HOUR_SECONDS,
             "RegisterDataset": 12 * _HOUR_SECONDS,
+            # With a base model they push rows to a node and wait for it.
+            "GetDataset": _HOUR_SECONDS,
+            "PreviewDataset": _HOUR_SECONDS,
             "DeleteDataset": _HOUR_SECONDS,
             "DeleteJob": _HOUR_SECONDS,
             "DeleteArtifact": _HOUR_SECONDS,

@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, Final
 
+from control_service.api.deadline import seconds_for_nodes
 from control_service.api.dependencies import Dependencies
 from control_service.api.paging import cut_page, page_limit
-from control_service.api.requests import request_key, seconds_for_nodes
+from control_service.api.requests import request_key
 from control_service.api.wire.artifacts import checkpoint_message
 from control_service.api.wire.jobs import (
     event_message,

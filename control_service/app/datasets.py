@@ -1,37 +1,39 @@
-"""Use cases of datasets: take in, read, list, preview, delete."""
+"""Use cases of datasets: take in, read, list, delete. What is in their rows is `dataset_inspection`'s to show."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from control_service.app.content import free_unnamed, naming
+from control_service.app.dataset_intake import DatasetLimits, Intake, take_in
 from control_service.app.idempotency import RequestKey, once
 from control_service.app.lookups import dataset_of
-from control_service.app.ports import BlobStore, Clock, ImportRoot, StagedBlob
+from control_service.app.ports import (
+    BlobStore,
+    Clock,
+    DatasetFiles,
+    ImportRoot,
+    StagedBlob,
+)
 from control_service.app.store_ports import Store, Transaction
-from control_service.domain.dataset import Dataset, DatasetRow
-from control_service.domain.dataset_rows import RowSummary, preview_rows, read_dataset
+from control_service.app.tasks import undisturbed
+from control_service.domain.dataset import Dataset
+from control_service.domain.dataset_rows import check_format
 from control_service.domain.errors import (
     AlreadyExists,
     FailedPrecondition,
     FieldViolation,
     InvalidArgument,
     ResourceExhausted,
+    TunesmithError,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetLimits:
-    """How much is taken in."""
-
-    max_dataset_bytes: int = 16 * 1024**3
-
-
-@dataclass(frozen=True, kw_only=True)
 class UploadHeader:
-    """What is being uploaded. `format` empty: found from the first row. `sha256` lower-case hex."""
+    """What is being uploaded. `format` of its rows; empty: found from the first. `sha256` lower-case hex."""
 
     name: str
     sha256: str
@@ -45,12 +47,14 @@ async def upload_dataset(
     *,
     store: Store,
     blobs: BlobStore,
+    files: DatasetFiles,
     clock: Clock,
     limits: DatasetLimits,
 ) -> Dataset:
-    """Takes a file in, reads every row, registers it. InvalidArgument CHECKSUM_MISMATCH, DATASET_MALFORMED (lines as
-    violations), DATASET_EMPTY, DATASET_FORMAT_UNKNOWN; AlreadyExists DATASET_NAME_TAKEN; ResourceExhausted
-    TOO_LARGE."""
+    """Takes a file in, reads every row, registers it; the same name with the same file again is the same dataset.
+    InvalidArgument CHECKSUM_MISMATCH, DATASET_MALFORMED (bad rows as violations), DATASET_EMPTY,
+    DATASET_FORMAT_UNKNOWN; AlreadyExists DATASET_NAME_TAKEN; ResourceExhausted TOO_LARGE, DISK_FULL."""
+    check_format(header.format)
     if header.size_bytes > limits.max_dataset_bytes:
         # Said before a byte is taken in.
         raise ResourceExhausted(
@@ -67,7 +71,9 @@ async def upload_dataset(
                 details={"sha256": staged.sha256, "size_bytes": str(staged.size_bytes)},
                 violations=(FieldViolation("header.sha256", "is not that of the bytes that arrived"),),
             )
-        return await _register(header.name, header.format, staged, store=store, blobs=blobs, clock=clock)
+        return await _register(
+            header.name, header.format, staged, store=store, blobs=blobs, files=files, clock=clock, limits=limits
+        )
     finally:
         await blobs.discard(staged)
 
@@ -80,59 +86,68 @@ async def register_dataset(
     store: Store,
     blobs: BlobStore,
     imports: ImportRoot,
+    files: DatasetFiles,
     clock: Clock,
     limits: DatasetLimits,
 ) -> Dataset:
     """Registers a file below the import root. Fails as `upload_dataset` and `ImportRoot.read` do."""
+    check_format(format)
     staged = await blobs.stage(imports.read(path), max_bytes=limits.max_dataset_bytes)
     try:
-        return await _register(name, format, staged, store=store, blobs=blobs, clock=clock)
+        return await _register(name, format, staged, store=store, blobs=blobs, files=files, clock=clock, limits=limits)
     finally:
         await blobs.discard(staged)
 
 
 async def _register(
-    name: str, format: str, staged: StagedBlob, *, store: Store, blobs: BlobStore, clock: Clock
+    name: str,
+    format: str,
+    staged: StagedBlob,
+    *,
+    store: Store,
+    blobs: BlobStore,
+    files: DatasetFiles,
+    clock: Clock,
+    limits: DatasetLimits,
 ) -> Dataset:
     earlier = await store.read(lambda tx: _same_dataset(tx, name, format, staged.sha256))
     if earlier is not None:
         return earlier
-    summary = await asyncio.to_thread(_read_staged, blobs, staged, format)
-    now = clock.utc_now()
+    intake = await take_in(staged, format=format, blobs=blobs, files=files, limits=limits)
+    # A caller who goes away now would leave bytes that no record names, or a record of which nobody knows.
+    return await undisturbed(_store(name, format, intake, store=store, blobs=blobs, now=clock.utc_now()))
 
+
+async def _store(name: str, format: str, intake: Intake, *, store: Store, blobs: BlobStore, now: datetime) -> Dataset:
     def work(tx: Transaction) -> Dataset:
-        return _same_dataset(tx, name, format, staged.sha256) or tx.datasets.insert(
-            name=name,
-            sha256=staged.sha256,
-            size_bytes=staged.size_bytes,
-            num_examples=summary.num_examples,
-            format=summary.format,
-            now=now,
+        return _same_dataset(tx, name, format, intake.draft.file_sha256) or tx.datasets.insert(
+            name=name, draft=intake.draft, now=now
         )
 
-    # The bytes are durable before a record names them; a crash between the two leaves an unnamed blob, never a lie.
-    async with naming(blobs):
-        await blobs.commit(staged)
-        return await store.transact(work)
+    try:
+        # The bytes are durable before a record names them; a crash between the two leaves an unnamed blob, never a lie.
+        async with naming(blobs):
+            await blobs.commit(intake.stored)
+            return await store.transact(work)
+    except TunesmithError:
+        await free_unnamed((intake.stored.sha256,), store=store, blobs=blobs)
+        raise
+    finally:
+        await blobs.discard(intake.stored)
 
 
-def _same_dataset(tx: Transaction, name: str, format: str, sha256: str) -> Dataset | None:
+def _same_dataset(tx: Transaction, name: str, format: str, file_sha256: str) -> Dataset | None:
     """The dataset of this name, if it is the same; AlreadyExists DATASET_NAME_TAKEN if it is another."""
     dataset = tx.datasets.get_by_name(name)
     if dataset is None:
         return None
-    if dataset.sha256 == sha256 and format in ("", dataset.format):
+    if dataset.file_sha256 == file_sha256 and format in ("", dataset.format):
         return dataset
     raise AlreadyExists(
         "DATASET_NAME_TAKEN",
         f"dataset {dataset.dataset_id} has the name {name!r} and other content",
         details={"dataset_id": str(dataset.dataset_id)},
     )
-
-
-def _read_staged(blobs: BlobStore, staged: StagedBlob, format: str) -> RowSummary:
-    with blobs.open_staged(staged) as stream:
-        return read_dataset(stream, format=format)
 
 
 async def get_dataset(dataset_id: int, *, store: Store) -> Dataset:
@@ -147,17 +162,6 @@ async def list_datasets(
     return await store.read(
         lambda tx: tx.datasets.list_page(after_id=after_id, limit=limit, name_contains=name_contains)
     )
-
-
-async def preview_dataset(dataset_id: int, *, num_rows: int, store: Store, blobs: BlobStore) -> Sequence[DatasetRow]:
-    """The first rows as they are in the file. NotFound DATASET_NOT_FOUND."""
-    dataset = await get_dataset(dataset_id, store=store)
-
-    def preview() -> Sequence[DatasetRow]:
-        with blobs.open_blob(dataset.sha256) as stream:
-            return preview_rows(stream, num_rows=num_rows)
-
-    return await asyncio.to_thread(preview)
 
 
 async def delete_dataset(

@@ -6,16 +6,19 @@ The store's own ports are in `store_ports`. Errors that cross a port are `Tunesm
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, BinaryIO, Protocol
 
 from control_service.domain.artifact import FileReference
+from control_service.domain.dataset import DatasetInspection
+from control_service.domain.dataset_files import OpenedFile
 from control_service.domain.event import ControlFact, Fact, StoredEvent
 from control_service.domain.node import NodeCapabilities, NodeReport, NodeView
 from control_service.domain.run import ObservedRun, ResumeFrom, RunKey, StopMode
-from control_service.domain.spec import TrainingSpec
+from control_service.domain.spec import DatasetReference, TrainingSpec
 
 
 class PlanLevel(StrEnum):
@@ -56,6 +59,19 @@ class StartRun:
     resume_from: ResumeFrom | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectDataset:
+    """What `NodeClient.inspect_dataset` sends. Empty and 0 mean the node's defaults; `num_rows` from the first."""
+
+    dataset: DatasetReference
+    base_model: str
+    chat_template: str = ""
+    loss_on: str = ""
+    max_length: int = 0
+    num_rows: int = 0
+    count_tokens: bool = False
+
+
 class NodeClient(Protocol):
     """One node, dialed. Every method raises Unavailable NODE_UNREACHABLE when the node cannot be reached or the
     connection is lost; a refusal of the node is raised as the TunesmithError of its kind with the node's own reason,
@@ -69,6 +85,12 @@ class NodeClient(Protocol):
     ) -> Mapping[str, Any]:
         """`Plan` as proto JSON with proto field names. None: the adapter's own limit for the level.
         DeadlineTooShort DEADLINE_TOO_SHORT when it takes longer."""
+
+    async def inspect_dataset(
+        self, request: InspectDataset, *, timeout_seconds: float | None = None
+    ) -> DatasetInspection:
+        """Rows of a dataset that the node has, as a base will see them, and their tokens. None: the adapter's own
+        limit. DeadlineTooShort DEADLINE_TOO_SHORT when it takes longer."""
 
     async def start_run(self, request: StartRun) -> ObservedRun:
         """Starts an attempt; the same request again is the same run. ResourceExhausted NODE_BUSY: not now."""
@@ -153,11 +175,27 @@ class StagedBlob:
     size_bytes: int
 
 
+class BlobWriter(Protocol):
+    """Bytes that are being staged by a thread. Blocking."""
+
+    def append(self, chunk: bytes) -> None:
+        """Adds bytes. ResourceExhausted TOO_LARGE above the limit; DISK_FULL."""
+
+    def finish(self) -> StagedBlob:
+        """Makes the bytes durable; from now on they are the caller's to commit or discard."""
+
+    def close(self) -> None:
+        """Forgets the bytes unless `finish` gave them away."""
+
+
 class BlobStore(Protocol):
     """Control's content-addressed bytes, and the output tree that people read. Never blocks the event loop."""
 
     async def stage(self, chunks: AsyncIterable[bytes], *, max_bytes: int) -> StagedBlob:
         """Takes bytes in and hashes them. ResourceExhausted TOO_LARGE above max_bytes; DISK_FULL."""
+
+    def open_writer(self, *, max_bytes: int) -> BlobWriter:
+        """Starts staging bytes that a thread makes; the caller closes it."""
 
     def open_staged(self, staged: StagedBlob) -> BinaryIO:
         """A blocking reader of staged bytes, for use in a thread; the caller closes it."""
@@ -189,6 +227,15 @@ class BlobStore(Protocol):
 
     async def remove_output(self, *, path: str) -> None:
         """Deletes `<output root>/<path>/` if it is there, and directories left empty above it below the root."""
+
+
+class DatasetFiles(Protocol):
+    """Readers of datasets' files."""
+
+    def open(self, stream: BinaryIO, *, size_bytes: int) -> AbstractContextManager[OpenedFile]:
+        """Finds out by its bytes what a seekable stream of `size_bytes` is. Blocking, for use in a thread; rows are
+        read as they are asked for and only inside the context. Reading rows raises Trouble where the file can be read
+        no further, ResourceExhausted TOO_LARGE where it becomes too large."""
 
 
 class ImportRoot(Protocol):

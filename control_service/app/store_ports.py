@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Protocol, TypeVar
 
 from control_service.domain.artifact import Artifact, Checkpoint, CheckpointStatus
-from control_service.domain.dataset import Dataset
+from control_service.domain.dataset import Dataset, DatasetDraft
 from control_service.domain.event import EventKind, StoredEvent
 from control_service.domain.job import Job
 from control_service.domain.job_state import JobState
@@ -64,9 +64,7 @@ class ProjectRepository(Protocol):
 class DatasetRepository(Protocol):
     """Datasets."""
 
-    def insert(
-        self, *, name: str, sha256: str, size_bytes: int, num_examples: int, format: str, now: datetime
-    ) -> Dataset:
+    def insert(self, *, name: str, draft: DatasetDraft, now: datetime) -> Dataset:
         """Stores and numbers a dataset. AlreadyExists DATASET_NAME_TAKEN."""
 
     def get(self, dataset_id: int) -> Dataset | None: ...

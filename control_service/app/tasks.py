@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -14,6 +14,7 @@ from control_service.app.ports import Clock
 from control_service.domain.errors import TunesmithError
 
 _log = structlog.get_logger(__name__)
+T = TypeVar("T")
 
 
 class TaskSet:
@@ -81,3 +82,13 @@ async def end(task: asyncio.Task[Any]) -> None:
     """Cancels a task and waits until it is over, whatever it ended with."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def undisturbed(work: Coroutine[Any, Any, T]) -> T:
+    """Does work to its end even when the caller is cancelled, who hears of the cancellation only then."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

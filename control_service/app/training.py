@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from control_service.app.blob_push import blobs_of_spec, push_missing_blobs
 from control_service.app.idempotency import RequestKey, earlier_reference, once
 from control_service.app.lookups import datasets_of, job_of, project_of
-from control_service.app.models import models_by_name
-from control_service.app.ports import BlobStore, Clock, EventCodec, IdSource, NodeClient, NodeDirectory, PlanLevel
+from control_service.app.model_nodes import node_with_model, nodes_with_model, time_left
+from control_service.app.ports import BlobStore, Clock, EventCodec, IdSource, NodeDirectory, PlanLevel
 from control_service.app.queue import views_of
 from control_service.app.start_points import StartRequest, check_same_base, find_start
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import insert_job
-from control_service.domain.errors import DeadlineTooShort, FailedPrecondition, Unavailable
+from control_service.domain.errors import DeadlineTooShort, Unavailable
 from control_service.domain.job import Job, JobView
 from control_service.domain.job_state import CAN_RETRY, check_verb
-from control_service.domain.node import NodeView
 from control_service.domain.project import Project, dataset_ids
-from control_service.domain.queue_policy import can_train
 from control_service.domain.spec import TrainingSpec
 
 
@@ -47,10 +45,7 @@ async def plan_training(
     DEADLINE_TOO_SHORT; else what the node refuses with."""
     left = time_left(timeout_seconds, clock)
     _, spec = await store.read(lambda tx: _snapshot(tx, project_id))
-    candidates = await _planning_nodes(spec, nodes)
-    if not candidates:
-        raise FailedPrecondition("NO_NODE", "no node is reachable", details=_nodes_and_models(nodes.views()))
-    name, client = candidates[0]
+    name, client = await node_with_model(spec.base_model, nodes)
     if level is PlanLevel.EXACT:
         await push_missing_blobs(client, blobs, blobs_of_spec(spec))
     plan = await client.plan_run(spec=spec, level=level, timeout_seconds=left())
@@ -173,49 +168,11 @@ def _snapshot(tx: Transaction, project_id: int) -> tuple[Project, TrainingSpec]:
     return project, project.spec([dataset.reference() for dataset in datasets])
 
 
-def time_left(timeout_seconds: float | None, clock: Clock) -> Callable[[], float | None]:
-    """Gives what is left of a time that begins now; None when there is no end to it."""
-    start = clock.monotonic_seconds()
-    return lambda: None if timeout_seconds is None else max(0.0, timeout_seconds - (clock.monotonic_seconds() - start))
-
-
 async def check_plan(spec: TrainingSpec, nodes: NodeDirectory, left: Callable[[], float | None]) -> None:
     """Raises what a node refuses the spec with. Asks the next node when one does not answer; none answers: passes."""
-    for _, client in await _planning_nodes(spec, nodes):
+    for _, client in await nodes_with_model(spec.base_model, nodes):
         try:
             await client.plan_run(spec=spec, level=PlanLevel.CHECK, timeout_seconds=left())
         except (Unavailable, DeadlineTooShort):
             continue
         return
-
-
-async def _planning_nodes(spec: TrainingSpec, nodes: NodeDirectory) -> Sequence[tuple[str, NodeClient]]:
-    """Reachable nodes with the base, best first; none when no node is reachable. FailedPrecondition MODEL_NOT_FOUND."""
-    if not any(view.is_reachable for view in nodes.views()):
-        return []
-    having = _having(spec, nodes.views())
-    if not having:
-        # The model may have been put there a moment ago.
-        await nodes.refresh()
-        having = _having(spec, nodes.views())
-    if not having:
-        details = {"model": spec.base_model, **_nodes_and_models(nodes.views())}
-        available = details["available_models"] or "none"
-        raise FailedPrecondition(
-            "MODEL_NOT_FOUND", f"no reachable node has {spec.base_model}; there are: {available}", details=details
-        )
-    return [(name, client) for name in having if (client := nodes.client(name)) is not None]
-
-
-def _having(spec: TrainingSpec, views: Sequence[NodeView]) -> list[str]:
-    # One that cannot train it is asked last: it knows best why it refuses.
-    having = [view for view in views if view.is_reachable and view.model(spec.base_model) is not None]
-    ranked = sorted(having, key=lambda view: (not can_train(view, spec.base_model, ""), view.is_draining))
-    return [view.node.name for view in ranked]
-
-
-def _nodes_and_models(views: Sequence[NodeView]) -> dict[str, str]:
-    return {
-        "available_models": ",".join(sorted(models_by_name(views))),
-        "nodes": ",".join(view.node.name for view in views if view.is_reachable),
-    }

@@ -9,11 +9,20 @@ from control_service.domain.spec import Trait
 
 PERCENTAGE_TOLERANCE = 0.01
 DEFAULT_WEIGHT = 1.0
+MAXIMUM_HELD_OUT_FRACTION = 0.5
 
 
 def effective_weight(trait: Trait) -> float:
     """The trait's weight; an unset one counts as 1."""
     return DEFAULT_WEIGHT if trait.weight is None else trait.weight
+
+
+def problem_with_held_out_fraction(trait: Trait) -> str:
+    """Says so when the part of a trait's datasets that is held out is no number from 0 to 0.5; empty when it is one."""
+    fraction = trait.held_out_fraction
+    if fraction is None or (math.isfinite(fraction) and 0 <= fraction <= MAXIMUM_HELD_OUT_FRACTION):
+        return ""
+    return f"must be a finite number from 0 to {MAXIMUM_HELD_OUT_FRACTION:g}"
 
 
 def problem_with_percentages(trait: Trait) -> str:

@@ -115,6 +115,8 @@ def _trait_problems(path: str, trait: Trait) -> Iterator[tuple[str, FieldViolati
         yield "INVALID_FIELD", FieldViolation(f"{path}.trait_type", "must not be empty")
     if trait.weight is not None and not (math.isfinite(trait.weight) and trait.weight >= 0):
         yield "INVALID_FIELD", FieldViolation(f"{path}.weight", "must be a finite number of at least 0")
+    if problem := mix.problem_with_held_out_fraction(trait):
+        yield "INVALID_FIELD", FieldViolation(f"{path}.held_out_fraction", problem)
     if not trait.datasets:
         yield "INVALID_FIELD", FieldViolation(f"{path}.datasets", "must name at least one dataset")
         return

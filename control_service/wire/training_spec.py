@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from control_service.domain.spec import TrainingSpec, Trait
+from control_service.domain.spec import DatasetReference, TrainingSpec, Trait
 from tunesmith.common.v1 import training_spec_pb2
 
 
@@ -20,6 +20,17 @@ def proto_json(message: Message) -> dict[str, Any]:
 def spec_message(spec: TrainingSpec) -> training_spec_pb2.TrainingSpec:
     """A spec for the wire. Fields of a later version that an older database row holds no more are passed over."""
     return json_format.ParseDict(spec.to_json(), training_spec_pb2.TrainingSpec(), ignore_unknown_fields=True)
+
+
+def reference_message(reference: DatasetReference) -> training_spec_pb2.DatasetReference:
+    """A dataset as a node needs it."""
+    return training_spec_pb2.DatasetReference(
+        dataset_id=reference.dataset_id,
+        sha256=reference.sha256,
+        size_bytes=reference.size_bytes,
+        format=reference.format,
+        num_examples=reference.num_examples,
+    )
 
 
 def trait_value(message: training_spec_pb2.Trait) -> Trait:

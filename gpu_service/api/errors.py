@@ -22,6 +22,7 @@ DOMAIN = "tunesmith"
 _CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
     {
         "BLOB_NOT_FOUND": grpc.StatusCode.FAILED_PRECONDITION,
+        "CHAT_TEMPLATE_MISSING": grpc.StatusCode.FAILED_PRECONDITION,
         "CHECKPOINT_NOT_FOUND": grpc.StatusCode.FAILED_PRECONDITION,
         "DEVICE_UNSUPPORTED": grpc.StatusCode.FAILED_PRECONDITION,
         "DISK_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,

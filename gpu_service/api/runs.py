@@ -14,6 +14,7 @@ from gpu_service.api import wire
 from gpu_service.domain.errors import refuse_user
 from gpu_service.runs.admission import Admission
 from gpu_service.runs.capabilities import CapabilityReader
+from gpu_service.runs.inspection import Inspection
 from gpu_service.runs.manager import RunManager
 from gpu_service.runs.planning import Planning
 from gpu_service.runs.signal import wait_for
@@ -38,6 +39,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         manager: RunManager,
         admission: Admission,
         planning: Planning,
+        inspection: Inspection,
         capabilities: CapabilityReader,
         node_name: str,
         instance_id: str,
@@ -45,6 +47,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         self._manager = manager
         self._admission = admission
         self._planning = planning
+        self._inspection = inspection
         self._capabilities = capabilities
         self._node_name = node_name
         self._instance_id = instance_id
@@ -65,6 +68,12 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         else:
             plan = (await self._planning.check(spec, device)).to_json()
         return run_service_pb2.PlanRunResponse(plan=wire.plan_to_wire(plan))
+
+    async def InspectDataset(  # noqa: N802
+        self, request: run_service_pb2.InspectDatasetRequest, context: Context
+    ) -> run_service_pb2.InspectDatasetResponse:
+        found = await self._inspection.inspect(wire.inspect_from_wire(request))
+        return wire.inspected_to_wire(found)
 
     async def StartRun(  # noqa: N802
         self, request: run_service_pb2.StartRunRequest, context: Context

@@ -9,15 +9,19 @@ from google.protobuf import json_format
 
 from gpu_service.catalog.base_models import BaseModel
 from gpu_service.devices import Device
-from gpu_service.domain.errors import Refusal
+from gpu_service.domain.errors import Refusal, refuse_user
 from gpu_service.journal import Record
 from gpu_service.runs.capabilities import Capabilities, Entry
+from gpu_service.runs.inspection import InspectRequest
 from gpu_service.runs.manager import StartRequest
 from gpu_service.runs.node_files import RunKey
 from gpu_service.runs.run import Run
 from gpu_service.runs.run_files import FileReference, ResumeRequest
 from tunesmith.common.v1 import errors_pb2, event_pb2, plan_pb2, training_spec_pb2
 from tunesmith.gpu.v1 import run_service_pb2
+
+# Control's previews ask for no more.
+MAX_INSPECTED_ROWS = 100
 
 
 def spec_from_wire(spec: training_spec_pb2.TrainingSpec) -> dict[str, Any]:
@@ -48,6 +52,26 @@ def start_from_wire(request: run_service_pb2.StartRunRequest) -> StartRequest:
         weights_digest=request.weights_digest,
         resume=resume,
     )
+
+
+def inspect_from_wire(request: run_service_pb2.InspectDatasetRequest) -> InspectRequest:
+    """Raises `Refusal` INVALID_FIELD."""
+    if not 0 <= request.num_rows <= MAX_INSPECTED_ROWS:
+        message = f"num_rows must be at least 0 and at most {MAX_INSPECTED_ROWS}"
+        raise refuse_user("INVALID_FIELD", message, field="num_rows")
+    return InspectRequest(
+        dataset=json_format.MessageToDict(request.dataset, preserving_proto_field_name=True),
+        base_model=request.base_model,
+        chat_template=request.chat_template,
+        loss_on=request.loss_on,
+        max_length=request.max_length,
+        num_rows=request.num_rows,
+        count_tokens=request.count_tokens,
+    )
+
+
+def inspected_to_wire(found: Mapping[str, Any]) -> run_service_pb2.InspectDatasetResponse:
+    return json_format.ParseDict(dict(found), run_service_pb2.InspectDatasetResponse())
 
 
 def run_to_wire(run: Run) -> run_service_pb2.Run:
@@ -105,6 +129,7 @@ def capabilities_to_wire(
         training_types=[_entry_to_wire(entry) for entry in found.training_types],
         dataset_formats=[_entry_to_wire(entry) for entry in found.dataset_formats],
         model_types=[_entry_to_wire(entry) for entry in found.model_types],
+        optimizers=[_entry_to_wire(entry) for entry in found.optimizers],
         versions=found.versions,
         problem=failure_to_wire(found.problem) if found.problem is not None else None,
     )

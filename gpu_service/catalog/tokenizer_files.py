@@ -13,12 +13,13 @@ FAST_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
+TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"
 # Any one of these makes a tokenizer; the first is the one that needs no training library.
 VOCABULARY_FILES = (FAST_FILE, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # Everything that can change a token id; a file that is absent is absent from the digest.
 _DIGESTED_FILES = (
-    *VOCABULARY_FILES, CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE, "added_tokens.json", "merges.txt",
-    "config.json", "generation_config.json",
+    *VOCABULARY_FILES, CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE, TOOL_TEMPLATE_FILE,
+    "added_tokens.json", "merges.txt", "config.json", "generation_config.json",
 )  # fmt: skip
 _MAXIMUM_JSON_BYTES = 64 * 1024 * 1024
 
@@ -27,13 +28,15 @@ _MAXIMUM_JSON_BYTES = 64 * 1024 * 1024
 class TokenizerFacts:
     """`special_tokens` is what templates see (`bos_token` -> text); `chat_template` is None for a base without one.
 
-    `tokenizer_class` is the class that tokenizer_config.json names, empty if none.
+    `tool_template` is the template of its own that some bases have for conversations with tools; None where
+    `chat_template` is for all. `tokenizer_class` is the class that tokenizer_config.json names, empty if none.
     """
 
     has_fast_file: bool
     tokenizer_class: str
     special_tokens: Mapping[str, str]
     chat_template: str | None
+    tool_template: str | None
 
 
 def read_tokenizer_facts(directory: Path) -> TokenizerFacts:
@@ -47,7 +50,8 @@ def read_tokenizer_facts(directory: Path) -> TokenizerFacts:
         has_fast_file=(directory / FAST_FILE).is_file(),
         tokenizer_class=str(config.get("tokenizer_class") or ""),
         special_tokens=special,
-        chat_template=_read_template(directory, config),
+        chat_template=_read_template(directory, config, TEMPLATE_FILE, "default"),
+        tool_template=_read_template(directory, config, TOOL_TEMPLATE_FILE, "tool_use"),
     )
 
 
@@ -90,19 +94,23 @@ def _token_text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _read_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """The file wins over tokenizer_config.json; of several named ones the `default` counts, as transformers has it."""
-    path = directory / TEMPLATE_FILE
-    if path.is_file():
+def _read_template(directory: Path, config: Mapping[str, Any], file: str, name: str) -> str | None:
+    """Files win over tokenizer_config.json, whose one template is the `default` one, as transformers has it."""
+    if (directory / file).is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return (directory / file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise _invalid(TEMPLATE_FILE, str(error)) from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) and template else None
+            raise _invalid(file, str(error)) from error
+    if (directory / TEMPLATE_FILE).is_file():
+        return None
+    templates = config.get("chat_template")
+    if isinstance(templates, str):
+        templates = [{"name": "default", "template": templates}]
+    if not isinstance(templates, list):
+        return None
+    named = {item.get("name"): item.get("template") for item in templates if isinstance(item, Mapping)}
+    text = named.get(name)
+    return text if isinstance(text, str) and text else None
 
 
 def _invalid(file: str, message: str) -> Refusal:

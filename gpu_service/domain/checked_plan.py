@@ -17,7 +17,7 @@ from gpu_service.domain.mix import MixSource
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetPlan:
-    """What one dataset of one trait gives per epoch. At level CHECK tokens are 0 and counts are the registered ones."""
+    """What one dataset of one trait gives per epoch. At level CHECK tokens are 0 and counts are upper bounds."""
 
     trait_type: str
     dataset_id: int
@@ -84,9 +84,19 @@ class CheckedPlan:
     memory: MemoryEstimate
     total_tokens: int = 0
     total_target_tokens: int = 0
+    # At level EXACT; `fill` is 0 where a batch counts examples.
+    fill: float = 0.0
+    longest_example_tokens: int = 0
+    largest_step_tokens: int = 0
+    num_duplicates: int = 0
     data_digest: str = ""
     spec_digest: str = ""
     warnings: tuple[str, ...] = ()
+
+    @property
+    def longest_possible_tokens(self) -> int:
+        """The most tokens that an example can have: a preference pair has two sequences of max_length."""
+        return self.hyperparameters.max_length * (2 if self.hyperparameters.objective == "dpo" else 1)
 
     @property
     def examples_per_epoch(self) -> int:
@@ -120,4 +130,8 @@ class CheckedPlan:
             "spec_digest": self.spec_digest,
             "warnings": list(self.warnings),
             "device": self.device.name,
+            "fill": self.fill,
+            "longest_example_tokens": str(self.longest_example_tokens),
+            "largest_step_tokens": str(self.largest_step_tokens),
+            "num_duplicates": str(self.num_duplicates),
         }

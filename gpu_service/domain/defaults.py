@@ -179,7 +179,6 @@ def apply_defaults(
     """Fills in what is unset. `length_limit` 0 is no known limit; `num_steps` (0: not known) is for the warm-up."""
     check_ranges(given)
     rank = _or(given.lora.rank, DEFAULT_LORA_RANK)
-    longest = min(DEFAULT_MAX_LENGTH, length_limit or DEFAULT_MAX_LENGTH)
     objective = _or(given.objective, "sft")
     double_quantization = (
         _or(given.quantization.double_quantization, True) and quantization.supports_double_quantization
@@ -199,7 +198,7 @@ def apply_defaults(
         if method.trains_adapter
         else None,
         batch=resolve_batch(given.batch),
-        max_length=_or(given.max_length, longest),
+        max_length=default_max_length(given, length_limit),
         optimizer=ResolvedOptimizer(
             name=_or(given.optimizer.name, "adamw"),
             learning_rate=_or(given.optimizer.learning_rate, method.default_learning_rate),
@@ -233,6 +232,13 @@ def apply_defaults(
         exports=given.exports,
         max_export_logit_difference=_or(given.max_export_logit_difference, 1.0),
     )
+
+
+def default_max_length(given: Hyperparameters, length_limit: int) -> int:
+    """The max_length that was given, else 2,048 or the model's limit. `length_limit` 0 is no known limit."""
+    if given.max_length is not None:
+        return given.max_length
+    return min(DEFAULT_MAX_LENGTH, length_limit or DEFAULT_MAX_LENGTH)
 
 
 def resolve_batch(batch: Batch) -> ResolvedBatch:

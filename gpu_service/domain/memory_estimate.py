@@ -1,5 +1,6 @@
 """Predicted device memory of a run, by arithmetic on shapes. Measures nothing and refuses nothing."""
 
+import math
 from dataclasses import dataclass
 
 from gpu_service.catalog.base_models import BaseModel
@@ -48,7 +49,7 @@ def estimate_memory(
     quantization: QuantizationEntry,
     *,
     num_trainable_parameters: int,
-    optimizer_state_bytes: int,
+    optimizer_state_bytes: float,
     longest_tokens: int,
     device_type: str,
 ) -> MemoryEstimate:
@@ -63,7 +64,7 @@ def estimate_memory(
         weights_bytes=weights,
         adapter_bytes=trained if adapter else 0,
         gradients_bytes=trained,
-        optimizer_bytes=optimizer_state_bytes * num_trainable_parameters,
+        optimizer_bytes=math.ceil(optimizer_state_bytes * num_trainable_parameters),
         activations_bytes=activations,
         overhead_bytes=context + weights // 20,
     )

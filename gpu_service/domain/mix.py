@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from gpu_service.domain.errors import refuse_user
+from gpu_service.domain.errors import Refusal, refuse_user
 from gpu_service.domain.spec import Trait
 
 # Totals tried one by one below the upper bound before bisecting; see `find_largest_total`.
@@ -75,9 +75,7 @@ def allocate(
     exceeds its policy. Raises `Refusal` MIX_INFEASIBLE naming the first source that cannot give its part,
     NO_EXAMPLES_LEFT when nothing would be trained on.
     """
-    for source, count in zip(sources, available, strict=True):
-        if source.share and not count:
-            raise _infeasible(source, 1, count, "has no usable example, and its share is not 0")
+    refuse_without_examples(sources, available)
     limits = [count * max_repeats if policy == "repeat" else count for count in available]
     largest = find_largest_total(sources, limits)
     if total is None:
@@ -88,10 +86,17 @@ def allocate(
     for source, wanted, limit, count in zip(sources, counts, limits, available, strict=True):
         if wanted > limit:
             repeats = f", even repeated {max_repeats} times" if policy == "repeat" else ""
-            raise _infeasible(source, wanted, count, f"has {count} examples{repeats}, and the mix wants {wanted} of it")
+            raise infeasible(source, wanted, count, f"has {count} examples{repeats}, and the mix wants {wanted} of it")
     if not sum(counts):
         raise refuse_user("NO_EXAMPLES_LEFT", "the mix comes to no example at all", stage="PLANNING", field="mix")
     return counts
+
+
+def refuse_without_examples(sources: Sequence[MixSource], available: Sequence[int]) -> None:
+    """Raises `Refusal` MIX_INFEASIBLE naming the first source that has a share and no example to train on."""
+    for source, count in zip(sources, available, strict=True):
+        if source.share and not count:
+            raise infeasible(source, 1, count, "has no example to train on, and its share is not 0")
 
 
 def apportion(sources: Sequence[MixSource], total: int) -> list[int]:
@@ -140,7 +145,8 @@ def _exact(value: float, field: str) -> Fraction:
     return exact
 
 
-def _infeasible(source: MixSource, wanted: int, available: int, why: str) -> Exception:
+def infeasible(source: MixSource, wanted: int, available: int, why: str) -> Refusal:
+    """The refusal of a mix that this source cannot give its part of; numbers are in the mix's unit."""
     return refuse_user(
         "MIX_INFEASIBLE",
         f"dataset {source.dataset_id} of trait {source.trait_type!r} {why}",

@@ -12,25 +12,27 @@ from gpu_service.catalog import families, methods, optimizers, quantization, tem
 from gpu_service.catalog.base_models import BaseModel, LinearLayer
 from gpu_service.catalog.families.entry import FamilyEntry
 from gpu_service.catalog.methods.entry import MethodEntry
+from gpu_service.catalog.optimizers.entry import OptimizerEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
-from gpu_service.domain.counts import count_run, plan_datasets
+from gpu_service.domain.counts import bound_datasets, bound_run, check_batch
 from gpu_service.domain.defaults import (
     DEFAULT_BATCH_EXAMPLES,
     ResolvedHyperparameters,
     apply_defaults,
     check_ranges,
+    default_max_length,
     resolve_mix,
 )
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
-from gpu_service.domain.memory_estimate import MemoryEstimate, estimate_memory
+from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.mix import compute_sources
 from gpu_service.domain.plan_start import check_exports, check_start, check_task
+from gpu_service.domain.plan_warnings import list_warnings
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
 
 __all__ = [
-    "TOO_LONG_WARNING",
     "CheckedPlan",
     "DatasetPlan",
     "Device",
@@ -38,11 +40,6 @@ __all__ = [
     "check_fit",
     "resolve",
 ]
-
-# Said at level CHECK only; the exact plan knows the longest example and refuses instead.
-TOO_LONG_WARNING = (
-    "examples of max_length would not fit the device's memory; the exact plan measures the longest there is"
-)
 
 
 def resolve(
@@ -70,16 +67,10 @@ def resolve(
     method = _find_method(spec)
     check_exports(spec, method)
     quantized = _find_quantization(given, method)
+    _check_objective(given, method)
     family = _find_family(spec, base_model)
-    optimizer = optimizers.REGISTRY.get(given.optimizer.name or "adamw")
-    if optimizer is None:
-        known = ", ".join(optimizers.REGISTRY)
-        raise refuse_user(
-            "INVALID_FIELD",
-            f"the catalog has no optimizer {given.optimizer.name!r}; it has {known}",
-            field="hyperparameters.optimizer.name",
-        )
     _check_device(given, quantized, device, versions or {})
+    optimizer = _find_optimizer(given, device, versions or {})
     covered = _cover_layers(given, method, base_model)
     if spec.start_from is not None:
         before = _cover_layers(replace(given, lora=spec.start_from.lora), method, base_model)
@@ -88,12 +79,16 @@ def resolve(
     _check_lengths(given, base_model)
     _check_datasets(spec, base_model)
     mix = resolve_mix(spec.mix)
+    max_length = default_max_length(given, base_model.max_position_embeddings)
+    longest = max_length * (2 if given.objective == "dpo" else 1)
+    check_batch(given.batch, longest_tokens=longest, max_length=max_length)
     # An export has no data: there is nothing to select or count.
     sources = compute_sources(spec.traits) if trains else []
-    registered = {reference.dataset_id: reference.num_examples for reference in spec.datasets}
-    planned = plan_datasets(spec.traits, sources, mix, registered) if trains else ()
+    planned = bound_datasets(spec.traits, sources, mix, spec.datasets) if trains else ()
     num_epochs, num_steps, total_examples = (
-        count_run(given, sum(item.num_examples for item in planned if not item.held_out)) if trains else (0.0, 0, 0)
+        bound_run(given, sum(item.num_examples for item in planned if not item.held_out), longest_tokens=longest)
+        if trains
+        else (0.0, 0, 0)
     )
     resolved = apply_defaults(
         given,
@@ -138,7 +133,7 @@ def resolve(
         total_examples=total_examples,
         memory=memory,
         spec_digest=spec_digest,
-        warnings=tuple(_list_warnings(spec, base_model, method, resolved, memory, device)),
+        warnings=tuple(list_warnings(spec, base_model, method, resolved, mix, memory, device)),
     )
 
 
@@ -197,6 +192,44 @@ def _find_quantization(given: Hyperparameters, method: MethodEntry) -> Quantizat
     return entry
 
 
+def _find_optimizer(given: Hyperparameters, device: Device, versions: Mapping[str, str]) -> OptimizerEntry:
+    entry = optimizers.REGISTRY.get(given.optimizer.name or "adamw")
+    if entry is None:
+        known = ", ".join(optimizers.REGISTRY)
+        raise refuse_user(
+            "INVALID_FIELD",
+            f"the catalog has no optimizer {given.optimizer.name!r}; it has {known}",
+            field="hyperparameters.optimizer.name",
+        )
+    if device.type not in entry.devices:
+        offered = ", ".join(name for name, other in optimizers.REGISTRY.items() if device.type in other.devices)
+        raise _unsupported(
+            f"optimizer {entry.id!r} is not offered on {device.name}; there are {offered}", "optimizer.name", stage=""
+        )
+    missing = [name for name in entry.requires if versions and name not in versions]
+    if missing:
+        raise _unsupported(f"optimizer {entry.id!r} needs {missing[0]}, which is not here", "optimizer.name", stage="")
+    return entry
+
+
+def _check_objective(given: Hyperparameters, method: MethodEntry) -> None:
+    if given.objective != "dpo":
+        return
+    if not method.trains_adapter:
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            f"objective 'dpo' compares with the base, which training type {method.id!r} changes; it goes with "
+            + ", ".join(entry.id for entry in methods.REGISTRY.values() if entry.trains_adapter),
+            field="hyperparameters.objective",
+        )
+    if given.loss_on == "all":
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            "objective 'dpo' compares answers: loss_on can only be 'targets'",
+            field="hyperparameters.loss_on",
+        )
+
+
 def _find_family(spec: TrainingSpec, base_model: BaseModel) -> FamilyEntry:
     config_type = base_model.config_type
     if not spec.model_type:
@@ -253,8 +286,8 @@ def _check_device(
         )
 
 
-def _unsupported(message: str, field: str) -> Refusal:
-    return Refusal("DEVICE_UNSUPPORTED", Fault.USER, message, "QUANTIZATION", f"hyperparameters.{field}")
+def _unsupported(message: str, field: str, *, stage: str = "QUANTIZATION") -> Refusal:
+    return Refusal("DEVICE_UNSUPPORTED", Fault.USER, message, stage, f"hyperparameters.{field}")
 
 
 def _cover_layers(given: Hyperparameters, method: MethodEntry, base_model: BaseModel) -> tuple[LinearLayer, ...]:
@@ -290,7 +323,7 @@ def _check_lengths(given: Hyperparameters, base_model: BaseModel) -> None:
         )
     micro = given.batch.micro_batch_examples
     examples = given.batch.examples or DEFAULT_BATCH_EXAMPLES
-    if micro is not None and micro > examples:
+    if micro is not None and given.batch.tokens is None and micro > examples:
         raise refuse_user(
             "INVALID_FIELD",
             f"a forward pass of {micro} examples is more than a step of {examples}",
@@ -326,6 +359,18 @@ def _check_datasets(spec: TrainingSpec, base_model: BaseModel) -> None:
                     field="datasets",
                     dataset_id=dataset_id,
                 )
+            if entry.is_preference != (spec.hyperparameters.objective == "dpo"):
+                raise refuse_user(
+                    "COMBINATION_NOT_ALLOWED",
+                    f"dataset {dataset_id} has preference pairs, which are for objective 'dpo': set "
+                    "hyperparameters.objective to 'dpo'"
+                    if entry.is_preference
+                    else f"dataset {dataset_id} has format {entry.id!r}, and objective 'dpo' needs preference pairs in "
+                    "every dataset, also in those held out: leave the dataset out, or set hyperparameters.objective to "
+                    "'sft'",
+                    field="hyperparameters.objective",
+                    dataset_id=dataset_id,
+                )
             if entry.needs_chat_template and not (template or base_model.has_chat_template):
                 raise refuse_user(
                     "CHAT_TEMPLATE_MISSING",
@@ -336,45 +381,3 @@ def _check_datasets(spec: TrainingSpec, base_model: BaseModel) -> None:
                     dataset_id=dataset_id,
                     available=",".join(templates.REGISTRY),
                 )
-
-
-def _list_warnings(
-    spec: TrainingSpec,
-    base_model: BaseModel,
-    method: MethodEntry,
-    resolved: ResolvedHyperparameters,
-    memory: MemoryEstimate,
-    device: Device,
-) -> list[str]:
-    """Things worth knowing that refuse nothing."""
-    formats = {reference.format for reference in spec.datasets}
-    smallest = min((min(layer.in_features, layer.out_features) for layer in base_model.linear_layers), default=0)
-    has_template = bool(resolved.chat_template or base_model.has_chat_template)
-    checks = (
-        (spec.training_type != method.id, f"training type {spec.training_type!r} means {method.id!r}"),
-        (
-            not method.trains_adapter and spec.hyperparameters.lora != type(spec.hyperparameters.lora)(),
-            f"the lora settings mean nothing for training type {method.id!r}",
-        ),
-        (
-            resolved.lora is not None and resolved.lora.rank > smallest,
-            f"the adapter's rank is larger than the smallest side of a covered layer ({smallest})",
-        ),
-        (
-            bool(resolved.chat_template) and base_model.has_chat_template,
-            f"catalog template {resolved.chat_template!r} is used in place of the base model's own",
-        ),
-        (
-            "prompt-completion" in formats and has_template,
-            "prompt-completion data is rendered with the chat template as one user turn and one assistant turn",
-        ),
-        (
-            bool(device.total_memory_bytes) and memory.total_bytes > device.total_memory_bytes,
-            TOO_LONG_WARNING,
-        ),
-        (
-            bool(device.free_memory_bytes) and memory.standing_bytes > device.free_memory_bytes,
-            f"{device.name} has less free memory just now than the run needs",
-        ),
-    )
-    return [text for holds, text in checks if holds]

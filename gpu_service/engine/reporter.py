@@ -55,6 +55,6 @@ class Reporter:
         if self._state == event_pb2.RUN_STATE_RUNNING:
             self.enter_state(event_pb2.RUN_STATE_STOPPING)
 
-    def warn(self, code: str, message: str) -> None:
-        """Report something worth knowing that stops nothing."""
-        self.emit(event_pb2.WarningEvent(code=code, message=message))
+    def warn(self, code: str, message: str, *, trait_type: str = "", dataset_id: int = 0) -> None:
+        """Report something worth knowing that stops nothing; of one trait or dataset, if they are given."""
+        self.emit(event_pb2.WarningEvent(code=code, message=message, trait_type=trait_type, dataset_id=dataset_id))

@@ -44,6 +44,7 @@ class RunRequest:
     run_directory: Path
     job_id: str
     attempt: int
+    spec_digest: str
     spec: training_spec_pb2.TrainingSpec
     # The spec as it stands in the file, for the planner.
     spec_json: dict[str, Any]
@@ -80,6 +81,7 @@ def read(run_directory: Path) -> RunRequest:
         run_directory=run_directory,
         job_id=document["job_id"],
         attempt=int(document["attempt"]),
+        spec_digest=document["spec_digest"],
         spec=spec,
         spec_json=document["spec"],
         weights_digest=document["weights_digest"],

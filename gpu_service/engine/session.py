@@ -19,11 +19,17 @@ from gpu_service.engine.precision import DTYPES
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.request import RunRequest
 from gpu_service.engine.stopping import StopSwitch
-from gpu_service.engine.training import checkpoint, random_state
+from gpu_service.engine.training import random_state
+from gpu_service.engine.training.accelerator import make_accelerator
+from gpu_service.engine.training.batches import MicroBatchLimit
+from gpu_service.engine.training.checkpoint import Identity
+from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
 from gpu_service.engine.training.evaluation import as_history, evaluate
 from gpu_service.engine.training.generate import answer, stop_token_ids
-from gpu_service.engine.training.loop import TrainingLoop, make_accelerator
+from gpu_service.engine.training.loop import TrainingLoop
+from gpu_service.engine.training.objectives import make_objective
 from gpu_service.engine.training.progress import TrainingProgress
+from gpu_service.engine.training.rises import find_rises
 from tunesmith.common.v1 import event_pb2, plan_pb2
 
 _SAMPLE_TOKENS = 64
@@ -59,11 +65,26 @@ class Session:
         self._model, self._optimizer = self._accelerator.prepare(
             loaded.model, builder.build(trainable, settings.optimizer)
         )
-        self._identity = checkpoint.Identity(
-            data_digest=plan.data_digest,
-            weights_digest=self._request.weights_digest,
-            training_type=plan.training_type,
-            num_steps=data.num_steps,
+        self._objective = make_objective(settings)
+        self._limit = MicroBatchLimit.of(settings.batch, loaded.config)
+        self._checkpoints = CheckpointKeeper(
+            directory=request.checkpoints_directory,
+            identity=Identity(
+                data_digest=plan.data_digest,
+                spec_digest=request.spec_digest,
+                weights_digest=request.weights_digest,
+                training_type=plan.training_type,
+                num_steps=data.num_steps,
+            ),
+            settings=settings,
+            model=self._model,
+            unwrapped_model=self._accelerator.unwrap_model(self._model),
+            optimizer=self._optimizer,
+            scaler=self._accelerator.scaler,
+            data=data,
+            objective=self._objective,
+            device=device.torch_device,
+            reporter=reporter,
         )
         self._stop_ids = stop_token_ids(self._request.model_directory, loaded.base, loaded.tokenizer)
         self._progress = TrainingProgress()
@@ -71,7 +92,7 @@ class Session:
     def train(self) -> None:
         """From the base's losses to the artifacts."""
         if self._request.resume is not None:
-            self._resume()
+            self._progress = self._checkpoints.resume(self._request.resume.directory)
         else:
             self._switch.check()
             self._measure(event_pb2.EVALUATION_MOMENT_BASE)
@@ -85,9 +106,10 @@ class Session:
             optimizer=self._optimizer,
             data=self._data,
             settings=self._plan.resolved,
-            identity=self._identity,
+            objective=self._objective,
+            limit=self._limit,
             examples_per_epoch=self._plan.examples_per_epoch,
-            checkpoints_directory=self._request.checkpoints_directory,
+            checkpoints=self._checkpoints,
             progress=self._progress,
             device=self._device,
             switch=self._switch,
@@ -100,22 +122,6 @@ class Session:
         self._answer_samples(event_pb2.EVALUATION_MOMENT_FINAL)
         self._save(stopped_early)
 
-    def _resume(self) -> None:
-        resume = self._request.resume
-        assert resume is not None
-        self._progress = checkpoint.restore(
-            resume.directory,
-            identity=self._identity,
-            model=self._loaded.model,
-            optimizer=self._optimizer,
-            scaler=self._accelerator.scaler,
-        )
-        self._reporter.emit(
-            event_pb2.ResumedEvent(
-                from_step=self._progress.steps_done, checkpoint=checkpoint.name_of(self._progress.steps_done)
-            )
-        )
-
     def _measure(self, moment: event_pb2.EvaluationMoment.ValueType) -> None:
         if not any(source.held_out for source in self._data.sources):
             return
@@ -123,8 +129,9 @@ class Session:
         event = evaluate(
             self._model,
             self._data,
+            objective=self._objective,
             device=self._device.torch_device,
-            batch_examples=self._plan.resolved.batch.micro_batch_examples,
+            limit=self._limit,
             moment=moment,
             step=self._progress.steps_done,
             switch=self._switch,
@@ -132,6 +139,25 @@ class Session:
         if event is not None:
             self._reporter.emit(event)
             self._progress.evaluations.append(as_history(event))
+            self._warn_of_held_out(event)
+
+    def _warn_of_held_out(self, event: event_pb2.EvaluationEvent) -> None:
+        for value in event.losses:
+            if value.dataset_id and not value.HasField("loss"):
+                self._reporter.warn(
+                    "non-finite-loss",
+                    f"the held-out loss of trait {value.trait_type}, dataset {value.dataset_id} is not a finite number "
+                    f"after step {event.step}",
+                    trait_type=value.trait_type,
+                    dataset_id=value.dataset_id,
+                )
+        for rise in find_rises(self._progress.evaluations, self._plan.resolved.warn_after_rises):
+            self._reporter.warn(
+                "held-out-loss-rising",
+                f"the held-out loss of trait {rise.trait_type} has risen {rise.num_rises} evaluations in a row, from "
+                f"{rise.first:.4f} to {rise.last:.4f}",
+                trait_type=rise.trait_type,
+            )
 
     def _answer_samples(self, moment: event_pb2.EvaluationMoment.ValueType) -> None:
         prompts = self._request.spec.sample_prompts
@@ -225,7 +251,8 @@ class Session:
             total_examples=progress.num_examples,
             total_tokens=progress.num_tokens,
             total_target_tokens=progress.num_target_tokens,
-            data_digest=self._plan.data_digest,
+            # Taken again from the tokens and steps that were read: a run that stopped early has another one.
+            data_digest=self._data.compute_digest(progress.steps_done),
             training_seconds=progress.training_seconds,
             stopped_early=stopped_early,
         )

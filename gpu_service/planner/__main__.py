@@ -1,19 +1,23 @@
 """The planner's process: `python -m gpu_service.planner <request.json>`. Every outcome is a line and a status.
 
-Status 0: planned. 3: refused or failed, and the last line says why. 2: it was called wrongly.
+It plans a spec, or inspects a dataset when the request has `inspect`. Status 0: done. 3: refused or failed, and the
+last line says why. 2: it was called wrongly.
 """
 
 import errno
 import json
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from gpu_service.domain.errors import Fault, Refusal
 from gpu_service.planner.exact import PlanRequest, make_plan
+from gpu_service.planner.inspection import InspectRequest, inspect_dataset
 from gpu_service.planner.progress import write_line
 
-EXIT_PLANNED, EXIT_USAGE, EXIT_REFUSED = 0, 2, 3
+EXIT_DONE, EXIT_USAGE, EXIT_REFUSED = 0, 2, 3
 
 
 def main(arguments: list[str]) -> int:
@@ -24,11 +28,11 @@ def main(arguments: list[str]) -> int:
     try:
         value = json.loads(Path(arguments[0]).read_bytes())
         try:
-            request = PlanRequest.from_json(value)
+            carry_out = _prepare(value)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             sys.stderr.write(f"{arguments[0]}: not a planner request: {type(error).__name__}: {error}\n")
             return EXIT_USAGE
-        plan_directory = make_plan(request, stream=sys.stdout)
+        answer = carry_out()
     except BrokenPipeError:
         # Whoever asked is gone; there is nobody to tell.
         return EXIT_REFUSED
@@ -37,8 +41,17 @@ def main(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the process' outermost boundary: any defect becomes a typed failure
         traceback.print_exc()
         return _say_refused(_describe(error))
-    write_line(sys.stdout, {"type": "planned", "plan_directory": str(plan_directory)})
-    return EXIT_PLANNED
+    write_line(sys.stdout, answer)
+    return EXIT_DONE
+
+
+def _prepare(value: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
+    """What the request asks for; called, it gives the answer."""
+    if "inspect" in value:
+        inspection = InspectRequest.from_json(value)
+        return lambda: {"type": "inspected", **inspect_dataset(inspection, stream=sys.stdout)}
+    request = PlanRequest.from_json(value)
+    return lambda: {"type": "planned", "plan_directory": str(make_plan(request, stream=sys.stdout))}
 
 
 def _say_refused(refusal: Refusal) -> int:

@@ -7,34 +7,43 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from gpu_service.catalog import templates
 from gpu_service.catalog.base_models import BaseModel, read_directory
-from gpu_service.catalog.tokenizer_files import read_tokenizer_facts
+from gpu_service.catalog.datasets import REGISTRY
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
-from gpu_service.domain.counts import count_run, plan_datasets
 from gpu_service.domain.defaults import default_warmup_steps
 from gpu_service.domain.device import Device
-from gpu_service.domain.errors import refuse_user
 from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.order import ORDER_VERSION
-from gpu_service.domain.plan import TOO_LONG_WARNING, check_fit, resolve
+from gpu_service.domain.plan import check_fit, resolve
+from gpu_service.domain.plan_warnings import CHECK_WARNINGS
 from gpu_service.domain.planned_data import (
     DATA_FILE,
     DATA_VERSION,
+    HELD_OUT_FILE,
     PLAN_FILE,
     SELECTION_FILE,
+    STEP_OFFSETS_FILE,
+    STEP_PLACES_FILE,
     PlannedData,
     PlannedDataDamaged,
+    Source,
     TokenShard,
 )
 from gpu_service.domain.spec import TrainingSpec, spec_digest
-from gpu_service.planner.chat_template import ChatTemplate
+from gpu_service.planner.choosing import Chooser, ChosenSource
 from gpu_service.planner.progress import Progress
-from gpu_service.planner.selection import PlannedSource, Selection, compute_data_digest, select
-from gpu_service.planner.shards import ShardMaker, ShardSettings
+from gpu_service.planner.selection import (
+    RunSteps,
+    Selection,
+    count_duplicates,
+    count_sources,
+    find_largest_step,
+    make_steps,
+    select,
+)
 from gpu_service.planner.staging import stage_directory
-from gpu_service.planner.tokenizer import TextTokenizer
-from gpu_service.planner.tokenizer_source import load_source
+from gpu_service.planner.token_store import TokenStores
+from gpu_service.planner.toolchain import load_toolchain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,156 +77,181 @@ def make_plan(request: PlanRequest, *, stream: TextIO) -> Path:
     spec = request.spec
     base = replace(read_directory(request.model_directory, spec.base_model), weights_digest=request.weights_digest)
     checked = resolve(spec, base, request.device, spec_digest=request.spec_digest)
-    maker, warnings, progress = _make_maker(request, checked, base, stream)
-    shards = {}
-    for dataset_id in sorted({dataset.dataset_id for dataset in checked.datasets}):
-        shards[dataset_id] = maker.ensure(spec.find_dataset(dataset_id))
+    stores, warnings, progress = _make_stores(request, checked, base, stream)
+    with stores:
+        sources, idle = Chooser(spec, checked, stores).choose()
+        shards = [source.draw.close() for source in sources]
     progress.finish()
-    available = {dataset_id: shard.num_examples for dataset_id, shard in shards.items()}
-    _refuse_nothing_left(checked, shards)
-    planned = plan_datasets(spec.traits, checked.sources, checked.mix, available)
-    sources = [
-        PlannedSource(plan=plan, sha256=spec.find_dataset(plan.dataset_id).sha256, shard=shards[plan.dataset_id])
-        for plan in planned
-    ]
-    selection, datasets, longest = select(sources, seed=checked.hyperparameters.seed)
-    exact = _complete(checked, spec, sources, datasets, selection, longest)
+    selection = select(sources, seed=checked.hyperparameters.seed)
+    run = make_steps(spec.hyperparameters, selection)
+    data = _open_data(checked, sources, shards, selection, run)
+    exact = _complete(checked, spec, sources, idle, selection, run, data)
     exact = replace(exact, warnings=(*exact.warnings, *warnings))
-    return _write(request.cache_directory, exact, sources, selection)
+    return _write(request.cache_directory, exact, sources, shards, selection, run)
 
 
-def _make_maker(
+def _make_stores(
     request: PlanRequest, checked: CheckedPlan, base: BaseModel, stream: TextIO
-) -> tuple[ShardMaker, list[str], Progress]:
-    """What makes shards for this plan, and what is worth knowing about its tokenizer and template."""
-    facts = read_tokenizer_facts(request.model_directory)
+) -> tuple[TokenStores, list[str], Progress]:
+    """What gives tokens for this plan, and what is worth knowing about its tokenizer and template."""
     resolved = checked.hyperparameters
-    named = resolved.chat_template
-    template = templates.REGISTRY[named].read_text() if named else facts.chat_template
-    source = load_source(
-        request.model_directory, facts, config_type=base.config_type, cache_directory=request.cache_directory
+    tools = load_toolchain(
+        base,
+        cache_directory=request.cache_directory,
+        chat_template=resolved.chat_template,
+        max_length=resolved.max_length,
+        loss_on=resolved.loss_on,
     )
-    chat = ChatTemplate(template, source.special_tokens) if template else None
-    tokenizer = TextTokenizer(source, base.config)
+    progress = Progress(stream, total=sum(dataset.num_examples for dataset in checked.datasets))
+    stores = TokenStores(
+        blobs_directory=request.blobs_directory, cache_directory=request.cache_directory, tools=tools, progress=progress
+    )
     wanted = {dataset.dataset_id for dataset in checked.datasets}
-    references = [reference for reference in request.spec.datasets if reference.dataset_id in wanted]
-    progress = Progress(stream, total=sum(reference.num_examples for reference in references))
-    maker = ShardMaker(
-        blobs_directory=request.blobs_directory,
-        tokens_directory=request.cache_directory / "tokens",
-        settings=ShardSettings(
-            tokenizer_digest=source.digest,
-            template=template,
-            max_length=resolved.max_length,
-            loss_on=resolved.loss_on,
-        ),
-        tokenizer=tokenizer,
-        chat=chat,
-        progress=progress,
-    )
-    documents = {reference.format for reference in references} - {"chat-messages"}
+    formats = [reference.format for reference in request.spec.datasets if reference.dataset_id in wanted]
     warnings = []
-    if chat is not None and chat.uses_date:
+    if tools.chat is not None and tools.chat.uses_date:
         warnings.append("the chat template writes today's date; a fixed one is rendered, so that tokens stay the same")
-    if tokenizer.end_token_id is None and documents:
+    if tools.tokenizer.end_token_id is None and not all(REGISTRY[name].needs_chat_template for name in formats):
         warnings.append("the tokenizer names no end of sequence, so no text ends with one")
-    return maker, warnings, progress
+    return stores, warnings, progress
 
 
-def _refuse_nothing_left(checked: CheckedPlan, shards: Mapping[int, TokenShard]) -> None:
-    """A dataset that is wanted and of which nothing was left says why, rather than only that it is empty."""
-    for dataset in checked.datasets:
-        shard = shards[dataset.dataset_id]
-        if (dataset.share or dataset.held_out) and not shard.num_examples:
-            dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(shard.facts["dropped"].items()))
-            raise refuse_user(
-                "NO_EXAMPLES_LEFT",
-                f"dataset {dataset.dataset_id} has no example left ({dropped or 'it is empty'}); "
-                f"max_length is {checked.hyperparameters.max_length}",
-                field="hyperparameters.max_length",
-                stage="PLANNING",
-                dataset_id=dataset.dataset_id,
+def _open_data(
+    checked: CheckedPlan,
+    sources: Sequence[ChosenSource],
+    shards: Sequence[TokenShard],
+    selection: Selection,
+    run: RunSteps,
+) -> PlannedData:
+    """What was planned, as it will be read back from the plan directory."""
+    return PlannedData(
+        plan={},
+        sources=[
+            Source(
+                trait_type=source.plan.trait_type,
+                dataset_id=source.plan.dataset_id,
+                held_out=source.plan.held_out,
+                num_examples=shard.num_examples,
             )
+            for source, shard in zip(sources, shards, strict=True)
+        ],
+        shards=shards,
+        selection=memoryview(selection.references).cast("B"),
+        held_out=memoryview(selection.held_out).cast("B"),
+        steps=run.steps,
+        batch=" ".join(map(str, *_batch(checked).items())),
+        seed=selection.seed,
+    )
 
 
 def _complete(
     checked: CheckedPlan,
     spec: TrainingSpec,
-    sources: Sequence[PlannedSource],
-    datasets: Sequence[DatasetPlan],
+    sources: Sequence[ChosenSource],
+    idle: Sequence[DatasetPlan],
     selection: Selection,
-    longest: int,
+    run: RunSteps,
+    data: PlannedData,
 ) -> CheckedPlan:
     """The checked plan with its counts, memory and digest made exact. Raises `Refusal` DOES_NOT_FIT."""
     given, resolved = spec.hyperparameters, checked.hyperparameters
-    num_epochs, num_steps, total_examples = count_run(given, len(selection))
     if given.schedule.warmup_steps is None:
-        schedule = replace(resolved.schedule, warmup_steps=default_warmup_steps(num_steps))
+        schedule = replace(resolved.schedule, warmup_steps=default_warmup_steps(data.num_steps))
         resolved = replace(resolved, schedule=schedule)
+    longest = max(selection.num_tokens)
+    evaluated = max((max(source.draw.tokens) for source in sources if source.plan.held_out), default=0)
     memory = estimate_memory(
         checked.base_model,
         resolved,
         checked.quantization,
         num_trainable_parameters=checked.num_trainable_parameters,
         optimizer_state_bytes=checked.optimizer.state_bytes_per_parameter,
-        longest_tokens=longest,
+        longest_tokens=max(longest, evaluated),
         device_type=checked.device.type,
     )
     check_fit(memory.total_bytes, checked.device)
-    counts = selection.count_run(total_examples)
-    batch_examples = resolved.batch.examples
+    counts = count_sources(selection, run)
+    rows = [source.plan for source in sources]
+    for index, count in counts.items():
+        rows[index] = replace(
+            rows[index],
+            run_examples=count.examples,
+            run_tokens=count.tokens,
+            run_target_tokens=count.target_tokens,
+        )
+    total_tokens = sum(count.tokens for count in counts.values())
     return replace(
         checked,
         level="EXACT",
         hyperparameters=resolved,
-        num_epochs=num_epochs,
-        num_steps=num_steps,
-        total_examples=total_examples,
-        total_tokens=sum(count.tokens for count in counts.values()),
+        num_epochs=run.num_epochs,
+        num_steps=data.num_steps,
+        total_examples=data.total_examples,
+        total_tokens=total_tokens,
         total_target_tokens=sum(count.target_tokens for count in counts.values()),
-        datasets=tuple(
-            replace(
-                dataset,
-                run_examples=count.examples,
-                run_tokens=count.tokens,
-                run_target_tokens=count.target_tokens,
-            )
-            if (count := counts.get(index)) is not None
-            else dataset
-            for index, dataset in enumerate(datasets)
-        ),
+        datasets=tuple(sorted([*rows, *idle], key=lambda row: (row.held_out, row.trait_type, row.dataset_id))),
         memory=memory,
-        data_digest=compute_data_digest(
-            sources, selection, batch_examples=batch_examples or 1, total_examples=total_examples
-        ),
-        warnings=tuple(warning for warning in checked.warnings if warning != TOO_LONG_WARNING),
+        fill=total_tokens / (data.num_steps * given.batch.tokens) if given.batch.tokens else 0.0,
+        longest_example_tokens=longest,
+        largest_step_tokens=find_largest_step(selection, run),
+        num_duplicates=count_duplicates(selection, data.selection_entries()),
+        data_digest=data.compute_digest(),
+        warnings=(*(text for text in checked.warnings if text not in CHECK_WARNINGS), *_list_warnings(rows)),
     )
 
 
-def _write(cache_directory: Path, plan: CheckedPlan, sources: Sequence[PlannedSource], selection: Selection) -> Path:
+def _list_warnings(rows: Sequence[DatasetPlan]) -> list[str]:
+    """Things about the data worth knowing that refuse nothing."""
+    trained = sum(row.num_examples for row in rows if not row.held_out)
+    held_out = sum(row.num_examples for row in rows if row.held_out)
+    if held_out > trained:
+        return [f"{held_out:,} examples are held out and evaluated, more than the {trained:,} of an epoch"]
+    return []
+
+
+def _batch(plan: CheckedPlan) -> dict[str, int]:
+    """What makes a step, as the data file has it."""
+    batch = plan.hyperparameters.batch
+    return {"tokens": batch.tokens} if batch.tokens is not None else {"examples": batch.examples or 1}
+
+
+def _write(
+    cache_directory: Path,
+    plan: CheckedPlan,
+    sources: Sequence[ChosenSource],
+    shards: Sequence[TokenShard],
+    selection: Selection,
+    run: RunSteps,
+) -> Path:
     """Writes the plan directory under a name made of its content, so that the same plan is the same directory."""
     data = {
         "version": DATA_VERSION,
         "order_version": ORDER_VERSION,
         "seed": selection.seed,
-        "batch_examples": plan.hyperparameters.batch.examples,
+        "batch": _batch(plan),
         "examples_per_epoch": len(selection),
+        "held_out_examples": len(selection.held_out) // 2,
+        "num_steps": plan.num_steps,
         "total_examples": plan.total_examples,
         "sources": [
             {
                 "trait_type": source.plan.trait_type,
                 "dataset_id": source.plan.dataset_id,
                 "held_out": source.plan.held_out,
-                "shard": f"../../tokens/{source.shard.directory.name}",
+                "shard": f"../../tokens/{shard.directory.name}",
             }
-            for source in sources
+            for source, shard in zip(sources, shards, strict=True)
         ],
     }
     files = {
         PLAN_FILE: json.dumps(plan.to_json(), sort_keys=True, indent=1).encode(),
         DATA_FILE: json.dumps(data, sort_keys=True, indent=1).encode(),
         SELECTION_FILE: selection.references.tobytes(),
+        HELD_OUT_FILE: selection.held_out.tobytes(),
     }
+    if run.packed is not None:
+        places, offsets = run.packed
+        files |= {STEP_PLACES_FILE: places.tobytes(), STEP_OFFSETS_FILE: offsets.tobytes()}
     name = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in files.values())).hexdigest()
     target = cache_directory / "plans" / name
     with stage_directory(target, is_whole=_is_whole) as staged:

@@ -10,7 +10,7 @@ from gpu_service.domain.errors import Fault, Refusal
 from gpu_service.domain.spec import DatasetReference
 
 MAXIMUM_LINE_BYTES = 16 * 1024 * 1024
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class RowError(Exception):
@@ -46,9 +46,13 @@ def read_rows(path: Path, reference: DatasetReference) -> Iterator[tuple[int, di
             if len(line) > MAXIMUM_LINE_BYTES:
                 raise malformed(reference, number, f"the line is longer than {MAXIMUM_LINE_BYTES} bytes")
             if number == 1:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
+                line = line.removeprefix(BYTE_ORDER_MARK)
             if line.strip():
-                yield number, _decode_row(line, reference, number)
+                try:
+                    row = decode_row(line)
+                except RowError as error:
+                    raise malformed(reference, number, str(error)) from error
+                yield number, row
     if digest.hexdigest() != reference.sha256:
         raise Refusal(
             "CHECKSUM_MISMATCH",
@@ -71,15 +75,16 @@ def malformed(reference: DatasetReference, line: int, message: str) -> Refusal:
     )
 
 
-def _decode_row(line: bytes, reference: DatasetReference, number: int) -> dict[str, Any]:
+def decode_row(line: bytes) -> dict[str, Any]:
+    """The JSON object on a line. Raises `RowError`."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise malformed(reference, number, f"is not UTF-8 (byte {error.start})") from error
+        raise RowError(f"is not UTF-8 (byte {error.start})") from error
     except RecursionError as error:
-        raise malformed(reference, number, "is nested too deeply") from error
+        raise RowError("is nested too deeply") from error
     except ValueError as error:
-        raise malformed(reference, number, f"is not JSON: {error}") from error
+        raise RowError(f"is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise malformed(reference, number, "is not a JSON object")
+        raise RowError("is not a JSON object")
     return row

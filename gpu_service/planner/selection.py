@@ -1,22 +1,47 @@
-"""Which examples an epoch is made of, in what order, and what that comes to in tokens. Reads shards, writes nothing."""
+"""What was chosen as an epoch, the steps of a run over it, and what these come to in tokens. Tokenizes nothing."""
 
-import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from gpu_service.domain.checked_plan import DatasetPlan
-from gpu_service.domain.order import ORDER_VERSION, Permutation
-from gpu_service.domain.planned_data import TokenShard, epoch_order
+from gpu_service.domain.counts import MAXIMUM_EXAMPLES_PER_EPOCH, count_examples, count_run, too_large
+from gpu_service.domain.data_digest import ENTRY_BYTES, MAXIMUM_LISTED_EXAMPLES
+from gpu_service.domain.defaults import DEFAULT_BATCH_EXAMPLES
+from gpu_service.domain.order import epoch_order
+from gpu_service.domain.packing import TooManyExamples, pack
+from gpu_service.domain.planned_steps import CountedSteps, ListedSteps, PlannedSteps
+from gpu_service.domain.spec import Hyperparameters
+from gpu_service.planner.choosing import ChosenSource
+
+# Duplicates are looked for among so many examples at a time.
+_DUPLICATES_AT_ONCE = 500_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedSource:
-    """A dataset of a trait with its shard. `sha256` is the dataset's, so that a selection does not hang on an id."""
+class Selection:
+    """An epoch before it is shuffled, in arrays, because it may be long.
 
-    plan: DatasetPlan
-    sha256: str
-    shard: TokenShard
+    Example i is `references[2 * i]` (source) and `references[2 * i + 1]` (its example in the source's shard), with its
+    tokens and targets. `held_out` has references likewise.
+    """
+
+    references: "array[int]"
+    num_tokens: "array[int]"
+    num_target_tokens: "array[int]"
+    held_out: "array[int]"
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSteps:
+    """The steps of a whole run. `packed` are their places and offsets where a batch counts tokens, else None."""
+
+    steps: PlannedSteps
+    num_epochs: float
+    packed: "tuple[array[int], array[int]] | None"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,100 +53,108 @@ class RunCount:
     target_tokens: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """An epoch before it is shuffled, in arrays of uint32, because it may be long.
-
-    Example i is `references[2 * i]` (source) and `references[2 * i + 1]` (its example), with its tokens and targets.
-    """
-
-    references: "array[int]"
-    num_tokens: "array[int]"
-    num_target_tokens: "array[int]"
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.num_tokens)
-
-    def count_run(self, total_examples: int) -> dict[int, RunCount]:
-        """What each source (by index) gives to the first `total_examples` of a run, over as many epochs as it takes.
-
-        Sources that give nothing are not in it.
-        """
-        epochs, rest = divmod(total_examples, len(self))
-        counts: dict[int, RunCount] = {}
-        if epochs:
-            self._count(range(len(self)), epochs, counts)
-        order = epoch_order(len(self), seed=self.seed, epoch=epochs)
-        self._count((order[position] for position in range(rest)), 1, counts)
-        return counts
-
-    def _count(self, places: Iterable[int], times: int, counts: dict[int, RunCount]) -> None:
-        for place in places:
-            count = counts.setdefault(self.references[2 * place], RunCount())
-            count.examples += times
-            count.tokens += times * self.num_tokens[place]
-            count.target_tokens += times * self.num_target_tokens[place]
-
-
-def select(sources: Sequence[PlannedSource], *, seed: int) -> tuple[Selection, list[DatasetPlan], int]:
-    """The selection, each source's plan with its tokens counted, and the tokens of the longest example in use.
-
-    A source's examples are taken in the order of its own permutation, from the start again where they repeat.
-    """
-    selection = Selection(references=array("I"), num_tokens=array("I"), num_target_tokens=array("I"), seed=seed)
-    plans = []
-    longest = 0
+def select(sources: Sequence[ChosenSource], *, seed: int) -> Selection:
+    """The references of everything that was chosen, in the order of the sources."""
+    selection = Selection(
+        references=array("I"),
+        num_tokens=array("I"),
+        num_target_tokens=array("I"),
+        held_out=array("I"),
+        seed=seed,
+    )
     for source_index, source in enumerate(sources):
-        tokens, targets, truncated = array("I"), array("I"), 0
-        chosen = _choose(source, seed)
-        for example_index in chosen:
-            example = source.shard.example(example_index)
-            tokens.append(len(example.tokens))
-            targets.append(bytes(example.mask).count(1))
-            truncated += source.shard.was_truncated(example_index)
-        longest = max(longest, max(tokens, default=0))
-        counts = {
-            "num_tokens": sum(tokens),
-            "num_target_tokens": sum(targets),
-            "num_truncated": truncated,
-            "dropped": source.shard.facts["dropped"],
-        }
-        plans.append(replace(source.plan, **counts))
+        draw = source.draw
+        references = selection.held_out if source.plan.held_out else selection.references
+        for position in source.positions:
+            references.append(source_index)
+            references.append(draw.examples[position])
         if not source.plan.held_out:
-            for example_index in chosen:
-                selection.references.extend((source_index, example_index))
-            selection.num_tokens.extend(tokens)
-            selection.num_target_tokens.extend(targets)
-    return selection, plans, longest
+            selection.num_tokens.extend(draw.tokens[position] for position in source.positions)
+            selection.num_target_tokens.extend(draw.targets[position] for position in source.positions)
+    return selection
 
 
-def _choose(source: PlannedSource, seed: int) -> "array[int]":
-    plan = source.plan
-    if plan.held_out:
-        return array("I", range(plan.num_available))
-    order = Permutation(plan.num_available, seed=seed, purpose=f"select {plan.trait_type} {source.sha256}")
-    once = array("I", (order[position] for position in range(min(plan.num_examples, plan.num_available))))
-    return array("I", (once[position % len(once)] for position in range(plan.num_examples)))
+def make_steps(given: Hyperparameters, selection: Selection) -> RunSteps:
+    """The run's steps by what its batch counts. Raises `Refusal` TOO_LARGE where they would have to be listed."""
+    if given.batch.tokens is None:
+        num_epochs, _, total_examples = count_run(given, len(selection))
+        steps = CountedSteps(
+            examples_per_epoch=len(selection),
+            batch_examples=given.batch.examples or DEFAULT_BATCH_EXAMPLES,
+            total_examples=total_examples,
+            seed=selection.seed,
+        )
+        return RunSteps(steps=steps, num_epochs=num_epochs, packed=None)
+    num_epochs, total = (0.0, None) if given.num_steps is not None else count_examples(given, len(selection))
+    try:
+        run = pack(
+            selection.num_tokens,
+            tokens_per_step=given.batch.tokens,
+            seed=selection.seed,
+            total_examples=total,
+            num_steps=given.num_steps,
+            most_examples=MAXIMUM_EXAMPLES_PER_EPOCH,
+        )
+    except TooManyExamples as error:
+        field = "hyperparameters.num_epochs" if given.num_steps is None else "hyperparameters.num_steps"
+        raise too_large("the steps of the run list too many examples", field=field) from error
+    return RunSteps(
+        steps=ListedSteps(places=run.places, offsets=run.offsets),
+        num_epochs=num_epochs or len(run.places) / len(selection),
+        packed=(run.places, run.offsets),
+    )
 
 
-def compute_data_digest(
-    sources: Sequence[PlannedSource], selection: Selection, *, batch_examples: int, total_examples: int
-) -> str:
-    """Lower-case hex SHA-256 over selection, order, token ids, masks and steps, and over nothing of a machine's.
+def count_sources(selection: Selection, run: RunSteps) -> dict[int, RunCount]:
+    """What each source (by index) gives to the run. Sources that give nothing are not in it."""
+    counts: dict[int, RunCount] = {}
+    if run.packed is not None:
+        _count(selection, run.packed[0], 1, counts)
+        return counts
+    # Whole epochs are alike, however many there are.
+    epochs, rest = divmod(run.steps.total_examples, len(selection))
+    if epochs:
+        _count(selection, range(len(selection)), epochs, counts)
+    order = epoch_order(len(selection), seed=selection.seed, epoch=epochs)
+    _count(selection, order.read(0, rest), 1, counts)
+    return counts
 
-    Later epochs' orders follow from the seed by the same function as the first one's, which is digested in full.
+
+def find_largest_step(selection: Selection, run: RunSteps) -> int:
+    """Tokens of the largest step, of those within the first 4,194,304 examples (or the first epoch, if longer)."""
+    largest, listed = 0, max(len(selection), MAXIMUM_LISTED_EXAMPLES)
+    num_tokens = selection.num_tokens
+    for step in range(run.steps.num_steps):
+        if run.steps.count_examples(step) >= listed:
+            break
+        largest = max(largest, sum(num_tokens[place] for place in run.steps.places(step)))
+    return largest
+
+
+def count_duplicates(selection: Selection, entries: bytes) -> int:
+    """Examples that are exactly like an earlier one of their source; one that is repeated counts once.
+
+    `entries` tell examples from each other, `ENTRY_BYTES` each, in the order of the selection.
     """
-    digest = hashlib.sha256()
+    distinct: dict[tuple[int, int], int] = {}
+    for place in range(len(selection)):
+        distinct.setdefault((selection.references[2 * place], selection.references[2 * place + 1]), place)
+    num_groups = 1 + len(distinct) // _DUPLICATES_AT_ONCE
+    num_contents = 0
+    for group in range(num_groups):
+        # The byte after the source's index is of a digest: it spreads evenly.
+        contents = {
+            entries[place * ENTRY_BYTES : (place + 1) * ENTRY_BYTES]
+            for place in distinct.values()
+            if entries[place * ENTRY_BYTES + 4] % num_groups == group
+        }
+        num_contents += len(contents)
+    return len(distinct) - num_contents
 
-    def add(*parts: object) -> None:
-        digest.update(("\t".join(map(str, parts)) + "\n").encode())
 
-    add("data", 1, ORDER_VERSION)
-    for source in sources:
-        add("source", source.plan.trait_type, source.plan.held_out, source.shard.facts["content_digest"])
-    add("selection", hashlib.sha256(selection.references.tobytes()).hexdigest())
-    order = array("I", epoch_order(len(selection), seed=selection.seed, epoch=0))
-    add("order", hashlib.sha256(order.tobytes()).hexdigest())
-    add("steps", selection.seed, batch_examples, total_examples)
-    return digest.hexdigest()
+def _count(selection: Selection, places: Iterable[int], times: int, counts: dict[int, RunCount]) -> None:
+    for place in places:
+        count = counts.setdefault(selection.references[2 * place], RunCount())
+        count.examples += times
+        count.tokens += times * selection.num_tokens[place]
+        count.target_tokens += times * selection.num_target_tokens[place]

@@ -40,6 +40,10 @@ class TextTokenizer:
             results.append((tokens[:max_length], bytes(mask[:max_length]), cut))
         return results
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones as they are written."""
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
+
     def _close_document(
         self, tokens: "array[int]", mask: bytearray, *, loss_on_all: bool
     ) -> "tuple[array[int], bytearray]":

@@ -90,12 +90,12 @@ def _blobs(files: NodeFiles, protected: Protected, now: float) -> Iterator[_Entr
 
 
 def _planned(files: NodeFiles, protected: Protected, now: float) -> Iterator[_Entry]:
-    """Plans, the tokens that they refer to, and kept tokenizers."""
+    """Plans, the tokens that they refer to, indices of rows, and kept tokenizers."""
     kept: set[Path] = set()
     for plan in _whole(files.cache / "plans"):
         if _spec_digest(plan) in protected.spec_digests:
             kept |= {plan, *_shards_of(plan)}
-    for parent in ("plans", "tokens", "tokenizers"):
+    for parent in ("plans", "tokens", "rows", "tokenizers"):
         for path in _whole(files.cache / parent):
             wanted = path in kept
             if wanted:

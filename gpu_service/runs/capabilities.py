@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from gpu_service.catalog import datasets, families, methods, quantization
+from gpu_service.catalog import datasets, families, methods, optimizers, quantization
 from gpu_service.catalog.base_models import BaseModel
 from gpu_service.devices import Device
 from gpu_service.domain.errors import Refusal
@@ -33,6 +33,8 @@ class Capabilities:
     training_types: Sequence[Entry]
     dataset_formats: Sequence[Entry]
     model_types: Sequence[Entry]
+    # Those that some device of this node can go on with.
+    optimizers: Sequence[Entry]
     versions: Mapping[str, str]
     problem: Refusal | None
 
@@ -46,13 +48,18 @@ class CapabilityReader:
         self._versions = versions
 
     async def read(self) -> Capabilities:
+        devices = await self._admission.devices()
+        types = {device.type for device in devices}
         return Capabilities(
-            devices=await self._admission.devices(),
+            devices=devices,
             models=await self._models.list_models(),
             quantizations=_entries(quantization.REGISTRY),
             training_types=_entries(methods.REGISTRY),
             dataset_formats=_entries(datasets.REGISTRY),
             model_types=_entries(families.REGISTRY),
+            optimizers=_entries(
+                {name: entry for name, entry in optimizers.REGISTRY.items() if types.intersection(entry.devices)}
+            ),
             versions=self._versions,
             problem=self._admission.problem(),
         )

@@ -8,11 +8,31 @@ import itertools
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import BinaryIO
 
-from control_service.app.ports import StagedBlob
+from control_service.app.ports import BlobWriter, StagedBlob
 from control_service.domain.artifact import FileReference
 from control_service.domain.errors import NotFound, ResourceExhausted
 
 _CHUNK = 1024**2
+
+
+class MemoryWriter:
+    """Implements `BlobWriter`."""
+
+    def __init__(self, blobs: MemoryBlobStore, *, max_bytes: int) -> None:
+        self._blobs = blobs
+        self._max_bytes = max_bytes
+        self._data = bytearray()
+
+    def append(self, chunk: bytes) -> None:
+        self._data += chunk
+        if len(self._data) > self._max_bytes:
+            raise ResourceExhausted("TOO_LARGE", f"more than {self._max_bytes} bytes")
+
+    def finish(self) -> StagedBlob:
+        return self._blobs.keep(bytes(self._data))
+
+    def close(self) -> None:
+        self._data.clear()
 
 
 class MemoryBlobStore:
@@ -40,9 +60,15 @@ class MemoryBlobStore:
                 raise ResourceExhausted("TOO_LARGE", f"more than {max_bytes} bytes")
         if self.is_full:
             raise ResourceExhausted("DISK_FULL", "no space is left")
+        return self.keep(bytes(data))
+
+    def keep(self, data: bytes) -> StagedBlob:
         token = str(next(self._tokens))
-        self.staged[token] = bytes(data)
+        self.staged[token] = data
         return StagedBlob(token=token, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+
+    def open_writer(self, *, max_bytes: int) -> BlobWriter:
+        return MemoryWriter(self, max_bytes=max_bytes)
 
     def open_staged(self, staged: StagedBlob) -> BinaryIO:
         return io.BytesIO(self.staged[staged.token])

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from control_service.adapters.clock import SystemClock, system_ids
+from control_service.adapters.files.reader import DatasetFileReader
 from control_service.adapters.sql.store import SqlStore
 from control_service.app import datasets, exports, jobs, projects, training
 from control_service.app.back_off import BackOffConfig
 from control_service.app.collector import CollectorConfig
+from control_service.app.dataset_intake import DatasetLimits
 from control_service.app.event_hub import EventHubConfig
 from control_service.app.idempotency import RequestKey
 from control_service.app.node_monitor import NodeMonitorConfig
@@ -29,7 +31,7 @@ from tests.fakes.control_blobs import MemoryBlobStore
 from tests.fakes.control_codec import PickleCodec, page_of
 from tests.fakes.control_node import FakeDialer, FakeNode
 
-LIMITS = datasets.DatasetLimits()
+LIMITS = DatasetLimits()
 
 
 def quick_config(retention: RetentionConfig | None = None) -> RuntimeConfig:
@@ -101,7 +103,13 @@ class Core:
         reference = MemoryBlobStore().add(data)
         header = datasets.UploadHeader(name=name, sha256=reference.sha256, size_bytes=len(data), format=format)
         return await datasets.upload_dataset(
-            header, _chunks(data), store=self.store, blobs=self.blobs, clock=self.clock, limits=LIMITS
+            header,
+            _chunks(data),
+            store=self.store,
+            blobs=self.blobs,
+            files=DatasetFileReader(limits=LIMITS.files, spool_directory=self.database.parent),
+            clock=self.clock,
+            limits=LIMITS,
         )
 
     async def project(self, name: str = "project", *, base_model: str = "org/base") -> Project:

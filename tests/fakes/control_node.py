@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from control_service.app.ports import PlanLevel, StartRun
+from control_service.app.ports import InspectDataset, PlanLevel, StartRun
 from control_service.domain.artifact import ArtifactKind, CheckpointStatus, FileReference
+from control_service.domain.dataset import DatasetInspection, RenderedExample, Segment, TokenStatistics
 from control_service.domain.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -105,8 +106,8 @@ class FakeRun:
         self.end(RunState.SUCCEEDED)
         return file
 
-    def fail(self, reason: str, fault: Fault = Fault.PLATFORM) -> None:
-        self.failure = Failure(reason=reason, fault=fault, message="it broke", signal=9)
+    def fail(self, reason: str, fault: Fault = Fault.PLATFORM, **details: str) -> None:
+        self.failure = Failure(reason=reason, fault=fault, message="it broke", signal=9, details=details)
         self.end(RunState.FAILED)
 
     def end(self, state: RunState) -> None:
@@ -148,6 +149,7 @@ class FakeNode:
         self.on_start: Callable[[FakeRun], None] = FakeRun.begin
         self.start_calls: list[StartRun] = []
         self.num_plans = 0
+        self.inspections: list[InspectDataset] = []
         self.plan_timeouts: list[float | None] = []
         self._change = asyncio.Event()
 
@@ -212,6 +214,32 @@ class FakeNodeClient:
         if node.plan_error is not None:
             raise node.plan_error
         return {"level": f"PLAN_LEVEL_{level.value}", "num_steps": "100"}
+
+    async def inspect_dataset(
+        self, request: InspectDataset, *, timeout_seconds: float | None = None
+    ) -> DatasetInspection:
+        node = self._answer()
+        node.inspections.append(request)
+        if request.dataset.sha256 not in node.blobs:
+            raise FailedPrecondition("BLOB_NOT_FOUND", request.dataset.sha256)
+        lines = node.blobs[request.dataset.sha256].decode().splitlines()
+        rows = tuple(
+            RenderedExample(
+                segments=(Segment(text=line, is_target=True, num_tokens=len(line)),),
+                num_tokens=len(line),
+                num_target_tokens=len(line),
+            )
+            for line in lines
+        )
+        total = sum(row.num_tokens for row in rows)
+        tokens = TokenStatistics(
+            base_model=request.base_model,
+            num_tokens=total,
+            num_target_tokens=total,
+            longest_tokens=max(row.num_tokens for row in rows),
+            num_truncated=0,
+        )
+        return DatasetInspection(rows=rows[: request.num_rows], tokens=tokens if request.count_tokens else None)
 
     async def start_run(self, request: StartRun) -> ObservedRun:
         node = self._answer()

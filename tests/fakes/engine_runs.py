@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from google.protobuf import json_format
 
 from gpu_service.catalog import base_models
 from gpu_service.domain.planned_data import PlannedData
 from gpu_service.journal import Reader
 from tests.fakes import datasets, tiny_models
-from tunesmith.common.v1 import event_pb2
+from tunesmith.common.v1 import event_pb2, plan_pb2
 
 # Two traits, one of chat and one of completions, each with held-out data; short, so that a step is quick.
 _CHAT = [
@@ -34,6 +36,16 @@ HYPERPARAMETERS: dict[str, Any] = {
     "save_every_steps": 0,
 }
 LORA: dict[str, Any] = {"rank": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraitRows:
+    """A trait with one dataset, and one of held-out rows unless there are none."""
+
+    trait_type: str
+    rows: Sequence[Mapping[str, Any]]
+    held_out: Sequence[Mapping[str, Any]] = ()
+    format: str = "prompt-completion"
 
 
 @dataclass(kw_only=True)
@@ -79,8 +91,11 @@ class Workspace:
         held_out: bool = True,
         start: Path | None = None,
         task: str = "",
+        traits: Sequence[TraitRows] = (),
     ) -> Path:
-        """A run directory with its run.json. `start`: an artifact or checkpoint of an earlier run to begin with."""
+        """A run directory with its run.json; `traits` replace the two that there are. `start`: an artifact or
+        checkpoint of an earlier run to begin with.
+        """
         options = options or tiny_models.TinyOptions()
         name = base_model or self.place_model(options)
         spec = self.make_spec(
@@ -96,6 +111,8 @@ class Workspace:
             spec |= {"task": task, "traits": [], "datasets": []}
         if start is not None:
             spec["start_from"] = {"job_id": "earlier", "name": start.name}
+        if traits:
+            spec |= self._describe(traits)
         directory = self.root / "runs" / job_id / str(attempt)
         directory.mkdir(parents=True)
         model_directory = self.models_directory / name
@@ -116,12 +133,40 @@ class Workspace:
         (directory / "run.json").write_text(json.dumps(request), encoding="utf-8")
         return directory
 
+    def _describe(self, traits: Sequence[TraitRows]) -> dict[str, Any]:
+        """`traits` and `datasets` of a spec. Trait number n has dataset n, and held-out dataset n + 100."""
+        described, references = [], []
+        for number, trait in enumerate(traits, start=1):
+            entry: dict[str, Any] = {
+                "trait_type": trait.trait_type,
+                "datasets": [{"dataset_id": number, "percentage": 100}],
+            }
+            references.append(datasets.write_blob(self.blobs_directory, number, trait.rows, trait.format))
+            if trait.held_out:
+                entry["held_out_dataset_ids"] = [number + 100]
+                references.append(datasets.write_blob(self.blobs_directory, number + 100, trait.held_out, trait.format))
+            described.append(entry)
+        references.sort(key=lambda reference: reference["dataset_id"])
+        return {"traits": described, "datasets": references}
+
     def open_data(self, data_digest: str) -> PlannedData:
         """The data of a run that was planned here."""
         for path in self.cache_directory.rglob("plan.json"):
             if json.loads(path.read_text())["data_digest"] == data_digest:
                 return PlannedData.open(path.parent)
         raise AssertionError("the run's plan is not in the cache")
+
+    def find_plan(self, plan: plan_pb2.Plan) -> Path:
+        """The directory of a plan that was made here."""
+        for path in self.cache_directory.rglob("plan.json"):
+            if json_format.Parse(path.read_text(), plan_pb2.Plan()) == plan:
+                return path.parent
+        raise AssertionError("the plan is not in the cache")
+
+    def resume_point(self, run_directory: Path, step: int) -> dict[str, Any]:
+        """`resume` of a run.json: the checkpoint that an earlier run wrote after `step` steps."""
+        name = f"step-{step:08d}"
+        return {"checkpoint_directory": str(run_directory / "checkpoints" / name), "checkpoint": name, "step": step}
 
     def make_spec(
         self,
@@ -226,3 +271,24 @@ def read_log(run_directory: Path) -> RunLog:
                 payloads.append(event_pb2.EventPayload.FromString(record.decode().payload))
                 sequence = record.run_sequence
     return RunLog(payloads=payloads)
+
+
+class StopAfterStep:
+    """The `notify` of a run in this process that asks its `switch` for a checkpoint stop once a step was told."""
+
+    def __init__(self, run_directory: Path, step: int) -> None:
+        from gpu_service.engine.stopping import StopSwitch
+
+        self.switch = StopSwitch()
+        self._journal = run_directory / "journal"
+        self._step = step
+
+    def __call__(self, notice: Mapping[str, Any]) -> None:
+        from gpu_service.engine.stopping import StopMode
+
+        if notice["type"] != "journal":
+            return
+        with Reader(self._journal) as reader:
+            (record,) = reader.read(notice["run_sequence"] - 1, limit=1)
+        if event_pb2.EventPayload.FromString(record.decode().payload).step.step == self._step:
+            self.switch.request(StopMode.CHECKPOINT)

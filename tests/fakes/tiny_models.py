@@ -22,6 +22,16 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# Shows tools, calls and their results, each in brackets.
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ '[tools] ' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '\\n' }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '[assistant] ' }}"
+    "{% for call in m.tool_calls or [] %}{{ '[call] ' }}{{ call.function | tojson }}{% endfor %}"
+    "{{ m.content or '' }}{{ '</s>' }}"
+    "{% elif m.role == 'tool' %}{{ '[result of ' + (m.name or '?') + '] ' + m.content }}"
+    "{% else %}{{ '[' + m.role + '] ' + m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 LLAMA_3_VOCABULARY_SIZE = 128_256
 FAMILIES = ("llama", "code_llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")

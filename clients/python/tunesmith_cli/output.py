@@ -83,6 +83,10 @@ class Output:
         """A line of result."""
         self.console.print(Text(printable(text)), soft_wrap=True)
 
+    def styled(self, text: Text) -> None:
+        """A piece of result that has styles; its maker has made it safe to print."""
+        self.console.print(text, soft_wrap=True)
+
     def remark(self, text: str, *, style: str = "") -> None:
         """A line about what is done, to standard error."""
         self.remarks.print(Text(printable(text, keep_newlines=True), style=style), soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from tunesmith_client._config import ClientConfig
+from tunesmith_client._config import DEFAULT_DEADLINE_SECONDS, ClientConfig
 from tunesmith_client._errors import TunesmithError, error_from_sync
 from tunesmith_client._retry import give_request_id, method_of, pause_after, pauses
 
@@ -27,10 +27,17 @@ class Caller:
         self.config = config
         self._random = random.Random()
 
-    def call(self, method: "UnaryMethod[Request, Response]", request: Request) -> Response:
-        """The response, or a TunesmithError. Repeats with the same request id while the deadline allows."""
+    def call(
+        self,
+        method: "UnaryMethod[Request, Response]",
+        request: Request,
+        *,
+        default_seconds: float = DEFAULT_DEADLINE_SECONDS,
+    ) -> Response:
+        """The response, or a TunesmithError. Repeats with the same request id while the deadline allows, which is
+        `default_seconds` for a method that has none of its own."""
         give_request_id(request)
-        ends_at = time.monotonic() + self.config.deadline_of(method_of(request))
+        ends_at = time.monotonic() + self.config.deadline_of(method_of(request), default_seconds=default_seconds)
         return self.repeat(lambda: method(request, timeout=max(0.001, ends_at - time.monotonic())), ends_at=ends_at)
 
     def repeat(self, attempt: Callable[[], Result], *, ends_at: float) -> Result:

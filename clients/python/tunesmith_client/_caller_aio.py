@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from tunesmith_client._config import ClientConfig
+from tunesmith_client._config import DEFAULT_DEADLINE_SECONDS, ClientConfig
 from tunesmith_client._errors import TunesmithError, error_from_aio
 from tunesmith_client._retry import give_request_id, method_of, pause_after, pauses
 
@@ -28,10 +28,17 @@ class AsyncCaller:
         self.config = config
         self._random = random.Random()
 
-    async def call(self, method: "AsyncUnaryMethod[Request, Response]", request: Request) -> Response:
-        """The response, or a TunesmithError. Repeats with the same request id while the deadline allows."""
+    async def call(
+        self,
+        method: "AsyncUnaryMethod[Request, Response]",
+        request: Request,
+        *,
+        default_seconds: float = DEFAULT_DEADLINE_SECONDS,
+    ) -> Response:
+        """The response, or a TunesmithError. Repeats with the same request id while the deadline allows, which is
+        `default_seconds` for a method that has none of its own."""
         give_request_id(request)
-        ends_at = time.monotonic() + self.config.deadline_of(method_of(request))
+        ends_at = time.monotonic() + self.config.deadline_of(method_of(request), default_seconds=default_seconds)
         return await self.repeat(
             lambda: method(request, timeout=max(0.001, ends_at - time.monotonic())), ends_at=ends_at
         )

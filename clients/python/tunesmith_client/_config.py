@@ -12,6 +12,8 @@ ADDRESS_VARIABLE = "TUNESMITH_ADDRESS"
 
 # Seconds for a whole call, repeats included. What is not named here takes DEFAULT_DEADLINE_SECONDS.
 DEFAULT_DEADLINE_SECONDS = 15.0
+# GetDataset and PreviewDataset with a base model: a node counts or renders, and may have to be given the rows first.
+INSPECTION_SECONDS = 300.0
 DEADLINE_SECONDS = {
     # An EXACT plan reads and tokenizes the data.
     "PlanTraining": 300.0,
@@ -62,11 +64,11 @@ class ClientConfig:
         """How long a watch stream may say nothing."""
         return 2.5 * self.heartbeat_seconds
 
-    def deadline_of(self, method: str) -> float:
+    def deadline_of(self, method: str, *, default_seconds: float = DEFAULT_DEADLINE_SECONDS) -> float:
         """Seconds that `method` (the RPC's bare name) may take, repeats included."""
         if self.deadline_seconds is not None:
             return self.deadline_seconds
-        return DEADLINE_SECONDS.get(method, DEFAULT_DEADLINE_SECONDS)
+        return DEADLINE_SECONDS.get(method, default_seconds)
 
     def channel_options(self) -> list[tuple[str, int]]:
         """Options of the gRPC channel."""
@@ -89,3 +91,8 @@ class ClientConfig:
 def address_from_environment() -> str:
     """`TUNESMITH_ADDRESS`, or the default port on this machine."""
     return os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
+
+
+def inspection_seconds(base_model: str) -> float:
+    """How long reading a dataset may take: longer when it is rendered or counted for a base model."""
+    return INSPECTION_SECONDS if base_model else DEFAULT_DEADLINE_SECONDS

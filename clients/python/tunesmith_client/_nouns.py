@@ -22,7 +22,7 @@ from tunesmith.control.v1 import (
     project_service_pb2_grpc,
 )
 from tunesmith_client._caller import Caller
-from tunesmith_client._config import PAGE_SIZE
+from tunesmith_client._config import PAGE_SIZE, inspection_seconds
 from tunesmith_client._errors import NotFound
 from tunesmith_client._transfer import (
     ProgressCallback,
@@ -85,7 +85,8 @@ class Datasets:
     def upload(
         self, path: str | Path, *, name: str, format: str = "", progress: ProgressCallback = ignore_progress
     ) -> dataset_service_pb2.Dataset:
-        """Uploads a file and registers it. The same name and content again give the first answer again.
+        """Uploads a file (JSON lines, JSON, CSV, Parquet; compressed or not) and registers it. The same name and
+        content again give the first answer again.
 
         `progress` is called from gRPC's own thread. Raises OSError when the file cannot be read.
         """
@@ -105,9 +106,10 @@ class Datasets:
         request = dataset_service_pb2.RegisterDatasetRequest(name=name, path=path, format=format)
         return self._call(self._stub.RegisterDataset, request).dataset
 
-    def get(self, dataset_id: int) -> dataset_service_pb2.Dataset:
-        """Reads one dataset's record."""
-        return self._call(self._stub.GetDataset, dataset_service_pb2.GetDatasetRequest(dataset_id=dataset_id)).dataset
+    def get(self, dataset_id: int, *, base_model: str = "") -> dataset_service_pb2.Dataset:
+        """Reads one dataset's record; with a base model also the tokens that it comes to, which a node counts."""
+        request = dataset_service_pb2.GetDatasetRequest(dataset_id=dataset_id, base_model=base_model)
+        return self._call(self._stub.GetDataset, request, default_seconds=inspection_seconds(base_model)).dataset
 
     def find(self, name: str) -> dataset_service_pb2.Dataset:
         """The dataset of exactly this name. NotFound when there is none."""
@@ -126,10 +128,30 @@ class Datasets:
                 return
             request.page_token = page.next_page_token
 
-    def preview(self, dataset_id: int, *, num_rows: int = 5) -> Sequence[dataset_service_pb2.DatasetRow]:
-        """The first rows as they are in the file."""
-        request = dataset_service_pb2.PreviewDatasetRequest(dataset_id=dataset_id, num_rows=num_rows)
-        return self._call(self._stub.PreviewDataset, request).rows
+    def preview(
+        self,
+        dataset_id: int,
+        *,
+        num_rows: int = 5,
+        base_model: str = "",
+        chat_template: str = "",
+        loss_on: str = "",
+        max_length: int = 0,
+    ) -> Sequence[dataset_service_pb2.DatasetRow]:
+        """The first rows as they are stored; with a base model each also as it will see it (`rendered`).
+
+        The last three, as in a project's hyper-parameters, say how it is rendered; FailedPrecondition when no node has
+        the base or it has no chat template that the rows need.
+        """
+        request = dataset_service_pb2.PreviewDatasetRequest(
+            dataset_id=dataset_id,
+            num_rows=num_rows,
+            base_model=base_model,
+            chat_template=chat_template,
+            loss_on=loss_on,
+            max_length=max_length,
+        )
+        return self._call(self._stub.PreviewDataset, request, default_seconds=inspection_seconds(base_model)).rows
 
     def delete(self, dataset_id: int, *, request_id: str = "") -> None:
         """Deletes a dataset that nothing uses."""

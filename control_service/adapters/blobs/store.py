@@ -10,13 +10,36 @@ from typing import BinaryIO, Final, TypeVar
 
 from control_service.adapters.blobs.disk import BlobDirectory, StagingFile
 from control_service.adapters.blobs.output import OutputTree
-from control_service.app.ports import StagedBlob
+from control_service.app.ports import BlobWriter, StagedBlob
 from control_service.domain.artifact import FileReference
 
 CHUNK_BYTES: Final = 1024**2
 _NUM_THREADS: Final = 8
 
 T = TypeVar("T")
+
+
+class _StagingWriter:
+    """Implements `app.ports.BlobWriter`."""
+
+    def __init__(self, file: StagingFile) -> None:
+        self._file = file
+        self._is_finished = False
+
+    def append(self, chunk: bytes) -> None:
+        """Adds bytes."""
+        self._file.append(chunk)
+
+    def finish(self) -> StagedBlob:
+        """Makes the bytes durable and gives them away."""
+        sha256 = self._file.finish()
+        self._is_finished = True
+        return StagedBlob(token=self._file.token, sha256=sha256, size_bytes=self._file.size_bytes)
+
+    def close(self) -> None:
+        """Forgets bytes that were not given away."""
+        if not self._is_finished:
+            self._file.abandon()
 
 
 class DiskBlobStore:
@@ -60,6 +83,10 @@ class DiskBlobStore:
     def _abandon_made(self, making: Future[StagingFile]) -> None:
         if not making.cancelled() and making.exception() is None:
             self._threads.submit(making.result().abandon)
+
+    def open_writer(self, *, max_bytes: int) -> BlobWriter:
+        """Starts staging bytes that a thread makes."""
+        return _StagingWriter(self._blobs.stage(max_bytes=max_bytes))
 
     def open_staged(self, staged: StagedBlob) -> BinaryIO:
         """A blocking reader of staged bytes."""

@@ -17,12 +17,15 @@ from control_service.adapters.gpu_client.messages import (
     STOP_MODES,
     capabilities_value,
     event_values,
+    inspect_message,
+    inspection_value,
     key_message,
     report_value,
     run_value,
     start_run_message,
 )
-from control_service.app.ports import PlanLevel, StartRun
+from control_service.app.ports import InspectDataset, PlanLevel, StartRun
+from control_service.domain.dataset import DatasetInspection
 from control_service.domain.errors import DeadlineTooShort, NotFound, TunesmithError, Unavailable
 from control_service.domain.event import StoredEvent
 from control_service.domain.node import NodeCapabilities, NodeReport
@@ -43,6 +46,8 @@ class NodeClientConfig:
     start_timeout_seconds: float = 60.0
     plan_check_timeout_seconds: float = 15.0
     plan_exact_timeout_seconds: float = 1800.0
+    # Tokens of a whole dataset may be counted.
+    inspect_timeout_seconds: float = 1800.0
     # A transfer may take its base time and then as long as its bytes need at this rate.
     transfer_base_seconds: float = 60.0
     transfer_minimum_bytes_per_second: float = 256 * 1024
@@ -100,18 +105,20 @@ class GrpcNodeClient:
         )
         limit = self._plan_timeouts[level]
         timeout = limit if timeout_seconds is None else min(limit, timeout_seconds)
-        try:
-            with self._translated():
-                response = await self._runs.PlanRun(request, timeout=timeout)
-        except Unavailable as error:
-            cause = error.__cause__
-            if isinstance(cause, grpc.aio.AioRpcError) and cause.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                # The node is there; this plan needs more time than the caller has.
-                raise DeadlineTooShort(
-                    "DEADLINE_TOO_SHORT", f"planning took longer than {timeout:g} s", details=error.details
-                ) from cause
-            raise
+        with self._timed("planning", timeout):
+            response = await self._runs.PlanRun(request, timeout=timeout)
         return proto_json(response.plan)
+
+    async def inspect_dataset(
+        self, request: InspectDataset, *, timeout_seconds: float | None = None
+    ) -> DatasetInspection:
+        """Rows of a dataset that the node has, as a base will see them, and their tokens."""
+        limit = self._config.inspect_timeout_seconds
+        timeout = limit if timeout_seconds is None else min(limit, timeout_seconds)
+        message = inspect_message(request, installation_id=self._installation_id)
+        with self._timed("reading the dataset on the node", timeout):
+            response = await self._runs.InspectDataset(message, timeout=timeout)
+        return inspection_value(response)
 
     async def start_run(self, request: StartRun) -> ObservedRun:
         """Starts an attempt; the same request again is the same run."""
@@ -228,6 +235,20 @@ class GrpcNodeClient:
     def _transfer_seconds(self, size_bytes: int) -> float:
         config = self._config
         return config.transfer_base_seconds + max(0, size_bytes) / config.transfer_minimum_bytes_per_second
+
+    @contextmanager
+    def _timed(self, what: str, timeout_seconds: float) -> Iterator[None]:
+        """Around work that may need more time than the caller has; the node is there all the same."""
+        try:
+            with self._translated():
+                yield
+        except Unavailable as error:
+            cause = error.__cause__
+            if isinstance(cause, grpc.aio.AioRpcError) and cause.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise DeadlineTooShort(
+                    "DEADLINE_TOO_SHORT", f"{what} took longer than {timeout_seconds:g} s", details=error.details
+                ) from cause
+            raise
 
     @contextmanager
     def _translated(self, unreadable: Sequence[TunesmithError] = ()) -> Iterator[None]:

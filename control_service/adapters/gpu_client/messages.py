@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from control_service.app.ports import PlanLevel, StartRun
+from control_service.app.ports import InspectDataset, PlanLevel, StartRun
 from control_service.domain.artifact import ArtifactKind
+from control_service.domain.dataset import (
+    DatasetInspection,
+    HistogramBucket,
+    RenderedExample,
+    Segment,
+    TokenStatistics,
+)
 from control_service.domain.errors import Internal
 from control_service.domain.event import StoredEvent
 from control_service.domain.node import CatalogEntry, Device, NodeCapabilities, NodeModel, NodeReport
 from control_service.domain.run import ObservedRun, Phase, ResumeFrom, RunArtifact, RunKey, RunState, StopMode
-from control_service.wire.training_spec import spec_message
+from control_service.wire.training_spec import reference_message, spec_message
 from control_service.wire.values import (
     enum_name,
     enum_number,
@@ -20,7 +27,7 @@ from control_service.wire.values import (
     file_values,
     utc_time,
 )
-from tunesmith.common.v1 import event_pb2, plan_pb2
+from tunesmith.common.v1 import dataset_pb2, event_pb2, plan_pb2
 from tunesmith.gpu.v1 import run_service_pb2
 
 PLAN_LEVELS: Final = {level: enum_number(plan_pb2.PlanLevel, level.value) for level in PlanLevel}
@@ -40,6 +47,54 @@ def start_run_message(request: StartRun) -> run_service_pb2.StartRunRequest:
         spec=spec_message(request.spec),
         weights_digest=request.weights_digest,
         resume_from=_resume_from_message(request.resume_from) if request.resume_from else None,
+    )
+
+
+def inspect_message(request: InspectDataset, *, installation_id: str) -> run_service_pb2.InspectDatasetRequest:
+    """What a node is asked about a dataset."""
+    return run_service_pb2.InspectDatasetRequest(
+        installation_id=installation_id,
+        dataset=reference_message(request.dataset),
+        base_model=request.base_model,
+        chat_template=request.chat_template,
+        loss_on=request.loss_on,
+        max_length=request.max_length,
+        num_rows=request.num_rows,
+        count_tokens=request.count_tokens,
+    )
+
+
+def inspection_value(message: run_service_pb2.InspectDatasetResponse) -> DatasetInspection:
+    """What a node found."""
+    return DatasetInspection(
+        rows=tuple(
+            RenderedExample(
+                segments=_segments(row.segments),
+                rejected_segments=_segments(row.rejected_segments),
+                num_tokens=row.num_tokens,
+                num_target_tokens=row.num_target_tokens,
+                truncated=row.truncated,
+                dropped_reason=row.dropped_reason,
+            )
+            for row in message.rows
+        ),
+        tokens=_token_statistics(message.tokens) if message.HasField("tokens") else None,
+    )
+
+
+def _segments(messages: Iterable[dataset_pb2.Segment]) -> tuple[Segment, ...]:
+    return tuple(Segment(text=m.text, is_target=m.is_target, num_tokens=m.num_tokens) for m in messages)
+
+
+def _token_statistics(message: dataset_pb2.TokenStatistics) -> TokenStatistics:
+    return TokenStatistics(
+        base_model=message.base_model,
+        num_tokens=message.num_tokens,
+        num_target_tokens=message.num_target_tokens,
+        longest_tokens=message.longest_tokens,
+        num_truncated=message.num_truncated,
+        dropped=dict(message.dropped),
+        lengths=tuple(HistogramBucket(minimum=bucket.minimum, count=bucket.count) for bucket in message.lengths),
     )
 
 

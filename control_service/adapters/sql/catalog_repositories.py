@@ -6,15 +6,20 @@ import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any
 
 import sqlalchemy as sa
 
 from control_service.adapters.sql import schema
-from control_service.adapters.sql.records import dataset_from_row, draft_to_json, node_from_row, project_from_row
+from control_service.adapters.sql.records import (
+    dataset_from_row,
+    dataset_to_row,
+    draft_to_json,
+    node_from_row,
+    project_from_row,
+)
 from control_service.adapters.sql.touched import Touched
 from control_service.app.store_ports import RequestRecord
-from control_service.domain.dataset import Dataset
+from control_service.domain.dataset import Dataset, DatasetDraft
 from control_service.domain.errors import AlreadyExists
 from control_service.domain.node import Node
 from control_service.domain.project import Project, ProjectDraft, dataset_ids
@@ -109,9 +114,7 @@ class SqlDatasets:
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
 
-    def insert(
-        self, *, name: str, sha256: str, size_bytes: int, num_examples: int, format: str, now: datetime
-    ) -> Dataset:
+    def insert(self, *, name: str, draft: DatasetDraft, now: datetime) -> Dataset:
         """See the port."""
         other = self.get_by_name(name)
         if other is not None:
@@ -120,16 +123,9 @@ class SqlDatasets:
                 f"dataset {other.dataset_id} has the name {name!r} and other content",
                 details={"dataset_id": str(other.dataset_id)},
             )
-        values: dict[str, Any] = {
-            "name": name,
-            "sha256": sha256,
-            "size_bytes": size_bytes,
-            "num_examples": num_examples,
-            "format": format,
-            "create_time": now,
-        }
-        statement = sa.insert(schema.datasets).values(values).returning(schema.datasets.c.dataset_id)
-        return Dataset(dataset_id=self._connection.execute(statement).scalar_one(), **values)
+        row = {**dataset_to_row(draft), "name": name, "create_time": now}
+        statement = sa.insert(schema.datasets).values(row).returning(schema.datasets.c.dataset_id)
+        return dataset_from_row({**row, "dataset_id": self._connection.execute(statement).scalar_one()})
 
     def get(self, dataset_id: int) -> Dataset | None:
         """See the port."""

@@ -14,7 +14,7 @@ from control_service.domain.artifact import (
     files_from_json,
     files_to_json,
 )
-from control_service.domain.dataset import Dataset
+from control_service.domain.dataset import Dataset, DatasetDraft, DatasetStatistics
 from control_service.domain.event import StoredEvent
 from control_service.domain.failure import Failure
 from control_service.domain.job import Job, JobProgress
@@ -56,9 +56,16 @@ def project_from_row(row: Row) -> Project:
     )
 
 
+def dataset_to_row(draft: DatasetDraft) -> dict[str, Any]:
+    """What was registered as a row of `datasets`, but for its id, name and time."""
+    row = {name: getattr(draft, name) for name in DatasetDraft.__dataclass_fields__}
+    return {**row, "statistics": None if draft.statistics is None else draft.statistics.to_json()}
+
+
 def dataset_from_row(row: Row) -> Dataset:
     """A row of `datasets`."""
-    return Dataset(**row)
+    statistics = row["statistics"]
+    return Dataset(**{**row, "statistics": None if statistics is None else DatasetStatistics.from_json(statistics)})
 
 
 def job_to_row(job: Job) -> dict[str, Any]:

@@ -70,6 +70,13 @@ datasets = sa.Table(
     sa.Column("num_examples", sa.BigInteger, nullable=False),
     sa.Column("format", sa.String(64), nullable=False),
     sa.Column("create_time", UtcMicroseconds, nullable=False),
+    # What was uploaded; the columns above are of the rows as JSON lines.
+    sa.Column("file_format", sa.String(16), nullable=False, server_default="jsonl"),
+    sa.Column("compression", sa.String(16), nullable=False, server_default=""),
+    sa.Column("file_sha256", sa.String(64), nullable=False, server_default=""),
+    sa.Column("file_size_bytes", sa.BigInteger, nullable=False, server_default=sa.text("0")),
+    # Null for datasets that were registered before there were statistics.
+    sa.Column("statistics", _JSON, nullable=True),
     sqlite_autoincrement=True,
 )
 

@@ -13,3 +13,5 @@ class DatasetFormatEntry:
     columns: tuple[str, ...]
     # True: a row can only be rendered with a chat template.
     needs_chat_template: bool
+    # True: a row is a pair of answers, of which one is preferred.
+    is_preference: bool = False

@@ -7,4 +7,5 @@ ENTRY = OptimizerEntry(
     description="Adam with decoupled weight decay",
     builder="gpu_service.engine.builders.optimizers.adamw",
     state_bytes_per_parameter=8,
+    devices=("cuda", "cpu"),
 )

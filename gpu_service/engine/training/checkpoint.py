@@ -1,13 +1,14 @@
 """Checkpoints: all that a training needs to go on as if it had never stopped. Tensors as safetensors, the rest as JSON.
 
 A checkpoint is staged, fsynced, its manifest with the SHA-256 of each file written last, then renamed. Refuses to
-resume from files that are damaged or of another plan. Never reads or writes a pickle.
+resume from files that are damaged or of another plan, and where the certificate does not hold. Never reads or writes a
+pickle.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from gpu_service.engine import durable
 from gpu_service.engine.failures import RunFailure, from_exception, library_versions
-from gpu_service.engine.training import random_state
+from gpu_service.engine.training import optimizer_state, random_state
+from gpu_service.engine.training.certificate import Certificate, CertificateBroken, trained_tensors
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.journal.events import failure
 
-_VERSION = 2
+_VERSION = 3
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_TENSORS_FILE = "optimizer.safetensors"
 OPTIMIZER_FILE = "optimizer.json"
@@ -35,6 +37,7 @@ class Identity:
     """What must be equal for a checkpoint to belong to a run."""
 
     data_digest: str
+    spec_digest: str
     weights_digest: str
     training_type: str
     num_steps: int
@@ -51,23 +54,50 @@ class Checkpoint:
     files: tuple[durable.StoredFile, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """How far the training was, and its certificate as it was saved and as it was measured again."""
+
+    progress: TrainingProgress
+    saved: Certificate
+    measured: Certificate
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Newest held-out loss, None when none was measured; `best`: no earlier checkpoint's was as low."""
+
+    loss: float | None
+    best: bool
+
+
 def name_of(step: int) -> str:
     """`step-00000020` for step 20."""
     return f"step-{step:08d}"
 
 
 def save(
-    directory: Path, *, identity: Identity, model: Any, optimizer: Any, scaler: Any, progress: TrainingProgress
+    directory: Path,
+    *,
+    identity: Identity,
+    certificate: Certificate,
+    held_out: HeldOut,
+    model: Any,
+    optimizer: Any,
+    scaler: Any,
+    progress: TrainingProgress,
 ) -> Checkpoint:
     """Write the checkpoint of `progress.steps_done` below `directory`; `scaler` is None unless gradients are scaled.
 
-    Raises RunFailure CHECKPOINT_WRITE or DISK_FULL.
+    `certificate` is of what `model` and `optimizer` hold now. Raises RunFailure CHECKPOINT_WRITE or DISK_FULL.
     """
     name = name_of(progress.steps_done)
     try:
         with durable.staged(directory / name) as staging:
-            save_file(dict(_trainable(model)), staging / WEIGHTS_FILE)
-            _save_optimizer(optimizer, staging)
+            save_file(dict(trained_tensors(model)), staging / WEIGHTS_FILE)
+            state = optimizer_state.flatten(optimizer)
+            save_file(optimizer_state.apart(state.tensors), staging / OPTIMIZER_TENSORS_FILE)
+            (staging / OPTIMIZER_FILE).write_text(json.dumps(state.document()), encoding="utf-8")
             random_tensors, random_values = random_state.capture()
             save_file(random_tensors, staging / RANDOM_TENSORS_FILE)
             trainer = {
@@ -77,7 +107,16 @@ def save(
             }
             (staging / TRAINER_FILE).write_text(json.dumps(trainer), encoding="utf-8")
             files = durable.list_files(staging)
-            facts = {"version": _VERSION, "step": progress.steps_done, **vars(identity)}
+            facts = {
+                "version": _VERSION,
+                "step": progress.steps_done,
+                # Index of the planned step that comes next, from 0. The learning rate follows from it too.
+                "next_step": progress.steps_done,
+                **vars(identity),
+                "certificate": certificate.to_json(),
+                "held_out_loss": held_out.loss,
+                "best": held_out.best,
+            }
             manifest = durable.write_manifest(staging, facts, files)
     except (OSError, SafetensorError) as error:
         raise RunFailure(
@@ -95,85 +134,68 @@ def save(
     )
 
 
-def restore(directory: Path, *, identity: Identity, model: Any, optimizer: Any, scaler: Any) -> TrainingProgress:
-    """Put a checkpoint into `model`, `optimizer`, `scaler` and the generators. Raises RunFailure RESUME_MISMATCH.
+class _Contradiction(Exception):
+    """A fact of the manifest that is not the run's."""
 
-    Nothing is changed before every file was verified and compared with the run.
+    def __init__(self, what: str, saved: object, measured: object) -> None:
+        super().__init__(f"the checkpoint's {what} is {saved!r}; the run's is {measured!r}")
+        self.what = what
+        self.saved = str(saved)
+        self.measured = str(measured)
+
+
+def restore(
+    directory: Path,
+    *,
+    identity: Identity,
+    model: Any,
+    optimizer: Any,
+    scaler: Any,
+    measure: Callable[[], Certificate],
+) -> Restored:
+    """Put a checkpoint into `model`, `optimizer`, `scaler` and the generators, and compare what `measure` says of them.
+
+    Nothing is changed before every file was verified and compared with the run. Raises RunFailure RESUME_MISMATCH, with
+    fault HARDWARE where a file is damaged (another checkpoint may do), else PLATFORM; `details` has `checkpoint` and,
+    of what differs, `what`, `saved` and `measured`.
     """
     try:
         manifest = durable.read_manifest(directory)
         _compare(manifest, identity)
+        saved = Certificate.from_json(manifest["certificate"])
         weights = load_file(directory / WEIGHTS_FILE)
-        expected = dict(_trainable(model))
+        expected = dict(trained_tensors(model))
         _compare_tensors(weights, expected)
-        optimizer_state = _load_optimizer(directory)
         trainer = json.loads((directory / TRAINER_FILE).read_text(encoding="utf-8"))
         progress = TrainingProgress.from_json(trainer["progress"])
+        if progress.steps_done != manifest["next_step"]:
+            raise _Contradiction("next_step", manifest["next_step"], progress.steps_done)
+        optimizer_document = json.loads((directory / OPTIMIZER_FILE).read_text(encoding="utf-8"))
         with torch.no_grad():
             for name, parameter in expected.items():
                 parameter.copy_(weights[name])
-        optimizer.load_state_dict(optimizer_state)
+        optimizer_state.load(optimizer, optimizer_document, load_file(directory / OPTIMIZER_TENSORS_FILE))
         if scaler is not None:
             scaler.load_state_dict(trainer["scaler"])
+        measured = measure()
+        saved.compare(measured)
+        # Last, so that nothing which was measured can have drawn from the generators.
         random_state.restore(load_file(directory / RANDOM_TENSORS_FILE), trainer["random"])
     except durable.DamagedDirectory as error:
-        raise _mismatch(str(error), directory, error.file) from error
+        raise _mismatch(str(error), directory, fault="HARDWARE", file=error.file) from error
+    except (_Contradiction, CertificateBroken) as error:
+        details = {"what": error.what, "saved": error.saved, "measured": error.measured}
+        raise _mismatch(str(error), directory, details=details) from error
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _mismatch(f"{type(error).__name__}: {error}", directory) from error
-    return progress
-
-
-def prune(directory: Path, keep: int) -> list[tuple[str, int]]:
-    """Delete all but the newest `keep` checkpoints, oldest first; the newest is never deleted.
-
-    Name and step of each.
-    """
-    found = sorted(
-        (int(path.name.removeprefix("step-")), path)
-        for path in directory.glob("step-*")
-        if (path / durable.MANIFEST_FILE).is_file()
-    )
-    doomed = found[: -max(keep, 1)]
-    for _, path in doomed:
-        durable.delete(path)
-    return [(path.name, step) for step, path in doomed]
-
-
-def _trainable(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name, parameter.detach()
-
-
-def _save_optimizer(optimizer: Any, staging: Path) -> None:
-    state = optimizer.state_dict()
-    tensors: dict[str, torch.Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for index, entry in state["state"].items():
-        for name, value in entry.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}/{name}"] = value
-            else:
-                values.setdefault(str(index), {})[name] = value
-    save_file(tensors, staging / OPTIMIZER_TENSORS_FILE)
-    document = {"values": values, "param_groups": state["param_groups"]}
-    (staging / OPTIMIZER_FILE).write_text(json.dumps(document), encoding="utf-8")
-
-
-def _load_optimizer(directory: Path) -> dict[str, Any]:
-    document = json.loads((directory / OPTIMIZER_FILE).read_text(encoding="utf-8"))
-    state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in document["values"].items()}
-    for key, tensor in load_file(directory / OPTIMIZER_TENSORS_FILE).items():
-        index, name = key.split("/", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    return {"state": state, "param_groups": document["param_groups"]}
+    return Restored(progress=progress, saved=saved, measured=measured)
 
 
 def _compare(manifest: dict[str, Any], identity: Identity) -> None:
     wanted = {"version": _VERSION, **vars(identity)}
-    for name, value in wanted.items():
-        if manifest.get(name) != value:
-            raise ValueError(f"the checkpoint's {name} is {manifest.get(name)!r}; the run's is {value!r}")
+    for what, value in wanted.items():
+        if manifest.get(what) != value:
+            raise _Contradiction(what, manifest.get(what), value)
 
 
 def _compare_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -185,13 +207,21 @@ def _compare_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.T
             raise ValueError(f"the checkpoint's {name} is {tensor.dtype} {tuple(tensor.shape)}")
 
 
-def _mismatch(message: str, directory: Path, file: str = durable.MANIFEST_FILE) -> RunFailure:
+def _mismatch(
+    message: str,
+    directory: Path,
+    *,
+    fault: str = "PLATFORM",
+    file: str = durable.MANIFEST_FILE,
+    details: dict[str, str] | None = None,
+) -> RunFailure:
     return RunFailure(
         failure(
             reason="RESUME_MISMATCH",
-            fault="PLATFORM",
+            fault=fault,
             message=f"cannot resume from {directory.name}: {message}",
             file=f"checkpoints/{directory.name}/{file}",
             versions=library_versions(),
+            details={"checkpoint": directory.name, **(details or {})},
         )
     )

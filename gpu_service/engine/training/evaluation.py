@@ -9,9 +9,11 @@ import torch
 
 from gpu_service.domain.planned_data import PlannedData
 from gpu_service.engine.stopping import StopSwitch
-from gpu_service.engine.training.batches import collate, split
-from gpu_service.engine.training.losses import LossTally, as_json, finite, sum_by_row
+from gpu_service.engine.training.batches import MicroBatchLimit, collate, split
+from gpu_service.engine.training.flat_attention import attending_within_sequences
+from gpu_service.engine.training.losses import LossTally, as_json, finite, preference_as_json
 from gpu_service.engine.training.modes import measuring
+from gpu_service.engine.training.objectives import Objective
 from tunesmith.common.v1 import event_pb2
 
 
@@ -19,8 +21,9 @@ def evaluate(
     model: Any,
     data: PlannedData,
     *,
+    objective: Objective,
     device: torch.device,
-    batch_examples: int,
+    limit: MicroBatchLimit,
     moment: event_pb2.EvaluationMoment.ValueType,
     step: int,
     switch: StopSwitch,
@@ -30,19 +33,19 @@ def evaluate(
     if not references:
         return None
     start = time.monotonic()
-    tally = LossTally.empty()
-    with measuring(model):
-        for part in split(references, batch_examples):
+    tally = LossTally()
+    with measuring(model), attending_within_sequences(model):
+        for part in split(data, references, limit):
             switch.check()
             batch = collate(data, part)
-            if batch.num_target_tokens:
-                _, by_row = sum_by_row(model, batch.to(device))
-                tally.add(batch, by_row.tolist(), data.sources)
+            outcome = objective.forward(model, batch.to(device))
+            tally.add(batch, objective.weights(batch), outcome.values.tolist(), data.sources)
     return event_pb2.EvaluationEvent(
         moment=moment,
         step=step,
         loss=finite(tally.mean),
         losses=[*tally.by_trait(), *tally.by_dataset()],
+        preference=tally.preference(),
         seconds=time.monotonic() - start,
     )
 
@@ -53,6 +56,7 @@ def as_history(event: event_pb2.EvaluationEvent) -> dict[str, Any]:
         "moment": event_pb2.EvaluationMoment.Name(event.moment).removeprefix("EVALUATION_MOMENT_"),
         "step": event.step,
         "loss": event.loss if event.HasField("loss") else None,
-        "losses": as_json(list(event.losses)),
+        "losses": as_json(event.losses),
+        "preference": preference_as_json(event.preference if event.HasField("preference") else None),
         "seconds": event.seconds,
     }

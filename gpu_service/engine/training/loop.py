@@ -1,18 +1,15 @@
 """The training loop: planned steps in order, through accelerate. Emits a STEP event for each optimizer step.
 
-Knows when to evaluate and when to save, not what an artifact is. A stop is honored between steps; a loss that is not a
-finite number ends the run before it reaches the weights.
+Knows when to evaluate and when to save, not what an artifact is. A stop is honored between steps; a loss or gradient
+that is not finite never reaches the weights.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +19,19 @@ from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure, library_versions
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
-from gpu_service.engine.training import checkpoint
-from gpu_service.engine.training.batches import collate, split
-from gpu_service.engine.training.losses import LossTally, as_json, finite, sum_by_row
+from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit, collate, split
+from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
+from gpu_service.engine.training.flat_attention import attending_within_sequences
+from gpu_service.engine.training.losses import LossTally
+from gpu_service.engine.training.objectives import Objective
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.schedule import Schedule
+from gpu_service.engine.training.step_report import StepFacts, StepReport, as_history
 from gpu_service.journal.events import failure
-from tunesmith.common.v1 import event_pb2, file_pb2, training_spec_pb2
+from tunesmith.common.v1 import event_pb2, training_spec_pb2
 
-# Steps whose mean time the estimate of the rest is made from.
-_ESTIMATE_STEPS = 20
+# What becomes of a step whose loss or gradient is not finite, by the project's policy: whether training goes on.
+_GOES_ON = {"stop": False, "skip": True}
 
 
 @dataclass(kw_only=True)
@@ -43,9 +43,11 @@ class TrainingLoop:
     optimizer: Any
     data: PlannedData
     settings: training_spec_pb2.Hyperparameters
-    identity: checkpoint.Identity
+    objective: Objective
+    # What a forward pass holds from now on. A step is the same step whatever it is.
+    limit: MicroBatchLimit
     examples_per_epoch: int
-    checkpoints_directory: Path
+    checkpoints: CheckpointKeeper
     progress: TrainingProgress
     device: Device
     switch: StopSwitch
@@ -61,8 +63,7 @@ class TrainingLoop:
             num_steps=self.data.num_steps,
         )
         self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._recent_seconds: deque[float] = deque(maxlen=_ESTIMATE_STEPS)
-        self._saved_step = self.progress.steps_done
+        self._step_report = StepReport(data=self.data)
 
     def run(self) -> bool:
         """Train to the end and save. True when the time limit ended it early.
@@ -72,7 +73,8 @@ class TrainingLoop:
         self.model.train()
         self.device.start_counting()
         try:
-            stopped_early = self._train()
+            with attending_within_sequences(self.model):
+                stopped_early = self._train()
         except StopRequested as stop:
             self.reporter.enter_stopping()
             if stop.mode is StopMode.CHECKPOINT:
@@ -103,150 +105,104 @@ class TrainingLoop:
 
     def _step(self, step: int) -> None:
         start = time.monotonic()
-        references = self.data.step_examples(step)
-        size = self.settings.batch.micro_batch_examples or len(references)
-        batches = [collate(self.data, part) for part in split(references, size)]
-        num_targets = sum(batch.num_target_tokens for batch in batches)
         learning_rate = self._schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        by_row = []
-        for batch in batches:
-            # Each pass' gradient is of its sum of nats over the whole step's targets: passes of any size add up to the
-            # mean over the step.
-            nats, rows = sum_by_row(self.model, batch.to(self.accelerator.device))
-            self.accelerator.backward(nats / max(num_targets, 1))
-            by_row.append(rows)
-        tally = LossTally.empty()
-        for batch, rows in zip(batches, by_row, strict=True):
-            tally.add(batch, rows.tolist(), self.data.sources)
-        norm = self._clip()
-        # With a gradient scaler (float16) an infinite gradient is how it finds its scale: it skips the update itself.
-        usable = math.isfinite(tally.mean) and (math.isfinite(norm) or self.accelerator.scaler is not None)
-        if usable:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        batches, tally, norm = self._accumulate(step)
+        is_finite = math.isfinite(tally.mean) and (math.isfinite(norm) or self.accelerator.scaler is not None)
+        updated = self._update(is_finite)
         seconds = time.monotonic() - start
-        if usable:
+        goes_on = is_finite or _GOES_ON[self.settings.non_finite_policy]
+        if goes_on:
+            # A skipped step is a step: its data was shown, and its place in data and schedule is used up.
             self.progress.steps_done = step + 1
             self.progress.training_seconds += seconds
             for batch in batches:
                 self.progress.count(batch, self.examples_per_epoch)
-        self._report(
-            step, tally, norm, learning_rate, seconds, sum(batch.num_tokens for batch in batches), len(references)
+        event = self._step_report.describe(
+            StepFacts(
+                step=step,
+                batches=batches,
+                tally=tally,
+                norm=norm,
+                learning_rate=learning_rate,
+                seconds=seconds,
+                peak_memory_bytes=self.device.peak_bytes(),
+                skipped=not updated,
+            )
         )
-        if not usable:
-            raise self._not_finite(step)
+        self.progress.steps.append(as_history(event))
+        self.reporter.emit(event)
+        if not is_finite:
+            message = self._warn_not_finite(event)
+            if not goes_on:
+                raise _not_finite(message)
 
-    def _clip(self) -> float:
+    def _update(self, is_finite: bool) -> bool:
+        """Let the gradient into the weights if it is finite, and drop it. Whether the weights changed.
+
+        A gradient scaler (float16) finds its scale by infinite gradients, and leaves out such an update itself.
+        """
+        scaler = self.accelerator.scaler
+        if is_finite:
+            self.optimizer.step()
+            updated = scaler is None or not self.optimizer.step_was_skipped
+        else:
+            updated = False
+            if scaler is not None:
+                # Its gradients were unscaled for clipping; without this it would refuse to do that for the next step.
+                scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return updated
+
+    def _accumulate(self, step: int) -> tuple[list[MicroBatch], LossTally, float]:
+        """The gradient of a step, its losses and the gradient's norm. May be begun again until the update is made."""
+        self.optimizer.zero_grad(set_to_none=True)
+        batches = [collate(self.data, part) for part in split(self.data, self.data.step_examples(step), self.limit)]
+        weights = [self.objective.weights(batch) for batch in batches]
+        whole = max(sum(map(sum, weights)), 1)
+        values = []
+        for batch in batches:
+            outcome = self.objective.forward(self.model, batch.to(self.accelerator.device))
+            # Each pass' gradient is of its sum over the weight of the whole step: passes of any size add up to the
+            # gradient of the step's mean.
+            self.accelerator.backward(outcome.total / whole)
+            values.append(outcome.values)
+        norm = self._clip()
+        # The only place of a step where the host waits for the device.
+        *rows, (measured_norm, *_) = torch.cat([*values, norm.double().expand(1, values[0].shape[1])]).tolist()
+        tally = LossTally()
+        for batch, weight in zip(batches, weights, strict=True):
+            tally.add(batch, weight, rows[: len(weight)], self.data.sources)
+            del rows[: len(weight)]
+        return batches, tally, measured_norm
+
+    def _clip(self) -> torch.Tensor:
         limit = self.settings.optimizer.max_gradient_norm
         # A limit of 0 switches clipping off; the norm is measured all the same.
-        norm = self.accelerator.clip_grad_norm_(self._trainable, limit if limit > 0 else math.inf)
-        return float(norm)
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self._trainable, limit if limit > 0 else math.inf)
+        return norm
 
-    def _report(
-        self,
-        step: int,
-        tally: LossTally,
-        norm: float,
-        learning_rate: float,
-        seconds: float,
-        num_tokens: int,
-        num_examples: int,
-    ) -> None:
-        self._recent_seconds.append(seconds)
-        mean_seconds = sum(self._recent_seconds) / len(self._recent_seconds)
-        traits = tally.by_trait()
-        event = event_pb2.StepEvent(
-            step=step + 1,
-            total_steps=self.data.num_steps,
-            epoch=self.data.epoch_of_step(step + 1),
-            loss=finite(tally.mean),
-            trait_losses=traits,
-            learning_rate=learning_rate,
-            gradient_norm=finite(norm),
-            num_tokens=num_tokens,
-            num_target_tokens=tally.num_target_tokens,
-            tokens_per_second=num_tokens / max(seconds, 1e-9),
-            step_seconds=seconds,
-            peak_memory_bytes=self.device.peak_bytes(),
-            remaining_seconds=mean_seconds * (self.data.num_steps - step - 1),
-            num_examples=num_examples,
-        )
-        self.progress.steps.append(
-            {
-                "step": event.step,
-                "loss": finite(tally.mean),
-                "trait_losses": as_json(traits),
-                "learning_rate": learning_rate,
-                "gradient_norm": finite(norm),
-                "num_tokens": num_tokens,
-                "step_seconds": seconds,
-            }
-        )
-        self.reporter.emit(event)
-
-    def _not_finite(self, step: int) -> RunFailure:
-        message = f"the loss or gradient of step {step + 1} is not a finite number; its update was not applied"
-        self.reporter.warn("non-finite-loss", message)
-        return RunFailure(
-            failure(
-                reason="NON_FINITE_LOSS", fault="USER", message=message, stage="TRAINING", versions=library_versions()
-            )
-        )
+    def _warn_not_finite(self, event: event_pb2.StepEvent) -> str:
+        """Say which data it came from, as far as the losses tell. The message."""
+        blamed = [value for value in event.dataset_losses if not value.HasField("loss")]
+        what = "the loss" if blamed else "the gradient"
+        where = "".join(f", trait {value.trait_type}, dataset {value.dataset_id}" for value in blamed)
+        message = f"{what} of step {event.step}{where} is not a finite number; its update was not applied"
+        only = blamed[0] if len(blamed) == 1 else event_pb2.LossValue()
+        self.reporter.warn("non-finite-loss", message, trait_type=only.trait_type, dataset_id=only.dataset_id)
+        return message
 
     def save(self) -> None:
-        """Commit a checkpoint of the steps done, unless it is there; then delete the oldest beyond the setting."""
-        if self.progress.steps_done == self._saved_step:
-            return
-        self.reporter.enter_phase("SAVING")
-        start = time.monotonic()
-        saved = checkpoint.save(
-            self.checkpoints_directory,
-            identity=self.identity,
-            model=self.accelerator.unwrap_model(self.model),
-            optimizer=self.optimizer,
-            scaler=self.accelerator.scaler,
-            progress=self.progress,
-        )
-        self._saved_step = self.progress.steps_done
-        self.reporter.emit(
-            event_pb2.CheckpointEvent(
-                name=saved.name,
-                step=saved.step,
-                status=event_pb2.CHECKPOINT_STATUS_COMMITTED,
-                size_bytes=saved.size_bytes,
-                manifest_sha256=saved.manifest_sha256,
-                files=[
-                    file_pb2.FileReference(path=stored.path, sha256=stored.sha256, size_bytes=stored.size_bytes)
-                    for stored in saved.files
-                ],
-                seconds=time.monotonic() - start,
-            )
-        )
-        for name, step in checkpoint.prune(self.checkpoints_directory, self.settings.keep_checkpoints):
-            self.reporter.emit(
-                event_pb2.CheckpointEvent(name=name, step=step, status=event_pb2.CHECKPOINT_STATUS_DELETED)
-            )
+        """Commit a checkpoint of the steps done, unless it is there. Raises RunFailure."""
+        self.checkpoints.save(self.progress)
 
 
 def _is_due(steps_done: int, interval: int) -> bool:
     return interval > 0 and steps_done % interval == 0
 
 
-def make_accelerator(device: torch.device, compute_dtype: torch.dtype) -> Any:
-    """An Accelerator for one run on `device`, in mixed precision unless `compute_dtype` is float32.
-
-    accelerate keeps one state a process and refuses another precision; an engine outlives a run, so the state of the
-    run before is cleared first.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    # accelerate takes the machine's first device unless its environment names one.
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[compute_dtype]
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+def _not_finite(message: str) -> RunFailure:
+    return RunFailure(
+        failure(reason="NON_FINITE_LOSS", fault="USER", message=message, stage="TRAINING", versions=library_versions())
+    )

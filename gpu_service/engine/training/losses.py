@@ -1,89 +1,100 @@
-"""Negative log-likelihood of target tokens, and its sums by source.
+"""Sums of losses by trait and dataset, and the means that events tell.
 
-Sums, not means: means are taken once, at the end.
+Sums, not means: a mean is taken once, at the end, so that the parts weighted by their counts add up to the whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Any
-
-import torch
-from torch.nn import functional
 
 from gpu_service.domain.planned_data import Source
 from gpu_service.engine.training.batches import MicroBatch
 from tunesmith.common.v1 import event_pb2
 
 
-def sum_by_row(model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward pass: the sum over all target tokens (a scalar with gradient), and the sums by row (without).
+@dataclass(kw_only=True)
+class _Sums:
+    loss: float = 0.0
+    # What the loss is divided by: target tokens, or pairs.
+    weight: int = 0
+    targets: int = 0
+    pairs: int = 0
+    # Pairs whose chosen answer has the higher reward.
+    right: int = 0
+    chosen_reward: float = 0.0
+    rejected_reward: float = 0.0
 
-    Logits are made only at positions before a target of some row, in float32. Nats.
-    """
-    # The logits at a position speak of the next token.
-    targets_ahead = batch.is_target[:, 1:]
-    positions = targets_ahead.any(dim=0).nonzero().squeeze(1)
-    output = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=positions, use_cache=False
-    )
-    wanted = targets_ahead[:, positions]
-    rows = wanted.nonzero()[:, 0]
-    logits = output.logits[wanted].float()
-    labels = batch.input_ids[:, 1:][:, positions][wanted]
-    nats = functional.cross_entropy(logits, labels, reduction="none")
-    by_row = torch.zeros(len(batch.sources), dtype=torch.float64, device=nats.device)
-    by_row.index_add_(0, rows, nats.detach().double())
-    return nats.sum(), by_row
+    def __add__(self, other: _Sums) -> _Sums:
+        names = self.__dataclass_fields__
+        totals = (mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
+        return _Sums(**dict(zip(names, totals, strict=True)))
+
+    @property
+    def mean(self) -> float:
+        return self.loss / self.weight if self.weight else math.nan
 
 
 @dataclass(kw_only=True)
 class LossTally:
-    """Sums of nats and of target tokens by (trait, dataset)."""
+    """What was measured so far, by (trait, dataset) in order of first appearance."""
 
-    nats: dict[tuple[str, int], float]
-    targets: dict[tuple[str, int], int]
+    _sums: dict[tuple[str, int], _Sums] = field(default_factory=dict)
 
-    @classmethod
-    def empty(cls) -> LossTally:
-        return cls(nats={}, targets={})
-
-    def add(self, batch: MicroBatch, by_row: Sequence[float], sources: Sequence[Source]) -> None:
-        """Add one micro-batch: `by_row` as `sum_by_row` gave it, on the host."""
-        targets = batch.is_target.sum(dim=1).tolist()
-        for row, source_index in enumerate(batch.sources):
+    def add(
+        self,
+        batch: MicroBatch,
+        weights: Sequence[int],
+        values: Sequence[Sequence[float]],
+        sources: Sequence[Source],
+    ) -> None:
+        """Add one micro-batch: `weights` and `values` as the objective gave them, on the host."""
+        for place, source_index in enumerate(batch.sources):
+            loss, *rewards = values[place]
+            entry = _Sums(loss=loss, weight=weights[place], targets=batch.targets_by_example[place])
+            if rewards:
+                chosen, rejected = rewards
+                entry += _Sums(pairs=1, right=int(chosen > rejected), chosen_reward=chosen, rejected_reward=rejected)
             source = sources[source_index]
             key = (source.trait_type, source.dataset_id)
-            self.nats[key] = self.nats.get(key, 0.0) + by_row[row]
-            self.targets[key] = self.targets.get(key, 0) + int(targets[row])
+            self._sums[key] = self._sums.get(key, _Sums()) + entry
 
     @property
     def num_target_tokens(self) -> int:
-        return sum(self.targets.values())
+        return self._whole().targets
 
     @property
     def mean(self) -> float:
-        """Nats per target token over everything; not a number when there is no target."""
-        return _mean(sum(self.nats.values()), self.num_target_tokens)
+        """Loss over everything; not a number when there is nothing."""
+        return self._whole().mean
 
     def by_trait(self) -> list[event_pb2.LossValue]:
-        """One value a trait, in order of first appearance. Weighted by target tokens they add up to `mean`."""
-        nats: dict[str, float] = {}
-        targets: dict[str, int] = {}
-        for (trait, _), value in self.nats.items():
-            nats[trait] = nats.get(trait, 0.0) + value
-        for (trait, _), count in self.targets.items():
-            targets[trait] = targets.get(trait, 0) + count
-        return [_loss_value(trait, 0, nats[trait], targets[trait]) for trait in nats]
+        """One value a trait. Weighted they add up to `mean`."""
+        traits: dict[str, _Sums] = {}
+        for (trait, _), sums in self._sums.items():
+            traits[trait] = traits.get(trait, _Sums()) + sums
+        return [_loss_value(trait, 0, sums) for trait, sums in traits.items()]
 
     def by_dataset(self) -> list[event_pb2.LossValue]:
-        """One value a dataset of each trait."""
-        return [
-            _loss_value(trait, dataset, nats, self.targets[trait, dataset])
-            for (trait, dataset), nats in self.nats.items()
-        ]
+        """One value a dataset of each trait. Weighted they add up to `mean`, and a trait's to the trait's."""
+        return [_loss_value(trait, dataset, sums) for (trait, dataset), sums in self._sums.items()]
+
+    def preference(self) -> event_pb2.PreferenceMetrics | None:
+        """Rewards over everything; None when there was no pair."""
+        whole = self._whole()
+        if not whole.pairs:
+            return None
+        return event_pb2.PreferenceMetrics(
+            num_pairs=whole.pairs,
+            reward_accuracy=whole.right / whole.pairs,
+            chosen_reward=whole.chosen_reward / whole.pairs,
+            rejected_reward=whole.rejected_reward / whole.pairs,
+        )
+
+    def _whole(self) -> _Sums:
+        return sum(self._sums.values(), _Sums())
 
 
 def finite(value: float) -> float | None:
@@ -91,7 +102,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def as_json(values: Sequence[event_pb2.LossValue]) -> list[Mapping[str, Any]]:
+def as_json(values: Iterable[event_pb2.LossValue]) -> list[Mapping[str, Any]]:
     """Loss values for the report."""
     return [
         {
@@ -99,16 +110,29 @@ def as_json(values: Sequence[event_pb2.LossValue]) -> list[Mapping[str, Any]]:
             "dataset_id": value.dataset_id,
             "loss": value.loss if value.HasField("loss") else None,
             "num_target_tokens": value.num_target_tokens,
+            "num_pairs": value.num_pairs,
         }
         for value in values
     ]
 
 
-def _mean(nats: float, targets: int) -> float:
-    return nats / targets if targets else math.nan
+def preference_as_json(metrics: event_pb2.PreferenceMetrics | None) -> Mapping[str, Any] | None:
+    """Preference metrics for the report; null where a value is not finite."""
+    if metrics is None:
+        return None
+    return {
+        "num_pairs": metrics.num_pairs,
+        "reward_accuracy": metrics.reward_accuracy,
+        "chosen_reward": finite(metrics.chosen_reward),
+        "rejected_reward": finite(metrics.rejected_reward),
+    }
 
 
-def _loss_value(trait: str, dataset: int, nats: float, targets: int) -> event_pb2.LossValue:
+def _loss_value(trait: str, dataset: int, sums: _Sums) -> event_pb2.LossValue:
     return event_pb2.LossValue(
-        trait_type=trait, dataset_id=dataset, loss=finite(_mean(nats, targets)), num_target_tokens=targets
+        trait_type=trait,
+        dataset_id=dataset,
+        loss=finite(sums.mean),
+        num_target_tokens=sums.targets,
+        num_pairs=sums.pairs,
     )

@@ -17,15 +17,15 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 @contextmanager
 def measuring(model: Any) -> Iterator[None]:
-    """No dropout and no gradients inside; the mode of before afterwards."""
-    was_training = model.training
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, (Linear4bit, Linear8bitLt)):
-            module.training = True
+    """No dropout and no gradients inside; afterwards every module's mode of before. May be entered again inside."""
+    # Each module's own: after an inner use, one mode for all would put quantized layers into evaluation mode.
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        module.training = isinstance(module, (Linear4bit, Linear8bitLt))
     try:
         # Not inference_mode: what a layer caches in there could never be part of a gradient.
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, was_training in before:
+            module.training = was_training

@@ -33,6 +33,8 @@ class TrainingProgress:
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    # Lowest held-out loss that a checkpoint of this training had; None before there was one.
+    best_held_out_loss: float | None = None
 
     @property
     def num_examples(self) -> int:
@@ -48,18 +50,17 @@ class TrainingProgress:
 
     def count(self, batch: MicroBatch, examples_per_epoch: int) -> None:
         """Count a micro-batch that was trained on."""
-        tokens = batch.attention_mask.sum(dim=1).tolist()
-        targets = batch.is_target.sum(dim=1).tolist()
         seen = self.num_examples
-        for row, source in enumerate(batch.sources):
+        for place, source in enumerate(batch.sources):
+            tokens, targets = batch.tokens_by_example[place], batch.targets_by_example[place]
             count = self.counts.setdefault(source, SourceCount())
             count.num_examples += 1
-            count.num_tokens += int(tokens[row])
-            count.num_target_tokens += int(targets[row])
-            if seen + row < examples_per_epoch:
+            count.num_tokens += tokens
+            count.num_target_tokens += targets
+            if seen + place < examples_per_epoch:
                 count.epoch_examples += 1
-                count.epoch_tokens += int(tokens[row])
-                count.epoch_target_tokens += int(targets[row])
+                count.epoch_tokens += tokens
+                count.epoch_target_tokens += targets
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

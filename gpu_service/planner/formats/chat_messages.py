@@ -3,27 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gpu_service.planner.rendering import ChatRenderer, Rendered, read_text
-from gpu_service.planner.rows import RowError
+from gpu_service.planner.conversations import check_dialogue, read_messages, read_tools
+from gpu_service.planner.rendering import ChatRenderer, Rendered, need_template
 
 
 def render(row: Mapping[str, Any], chat: ChatRenderer | None) -> Rendered:
-    """Raises `RowError` when the row is no conversation with an assistant's turn in it."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise RowError("has no list of 'messages'")
-    for at, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise RowError(f"messages[{at}] is not an object")
-        try:
-            read_text(message, "role")
-            read_text(message, "content")
-        except RowError as error:
-            raise RowError(f"messages[{at}] {error}") from error
-    if not any(message["role"] == "assistant" for message in messages):
-        raise RowError("has no assistant turn to learn from")
-    if messages[0]["role"] == "assistant":
-        raise RowError("starts with an assistant turn, so there is nothing to answer")
-    if chat is None:
-        raise RowError("is chat, and there is no chat template")
-    return chat.render_conversation(messages)
+    """Raises `RowError` when the row is no conversation with an answer in it, `Refusal` without a template."""
+    messages = read_messages(row, "messages")
+    check_dialogue(messages)
+    return need_template(chat).render_conversation(messages, tools=read_tools(row))

@@ -6,15 +6,9 @@ Joined, the completion and the end of sequence carry loss. Nothing is put betwee
 from collections.abc import Mapping
 from typing import Any
 
-from gpu_service.planner.rendering import ChatRenderer, Rendered, read_text
+from gpu_service.planner.rendering import ChatRenderer, Rendered, read_text, render_answer
 
 
 def render(row: Mapping[str, Any], chat: ChatRenderer | None) -> Rendered:
     """Raises `RowError` when the row has not both texts."""
-    prompt, completion = read_text(row, "prompt"), read_text(row, "completion")
-    if chat is not None:
-        return chat.render_conversation(
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        )
-    text = prompt + completion
-    return Rendered(text=text, targets=[(len(prompt), len(text))], is_document=True)
+    return render_answer(read_text(row, "prompt"), read_text(row, "completion"), chat)

@@ -11,11 +11,13 @@ from tokenizers import Tokenizer, models, normalizers, processors, trainers
 from gpu_service.catalog import templates
 from gpu_service.catalog.tokenizer_files import read_json_object, read_tokenizer_facts
 from gpu_service.planner.chat_template import ChatTemplate
+from gpu_service.planner.encoding import ExampleEncoder
+from gpu_service.planner.inspection import describe_example
 from gpu_service.planner.rendering import Rendered
 from gpu_service.planner.tokenizer import TextTokenizer
 from gpu_service.planner.tokenizer_source import load_source
 from tests.fakes.real_model import SMOLLM
-from tests.fakes.tiny_models import LLAMA_3_2, TinyOptions, place_header_only
+from tests.fakes.tiny_models import LLAMA_3_2, TOOL_TEMPLATE, TinyOptions, place_header_only
 
 # The first to ask for the real model may have to import it.
 pytestmark = pytest.mark.timeout(600)
@@ -57,7 +59,8 @@ def load(directory: Path) -> tuple[TextTokenizer, ChatTemplate]:
     config = read_json_object(directory / "config.json", stage="CONFIG")
     with tempfile.TemporaryDirectory() as cache:
         source = load_source(directory, facts, config_type=config.get("model_type", ""), cache_directory=Path(cache))
-    return TextTokenizer(source, config), ChatTemplate(facts.chat_template or "{{ '' }}", source.special_tokens)
+    chat = ChatTemplate(facts.chat_template or "{{ '' }}", source.special_tokens, tool_text=facts.tool_template)
+    return TextTokenizer(source, config), chat
 
 
 def load_auto(directory: Path) -> Any:
@@ -77,6 +80,95 @@ def test_chat_tokens_equal(directory: Path, conversation: list[dict[str, Any]]) 
     assert list(tokens) == list(expected)
     assert len(mask) == len(tokens)
     assert not cut
+
+
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds <b>numbers</b> & more: é 漢.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]},
+    },
+}
+CALLS: list[dict[str, Any]] = [
+    {"role": "system", "content": "Use tools."},
+    {"role": "user", "content": "What is 1 + 2?", "name": None},
+    {
+        "role": "assistant",
+        "content": None,
+        "reasoning": "It is a sum.",
+        "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None, "c": "é<"}}},
+            {"id": "2", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}},
+        ],
+    },
+    {"role": "tool", "name": "add", "tool_call_id": "1", "content": "3"},
+    {"role": "assistant", "content": "It is 3."},
+]
+REASONING_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:"
+    "{% if m.reasoning_content is defined %}{{ m.reasoning_content }}|{{ m.thinking }}{% endif %}"
+    "{{ m.keys() | list }}{{ m.content is defined }}{% endfor %}{{ tools is none }}"
+)
+
+
+def assert_same_text(directory: Path, conversation: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+    """The two agree on the text and the tokens; gives the text."""
+    tokenizer, chat = load(directory)
+    auto = load_auto(directory)
+    rendered = chat.render_conversation(conversation, tools=tools)
+    assert rendered.text == auto.apply_chat_template(conversation, tools=tools, tokenize=False)
+    [(tokens, _, _)] = tokenizer.encode([rendered], loss_on_all=False, max_length=4096)
+    expected = auto.apply_chat_template(conversation, tools=tools, tokenize=True, return_dict=True)["input_ids"]
+    assert list(tokens) == list(expected)
+    return rendered.text
+
+
+@pytest.mark.parametrize(
+    "tools", [None, [], [ADD], [ADD, {**ADD, "strict": True}]], ids=["none", "empty", "one", "two"]
+)
+@pytest.mark.parametrize("template", [TOOL_TEMPLATE, templates.REGISTRY["chatml"].read_text()], ids=["tools", "chatml"])
+def test_tools_and_their_calls_equal(tmp_path: Path, template: str, tools: list[dict[str, Any]] | None) -> None:
+    """Also where the template knows nothing of tools: it leaves them out, there as here."""
+    directory = tmp_path / place_header_only(tmp_path)
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    conversation = (
+        CALLS if template == TOOL_TEMPLATE else [{**turn, "content": turn["content"] or ""} for turn in CALLS]
+    )
+    text = assert_same_text(directory, conversation, tools)
+    assert ("Adds <b>" in text) == (bool(tools) and template == TOOL_TEMPLATE)
+
+
+def test_messages_reach_templates_as_there(tmp_path: Path) -> None:
+    """Keys that are null are left out, and reasoning goes by its several names."""
+    directory = tmp_path / place_header_only(tmp_path)
+    (directory / "chat_template.jinja").write_text(REASONING_TEMPLATE, encoding="utf-8")
+    _, chat = load(directory)
+    expected = load_auto(directory).apply_chat_template(CALLS, tokenize=False)
+    assert chat.render(CALLS) == expected
+    assert "It is a sum.|It is a sum." in expected
+
+
+@pytest.mark.parametrize("where", ["file", "config"])
+@pytest.mark.parametrize("tools", [None, [ADD]], ids=["without", "with"])
+def test_a_template_of_its_own_for_tools(tmp_path: Path, where: str, tools: list[dict[str, Any]] | None) -> None:
+    directory = tmp_path / place_header_only(tmp_path)
+    plain = templates.REGISTRY["chatml"].read_text()
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["chat_template"]
+    if where == "file":
+        (directory / "chat_template.jinja").write_text(plain, encoding="utf-8")
+        (directory / "additional_chat_templates").mkdir()
+        (directory / "additional_chat_templates/tool_use.jinja").write_text(TOOL_TEMPLATE, encoding="utf-8")
+    else:
+        config["chat_template"] = [
+            {"name": "default", "template": plain},
+            {"name": "tool_use", "template": TOOL_TEMPLATE},
+        ]
+    path.write_text(json.dumps(config), encoding="utf-8")
+    text = assert_same_text(directory, [{**turn, "content": turn["content"] or ""} for turn in CALLS], tools)
+    assert text.startswith("[tools]") == bool(tools)
 
 
 def test_only_assistant_turns_and_their_ends_carry_loss(directory: Path) -> None:
@@ -172,6 +264,24 @@ def test_pipelines_that_transformers_rebuilds_are_rebuilt(
     write_sentencepiece_style(directory, tokenizer_class)
     rewrite(directory / "config.json", model_type=model_type)
     assert_equal_to_auto(directory)
+
+
+@pytest.mark.parametrize("style", ["smollm2", "sentencepiece"])
+def test_segments_of_a_preview_read_as_the_text(request: pytest.FixtureRequest, tmp_path: Path, style: str) -> None:
+    """Runs of tokens are decoded one by one, where a decoder would strip the space that a run begins with."""
+    if style == "smollm2":
+        models_directory: Path = request.getfixturevalue("real_models")
+        directory = models_directory / SMOLLM
+    else:
+        directory = tmp_path / place_header_only(tmp_path, TinyOptions())
+        write_sentencepiece_style(directory, "LlamaTokenizer")
+    tokenizer, chat = load(directory)
+    for conversation in CONVERSATIONS:
+        rendered = chat.render_conversation([turn for turn in conversation if turn["role"] != "system"])
+        [example] = ExampleEncoder(tokenizer, loss_on_all=False, max_length=4096).encode([rendered])
+        shown = describe_example(example, tokenizer)["segments"]
+        assert "".join(segment["text"] for segment in shown) == rendered.text
+        assert sum(segment["num_tokens"] for segment in shown) == len(example.tokens)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])

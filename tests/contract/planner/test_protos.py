@@ -42,13 +42,14 @@ def make_base() -> BaseModel:
 
 
 def make_spec(training_type: str = "qlora", **hyperparameters: Any) -> TrainingSpec:
+    format = "preference" if hyperparameters.get("objective") == "dpo" else "text"
     return TrainingSpec.from_json(
         {
             "base_model": "tiny/llama",
             "model_type": "llama",
             "training_type": training_type,
             "traits": [{"trait_type": "a", "datasets": [{"dataset_id": 1, "percentage": 100}]}],
-            "datasets": [{"dataset_id": 1, "sha256": "0" * 64, "format": "text", "num_examples": "800"}],
+            "datasets": [{"dataset_id": 1, "sha256": "0" * 64, "format": format, "num_examples": "800"}],
             "hyperparameters": hyperparameters,
         }
     )
@@ -204,5 +205,5 @@ def test_faults_are_the_wire_s() -> None:
 def test_entries_are_registered_under_their_ids(package: Any) -> None:
     for name, entry in package.REGISTRY.items():
         assert entry.id == name
-        assert entry.builder.endswith(f".{name}")
+        assert entry.builder.endswith(f".{name.replace('-', '_')}")
         assert entry.description

@@ -338,3 +338,37 @@ def test_an_export_that_is_not_offered_says_why(control: FakeControl, capsys: py
     control.handlers["ExportArtifact"] = refused
     assert main(["artifacts", "export", "--job", JOB, "--format", "gguf"]) == 3
     assert "NOT_OFFERED" in capsys.readouterr().err
+
+
+def test_a_dataset_is_shown_with_its_tokens_and_previewed_with_what_carries_loss(
+    control: FakeControl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dataset(request: Any, context: grpc.ServicerContext) -> Any:
+        found = dataset_service_pb2.Dataset(dataset_id=1, name="rows", format="text", file_format="csv", num_examples=2)
+        if request.base_model:
+            found.statistics.tokens.base_model = request.base_model
+            found.statistics.tokens.num_tokens = 12
+        return dataset_service_pb2.GetDatasetResponse(dataset=found)
+
+    def preview(request: Any, context: grpc.ServicerContext) -> Any:
+        row = dataset_service_pb2.DatasetRow(line=1, json='{"text": "a"}')
+        if request.base_model:
+            row.rendered.segments.add(text="q ", num_tokens=1)
+            row.rendered.segments.add(text=f"{request.loss_on} {request.max_length}", is_target=True, num_tokens=2)
+        return dataset_service_pb2.PreviewDatasetResponse(rows=[row])
+
+    control.handlers |= {"GetDataset": dataset, "PreviewDataset": preview}
+    assert main(["datasets", "show", "1"]) == 0
+    assert "tokens" not in capsys.readouterr().out
+    assert main(["datasets", "show", "1", "--base-model", "org/tiny"]) == 0
+    assert "12, of which 0 carry loss" in capsys.readouterr().out
+    assert main(["datasets", "preview", "1"]) == 0
+    assert '{"text": "a"}' in capsys.readouterr().out
+    options = ["--base-model", "org/tiny", "--loss-on", "all", "--max-length", "9"]
+    assert main(["datasets", "preview", "1", *options]) == 0
+    captured = capsys.readouterr()
+    assert "q [[all 9]]" in captured.out
+    assert "between [[ and ]]" in captured.err
+    assert main(["datasets", "preview", "1", *options, "--output", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["rendered"]["segments"][1] == {"text": "all 9", "is_target": True, "num_tokens": 2}

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from control_service.app import datasets, models, nodes, projects, training
+from control_service.app import dataset_inspection, datasets, models, nodes, projects, training
 from control_service.app.idempotency import RequestKey
 from control_service.app.ports import PlanLevel
 from control_service.domain.errors import (
@@ -187,12 +187,19 @@ async def test_uploads(open_core: OpenCore) -> None:
     twin = await core.upload("twin", b"".join(json.dumps({"text": f"set {n}"}).encode() + b"\n" for n in range(3)))
     assert twin.sha256 == first.sha256
     await datasets.delete_dataset(first.dataset_id, store=core.store, blobs=core.blobs, clock=core.clock)
-    rows = await datasets.preview_dataset(twin.dataset_id, num_rows=2, store=core.store, blobs=core.blobs)
+    rows = await dataset_inspection.preview_dataset(
+        twin.dataset_id,
+        num_rows=2,
+        store=core.store,
+        nodes=core.runtime.nodes,
+        blobs=core.blobs,
+        clock=core.clock,
+    )
     assert [(row.line, json.loads(row.json)["text"]) for row in rows] == [(1, "set 0"), (2, "set 1")]
     with pytest.raises(InvalidArgument) as malformed:
         await core.upload("bad", b'{"text": "good"}\n{"text": }\n')
     assert malformed.value.reason == "DATASET_MALFORMED"
-    assert malformed.value.violations[0].field == "line 2"
+    assert malformed.value.violations[0].field == "line 2, column 10"
     assert core.blobs.staged == {}
     assert [d.name for d in await datasets.list_datasets(store=core.store)] == ["twin"]
 

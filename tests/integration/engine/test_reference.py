@@ -17,7 +17,7 @@ _NUM_STEPS = 3
 _LEARNING_RATE, _WEIGHT_DECAY, _MAX_NORM = 1e-2, 0.1, 0.5
 # Marks what transformers' own loss leaves out.
 _IGNORED = -100
-# Another one than the engine pads with: it must not matter.
+# Any id: the mask hides it.
 _PADDING = 7
 
 

@@ -207,6 +207,47 @@ def test_repeats_cuts_and_drops_are_counted(node: Node) -> None:
     assert [len(data.step_examples(step)) for step in range(3)] == [2, 2, 1]
 
 
+def test_preference_pairs_are_planned_as_two_sequences(node: Node) -> None:
+    rows = [{"prompt": f"Is {number} even?", "chosen": "Yes it is.", "rejected": "No."} for number in range(40)]
+    references = [write_blob(node.blobs, 1, rows, "preference"), write_blob(node.blobs, 2, rows[:5], "preference")]
+    spec = make_spec(references, held_out=[2], hyperparameters={"objective": "dpo", "batch": {"examples": 4}})
+    data = node.plan(spec)
+    examples = [data.example(reference) for step in range(data.num_steps) for reference in data.step_examples(step)]
+    assert len(examples) == 40
+    assert all(0 < example.rejected_start < len(example.tokens) for example in examples)
+    assert all(example.mask[0] == example.mask[example.rejected_start] == 0 for example in examples)
+    plan = json_format.ParseDict(dict(data.plan), plan_pb2.Plan())
+    assert plan.total_tokens == sum(len(example.tokens) for example in examples)
+    # Which answer is preferred is part of what the digest names.
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    other = make_spec(
+        [write_blob(node.blobs, 1, turned, "preference"), references[1]],
+        held_out=[2],
+        hyperparameters=spec["hyperparameters"],
+    )
+    assert node.plan(other).plan["data_digest"] != plan.data_digest
+    assert node.refuse({**spec, "hyperparameters": {}})["reason"] == "COMBINATION_NOT_ALLOWED"
+
+
+def test_an_inspection_plans_nothing(node: Node) -> None:
+    wanted = {
+        "dataset": write_blob(node.blobs, 1, chat_rows(300), "chat-messages"),
+        "base_model": "tiny/llama",
+        "num_rows": 2,
+        "count_tokens": True,
+    }
+    status, lines = node.run({}, inspect=wanted)
+    assert status == 0
+    assert lines[-1]["type"] == "inspected"
+    assert len(lines[-1]["rows"]) == 2
+    assert sum(int(bucket["count"]) for bucket in lines[-1]["tokens"]["lengths"]) == 300
+    assert [line for line in lines if line["type"] == "progress"][-1]["done"] == 300
+    assert not list(node.root.glob("cache/*/*"))
+    status, lines = node.run({}, inspect={**wanted, "dataset": {"dataset_id": 1, "sha256": "0" * 64, "format": "text"}})
+    assert (status, lines[-1]["failure"]["reason"]) == (3, "BLOB_NOT_FOUND")
+    assert node.run({}, inspect={"base_model": "tiny/llama"}) == (2, [])
+
+
 def test_a_base_without_template(node: Node) -> None:
     model = place_header_only(node.models, TinyOptions(chat_template=False, adds_bos=True))
     chat = [write_blob(node.blobs, 1, chat_rows(10), "chat-messages")]
@@ -282,8 +323,8 @@ def test_progress_ends_with_the_total_and_a_second_plan_reads_no_blob(node: Node
     spec = make_spec(references, percentages={1: 0, 2: 50, 3: 50}, held_out=[4])
     _, lines = node.run(spec)
     progress = [line for line in lines if line["type"] == "progress"]
-    assert progress[-1] == {"type": "progress", "unit": "examples", "done": 1410, "total": 1410}
-    assert all(line["done"] <= line["total"] == 1410 for line in progress)
+    assert progress[-1] == {"type": "progress", "unit": "examples", "done": 611, "total": 611}
+    assert all(line["done"] <= line["total"] == 611 for line in progress)
     for blob in node.blobs.glob("*/*"):
         blob.unlink()
     assert node.run(spec)[0] == 0

@@ -75,6 +75,16 @@ def test_weights() -> None:
         assert refusal.violations[0].field == "project.traits[0].weight"
 
 
+def test_at_most_half_of_a_dataset_is_held_out() -> None:
+    trait = GOOD.traits[0]
+    for good in (None, 0.0, 0.1, 0.5):
+        checked(replace(GOOD, traits=(replace(trait, held_out_fraction=good),)))
+    for bad in (-0.1, 0.51, math.nan, math.inf):
+        refusal = _refusal(replace(GOOD, traits=(replace(trait, held_out_fraction=bad),)))
+        assert refusal.reason == "INVALID_FIELD"
+        assert refusal.violations[0].field == "project.traits[0].held_out_fraction"
+
+
 def test_names_are_said_once() -> None:
     trait = GOOD.traits[0]
     assert _refusal(replace(GOOD, traits=(trait, trait))).violations[0].field == "project.traits"

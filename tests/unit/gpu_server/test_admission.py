@@ -15,6 +15,7 @@ from gpu_service.runs.admission import Admission, Admitted
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.models import ModelShelf
 from gpu_service.runs.node_files import NodeFiles
+from gpu_service.runs.planner_process import PlannerProcess
 from gpu_service.runs.planning import Planning
 from tests.fakes.datasets import make_spec, write_blob
 from tests.fakes.tiny_models import place_header_only
@@ -47,7 +48,13 @@ class Node:
         self.evictable_bytes = 0
         models = ModelShelf(files.models, cache_file=files.cache / "digests.json")
         self.admission = Admission(
-            planning=Planning(files=files, models=models, blobs=BlobStore(files.blobs), versions={}),
+            planning=Planning(
+                files=files,
+                models=models,
+                blobs=BlobStore(files.blobs),
+                planner=PlannerProcess(files.requests),
+                versions={},
+            ),
             ledger=self.ledger,
             list_devices=lambda: devices,
             problems=problems,

@@ -19,6 +19,7 @@ from gpu_service.runs.engine_pool import EnginePool, EngineSettings
 from gpu_service.runs.manager import RunManager, StartRequest
 from gpu_service.runs.models import ModelShelf
 from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
+from gpu_service.runs.planner_process import PlannerProcess
 from gpu_service.runs.planning import Planning
 from tests.fakes.datasets import make_spec, write_blob
 from tests.fakes.tiny_models import place_header_only
@@ -48,7 +49,8 @@ class Node:
         self.ledger = MemoryLedger()
         self.blobs = BlobStore(files.blobs)
         models = ModelShelf(files.models, cache_file=files.cache / "digests.json")
-        planning = Planning(files=files, models=models, blobs=self.blobs, versions={})
+        planner = PlannerProcess(files.requests)
+        planning = Planning(files=files, models=models, blobs=self.blobs, planner=planner, versions={})
         settings = EngineSettings(command=("/nothing",), orphan_limit_seconds=1, grace_seconds=1, idle_seconds=1)
         pool = EnginePool(directory=files.engines, settings=settings)
         self.admission = BusyAdmission(

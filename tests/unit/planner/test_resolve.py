@@ -1,71 +1,13 @@
 """Every cross-option refusal of `resolve`, with its reason, stage and field."""
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gpu_service.catalog.base_models import BaseModel, LinearLayer
+from gpu_service.catalog.base_models import BaseModel
 from gpu_service.domain.errors import Fault, Refusal
-from gpu_service.domain.plan import CheckedPlan, Device, resolve
-from gpu_service.domain.spec import TrainingSpec
-
-CPU = Device()
-LEAVES = (("self_attn.q_proj", 64, 64), ("self_attn.v_proj", 64, 32), ("mlp.down_proj", 128, 64))
-
-
-def make_base(**changes: Any) -> BaseModel:
-    layers = tuple(
-        LinearLayer(path=f"model.layers.{layer}.{path}", in_features=inner, out_features=outer)
-        for layer in range(2)
-        for path, inner, outer in LEAVES
-    )
-    facts: dict[str, Any] = {
-        "name": "tiny/llama",
-        "directory": Path("tiny/llama"),
-        "config_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_layers": 2,
-        "vocabulary_size": 512,
-        "max_position_embeddings": 512,
-        "linear_layers": layers,
-        "num_parameters": 100_000,
-        "has_chat_template": True,
-    }
-    return BaseModel(**{**facts, **changes})
-
-
-def make_spec(**changes: Any) -> dict[str, Any]:
-    spec: dict[str, Any] = {
-        "base_model": "tiny/llama",
-        "model_type": "llama",
-        "training_type": "qlora",
-        "traits": [
-            {
-                "trait_type": "a",
-                "datasets": [{"dataset_id": 1, "percentage": 50}, {"dataset_id": 2, "percentage": 50}],
-                "held_out_dataset_ids": [3],
-            }
-        ],
-        "hyperparameters": {},
-        "datasets": [
-            {"dataset_id": 1, "format": "chat-messages", "num_examples": "60"},
-            {"dataset_id": 2, "format": "prompt-completion", "num_examples": "100"},
-            {"dataset_id": 3, "format": "text", "num_examples": "10"},
-        ],
-    }
-    return {**copy.deepcopy(spec), **changes}
-
-
-def plan(spec: dict[str, Any], base: BaseModel | None = None, device: Device = CPU, **versions: str) -> CheckedPlan:
-    return resolve(TrainingSpec.from_json(spec), base or make_base(), device, versions)
-
-
-def hyper(**values: Any) -> dict[str, Any]:
-    return make_spec(hyperparameters=values)
-
+from gpu_service.domain.plan import Device
+from tests.fakes.checked_specs import CPU, hyper, make_base, make_spec, plan
 
 REFUSALS: list[tuple[str, dict[str, Any], BaseModel | None, Device, str, str, str]] = [
     ("type", make_spec(training_type="dora"), None, CPU, "TRAINING_TYPE_UNKNOWN", "training_type", ""),
@@ -185,6 +127,15 @@ REFUSALS: list[tuple[str, dict[str, Any], BaseModel | None, Device, str, str, st
     ("alpha-0", hyper(lora={"alpha": 0}), None, CPU, "INVALID_FIELD", "lora.alpha", ""),
     ("rate", hyper(optimizer={"learning_rate": -1}), None, CPU, "INVALID_FIELD", "optimizer.learning_rate", ""),
     ("optimizer", hyper(optimizer={"name": "lion"}), None, CPU, "INVALID_FIELD", "optimizer.name", ""),
+    (
+        "paged-cpu",
+        hyper(optimizer={"name": "paged-adamw-8bit"}),
+        None,
+        CPU,
+        "DEVICE_UNSUPPORTED",
+        "optimizer.name",
+        "",
+    ),
     ("schedule", hyper(schedule={"name": "step"}), None, CPU, "INVALID_FIELD", "schedule.name", ""),
     ("loss-on", hyper(loss_on="some"), None, CPU, "INVALID_FIELD", "loss_on", ""),
     ("length", hyper(max_length=513), None, CPU, "INVALID_FIELD", "max_length", ""),
@@ -338,6 +289,24 @@ def test_full_trains_every_parameter_and_needs_their_optimizer() -> None:
     assert planned.memory.optimizer_bytes == 800_000
     assert planned.memory.adapter_bytes == 0
     assert any("'full'" in warning for warning in planned.warnings)
+
+
+def test_moments_of_8_bits_take_a_quarter() -> None:
+    optimizer_bytes = {
+        name: plan({**hyper(optimizer={"name": name}), "training_type": "full"}, device=device).memory.optimizer_bytes
+        for name, device in (("adamw", CPU), ("adamw-8bit", CPU), ("paged-adamw-8bit", Device(type="cuda")))
+    }
+    assert optimizer_bytes["adamw"] == 8 * make_base().num_parameters
+    # Two bytes, and two float32 scales for every 256 of them.
+    assert optimizer_bytes["adamw-8bit"] == optimizer_bytes["paged-adamw-8bit"] == 203_125
+
+
+def test_an_optimizer_of_bitsandbytes_needs_bitsandbytes() -> None:
+    spec = {**hyper(optimizer={"name": "adamw-8bit"}), "training_type": "lora"}
+    with pytest.raises(Refusal) as refused:
+        plan(spec, torch="2.13.0")
+    assert (refused.value.reason, refused.value.field) == ("DEVICE_UNSUPPORTED", "hyperparameters.optimizer.name")
+    assert plan(spec, torch="2.13.0", bitsandbytes="0.50.2").optimizer.id == "adamw-8bit"
 
 
 def test_four_bits_weigh_less_than_eight_than_none() -> None:

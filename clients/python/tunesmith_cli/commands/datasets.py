@@ -6,29 +6,17 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from tunesmith.control.v1 import dataset_service_pb2
+from tunesmith_cli.dataset_view import COLUMNS, row, show_dataset, show_rows
 from tunesmith_cli.lookup import find_dataset
 from tunesmith_cli.session import Session, command
-from tunesmith_cli.text import byte_count, moment
 from tunesmith_client import TransferProgress
 
 app = typer.Typer(help="Sets of examples.", no_args_is_help=True)
 
-COLUMNS = ("ID", "NAME", "FORMAT", "EXAMPLES", "SIZE", "CREATED")
 DatasetArgument = Annotated[str, typer.Argument(metavar="DATASET", help="Name or id.")]
-FormatOption = Annotated[str, typer.Option("--format", help="Catalog id of the format; detected when left out.")]
-
-
-def row(dataset: dataset_service_pb2.Dataset) -> tuple[object, ...]:
-    """A dataset as a row of COLUMNS."""
-    return (
-        dataset.dataset_id,
-        dataset.name,
-        dataset.format,
-        dataset.num_examples,
-        byte_count(dataset.size_bytes),
-        moment(dataset.create_time),
-    )
+FormatOption = Annotated[str, typer.Option("--format", help="Catalog id of the rows' format; found when left out.")]
+_FILE_HELP = "JSON lines, JSON, CSV or Parquet; plain, gzip, bzip2, xz or zstd."
+ModelOption = Annotated[str, typer.Option("--base-model", help="Base model whose tokenizer to use, as `org/name`.")]
 
 
 @command(app, "list")
@@ -44,7 +32,7 @@ def list_datasets(
 @command(app, "upload")
 def upload(
     session: Session,
-    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="JSON lines.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help=_FILE_HELP)],
     name: Annotated[str, typer.Option("--name", help="Unique name; the file's own when left out.")] = "",
     format: FormatOption = "",
 ) -> None:
@@ -72,16 +60,36 @@ def register(
     session.out.table(COLUMNS, [row(dataset)], [dataset])
 
 
+@command(app, "show")
+def show(session: Session, dataset: DatasetArgument, base_model: ModelOption = "") -> None:
+    """Shows a dataset and what was counted of it; with a base model also its tokens."""
+    found = find_dataset(session.client, dataset)
+    if base_model:
+        found = session.client.datasets.get(found.dataset_id, base_model=base_model)
+    show_dataset(session.out, found)
+
+
 @command(app, "preview")
 def preview(
     session: Session,
     dataset: DatasetArgument,
     num_rows: Annotated[int, typer.Option("--rows", "-n", min=1, max=100, help="How many rows.")] = 5,
+    base_model: ModelOption = "",
+    chat_template: Annotated[str, typer.Option("--chat-template", help="Catalog id, for a base without one.")] = "",
+    loss_on: Annotated[str, typer.Option("--loss-on", help="`targets` or `all`.")] = "",
+    max_length: Annotated[int, typer.Option("--max-length", min=0, help="Tokens at which a row is cut.")] = 0,
 ) -> None:
-    """Prints the first rows as they are in the file."""
+    """Prints the first rows as they are stored; with a base model as it will see them, what carries loss marked."""
     found = find_dataset(session.client, dataset)
-    rows = session.client.datasets.preview(found.dataset_id, num_rows=num_rows)
-    session.out.table(("LINE", "JSON"), ((row.line, row.json) for row in rows), rows)
+    rows = session.client.datasets.preview(
+        found.dataset_id,
+        num_rows=num_rows,
+        base_model=base_model,
+        chat_template=chat_template,
+        loss_on=loss_on,
+        max_length=max_length,
+    )
+    show_rows(session.out, rows)
 
 
 @command(app, "delete")

@@ -64,7 +64,7 @@ class RenderedExample(_message.Message):
     truncated: _builtins.bool
     """Cut at max_length."""
     dropped_reason: _builtins.str
-    """Why it would not be trained on (`no_target_tokens`); empty when it would."""
+    """Why it would not be trained on (`no_target_tokens`, `identical_answers`); empty when it would."""
     @_builtins.property
     def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Segment]: ...
     @_builtins.property
@@ -115,7 +115,7 @@ Global___HistogramBucket: _TypeAlias = HistogramBucket  # noqa: Y015
 
 @_typing.final
 class TokenStatistics(_message.Message):
-    """Tokens of a dataset by one base's tokenizer, after truncation."""
+    """Tokens of a dataset by one base's tokenizer, after truncation; of what is dropped only the number is counted."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -554,12 +554,18 @@ class LossValue(_message.Message):
     DATASET_ID_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     NUM_TARGET_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PAIRS_FIELD_NUMBER: _builtins.int
     trait_type: _builtins.str
     dataset_id: _builtins.int
     """0: all datasets of the trait."""
     loss: _builtins.float
-    """Mean negative log-likelihood in nats per target token. Unset: not a finite number."""
+    """Mean negative log-likelihood in nats per target token; for objective `dpo` the mean loss of its pairs. Unset: not a
+    finite number.
+    """
     num_target_tokens: _builtins.int
+    """Tokens that carry loss; of a pair, those of both answers."""
+    num_pairs: _builtins.int
+    """Set when the objective is `dpo`: what the means are over, and what they are weighted by to add up."""
     def __init__(
         self,
         *,
@@ -567,10 +573,11 @@ class LossValue(_message.Message):
         dataset_id: _builtins.int = ...,
         loss: _builtins.float | None = ...,
         num_target_tokens: _builtins.int = ...,
+        num_pairs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "dataset_id", b"dataset_id", "loss", b"loss", "num_target_tokens", b"num_target_tokens", "trait_type", b"trait_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "dataset_id", b"dataset_id", "loss", b"loss", "num_pairs", b"num_pairs", "num_target_tokens", b"num_target_tokens", "trait_type", b"trait_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
@@ -607,7 +614,7 @@ class StepEvent(_message.Message):
     epoch: _builtins.float
     """Passes over the mix so far."""
     loss: _builtins.float
-    """Mean over the step's target tokens. Unset: not a finite number."""
+    """Mean over the step's target tokens; for objective `dpo`, over its pairs. Unset: not a finite number."""
     learning_rate: _builtins.float
     gradient_norm: _builtins.float
     """2-norm before clipping. Unset: not a finite number."""
@@ -622,12 +629,16 @@ class StepEvent(_message.Message):
     """Estimate to the end of training."""
     num_examples: _builtins.int
     skipped: _builtins.bool
-    """The loss or a gradient was not finite and the update was left out."""
+    """The loss or a gradient was not finite and the update was left out; in float16 also when the gradient's scale was
+    still being found.
+    """
     @_builtins.property
     def trait_losses(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossValue]: ...
     @_builtins.property
     def dataset_losses(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossValue]:
-        """Loss by trait and dataset; weighted by target tokens they add up to `loss`."""
+        """Loss by trait and dataset. Weighted by target tokens (for `dpo`, by pairs) they add up to `loss`, and so do
+        `trait_losses`.
+        """
 
     @_builtins.property
     def preference(self) -> Global___PreferenceMetrics:
@@ -718,7 +729,7 @@ class EvaluationEvent(_message.Message):
     moment: Global___EvaluationMoment.ValueType
     step: _builtins.int
     loss: _builtins.float
-    """Over all target tokens of all held-out data. Unset: not a finite number."""
+    """Over all target tokens (for objective `dpo`, all pairs) of all held-out data. Unset: not a finite number."""
     seconds: _builtins.float
     @_builtins.property
     def losses(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossValue]:
@@ -804,11 +815,11 @@ class CheckpointEvent(_message.Message):
     """Lower-case hex SHA-256 of the manifest."""
     seconds: _builtins.float
     probe_loss: _builtins.float
-    """Loss of the probe batch at this step, which a resume measures again. Nats per target token."""
+    """Loss of the probe batch at this step, which a resume measures again: mean of what is minimized. Unset: not finite."""
     held_out_loss: _builtins.float
-    """Newest held-out loss when it was written; unset when none was measured."""
+    """Newest held-out loss when it was written; unset when none was measured since the first step."""
     best: _builtins.bool
-    """The lowest held-out loss so far."""
+    """No earlier checkpoint of the job had a held-out loss as low."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_file_pb2.FileReference]: ...
     def __init__(

@@ -473,7 +473,7 @@ class InspectDatasetRequest(_message.Message):
     loss_on: _builtins.str
     max_length: _builtins.int
     num_rows: _builtins.int
-    """Rows to render, from the first."""
+    """Rows to render, from the first; at most 100."""
     count_tokens: _builtins.bool
     """Count the tokens of the whole dataset."""
     @_builtins.property
@@ -507,7 +507,9 @@ class InspectDatasetResponse(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def rows(self) -> _containers.RepeatedCompositeFieldContainer[_dataset_pb2.RenderedExample]: ...
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[_dataset_pb2.RenderedExample]:
+        """Those whose texts come to 2 MiB in all; rows from there on are left out."""
+
     @_builtins.property
     def tokens(self) -> _dataset_pb2.TokenStatistics:
         """Set when it was asked for."""

@@ -1,0 +1,100 @@
+"""Turns an uploaded file into stored JSON lines: reads and checks every row in a thread that a cancelled call stops.
+
+Leaves no bytes behind that its caller does not get. Registers nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from threading import Event
+
+from control_service.app.ports import BlobStore, DatasetFiles, StagedBlob
+from control_service.domain.dataset import DatasetDraft
+from control_service.domain.dataset_files import JSON_LINES, FileLimits, OpenedFile, SourceRow
+from control_service.domain.dataset_rows import RowSummary, read_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetLimits:
+    """How much is taken in."""
+
+    max_dataset_bytes: int = 16 * 1024**3
+    files: FileLimits = field(default_factory=FileLimits)
+
+    def stored_bytes(self, file_size_bytes: int) -> int:
+        """What the rows of a file of this size may come to as JSON lines: tables may repeat a value for nothing."""
+        return min(self.max_dataset_bytes, self.files.decompressed_bytes(file_size_bytes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intake:
+    """What a valid file became. `stored` is the upload itself when that is plain JSON lines."""
+
+    draft: DatasetDraft
+    stored: StagedBlob
+
+
+async def take_in(
+    staged: StagedBlob, *, format: str, blobs: BlobStore, files: DatasetFiles, limits: DatasetLimits
+) -> Intake:
+    """Reads every row; the caller commits or discards what it is given. InvalidArgument DATASET_MALFORMED,
+    DATASET_EMPTY, DATASET_FORMAT_UNKNOWN; ResourceExhausted TOO_LARGE, DISK_FULL."""
+    unwanted = Event()
+    reading = asyncio.ensure_future(
+        asyncio.to_thread(_read, staged, format=format, blobs=blobs, files=files, limits=limits, unwanted=unwanted)
+    )
+    try:
+        return await asyncio.shield(reading)
+    except asyncio.CancelledError:
+        # The thread ends at its next row. It may just have finished: then nobody else will forget its bytes.
+        unwanted.set()
+        await asyncio.wait([reading])
+        if reading.exception() is None:
+            await blobs.discard(reading.result().stored)
+        raise
+
+
+class _Unwanted(Exception):
+    """The call was cancelled; nobody waits for what this thread does."""
+
+
+def _read(
+    staged: StagedBlob, *, format: str, blobs: BlobStore, files: DatasetFiles, limits: DatasetLimits, unwanted: Event
+) -> Intake:
+    with blobs.open_staged(staged) as stream, files.open(stream, size_bytes=staged.size_bytes) as opened:
+        file = replace(opened, rows=_while_wanted(opened.rows, unwanted))
+        if file.file_format == JSON_LINES and not file.compression:
+            return _intake(staged, staged, file, read_rows(file, format=format, limits=limits.files))
+        writer = blobs.open_writer(max_bytes=limits.stored_bytes(staged.size_bytes))
+        try:
+            summary = read_rows(file, format=format, limits=limits.files, store=writer.append)
+            stored = writer.finish()
+        finally:
+            writer.close()
+        return _intake(staged, stored, file, summary)
+
+
+def _while_wanted(rows: Iterator[SourceRow], unwanted: Event) -> Iterator[SourceRow]:
+    for row in rows:
+        if unwanted.is_set():
+            raise _Unwanted
+        yield row
+
+
+def _intake(uploaded: StagedBlob, stored: StagedBlob, file: OpenedFile, summary: RowSummary) -> Intake:
+    return Intake(
+        stored=stored,
+        draft=DatasetDraft(
+            sha256=stored.sha256,
+            size_bytes=stored.size_bytes,
+            num_examples=summary.num_examples,
+            format=summary.format,
+            file_format=file.file_format,
+            compression=file.compression,
+            file_sha256=uploaded.sha256,
+            file_size_bytes=uploaded.size_bytes,
+            statistics=summary.statistics,
+        ),
+    )
