@@ -1,7 +1,4 @@
-"""What is read of every request that changes something: its key for idempotency.
-
-A key is method, request_id, and a digest of everything else in the request.
-"""
+"""Names a mutating request for idempotency: method, request_id, and a digest of everything else in it."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from control_service.app.idempotency import RequestKey, earlier_reference, once
 from control_service.app.lookups import job_of
@@ -18,6 +19,8 @@ from control_service.domain.job_state import CAN_EXPORT, check_verb
 from control_service.domain.spec import TrainingSpec
 
 _TASK = "export"
+# What base and adapter are loaded by, and what goes along with them; the rest was about training.
+_KEPT = ("quantization", "lora", "chat_template")
 # A wrong merge is wrong again.
 _MAX_RETRIES = 1
 
@@ -83,8 +86,8 @@ async def export_artifact(
 def _spec(start: StartPoint, format: str, max_logit_difference: float | None) -> TrainingSpec:
     """The earlier job's spec without its data: nothing of it is trained on."""
     earlier = start.earlier.spec
-    hyperparameters = {**earlier.hyperparameters, "exports": [format]}
-    hyperparameters.pop("max_export_logit_difference", None)
+    kept = {name: earlier.hyperparameters[name] for name in _KEPT if name in earlier.hyperparameters}
+    hyperparameters: dict[str, Any] = {**kept, "exports": [format]}
     if max_logit_difference is not None:
         hyperparameters["max_export_logit_difference"] = max_logit_difference
     return replace(
