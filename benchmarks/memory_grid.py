@@ -111,6 +111,8 @@ CELLS: tuple[Cell, ...] = (
     Cell(size="8B", training_type="lora", length=2048),
     Cell(size="8B", training_type="lora", length=2048, examples=2, targets=0.5),
     Cell(size="8B", training_type="lora", length=4096, examples=2, checkpointing=True),
+    # As much as fits, and a little more than does.
+    Cell(size="8B", training_type="lora", length=7168),
     Cell(size="8B", training_type="lora", length=8192),
 )
 

@@ -27,10 +27,12 @@ from gpu_service.runs.engine_pool import EnginePool, EngineSettings
 from gpu_service.runs.inference import InferenceDesk
 from gpu_service.runs.inspection import Inspection
 from gpu_service.runs.manager import RunManager
+from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.models import ModelShelf
 from gpu_service.runs.node_files import NodeFiles
 from gpu_service.runs.planner_process import PlannerProcess
 from gpu_service.runs.planning import Planning
+from gpu_service.runs.probing import MemoryProber
 from tunesmith.gpu.v1 import (
     blob_service_pb2,
     blob_service_pb2_grpc,
@@ -110,7 +112,8 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
     blobs = BlobStore(files.blobs)
     models = ModelShelf(files.models, cache_file=files.cache / "weights-digests.json")
     planner = PlannerProcess(files.requests)
-    planning = Planning(files=files, models=models, blobs=blobs, planner=planner, versions=versions)
+    memory = await asyncio.to_thread(MemoryRecords, files.memory_records)
+    planning = Planning(files=files, models=models, blobs=blobs, planner=planner, versions=versions, memory=memory)
     pool = EnginePool(directory=files.engines, settings=engine_settings)
     admission = Admission(
         planning=planning,
@@ -124,6 +127,7 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
         facts=facts,
         admission=admission,
         ledger=ledger,
+        memory=memory,
         blobs=blobs,
         pool=pool,
         planning=planning,
@@ -140,11 +144,20 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
         manager=manager,
     )
 
+    prober = MemoryProber(
+        planning=planning,
+        ledger=ledger,
+        records=memory,
+        directory=files.requests,
+        make_room=pool.make_room,
+        on_release=manager.changed.fire,
+    )
     server = aio.server(interceptors=[CallInterceptor()], options=SERVER_OPTIONS)
     run_servicer = RunServicer(
         manager=manager,
         admission=admission,
         planning=planning,
+        prober=prober,
         inspection=Inspection(files=files, models=models, blobs=blobs, planner=planner),
         capabilities=CapabilityReader(admission=admission, models=models, versions=versions),
         node_name=settings.name,

@@ -3,23 +3,23 @@ same request again is the same run."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
 
 import structlog
 
 from control_service.app.blob_push import blobs_of_spec, push_missing_blobs
+from control_service.app.checkpoints import forget_checkpoint
 from control_service.app.node_monitor import NodeMonitor
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeClient, StartRun
 from control_service.app.settle import Settler
 from control_service.app.store_ports import Store, Transaction
-from control_service.app.transitions import append_facts, change_state, checkpoint_fact
+from control_service.app.transitions import change_state
 from control_service.domain import retry
-from control_service.domain.artifact import CheckpointStatus
 from control_service.domain.errors import DeadlineTooShort, InvalidArgument, TunesmithError, Unavailable
 from control_service.domain.failure import Failure, Fault
 from control_service.domain.job import Job, JobProgress
 from control_service.domain.job_state import JobState
+from control_service.domain.queue_policy import can_train
 from control_service.domain.reconcile import Settle, after_failure
 from control_service.domain.resume import resume_from
 from control_service.domain.run import ObservedRun, ResumeFrom
@@ -113,15 +113,7 @@ class AttemptStarter:
             current = tx.jobs.get(job.job_id)
             if current is None or current.attempt != job.attempt or current.state is not JobState.DISPATCHING:
                 return
-            for known in tx.checkpoints.list_for_job(job.job_id):
-                if known.name != resume.checkpoint:
-                    continue
-                if known.status is CheckpointStatus.REPLICATED and not resume.files:
-                    tx.checkpoints.put(replace(known, node=""))
-                    continue
-                tx.checkpoints.put(replace(known, node="", status=CheckpointStatus.DELETED))
-                fact = checkpoint_fact(known, CheckpointStatus.DELETED)
-                append_facts(tx, current, [fact], codec=self._codec, now=now)
+            forget_checkpoint(tx, current, resume.checkpoint, codec=self._codec, now=now)
 
         await self._store.transact(work)
 
@@ -134,7 +126,23 @@ class AttemptStarter:
             pause = timedelta(seconds=retry.INITIAL_BACK_OFF_SECONDS)
             await self._settler.settle(job, settle, not_before=self._clock.utc_now() + pause)
             return
+        if error.reason == "DOES_NOT_FIT" and self._others_may_fit(job):
+            # Nothing is counted: no attempt was made, and another node may have a larger device.
+            self._nodes.mark_unfit(job.node, job.job_id)
+            message = f"node {job.node}: {error.message}"
+            await self._settler.settle(job, Settle(state=JobState.QUEUED, message=message, keeps_failure=True))
+            return
         await self._settler.settle(job, after_failure(job, failure_of(error)))
+
+    def _others_may_fit(self, job: Job) -> bool:
+        """Whether a reachable node that has the base was not found too small yet."""
+        return any(
+            view.node.name != job.node
+            and view.is_reachable
+            and job.job_id not in view.unfit_jobs
+            and can_train(view, job.spec.base_model, job.weights_digest)
+            for view in self._nodes.views()
+        )
 
 
 def failure_of(error: TunesmithError) -> Failure:

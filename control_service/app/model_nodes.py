@@ -37,12 +37,17 @@ async def nodes_with_model(base_model: str, nodes: NodeDirectory) -> Sequence[tu
     return [(name, client) for name in having if (client := nodes.client(name)) is not None]
 
 
-async def node_with_model(base_model: str, nodes: NodeDirectory) -> tuple[str, NodeClient]:
-    """The best of `nodes_with_model`. FailedPrecondition NO_NODE when there is none."""
+async def some_nodes_with_model(base_model: str, nodes: NodeDirectory) -> Sequence[tuple[str, NodeClient]]:
+    """The same, at least one. FailedPrecondition NO_NODE when there is none."""
     found = await nodes_with_model(base_model, nodes)
     if not found:
         raise FailedPrecondition("NO_NODE", "no node is reachable", details=_nodes_and_models(nodes.views()))
-    return found[0]
+    return found
+
+
+async def node_with_model(base_model: str, nodes: NodeDirectory) -> tuple[str, NodeClient]:
+    """The best of `some_nodes_with_model`."""
+    return (await some_nodes_with_model(base_model, nodes))[0]
 
 
 def _having(base_model: str, views: Sequence[NodeView]) -> list[str]:

@@ -68,6 +68,12 @@ class NodeMonitor:
         if view is not None and view.report is not None:
             self._put(replace(view, report=replace(view.report, accepting=False)), tell=False)
 
+    def mark_unfit(self, name: str, job_id: str) -> None:
+        """The node has no device with enough memory for the job; believed until control or the node begins anew."""
+        view = self._views.get(name)
+        if view is not None:
+            self._put(replace(view, unfit_jobs=view.unfit_jobs | {job_id}), tell=False)
+
     async def start(self) -> None:
         """Dials every recorded node and keeps following the records."""
         await self._follow_records()

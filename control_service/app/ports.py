@@ -82,9 +82,15 @@ class NodeClient(Protocol):
         """What the node is and can do."""
 
     async def plan_run(
-        self, *, spec: TrainingSpec, level: PlanLevel, timeout_seconds: float | None = None
+        self,
+        *,
+        spec: TrainingSpec,
+        level: PlanLevel,
+        probe_memory: bool = False,
+        timeout_seconds: float | None = None,
     ) -> Mapping[str, Any]:
-        """`Plan` as proto JSON with proto field names. None: the adapter's own limit for the level.
+        """`Plan` as proto JSON with proto field names. None: the adapter's own limit for the level. A memory probe goes
+        with EXACT only; ResourceExhausted NODE_BUSY when its device is taken, MEMORY_PROBE when it fails.
         DeadlineTooShort DEADLINE_TOO_SHORT when it takes longer."""
 
     async def inspect_dataset(

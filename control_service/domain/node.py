@@ -110,6 +110,8 @@ class NodeView:
     last_heard_time: datetime | None = None
     # Why the node cannot be used though it answers (another installation's, a known-bad library); empty if nothing.
     problem: str = ""
+    # Jobs that the node refused because none of its devices has the memory.
+    unfit_jobs: frozenset[str] = frozenset()
 
     @property
     def is_reachable(self) -> bool:

@@ -95,6 +95,11 @@ def eligible_nodes(queued: QueuedJob, nodes: Sequence[NodeView]) -> tuple[WaitRe
     able = [view for view in reachable if can_train(view, job.spec.base_model, job.weights_digest)]
     if not able:
         return WaitReason.NO_MODEL, _no_model_message(job, reachable), []
+    roomy = [view for view in able if job.job_id not in view.unfit_jobs]
+    if not roomy:
+        names = ", ".join(view.node.name for view in able)
+        return WaitReason.NO_NODE, f"no device of node {names} has the memory; waits for another node", []
+    able = roomy
     staying = [view for view in able if not view.is_draining]
     if not staying:
         return WaitReason.DRAINING, f"draining: {', '.join(view.node.name for view in able)}", []

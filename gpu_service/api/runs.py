@@ -17,6 +17,7 @@ from gpu_service.runs.capabilities import CapabilityReader
 from gpu_service.runs.inspection import Inspection
 from gpu_service.runs.manager import RunManager
 from gpu_service.runs.planning import Planning
+from gpu_service.runs.probing import MemoryProber
 from gpu_service.runs.signal import wait_for
 from tunesmith.common.v1 import plan_pb2
 from tunesmith.gpu.v1 import run_service_pb2, run_service_pb2_grpc
@@ -39,6 +40,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         manager: RunManager,
         admission: Admission,
         planning: Planning,
+        prober: MemoryProber,
         inspection: Inspection,
         capabilities: CapabilityReader,
         node_name: str,
@@ -47,6 +49,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         self._manager = manager
         self._admission = admission
         self._planning = planning
+        self._prober = prober
         self._inspection = inspection
         self._capabilities = capabilities
         self._node_name = node_name
@@ -63,7 +66,14 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
     ) -> run_service_pb2.PlanRunResponse:
         spec = wire.spec_from_wire(request.spec)
         device = await self._admission.planning_device()
-        if request.level == plan_pb2.PLAN_LEVEL_EXACT:
+        if request.probe_memory:
+            if request.level != plan_pb2.PLAN_LEVEL_EXACT:
+                raise refuse_user("INVALID_FIELD", "memory is probed at level EXACT only", field="probe_memory")
+            problem = self._admission.problem()
+            if problem is not None:
+                raise problem
+            plan = await self._prober.plan_and_probe(spec, device)
+        elif request.level == plan_pb2.PLAN_LEVEL_EXACT:
             plan = await self._planning.exact(spec, device)
         else:
             plan = (await self._planning.check(spec, device)).to_json()

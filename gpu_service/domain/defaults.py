@@ -15,6 +15,7 @@ from gpu_service.domain.spec import Batch, Hyperparameters, Mix, decode_message
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_BATCH_EXAMPLES = 8
+DEFAULT_LORA_RANK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ def apply_defaults(
 ) -> ResolvedHyperparameters:
     """Fills in what is unset. `length_limit` 0 is no known limit; `num_steps` (0: not known) is for the warm-up."""
     check_ranges(given)
-    rank = _or(given.lora.rank, 16)
+    rank = _or(given.lora.rank, DEFAULT_LORA_RANK)
     objective = _or(given.objective, "sft")
     return ResolvedHyperparameters(
         quantization=resolve_quantization(given, quantization, device),

@@ -50,7 +50,8 @@ class MemoryEstimate:
     @property
     def total_bytes(self) -> int:
         """What a device must have."""
-        return self.standing_bytes + self.activations_bytes
+        states = self.weights_bytes + self.adapter_bytes + self.gradients_bytes + self.optimizer_bytes
+        return states + self.activations_bytes + self.overhead_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -59,10 +60,9 @@ class MemoryEstimate:
 
     @property
     def standing_bytes(self) -> int:
-        """All but the activations: what is needed however short the data is."""
-        return (
-            self.weights_bytes + self.adapter_bytes + self.gradients_bytes + self.optimizer_bytes + self.overhead_bytes
-        )
+        """What is needed however short the data is: no activations, and no margin for them."""
+        context_bytes = _CPU_PROCESS_BYTES if self.is_cpu else _CUDA_CONTEXT_BYTES
+        return self.total_bytes - self.activations_bytes - self.overhead_bytes + context_bytes
 
     def to_json(self) -> dict[str, str]:
         """`MemoryEstimate` as proto JSON."""

@@ -5,6 +5,7 @@ device, and knows nothing of library versions that are bad in themselves: the se
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from gpu_service.catalog import datasets as dataset_formats
@@ -31,6 +32,7 @@ from gpu_service.domain.memory_calibration import UNCALIBRATED, Calibration, kin
 from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.memory_passes import largest_possible
 from gpu_service.domain.mix import compute_sources
+from gpu_service.domain.plan_start import check_exports, check_start, check_task
 from gpu_service.domain.plan_warnings import list_warnings
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
 
@@ -61,7 +63,7 @@ def resolve(
 
     Raises `Refusal` with the reason, the field, and the loading stage that it would have broken:
     TRAINING_TYPE_UNKNOWN, QUANTIZATION_UNKNOWN, COMBINATION_NOT_ALLOWED, MODEL_TYPE_UNKNOWN, MODEL_TYPE_MISMATCH,
-    MODEL_INVALID, DEVICE_UNSUPPORTED, TARGETS_MATCH_NOTHING, DATASET_NOT_FOUND, DATASET_FORMAT_UNKNOWN,
+    MODEL_INVALID, DEVICE_UNSUPPORTED, TARGETS_MATCH_NOTHING, NOT_OFFERED, DATASET_NOT_FOUND, DATASET_FORMAT_UNKNOWN,
     CHAT_TEMPLATE_MISSING, MIX_INFEASIBLE, WEIGHTS_ALL_ZERO, PERCENTAGES_NOT_100, NO_EXAMPLES_LEFT, DOES_NOT_FIT,
     TOO_LARGE, INVALID_FIELD.
     """
@@ -69,23 +71,32 @@ def resolve(
     if base_model.problem:
         raise refuse_user("MODEL_INVALID", base_model.problem, field="base_model", stage="CONFIG")
     check_ranges(given)
+    trains = check_task(spec)
     method = _find_method(spec)
+    check_exports(spec, method)
     quantized = _find_quantization(given, method)
     _check_objective(given, method)
     family = _find_family(spec, base_model)
-    optimizer = _find_optimizer(given, device, versions or {})
     _check_device(given, quantized, device, versions or {})
+    optimizer = _find_optimizer(given, device, versions or {})
     covered = _cover_layers(given, method, base_model)
+    if spec.start_from is not None:
+        before = _cover_layers(replace(given, lora=spec.start_from.lora), method, base_model)
+        paths, paths_before = ([layer.path for layer in layers] for layers in (covered, before))
+        check_start(spec, method, covered=paths, covered_before=paths_before)
     _check_lengths(given, base_model)
     _check_datasets(spec, base_model)
     mix = resolve_mix(spec.mix)
-    sources = compute_sources(spec.traits)
+    # An export has no data: there is nothing to select or count.
+    sources = compute_sources(spec.traits) if trains else []
     max_length = default_max_length(given, base_model.max_position_embeddings)
     longest = max_length * (2 if given.objective == "dpo" else 1)
     check_batch(given.batch, longest_tokens=longest, max_length=max_length)
-    planned = bound_datasets(spec.traits, sources, mix, spec.datasets)
-    num_epochs, num_steps, total_examples = bound_run(
-        given, sum(item.num_examples for item in planned if not item.held_out), longest_tokens=longest
+    planned = bound_datasets(spec.traits, sources, mix, spec.datasets) if trains else ()
+    num_epochs, num_steps, total_examples = (
+        bound_run(given, sum(item.num_examples for item in planned if not item.held_out), longest_tokens=longest)
+        if trains
+        else (0.0, 0, 0)
     )
     resolved = apply_defaults(
         given,

@@ -10,7 +10,8 @@ from types import ModuleType
 
 from gpu_service.catalog import optimizers
 from gpu_service.domain.planned_data import PlannedData
-from gpu_service.engine.artifacts import ArtifactRequest, write_all
+from gpu_service.engine.artifacts import ArtifactRequest, exporting, write_all
+from gpu_service.engine.artifacts.export_source import open_source
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import library_versions
 from gpu_service.engine.loading import Loaded
@@ -29,10 +30,13 @@ from gpu_service.engine.training.loop import TrainingLoop
 from gpu_service.engine.training.objectives import Objective, make_objective
 from gpu_service.engine.training.out_of_memory import PassSize
 from gpu_service.engine.training.progress import TrainingProgress
+from gpu_service.engine.training.rehearsal import Rehearsed, find_largest_steps
 from gpu_service.engine.training.rises import find_rises
 from tunesmith.common.v1 import event_pb2, plan_pb2
 
 _SAMPLE_TOKENS = 64
+# The first step makes the optimizer's state, the second has it from the start.
+_REHEARSALS = 2
 
 
 class Session:
@@ -101,7 +105,31 @@ class Session:
             # Dropout must not depend on what was measured before the first step.
             random_state.seed_all(self._plan.resolved.seed)
         self._reporter.enter_phase("TRAINING")
-        loop = TrainingLoop(
+        loop = self._make_loop()
+        try:
+            stopped_early = loop.run()
+        except StopRequested:
+            self._report_memory(is_whole=False)
+            raise
+        self._report_memory(is_whole=not stopped_early)
+        self._switch.check()
+        self._measure(event_pb2.EVALUATION_MOMENT_FINAL)
+        self._answer_samples(event_pb2.EVALUATION_MOMENT_FINAL)
+        self._save(stopped_early)
+
+    def rehearse(self) -> Rehearsed:
+        """Make the plan's largest steps twice each and save nothing: what memory they come to. Called once, alone."""
+        loop = self._make_loop()
+        limit = MicroBatchLimit.of(self._plan.resolved.batch, self._loaded.config)
+        largest = find_largest_steps(self._data, limit)
+        self._reporter.enter_phase("TRAINING")
+        peak_bytes = loop.rehearse([one.step for one in largest], _REHEARSALS)
+        return Rehearsed(
+            peak_bytes=peak_bytes, step_tokens=largest[0].step_tokens, longest_tokens=largest[0].longest_tokens
+        )
+
+    def _make_loop(self) -> TrainingLoop:
+        return TrainingLoop(
             accelerator=self._accelerator,
             model=self._model,
             optimizer=self._optimizer,
@@ -117,16 +145,6 @@ class Session:
             reporter=self._reporter,
             evaluate=lambda: self._measure(event_pb2.EVALUATION_MOMENT_DURING),
         )
-        try:
-            stopped_early = loop.run()
-        except StopRequested:
-            self._report_memory(is_whole=False)
-            raise
-        self._report_memory(is_whole=not stopped_early)
-        self._switch.check()
-        self._measure(event_pb2.EVALUATION_MOMENT_FINAL)
-        self._answer_samples(event_pb2.EVALUATION_MOMENT_FINAL)
-        self._save(stopped_early)
 
     def _report_memory(self, *, is_whole: bool) -> None:
         """Say what memory came to. Only a run that made every pass of its plan tells how good the prediction was."""
@@ -226,7 +244,7 @@ class Session:
 
     def _save(self, stopped_early: bool) -> None:
         self._reporter.enter_phase("SAVING")
-        artifacts = write_all(
+        written = write_all(
             ArtifactRequest(
                 directory=self._request.artifacts_directory,
                 model_directory=self._request.model_directory,
@@ -240,11 +258,22 @@ class Session:
                 progress=self._progress,
                 stopped_early=stopped_early,
                 versions=library_versions(),
+                export_source=open_source(
+                    request=self._request,
+                    plan=self._plan,
+                    model=self._accelerator.unwrap_model(self._model),
+                    loaded=self._loaded,
+                ),
             ),
             self._switch.check,
         )
         self._reporter.emit(self._realized(stopped_early))
-        for artifact in artifacts:
+        for export in written.exports:
+            self._reporter.emit(export)
+            if not export.accepted:
+                # What was trained is whole; a form of it that is not right is left out, and said.
+                self._reporter.warn(exporting.WARNING_CODE, exporting.describe_refusal(export))
+        for artifact in written.artifacts:
             self._reporter.emit(artifact)
 
     def _realized(self, stopped_early: bool) -> event_pb2.RealizedEvent:

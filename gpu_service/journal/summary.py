@@ -23,6 +23,7 @@ _FOLDED_KINDS = frozenset(
         event_pb2.EVENT_KIND_PHASE,
         event_pb2.EVENT_KIND_CHECKPOINT,
         event_pb2.EVENT_KIND_ARTIFACT,
+        event_pb2.EVENT_KIND_MEMORY_MEASURED,
     }
 )
 
@@ -38,6 +39,9 @@ class RunSummary:
     artifacts: dict[str, event_pb2.ArtifactEvent] = field(default_factory=dict)
     # Committed and not deleted since, by name.
     checkpoints: dict[str, event_pb2.CheckpointEvent] = field(default_factory=dict)
+
+    # What memory came to, once training was over.
+    memory_measured: event_pb2.MemoryMeasuredEvent | None = None
 
     @property
     def is_over(self) -> bool:
@@ -60,6 +64,8 @@ class RunSummary:
                 self.failure = payload.run_state.failure
         elif event.kind == event_pb2.EVENT_KIND_PHASE:
             self.phase = payload.phase.phase
+        elif event.kind == event_pb2.EVENT_KIND_MEMORY_MEASURED:
+            self.memory_measured = payload.memory_measured
         elif event.kind == event_pb2.EVENT_KIND_ARTIFACT:
             self.artifacts[payload.artifact.name] = payload.artifact
         elif payload.checkpoint.status == event_pb2.CHECKPOINT_STATUS_DELETED:

@@ -13,6 +13,7 @@ from typing import Any
 
 from gpu_service.devices import Device, ListDevices
 from gpu_service.doctor import Problem
+from gpu_service.domain.checked_plan import CheckedPlan
 from gpu_service.domain.errors import Fault, Refusal
 from gpu_service.domain.memory import MemoryLedger, Reservation
 from gpu_service.runs.planning import Planning
@@ -26,6 +27,9 @@ class Admitted:
     model_directory: str
     weights_digest: str
     quantization: str
+    # Under what the node keeps its measurements of such runs, and what it has of them, for the planner.
+    kind_of_run: str
+    calibrations: Mapping[str, Any]
     # What a leaving run held of the device until now; given back to it when this one comes to nothing.
     displaced: Reservation | None
 
@@ -75,9 +79,13 @@ class Admission:
         )
 
     async def planning_device(self) -> Device:
-        """The device that a plan is made for: a free one if there is one. Raises `Refusal` DEVICE_UNSUPPORTED."""
+        """The device that a plan is made for: of the free ones, else of all, that with the most memory.
+
+        Raises `Refusal` DEVICE_UNSUPPORTED.
+        """
         usable = _usable(await self.devices())
-        return next((device for device in usable if self._ledger.holder_of(device.id) is None), usable[0])
+        free = [device for device in usable if self._ledger.holder_of(device.id) is None]
+        return max(free or usable, key=lambda device: device.total_memory_bytes)
 
     async def admit(
         self,
@@ -92,8 +100,7 @@ class Admission:
         problem = self.problem()
         if problem is not None:
             raise problem
-        device = self._choose(_usable(await self.devices()), leaving_run_ids)
-        checked = await self._planning.check(spec, device, spec_digest=spec_digest)
+        device, checked = await self._place(spec, spec_digest, leaving_run_ids)
         found_digest = await self._planning.weights_digest(checked)
         if weights_digest and weights_digest != found_digest:
             raise Refusal(
@@ -107,24 +114,56 @@ class Admission:
         # What a leaving run still holds is on its way out; only then does this one start.
         holder = self._ledger.holder_of(device.id)
         displaced = self._ledger.release(holder) if holder is not None else None
-        capacity = device.total_memory_bytes if device.type == "cpu" or holder is not None else device.free_memory_bytes
         self._ledger.reserve(
-            run_id=run_id, device_id=device.id, num_bytes=checked.memory.standing_bytes, capacity_bytes=capacity
+            run_id=run_id,
+            device_id=device.id,
+            num_bytes=checked.memory.standing_bytes,
+            capacity_bytes=_capacity_bytes(device, is_held=holder is not None),
         )
         return Admitted(
             device=device,
             model_directory=str(checked.base_model.directory),
             weights_digest=found_digest,
             quantization=checked.quantization.id,
+            kind_of_run=checked.kind_of_run,
+            calibrations=self._planning.calibrations(checked),
             displaced=displaced,
         )
 
-    def _choose(self, devices: Sequence[Device], leaving_run_ids: Sequence[str]) -> Device:
-        for allowed in (None, *leaving_run_ids):
-            for device in devices:
-                if self._ledger.holder_of(device.id) == allowed:
-                    return device
-        raise Refusal("NODE_BUSY", Fault.PLATFORM, "every device of this node has a run")
+    async def _place(
+        self, spec: Mapping[str, Any], spec_digest: str, leaving_run_ids: Sequence[str]
+    ) -> tuple[Device, CheckedPlan]:
+        """The device for the run by what it is estimated to need, with its plan there.
+
+        First one that has all of it even if every example were as long as they may be, then one that has what is needed
+        whatever their length. Raises `Refusal`: NODE_BUSY, or what the plan was refused with on every device.
+        """
+        fitting: list[tuple[Device, CheckedPlan]] = []
+        too_small: Refusal | None = None
+        for device in self._open_devices(_usable(await self.devices()), leaving_run_ids):
+            try:
+                checked = await self._planning.check(spec, device, spec_digest=spec_digest)
+            except Refusal as refusal:
+                if refusal.reason != "DOES_NOT_FIT":
+                    raise
+                too_small = refusal
+                continue
+            fitting.append((device, checked))
+        if not fitting:
+            raise too_small or Refusal("NODE_BUSY", Fault.PLATFORM, "every device of this node has a run")
+
+        def room(place: tuple[Device, CheckedPlan]) -> int:
+            device, checked = place
+            capacity = _capacity_bytes(device, is_held=self._ledger.holder_of(device.id) is not None)
+            return (capacity >= checked.memory.total_bytes) + (capacity >= checked.memory.standing_bytes)
+
+        # The first of the best: a free device stands before one that a run is leaving.
+        return max(fitting, key=room)
+
+    def _open_devices(self, devices: Sequence[Device], leaving_run_ids: Sequence[str]) -> list[Device]:
+        """Devices that no run has; where there is none, those of the runs that are leaving."""
+        free = [device for device in devices if self._ledger.holder_of(device.id) is None]
+        return free or [device for device in devices if self._ledger.holder_of(device.id) in leaving_run_ids]
 
     async def has_room(self) -> bool:
         """Whether a run could be placed now."""
@@ -132,6 +171,11 @@ class Admission:
         return self.problem() is None and any(
             not device.quarantine_reason and self._ledger.holder_of(device.id) is None for device in devices
         )
+
+
+def _capacity_bytes(device: Device, *, is_held: bool) -> int:
+    """What a run can have of a device: of one that a run is about to leave, and of a CPU, everything."""
+    return device.total_memory_bytes if device.type == "cpu" or is_held else device.free_memory_bytes
 
 
 def _usable(devices: Sequence[Device]) -> list[Device]:

@@ -29,7 +29,9 @@ from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, kill
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
 from gpu_service.shim.records import ExitRecord
 
-_ENGINE_ENVIRONMENT: Mapping[str, str] = {
+ENGINE_ENVIRONMENT: Mapping[str, str] = {
+    # Segments of torch's allocator grow in place: without it gaps between blocks take a part that no estimate knows.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     # NVML, which counted the devices, counts by bus id.
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     # Idle OpenMP threads sleep instead of spinning: where other processes want the cores too (both services do),
@@ -208,7 +210,7 @@ class EnginePool:
         directory = self._directory / uuid.uuid4().hex[:12]
         configuration = EngineConfiguration(
             argv=self._settings.command,
-            environment=_ENGINE_ENVIRONMENT,
+            environment=ENGINE_ENVIRONMENT,
             device={"type": device.type, "index": device.index},
             orphan_limit_seconds=self._settings.orphan_limit_seconds,
             grace_seconds=self._settings.grace_seconds,
@@ -305,6 +307,15 @@ class EnginePool:
 
         self._sending.add(task := asyncio.create_task(send(), context=Context()))
         task.add_done_callback(self._sending.discard)
+
+    async def make_room(self, device_id: str) -> None:
+        """Have an engine without a run leave the device, with what it keeps there; returns when it is gone."""
+        async with self._changing[device_id]:
+            engine = self._engines.get(device_id)
+            if engine is not None and engine.can_take_run:
+                with contextlib.suppress(ShimGone):
+                    await engine.give_up_generations()
+                await self._replace(engine)
 
     async def _replace(self, engine: Engine) -> None:
         watch = self._watches.get(engine.id)

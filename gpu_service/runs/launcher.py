@@ -17,6 +17,7 @@ from gpu_service.domain.memory import MemoryLedger
 from gpu_service.runs.admission import Admission
 from gpu_service.runs.engine import Engine
 from gpu_service.runs.engine_pool import NO_ENDING, EnginePool, EngineStartFailed
+from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.run import Run
 from gpu_service.runs.shim_client import ShimGone
 from gpu_service.runs.signal import Signal, wait_for
@@ -35,6 +36,7 @@ class Launcher:
         *,
         admission: Admission,
         ledger: MemoryLedger,
+        memory: MemoryRecords,
         pool: EnginePool,
         changed: Signal,
         grace_seconds: float,
@@ -42,6 +44,7 @@ class Launcher:
         """`grace_seconds` is for older attempts that a newer one pushes out."""
         self._admission = admission
         self._ledger = ledger
+        self._memory = memory
         self._pool = pool
         self._changed = changed
         self._grace_seconds = grace_seconds
@@ -157,6 +160,7 @@ class Launcher:
             # The engine ended before its shim had heard of the run.
             await self._close_without_engine(run, ending)
             return
+        await self._memory.learn(run)
         self._left(run)
 
     def _left(self, run: Run) -> None:

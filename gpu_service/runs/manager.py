@@ -17,15 +17,17 @@ import structlog
 from gpu_service.domain import fencing
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.domain.memory import MemoryLedger
+from gpu_service.domain.spec import TrainingSpec
 from gpu_service.runs.admission import Admission, Admitted
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.cache_keeper import CacheKeeper
 from gpu_service.runs.engine_pool import EnginePool
 from gpu_service.runs.launcher import Launcher
+from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
 from gpu_service.runs.planning import Planning
 from gpu_service.runs.run import Run
-from gpu_service.runs.run_files import ResumeRequest, find_file, prepare_resume, remove_tree
+from gpu_service.runs.run_files import ResumeRequest, find_file, prepare_resume, prepare_start, remove_tree
 from gpu_service.runs.signal import Signal
 
 _log = structlog.get_logger(__name__)
@@ -57,6 +59,7 @@ class RunManager:
         facts: NodeFacts,
         admission: Admission,
         ledger: MemoryLedger,
+        memory: MemoryRecords,
         blobs: BlobStore,
         pool: EnginePool,
         planning: Planning,
@@ -78,7 +81,12 @@ class RunManager:
         self.changed = Signal()
         pool.on_generation_over = self.changed.fire
         self._launcher = Launcher(
-            admission=admission, ledger=ledger, pool=pool, changed=self.changed, grace_seconds=grace_seconds
+            admission=admission,
+            ledger=ledger,
+            memory=memory,
+            pool=pool,
+            changed=self.changed,
+            grace_seconds=grace_seconds,
         )
         self._cache_keeper = CacheKeeper(
             files=files,
@@ -213,6 +221,12 @@ class RunManager:
                 target=self._files.run_directory(key) / "resume",
                 blob_path=self._blobs.path,
             )
+        start = await asyncio.to_thread(
+            prepare_start,
+            TrainingSpec.from_json(request.spec).start_from,
+            target=self._files.run_directory(key) / "start",
+            blob_path=self._blobs.path,
+        )
         content = {
             "installation_id": key.installation_id,
             "job_id": key.job_id,
@@ -225,7 +239,10 @@ class RunManager:
             "cache_directory": str(self._files.cache),
             "device": {"type": admitted.device.type, "index": admitted.device.index},
             "quantization": admitted.quantization,
+            "kind_of_run": admitted.kind_of_run,
+            "calibrations": admitted.calibrations,
             "resume": resume,
+            "start_from": start,
         }
         directory = await asyncio.to_thread(self._files.write_run, key, content)
         facts = self._facts.with_attempt(key)

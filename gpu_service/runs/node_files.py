@@ -77,8 +77,10 @@ class NodeFiles:
         self.cache = data_directory / "cache"
         self.engines = data_directory / "engines"
         self.runs = data_directory / "runs"
-        # Planning requests of PlanRun; nothing in it outlives a call.
+        # Requests of planners and probes; nothing in it outlives a call.
         self.requests = data_directory / "requests"
+        # What was measured of estimates.
+        self.memory_records = data_directory / "memory.json"
         # Released runs on their way out.
         self.trash = data_directory / "trash"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,24 @@ from gpu_service.domain.checked_plan import HeldBase
 from gpu_service.domain.plan import CheckedPlan
 from gpu_service.domain.spec import TrainingSpec
 from gpu_service.runs.blobs import BlobStore
+from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.models import ModelShelf
 from gpu_service.runs.node_files import NodeFiles
 from gpu_service.runs.planner_process import PlannerProcess, planner_failed
 from gpu_service.runs.run_files import blob_not_found
 from gpu_service.shim import durable_json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRun:
+    """An exact plan as proto JSON, the directories that an engine needs for it, and its kind for measurements."""
+
+    plan: dict[str, Any]
+    plan_directory: str
+    kind_of_run: str
+    model_directory: str
+    blobs_directory: str
+    cache_directory: str
 
 
 class Planning:
@@ -37,19 +50,28 @@ class Planning:
         blobs: BlobStore,
         planner: PlannerProcess,
         versions: Mapping[str, str],
+        memory: MemoryRecords,
     ) -> None:
+        """`memory` is what the node measured; plans are calibrated by it."""
         self._files = files
         self._models = models
         self._blobs = blobs
         self._versions = versions
         self._planner = planner
+        self._memory = memory
 
     async def check(self, spec: Mapping[str, Any], device: Device, *, spec_digest: str = "") -> CheckedPlan:
         """The plan at level CHECK. Raises `Refusal`."""
         parsed = TrainingSpec.from_json(spec)
         model = await self._models.read(parsed.base_model)
         return await asyncio.to_thread(
-            plan.resolve, parsed, model, _for_planning(device), self._versions, spec_digest=spec_digest
+            plan.resolve,
+            parsed,
+            model,
+            _for_planning(device),
+            self._versions,
+            spec_digest=spec_digest,
+            calibrations=self._memory.all(),
         )
 
     async def hold_base(self, spec: TrainingSpec, device: Device) -> HeldBase:
@@ -59,21 +81,28 @@ class Planning:
         digest = await self._models.weights_digest(model)
         return replace(held, base_model=replace(model, weights_digest=digest))
 
+    def calibrations(self, checked: CheckedPlan) -> dict[str, list[list[int]]]:
+        """What the node measured of runs like this one, as a planner is told."""
+        return self._memory.of_kind(checked.kind_of_run)
+
     async def weights_digest(self, checked: CheckedPlan) -> str:
         """The digest of the plan's base. Raises `Refusal` MODEL_INVALID."""
         return await self._models.weights_digest(checked.base_model)
 
     async def check_blobs(self, spec: Mapping[str, Any]) -> None:
-        """Raises `Refusal` BLOB_NOT_FOUND (details `sha256`) unless every dataset is here."""
-        wanted = [dataset.sha256 for dataset in TrainingSpec.from_json(spec).datasets]
-        missing = await self._blobs.find_missing(wanted)
+        """Raises `Refusal` BLOB_NOT_FOUND (details `sha256`) unless every dataset is here, and what it starts from."""
+        missing = await self._blobs.find_missing(TrainingSpec.from_json(spec).contents)
         if missing:
             raise blob_not_found([digest for digest, _ in missing])
 
     async def exact(self, spec: Mapping[str, Any], device: Device) -> dict[str, Any]:
         """The plan at level EXACT, as proto JSON. Raises `Refusal`. Cancelling it kills the planner."""
+        return (await self.exact_run(spec, device)).plan
+
+    async def exact_run(self, spec: Mapping[str, Any], device: Device) -> PlannedRun:
+        """The same with where everything of it lies."""
         checked = await self.check(spec, device)
-        request = {
+        request: dict[str, Any] = {
             "spec": dict(spec),
             "model_directory": str(checked.base_model.directory),
             "blobs_directory": str(self._files.blobs),
@@ -81,6 +110,7 @@ class Planning:
             "device": asdict(_for_planning(device)),
             # As a run's engine has it, so that the run trains by this very plan.
             "weights_digest": await self.weights_digest(checked),
+            "calibrations": self.calibrations(checked),
         }
         async with self._planner.turn():
             # Until the plan is read nothing of it may be deleted to make room.
@@ -89,7 +119,14 @@ class Planning:
             content = await asyncio.to_thread(durable_json.read, Path(answer["plan_directory"]) / "plan.json")
         if content is None:
             raise planner_failed("the planner left no plan.json")
-        return content
+        return PlannedRun(
+            plan=content,
+            plan_directory=str(answer["plan_directory"]),
+            kind_of_run=checked.kind_of_run,
+            model_directory=request["model_directory"],
+            blobs_directory=request["blobs_directory"],
+            cache_directory=request["cache_directory"],
+        )
 
     @asynccontextmanager
     async def at_rest(self) -> AsyncIterator[None]:

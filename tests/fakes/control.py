@@ -44,6 +44,7 @@ class Client:
     """Stubs over one channel."""
 
     def __init__(self, address: str) -> None:
+        self.address = address
         self.channel = grpc.aio.insecure_channel(address)
         self.projects: Any = project_service_pb2_grpc.ProjectServiceStub(self.channel)
         self.datasets: Any = dataset_service_pb2_grpc.DatasetServiceStub(self.channel)

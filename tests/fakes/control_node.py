@@ -36,6 +36,7 @@ from control_service.domain.generation import GeneratedPart, GenerationRequest
 from control_service.domain.node import CatalogEntry, Device, NodeCapabilities, NodeModel, NodeReport
 from control_service.domain.run import ObservedRun, Phase, RunKey, RunState, StopMode
 from control_service.domain.spec import TrainingSpec
+from control_service.domain.start_from import start_files
 from tests.fakes.control_codec import PickleCodec
 
 _CODEC = PickleCodec()
@@ -86,7 +87,9 @@ class FakeRun:
             )
         )
 
-    def checkpoint(self, step: int, data: bytes = b"checkpoint") -> FileReference:
+    def checkpoint(
+        self, step: int, data: bytes = b"checkpoint", *, held_out_loss: float | None = None, best: bool = False
+    ) -> FileReference:
         file = self.node.add_file(data + str(step).encode(), f"step-{step}.safetensors")
         self.emit(
             CheckpointFact(
@@ -96,6 +99,9 @@ class FakeRun:
                 size_bytes=file.size_bytes,
                 manifest_sha256="m" * 64,
                 files=(file,),
+                probe_loss=1.5,
+                held_out_loss=held_out_loss,
+                best=best,
             )
         )
         return file
@@ -106,8 +112,8 @@ class FakeRun:
         self.end(RunState.SUCCEEDED)
         return file
 
-    def fail(self, reason: str, fault: Fault = Fault.PLATFORM) -> None:
-        self.failure = Failure(reason=reason, fault=fault, message="it broke", signal=9)
+    def fail(self, reason: str, fault: Fault = Fault.PLATFORM, **details: str) -> None:
+        self.failure = Failure(reason=reason, fault=fault, message="it broke", signal=9, details=details)
         self.end(RunState.FAILED)
 
     def end(self, state: RunState) -> None:
@@ -206,14 +212,20 @@ class FakeNodeClient:
         )
 
     async def plan_run(
-        self, *, spec: TrainingSpec, level: PlanLevel, timeout_seconds: float | None = None
+        self,
+        *,
+        spec: TrainingSpec,
+        level: PlanLevel,
+        probe_memory: bool = False,
+        timeout_seconds: float | None = None,
     ) -> Mapping[str, Any]:
         node = self._answer()
         node.num_plans += 1
         node.plan_timeouts.append(timeout_seconds)
         if node.plan_error is not None:
             raise node.plan_error
-        return {"level": f"PLAN_LEVEL_{level.value}", "num_steps": "100"}
+        plan: dict[str, Any] = {"level": f"PLAN_LEVEL_{level.value}", "num_steps": "100"}
+        return {**plan, "memory_probe": {"peak_bytes": "7"}} if probe_memory else plan
 
     async def inspect_dataset(
         self, request: InspectDataset, *, timeout_seconds: float | None = None
@@ -262,6 +274,7 @@ class FakeNodeClient:
             raise ResourceExhausted("NODE_BUSY", "no device is free")
         needed = {d.sha256 for d in request.spec.datasets}
         needed |= {file.sha256 for file in (request.resume_from.files if request.resume_from else ())}
+        needed |= {file.sha256 for file in start_files(request.spec)}
         if not needed <= node.blobs.keys():
             raise FailedPrecondition("BLOB_NOT_FOUND", "a blob is missing")
         run = node.runs[key] = FakeRun(node, request)

@@ -36,6 +36,8 @@ def show_plan(out: Output, plan: plan_pb2.Plan, node: str, *, dataset_names: Map
         ("layers", f"{plan.num_covered_linears} of {plan.num_linears} linear layers are covered"),
         ("trainable", f"{plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters"),
         ("memory", f"{byte_count(plan.memory.total_bytes)} estimated, on {plan.device or 'an unnamed device'}"),
+        ("", _memory_parts(plan.memory)),
+        ("peak", _peak(plan)),
         ("node", node),
         ("data digest", plan.data_digest),
     ]
@@ -44,6 +46,29 @@ def show_plan(out: Output, plan: plan_pb2.Plan, node: str, *, dataset_names: Map
             out.line(f"{name:<12} {value}")
     for warning in plan.warnings:
         out.line(f"warning: {warning}")
+
+
+_MEMORY_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "overhead")
+_BASES = {"analytic": "by arithmetic", "calibrated": "by arithmetic and what this node measured"}
+
+
+def _memory_parts(memory: plan_pb2.MemoryEstimate) -> str:
+    sizes = [(name, getattr(memory, f"{name}_bytes")) for name in _MEMORY_PARTS]
+    return ", ".join(f"{name} {byte_count(size)}" for name, size in sizes if size)
+
+
+def _peak(plan: plan_pb2.Plan) -> str:
+    """What the STEP events' peak is expected to come to, and what a probe saw."""
+    if not plan.memory.peak_bytes:
+        return ""
+    predicted = f"{byte_count(plan.memory.peak_bytes)} predicted, {_BASES.get(plan.memory.basis, plan.memory.basis)}"
+    if not plan.HasField("memory_probe"):
+        return predicted
+    probe = plan.memory_probe
+    return (
+        f"{predicted}; {byte_count(probe.peak_bytes)} measured on a step of {probe.step_tokens:,} tokens "
+        f"(longest example {probe.longest_tokens:,}) in {probe.seconds:.0f} s"
+    )
 
 
 def _tokens(plan: plan_pb2.Plan) -> str:

@@ -36,7 +36,7 @@ class AsyncCaller:
         default_seconds: float = DEFAULT_DEADLINE_SECONDS,
     ) -> Response:
         """The response, or a TunesmithError. Repeats with the same request id while the deadline allows, which is
-        `default_seconds` for a method that has none of its own."""
+        at least `default_seconds`."""
         give_request_id(request)
         ends_at = time.monotonic() + self.config.deadline_of(method_of(request), default_seconds=default_seconds)
         return await self.repeat(

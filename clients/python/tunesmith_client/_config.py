@@ -14,6 +14,8 @@ ADDRESS_VARIABLE = "TUNESMITH_ADDRESS"
 DEFAULT_DEADLINE_SECONDS = 15.0
 # GetDataset and PreviewDataset with a base model: a node counts or renders, and may have to be given the rows first.
 INSPECTION_SECONDS = 300.0
+# PlanTraining with a memory probe: the base is loaded as well.
+MEMORY_PROBE_SECONDS = 1800.0
 DEADLINE_SECONDS = {
     # An EXACT plan reads and tokenizes the data.
     "PlanTraining": 300.0,
@@ -65,16 +67,19 @@ class ClientConfig:
         return 2.5 * self.heartbeat_seconds
 
     def deadline_of(self, method: str, *, default_seconds: float = DEFAULT_DEADLINE_SECONDS) -> float:
-        """Seconds that `method` (the RPC's bare name) may take, repeats included."""
+        """Seconds that `method` (the RPC's bare name) may take, repeats included: the longer of its own and the default
+        that its call needs."""
         if self.deadline_seconds is not None:
             return self.deadline_seconds
-        return DEADLINE_SECONDS.get(method, default_seconds)
+        return max(DEADLINE_SECONDS.get(method, 0.0), default_seconds)
 
     def channel_options(self) -> list[tuple[str, int]]:
         """Options of the gRPC channel."""
         return [
             ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            # A ping of gRPC's own that is on its way stands in for the keepalive's; by itself it would wait 60 s.
+            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),
             # gRPC's own waits between connection attempts would reach two minutes; ours decide.

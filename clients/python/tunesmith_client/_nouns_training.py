@@ -18,7 +18,7 @@ from tunesmith.control.v1 import (
     job_service_pb2_grpc,
 )
 from tunesmith_client._caller import Caller
-from tunesmith_client._config import PAGE_SIZE
+from tunesmith_client._config import DEFAULT_DEADLINE_SECONDS, MEMORY_PROBE_SECONDS, PAGE_SIZE
 from tunesmith_client._cursor import Cursor
 from tunesmith_client._errors import NotFound
 from tunesmith_client._outcome import job_result
@@ -41,18 +41,40 @@ class Jobs:
         self._call = caller.call
 
     def plan(
-        self, project_id: int, *, level: "plan_pb2.PlanLevel.ValueType" = plan_pb2.PLAN_LEVEL_EXACT
+        self,
+        project_id: int,
+        *,
+        level: "plan_pb2.PlanLevel.ValueType" = plan_pb2.PLAN_LEVEL_EXACT,
+        probe_memory: bool = False,
     ) -> job_service_pb2.PlanTrainingResponse:
-        """Resolves everything without loading a weight. The answer has `plan` and the `node` that planned."""
-        request = job_service_pb2.PlanTrainingRequest(project_id=project_id, level=level)
-        return self._call(self._stub.PlanTraining, request)
+        """Resolves everything without training. The answer has `plan` and the `node` that planned. With `probe_memory`
+        the node loads the base in a process of its own and measures two steps: the plan has `memory_probe`, or the call
+        raises ResourceExhausted (NODE_BUSY) or TunesmithError (MEMORY_PROBE)."""
+        request = job_service_pb2.PlanTrainingRequest(project_id=project_id, level=level, probe_memory=probe_memory)
+        seconds = MEMORY_PROBE_SECONDS if probe_memory else DEFAULT_DEADLINE_SECONDS
+        return self._call(self._stub.PlanTraining, request, default_seconds=seconds)
 
     def start(
-        self, project_id: int, *, priority: int = 0, max_retries: int | None = None, request_id: str = ""
+        self,
+        project_id: int,
+        *,
+        priority: int = 0,
+        max_retries: int | None = None,
+        from_job_id: str = "",
+        from_checkpoint: str = "",
+        request_id: str = "",
     ) -> job_service_pb2.Job:
-        """Stores a job, QUEUED. The same request_id gives the same job."""
+        """Stores a job, QUEUED. The same request_id gives the same job.
+
+        `from_job_id`: begin with what that job trained, or with a checkpoint of it, and a fresh optimizer.
+        """
         request = job_service_pb2.StartTrainingRequest(
-            project_id=project_id, priority=priority, max_retries=max_retries, request_id=request_id
+            project_id=project_id,
+            priority=priority,
+            max_retries=max_retries,
+            start_from_job_id=from_job_id,
+            start_from_checkpoint=from_checkpoint,
+            request_id=request_id,
         )
         return self._call(self._stub.StartTraining, request).job
 
@@ -164,6 +186,15 @@ class Artifacts:
         artifact = self.get(job_id, name)
         targets = [(destination_of(Path(directory), file), file) for file in artifact.files]
         return [self._download_file(artifact, file, target, progress) for target, file in targets]
+
+    def export(
+        self, job_id: str, format: str, *, max_logit_difference: float | None = None, request_id: str = ""
+    ) -> job_service_pb2.Job:
+        """Queues a job that writes what a finished job trained in another form (`merged`), and gives that job."""
+        request = artifact_service_pb2.ExportArtifactRequest(
+            job_id=job_id, format=format, max_logit_difference=max_logit_difference, request_id=request_id
+        )
+        return self._call(self._stub.ExportArtifact, request).job
 
     def delete(self, job_id: str, name: str, *, request_id: str = "") -> None:
         """Deletes an artifact's bytes and record."""

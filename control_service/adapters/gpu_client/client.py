@@ -107,11 +107,19 @@ class GrpcNodeClient:
             )
 
     async def plan_run(
-        self, *, spec: TrainingSpec, level: PlanLevel, timeout_seconds: float | None = None
+        self,
+        *,
+        spec: TrainingSpec,
+        level: PlanLevel,
+        probe_memory: bool = False,
+        timeout_seconds: float | None = None,
     ) -> Mapping[str, Any]:
         """`Plan` as proto JSON with proto field names."""
         request = run_service_pb2.PlanRunRequest(
-            spec=spec_message(spec), level=PLAN_LEVELS[level], installation_id=self._installation_id
+            spec=spec_message(spec),
+            level=PLAN_LEVELS[level],
+            installation_id=self._installation_id,
+            probe_memory=probe_memory,
         )
         limit = self._plan_timeouts[level]
         timeout = limit if timeout_seconds is None else min(limit, timeout_seconds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,20 @@ class TrainingLoop:
             raise
         self.save()
         return stopped_early
+
+    def rehearse(self, steps: Sequence[int], times: int) -> int:
+        """Make each of the steps so many times, without a word and saving nothing; the device's peak in bytes.
+
+        The weights are no use afterwards. Raises torch.OutOfMemoryError where a run would make its passes smaller.
+        """
+        self.model.train()
+        self.device.start_counting()
+        with attending_within_sequences(self.model):
+            for step in (step for step in steps for _ in range(times)):
+                _, tally, norm = self._accumulate(step, self.pass_size.limit)
+                self.device.peak_bytes()
+                self._update(math.isfinite(tally.mean) and math.isfinite(norm))
+        return self.device.peak_bytes()
 
     def _train(self) -> bool:
         while self.progress.steps_done < self.data.num_steps:

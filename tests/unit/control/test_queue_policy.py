@@ -105,6 +105,13 @@ def test_why_a_job_waits() -> None:
     assert _reasons(one, [_node("a", "org/base")], a=["x"]) == [(1, WaitReason.NODE_BUSY)]
 
 
+def test_a_node_that_is_too_small_for_a_job_does_not_get_it() -> None:
+    small = replace(_node("a", "org/base"), unfit_jobs=frozenset({_job(1).job.job_id}))
+    assert _reasons([_job(1)], [small]) == [(1, WaitReason.NO_NODE)]
+    assert _assigned([_job(1)], [small, _node("b", "org/base")]) == [(1, "b")]
+    assert _assigned([_job(2)], [small]) == [(2, "a")]
+
+
 def test_pinned_weights_and_bound_checkpoints_choose_the_node() -> None:
     nodes = [_node("a", "org/base"), _node("b", "org/base")]
     assert _assigned([_job(1, bound="b")], nodes) == [(1, "b")]

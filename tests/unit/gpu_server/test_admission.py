@@ -13,6 +13,7 @@ from gpu_service.domain.errors import Refusal
 from gpu_service.domain.memory import MemoryLedger
 from gpu_service.runs.admission import Admission, Admitted
 from gpu_service.runs.blobs import BlobStore
+from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.models import ModelShelf
 from gpu_service.runs.node_files import NodeFiles
 from gpu_service.runs.planner_process import PlannerProcess
@@ -46,6 +47,7 @@ class Node:
         self.spec = make_spec([dataset], base_model="org/name", training_type="lora")
         self.ledger = MemoryLedger()
         self.evictable_bytes = 0
+        memory = MemoryRecords(files.memory_records)
         models = ModelShelf(files.models, cache_file=files.cache / "digests.json")
         self.admission = Admission(
             planning=Planning(
@@ -54,6 +56,7 @@ class Node:
                 blobs=BlobStore(files.blobs),
                 planner=PlannerProcess(files.requests),
                 versions={},
+                memory=memory,
             ),
             ledger=self.ledger,
             list_devices=lambda: devices,

@@ -1,0 +1,143 @@
+"""The arithmetic of memory: against the document's worked example, and in how it answers to each setting."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_service.domain.defaults import resolve_batch
+from gpu_service.domain.device import Device
+from gpu_service.domain.memory_calibration import MAX_CELLS, Calibration
+from gpu_service.domain.memory_passes import ExampleSize, LargestPasses, PassShape, largest_possible
+from gpu_service.domain.spec import Batch
+from tests.unit.memory.shapes import make_base, make_estimate
+
+_DOCUMENT = Path(__file__).parents[3] / "docs" / "training.md"
+_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "peak", "total")
+
+
+def _documented() -> list[tuple[str, list[float]]]:
+    text = _DOCUMENT.read_text(encoding="utf-8").split("<!-- memory example -->")[1].split("<!-- end -->")[0]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.strip().splitlines()[2:]]
+    return [(cells[0], [float(cell) for cell in cells[1:]]) for cells in rows]
+
+
+@pytest.mark.parametrize(("name", "numbers"), _documented(), ids=lambda value: value if isinstance(value, str) else "")
+def test_worked_example(name: str, numbers: list[float]) -> None:
+    training_type, *options = re.findall(r"`([^`]+)`", name)
+    estimate = make_estimate(training_type, gradient_checkpointing="gradient_checkpointing" in options)
+    assert [getattr(estimate, f"{part}_bytes") / 1e9 for part in _PARTS] == pytest.approx(numbers, abs=0.0051)
+
+
+def _bytes_of(training_type: str, tokens: int, **options: Any) -> int:
+    examples = (ExampleSize(tokens, 16, tokens),)
+    return make_estimate(training_type, examples=examples, **options).activations_bytes
+
+
+@pytest.mark.parametrize(
+    ("training_type", "options", "per_token"),
+    [
+        ("qlora", {}, 18 * 2048 + 6 * 2048 + 4 * 512 + 14 * 8192 + 14 * 16 + 4 * 32 + 8),
+        ("qlora", {"quantization": {"method": "int8"}}, 26 * 2048 + 6 * 2048 + 4 * 512 + 18 * 8192 + 14 * 16 + 136),
+        ("lora", {}, 18 * 2048 + 6 * 2048 + 4 * 512 + 8 * 8192 + 14 * 16 + 4 * 32 + 8),
+        ("full", {}, 26 * 2048 + 6 * 2048 + 4 * 512 + 8 * 8192 + 4 * 32 + 8),
+    ],
+)
+def test_a_layer_keeps_what_the_document_says(training_type: str, options: dict[str, Any], per_token: int) -> None:
+    shallow, deep = (_bytes_of(training_type, 16384, base=make_base(layers=layers), **options) for layers in (16, 17))
+    casts = 2 * make_base(layers=1).num_linear_parameters + 2 * 2 * 2048 if training_type == "full" else 0
+    # An adapter's casts, and for `full` the gradient that counts beside, are all that a layer has besides.
+    gradients = 4 * (casts // 2)
+    assert deep - shallow + gradients == pytest.approx(16384 * per_token + casts, rel=0.01)
+
+
+def test_logits_grow_with_targets_alone() -> None:
+    few, many = (make_estimate(examples=(ExampleSize(4096, count, 4096),)) for count in (2048, 4096))
+    assert many.peak_bytes - few.peak_bytes == pytest.approx(12 * 2048 * 128_256, rel=0.01)
+
+
+def test_memory_grows_with_tokens_and_not_with_their_square() -> None:
+    one = _bytes_of("qlora", 8192)
+    assert _bytes_of("qlora", 16384) < 2.1 * one
+    # In float32 with shared keys no kernel is fused, and scores of tokens by tokens are made.
+    plain = [_bytes_of("qlora", tokens, quantization={"compute_dtype": "float32"}) for tokens in (4096, 8192)]
+    assert plain[1] > 2.5 * plain[0]
+
+
+def test_smaller_passes_take_less_and_the_gradient_stands_beside_them() -> None:
+    examples = (ExampleSize(2048, 2048, 2048),) * 4
+    whole = make_estimate("full", examples=examples)
+    parts = make_estimate("full", examples=examples, batch={"examples": 4, "micro_batch_examples": 1})
+    assert parts.peak_bytes < whole.peak_bytes
+    alone = make_estimate("full", examples=examples[:1])
+    assert parts.peak_bytes > alone.peak_bytes
+
+
+def test_on_a_cpu_the_peak_is_the_process() -> None:
+    estimate = make_estimate(device=Device())
+    assert estimate.peak_bytes == estimate.total_bytes
+    assert estimate.overhead_bytes > 0
+
+
+def test_largest_passes_are_those_of_the_loop() -> None:
+    passes = LargestPasses(resolve_batch(Batch(examples=4, micro_batch_examples=2, micro_batch_tokens=100)))
+    passes.add_step([ExampleSize(60, 1, 60), ExampleSize(50, 9, 50), ExampleSize(30, 2, 30), ExampleSize(10, 1, 10)])
+    # 60 alone, 50 and 30 together, 10 alone: only the second is largest in something that 60 is not.
+    assert set(passes.shapes) == {PassShape(60, 1, 60), PassShape(80, 11, 50)}
+    assert passes.accumulates
+    long = LargestPasses(resolve_batch(Batch(examples=1, micro_batch_tokens=10)))
+    long.add_step([ExampleSize(60, 1, 60)])
+    assert long.shapes == (PassShape(60, 1, 60),)
+    assert not long.accumulates
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        (Batch(examples=4), PassShape(4 * 128, 4 * 128, 128)),
+        (Batch(examples=4, micro_batch_examples=1), PassShape(128, 128, 128)),
+        (Batch(tokens=1000), PassShape(1000, 1000, 128)),
+        (Batch(tokens=1000, micro_batch_tokens=64), PassShape(128, 128, 128)),
+        (Batch(tokens=1000, micro_batch_examples=2), PassShape(256, 256, 128)),
+    ],
+)
+def test_what_may_be_before_data_is_read(batch: Batch, expected: PassShape) -> None:
+    assert largest_possible(resolve_batch(batch), 128).shapes == (expected,)
+
+
+def test_calibration_scales_by_the_nearest_cell() -> None:
+    plain = make_estimate()
+    assert plain.basis == "analytic"
+    higher = Calibration().with_cell(plain.peak_bytes * 2, plain.peak_bytes * 3)
+    scaled = make_estimate(calibration=higher)
+    assert scaled.basis == "calibrated"
+    assert scaled.peak_bytes == pytest.approx(1.5 * plain.peak_bytes, rel=1e-6)
+    assert scaled.analytic_bytes == plain.peak_bytes
+    assert scaled.weights_bytes == plain.weights_bytes
+    # One that is too far off says nothing.
+    far = Calibration().with_cell(plain.peak_bytes * 10, plain.peak_bytes * 15)
+    assert make_estimate(calibration=far) == plain
+
+
+def test_calibration_never_falls_below_what_was_measured() -> None:
+    calibration = Calibration().with_cell(1000, 1300).with_cell(1000, 900)
+    assert calibration.scale(1000) == 1300
+    assert calibration.with_cell(1100, 1000).scale(1000) == 1300
+    # A peak that comes from something else on the device does not make estimates of others absurd.
+    assert Calibration().with_cell(1000, 9000).scale(1100) == 2200
+    assert Calibration().with_cell(1000, 9000).scale(1000) == 9000
+    assert Calibration().scale(1000) is None
+
+
+def test_calibration_is_bounded_and_comes_back_from_json() -> None:
+    calibration = Calibration()
+    for number in range(1, 3 * MAX_CELLS):
+        calibration = calibration.with_cell(1000 + number, 2000)
+    assert len(calibration.cells) == MAX_CELLS
+    assert Calibration.from_json(calibration.to_json()) == calibration
+    for broken in ([[1]], [[0, 5]], [["a", 5]], 7):
+        with pytest.raises((ValueError, TypeError)):
+            Calibration.from_json(broken)
