@@ -17,6 +17,7 @@ from gpu_service.devices import Device
 from gpu_service.domain import plan
 from gpu_service.domain.checked_plan import HeldBase
 from gpu_service.domain.plan import CheckedPlan
+from gpu_service.domain.plan_base import resolve_base
 from gpu_service.domain.spec import TrainingSpec
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.memory_records import MemoryRecords
@@ -77,7 +78,7 @@ class Planning:
     async def hold_base(self, spec: TrainingSpec, device: Device) -> HeldBase:
         """How the spec's base is held on the device; its weights digest is known. Raises `Refusal`."""
         model = await self._models.read(spec.base_model)
-        held = plan.resolve_base(spec, model, _for_planning(device), self._versions)
+        held = resolve_base(spec, model, _for_planning(device), self._versions)
         digest = await self._models.weights_digest(model)
         return replace(held, base_model=replace(model, weights_digest=digest))
 
