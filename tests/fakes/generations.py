@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ class InProcessEngine:
         quantization: str = "none",
         on_notice: Callable[[dict[str, Any], Any], None] = lambda notice, switch: None,
         chat_template: str = "",
+        device: Mapping[str, Any] | None = None,
+        compute_dtype: str = "float32",
         **sampling: Any,
     ) -> Answered:
         """One generation; `on_notice` gets the switch that ends it."""
@@ -71,7 +73,7 @@ class InProcessEngine:
         directory = self.workspace.models_directory / model
         messages = [("user", content)] if isinstance(content, str) else content
         request = {
-            "device": {"type": "cpu", "index": -1},
+            "device": dict(device or {"type": "cpu", "index": -1}),
             "base_model": model,
             "model_directory": str(directory),
             "weights_digest": base_models.weights_digest(directory, self.workspace.root / "digests.json"),
@@ -80,7 +82,7 @@ class InProcessEngine:
             "quantization": {
                 "method": quantization,
                 "double_quantization": quantization != "none",
-                "compute_dtype": "float32",
+                "compute_dtype": compute_dtype,
             },
             "adapter_directory": None if adapter is None else str(adapter),
             "chat_template": chat_template,
