@@ -79,8 +79,8 @@ def amount(source: ChosenSource, unit: str) -> int:
 
 
 def capacity(lengths: list[int], unit: str) -> int:
-    counted = {"examples": lambda n: 1, "tokens": lambda n: n, "target_tokens": lambda n: -(-n // 2)}[unit]
-    return sum(counted(length) for length in lengths if length)
+    good = [length for length in lengths if length]
+    return {"examples": len(good), "tokens": sum(good), "target_tokens": sum(-(-length // 2) for length in good)}[unit]
 
 
 @st.composite
