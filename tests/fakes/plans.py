@@ -34,7 +34,9 @@ class PlanningRoom:
 
         monkeypatch.setattr(TextTokenizer, "encode", count)
 
-    def write(self, dataset_id: int, rows: Iterable[Mapping[str, Any]], format: str = "prompt-completion") -> Any:
+    def write(
+        self, dataset_id: int, rows: Iterable[Mapping[str, Any]] | bytes, format: str = "prompt-completion"
+    ) -> Any:
         """A dataset; gives its reference."""
         return write_blob(self.root / "blobs", dataset_id, rows, format)
 

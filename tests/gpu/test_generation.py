@@ -1,4 +1,4 @@
-"""Answers on a CUDA device: an adapter over a quantized base, draws that come again, and nothing left for the next run."""
+"""Answers on a CUDA device: an adapter over a quantized base, draws that come again, nothing left for the next run."""
 
 from __future__ import annotations
 

@@ -249,6 +249,8 @@ def test_damaged_checkpoint_is_refused(workspace: Workspace) -> None:
     assert notices[-1] == {"type": "run_finished", "run_directory": str(again), "state": "FAILED", "resident": {}}
     failure = read_log(again).of("run_state")[-1].failure
     assert failure.reason == errors_pb2.ERROR_REASON_RESUME_MISMATCH
+    # By which control knows that another copy may do.
+    assert (failure.fault, failure.details["checkpoint"]) == (errors_pb2.FAULT_HARDWARE, "step-00000002")
     assert failure.file == "checkpoints/step-00000002/weights.safetensors"
     assert read_log(again).of("memory_released")[0].engine_ended
 

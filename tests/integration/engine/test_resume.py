@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gpu_service.catalog import base_models
 from gpu_service.engine import durable
-from tests.fakes.engine_runs import RunLog, StopAfterStep, Workspace, read_log
+from tests.fakes.engine_runs import RunLog, StopAfterStep, TraitRows, Workspace, read_log
 from tests.fakes.tiny_models import TinyOptions
 from tunesmith.common.v1 import errors_pb2
 
@@ -24,15 +24,20 @@ _NUM_STEPS = 24
 # What is equal after so many steps in weights, moments and generators cannot part later.
 _COMPARED_STEPS = 2
 _STEPS_PER_EPOCH = 8
-_NUM_RESUMED = {"qlora": 20, "lora": 20, "full": 20, "full-adamw-8bit": 4}
+_NUM_RESUMED = {"qlora": 20, "lora": 20, "full": 20, "lora-dpo": 4, "full-adamw-8bit": 4}
 _METHODS: dict[str, dict[str, Any]] = {
     # Dropout draws from the generators whose state is kept.
     "qlora": {"lora": {"rank": 4, "dropout": 0.2}},
     "lora": {"lora": {"rank": 4, "dropout": 0.2}},
     "full": {"optimizer": {"learning_rate": 1e-3}},
+    "lora-dpo": {"lora": {"rank": 4, "dropout": 0.2}, "objective": "dpo"},
     # Matrices of 4,096 elements and more have their moments in 8 bits.
     "full-adamw-8bit": {"optimizer": {"name": "adamw-8bit", "learning_rate": 1e-3}},
 }
+_PAIRS = [
+    {"prompt": f"What is {n}?", "chosen": f" {n} it is", "rejected": " no" * (1 + n % 3)}
+    for n in range(4 * _STEPS_PER_EPOCH)
+]
 # What a training is made of; the trainer's own file has seconds in it.
 _STATE_FILES = {"weights.safetensors", "optimizer.safetensors", "optimizer.json", "random.safetensors"}
 
@@ -79,6 +84,7 @@ def test_any_step_can_be_gone_on_from(method: str, workspace: Workspace, run_in_
             # Checkpoints in between change nothing, and are wanted of the first attempt alone.
             hyperparameters=_hyperparameters(method, save_every_steps=1 if resume is None else 0),
             held_out=False,
+            traits=[TraitRows(trait_type="polite", rows=_PAIRS, format="preference")] if "dpo" in method else (),
             attempt=attempt,
             resume=resume,
         )

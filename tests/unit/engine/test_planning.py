@@ -71,6 +71,7 @@ def test_planned(tmp_path: Path) -> None:
         "cache_directory": "/c",
         "device": {"type": "cpu"},
         "weights_digest": "12ab",
+        "calibrations": {},
     }
 
 

@@ -1,5 +1,6 @@
 """The mix contract on real rows: exact counts, shares by tokens, and nothing tokenized that is not taken."""
 
+import json
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -17,8 +18,11 @@ SIZES = {1: 100, 2: 10_000, 3: 30_000}
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, str]]]:
-    return {dataset_id: write_rows(size, seed=dataset_id) for dataset_id, size in SIZES.items()}
+def sources() -> dict[int, bytes]:
+    return {
+        dataset_id: "".join(json.dumps(row) + "\n" for row in write_rows(size, seed=dataset_id)).encode()
+        for dataset_id, size in SIZES.items()
+    }
 
 
 @pytest.fixture
@@ -27,7 +31,7 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanningRoom:
 
 
 @pytest.fixture
-def references(room: PlanningRoom, sources: dict[int, list[dict[str, str]]]) -> list[Any]:
+def references(room: PlanningRoom, sources: dict[int, bytes]) -> list[Any]:
     return [room.write(dataset_id, rows) for dataset_id, rows in sources.items()]
 
 

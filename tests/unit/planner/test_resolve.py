@@ -298,7 +298,9 @@ def test_moments_of_8_bits_take_a_quarter() -> None:
     }
     assert optimizer_bytes["adamw"] == 8 * make_base().num_parameters
     # Two bytes, and two float32 scales for every 256 of them.
-    assert optimizer_bytes["adamw-8bit"] == optimizer_bytes["paged-adamw-8bit"] == 203_125
+    assert optimizer_bytes["adamw-8bit"] == 203_125
+    # Pages are the driver's, and go to the host when the device is full.
+    assert optimizer_bytes["paged-adamw-8bit"] == 0
 
 
 def test_an_optimizer_of_bitsandbytes_needs_bitsandbytes() -> None:
