@@ -78,6 +78,7 @@ class Application:
         """Refuse new work, end or leave the engines, let streams take their last message, and stop."""
         await self.health.enter_graceful_shutdown()
         self.manager.begin_draining()
+        self.desk.drain()
         if not self.settings.keep_engines:
             try:
                 async with asyncio.timeout(self.settings.grace_seconds + _AFTER_GRACE_SECONDS):

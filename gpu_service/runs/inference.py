@@ -66,6 +66,8 @@ class InferenceDesk:
         self._pool = pool
         self._manager = manager
         self._tasks: set[asyncio.Task[None]] = set()
+        # Those that somebody reads.
+        self._read: set[Generation] = set()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedPart, None]:
         """The answer in parts; closing it ends the generation at its next token.
@@ -87,12 +89,14 @@ class InferenceDesk:
         )
         # Neither half a request file nor half an engine may be left behind when the caller goes away meanwhile.
         placing = self._spawn(self._place(generation, request, held), f"place-{generation_id}")
+        self._read.add(generation)
         try:
             await asyncio.shield(placing)
             async with aclosing(generation.parts()) as parts:
                 async for part in parts:
                     yield part
         finally:
+            self._read.discard(generation)
             # Reached at once when the caller goes away, wherever it waits; nothing here waits for the engine.
             generation.fail(busy("nobody reads it"))
             self._pool.end(generation)
@@ -201,6 +205,11 @@ class InferenceDesk:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def drain(self) -> None:
+        """End every answer with NODE_DRAINING, whether its engine leaves or stays."""
+        for generation in self._read:
+            generation.fail(draining())
 
     async def close(self) -> None:
         """Drop what waits for engines; their directories go at the next start."""

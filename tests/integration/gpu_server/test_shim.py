@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -215,3 +216,34 @@ def test_a_lost_shim_is_buried(tmp_path: Path, shims: Shims, engine_too: bool) -
     assert last.failure.reason == errors_pb2.ERROR_REASON_ENGINE_LOST
     assert shims.start(engine, "--bury").wait(60) == 0
     assert payloads(run)[-1].run_state == last
+
+
+def test_a_generation_is_no_run(shims: Shims, tmp_path: Path) -> None:
+    """It leaves the state, the record and every journal alone; a run ends it, and while that goes on there is none."""
+    engine = write_engine(tmp_path)
+    shims.start(engine)
+    server = ShimConnection(engine)
+    content: dict[str, Any] = {"base_model": "org/name", "weights_digest": "w", "adapter_directory": None}
+    content |= {"messages": [{"role": "user", "content": json.dumps({"endless": True})}]}
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps(content))
+    server.status()
+    record = (engine / "shim.json").read_bytes()
+    server.send(type="generate", generation="g", request=str(request))
+    assert server.receive("generated")["text"] == "word "
+    status = server.status()
+    assert (status["state"], status["run_directory"]) == ("idle", None)
+    assert (engine / "shim.json").read_bytes() == record
+
+    directory = write_run(tmp_path, script={"hold_at": "TRAINING", "until_file": str(tmp_path / "go")})
+    server.send(type="start_run", run_directory=str(directory))
+    while not (ended := server.receive("generated")).get("done"):
+        pass
+    assert "finish_reason" not in ended
+    wait_for(lambda: summary_of(directory).last_run_sequence)
+    server.send(type="generate", generation="later", request=str(request))
+    refused = server.receive("generated")
+    assert (refused["generation"], refused["failure"]["reason"]) == ("later", "NODE_BUSY")
+    (tmp_path / "go").touch()
+    assert server.receive("run_finished")["state"] == "SUCCEEDED"
+    server.close()

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gpu_service.engine.generation import decoding
 from gpu_service.engine.resident import BaseShelf
 from gpu_service.engine.stopping import StopMode, StopSwitch
 from gpu_service.engine.training import random_state
@@ -68,6 +69,31 @@ def test_greedy_answers_are_those_of_transformers(
         assert statistics["warm"] is True
         assert answered.last["resident"]["base_model"] == model
     assert said[None] != said[adapter]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_prompt_in_pieces_is_the_same_prompt(
+    workspace: Workspace, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also beyond a sliding window, which the second has."""
+    directory = workspace.models_directory / workspace.place_model(TinyOptions(family=family))
+    base: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    prompt = list(range(3, 203))
+
+    def first_tokens() -> list[int]:
+        tokens = decoding.generate(
+            base,
+            prompt,
+            device=torch.device("cpu"),
+            choose=lambda logits: int(logits.argmax()),
+            before_each=lambda: None,
+        )
+        return [next(tokens) for _ in range(8)]
+
+    with torch.no_grad():
+        whole = first_tokens()
+        monkeypatch.setattr(decoding, "PREFILL_TOKENS", 48)
+        assert first_tokens() == whole
 
 
 def test_a_seed_gives_the_same_draws_again_and_another_gives_others(engine: InProcessEngine, model: str) -> None:
