@@ -22,6 +22,7 @@ from control_service.api.artifacts import ArtifactServicer
 from control_service.api.datasets import DatasetServicer
 from control_service.api.dependencies import Dependencies, EdgeConfig
 from control_service.api.health import HealthReporter
+from control_service.api.inference import InferenceServicer
 from control_service.api.interceptors import CallConfig, CallInterceptor
 from control_service.api.jobs import JobServicer
 from control_service.api.models import ModelServicer
@@ -39,6 +40,7 @@ from control_service.data_directory import Taken
 from tunesmith.control.v1 import (
     artifact_service_pb2_grpc,
     dataset_service_pb2_grpc,
+    inference_service_pb2_grpc,
     job_service_pb2_grpc,
     model_service_pb2_grpc,
     node_service_pb2_grpc,
@@ -153,6 +155,7 @@ def register_services(server: grpc.aio.Server, dependencies: Dependencies) -> tu
         (job_service_pb2_grpc.add_JobServiceServicer_to_server, JobServicer(dependencies)),
         (artifact_service_pb2_grpc.add_ArtifactServiceServicer_to_server, ArtifactServicer(dependencies)),
         (node_service_pb2_grpc.add_NodeServiceServicer_to_server, NodeServicer(dependencies)),
+        (inference_service_pb2_grpc.add_InferenceServiceServicer_to_server, InferenceServicer(dependencies)),
     )
     return tuple(handlers)
 

@@ -47,7 +47,10 @@ class StartRequest:
 
 
 class RunManager:
-    """All runs of this node. `changed` fires whenever a run's state, phase or files change, or the node's own state."""
+    """All runs of this node.
+
+    `changed` fires whenever a run's state, phase or files change, the node's own state, or what its engines keep.
+    """
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class RunManager:
         # True once nothing more will change: standing streams end.
         self.finished = False
         self.changed = Signal()
+        pool.on_generation_over = self.changed.fire
         self._launcher = Launcher(
             admission=admission,
             ledger=ledger,
@@ -295,6 +299,11 @@ class RunManager:
     async def accepting(self) -> bool:
         """Whether a run can be started now."""
         return not self.draining and await self._admission.has_room()
+
+    def is_leaving(self, run_id: str) -> bool:
+        """Whether the run is over, and its device is free as soon as its engine has let go of it."""
+        run = self._runs.get(run_id)
+        return run is not None and run.is_over
 
     @property
     def resident_base_model(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -32,6 +32,7 @@ from control_service.domain.event import (
     StoredEvent,
 )
 from control_service.domain.failure import Failure, Fault
+from control_service.domain.generation import GeneratedPart, GenerationRequest
 from control_service.domain.node import CatalogEntry, Device, NodeCapabilities, NodeModel, NodeReport
 from control_service.domain.run import ObservedRun, Phase, RunKey, RunState, StopMode
 from control_service.domain.spec import TrainingSpec
@@ -329,6 +330,10 @@ class FakeNodeClient:
                 await asyncio.wait_for(self._node.wait_changed(), heartbeat_seconds)
             except TimeoutError:
                 continue
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedPart, None]:
+        yield GeneratedPart(text=self._answer().name, num_tokens=1)
+        yield GeneratedPart(text="", num_tokens=0, finish_reason="STOP", statistics={"num_tokens": 1})
 
     async def find_missing_blobs(self, sha256s: Sequence[str]) -> Mapping[str, int]:
         node = self._answer()

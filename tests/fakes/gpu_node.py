@@ -18,10 +18,17 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
+from tests.fakes.gpu_inference import FakeInference
 from tests.fakes.gpu_inspection import inspect_rows
 from tests.fakes.run_script import NUM_STEPS, artifact_files, closing_payloads, opening_payloads, step_payload
 from tunesmith.common.v1 import errors_pb2, event_pb2, file_pb2, plan_pb2
-from tunesmith.gpu.v1 import blob_service_pb2, blob_service_pb2_grpc, run_service_pb2, run_service_pb2_grpc
+from tunesmith.gpu.v1 import (
+    blob_service_pb2,
+    blob_service_pb2_grpc,
+    inference_service_pb2_grpc,
+    run_service_pb2,
+    run_service_pb2_grpc,
+)
 
 MODEL = "org/tiny"
 WEIGHTS_DIGEST = "a" * 64
@@ -59,10 +66,11 @@ class FakeRun:
         return self.run.state in _OVER
 
 
-class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc.BlobServiceServicer):
+class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc.BlobServiceServicer):
     """Start with `await start()`; `address` says where. `stop()` ends the server and keeps runs and blobs."""
 
     def __init__(self, *, name: str = "fake", num_steps: int = NUM_STEPS) -> None:
+        super().__init__()
         self.name = name
         self.num_steps = num_steps
         self.hold_at_step: int | None = None
@@ -103,6 +111,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         )
         run_service_pb2_grpc.add_RunServiceServicer_to_server(self, self._server)
         blob_service_pb2_grpc.add_BlobServiceServicer_to_server(self, self._server)
+        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()
 

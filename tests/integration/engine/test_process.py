@@ -232,7 +232,7 @@ def test_damaged_checkpoint_is_refused(workspace: Workspace) -> None:
     runs = iter((whole, again))
 
     class Pipe(ControlPipe):
-        def next_run(self) -> Path | None:
+        def next_order(self) -> Path | None:
             return next(runs)
 
         def notify(self, notice: dict[str, Any]) -> None:
