@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from control_service.app.content import all_are_there, free_unnamed, naming
+from control_service.app.content import all_are_there, naming
 from control_service.app.fetch import fetch_files
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeClient
 from control_service.app.settle import Settler
@@ -23,7 +23,6 @@ from control_service.domain.job import Job
 from control_service.domain.job_state import JobState
 from control_service.domain.reconcile import Settle
 from control_service.domain.run import Phase, RunState
-from control_service.domain.start_from import start_files
 
 _log = structlog.get_logger(__name__)
 
@@ -114,8 +113,6 @@ class Collector:
                 )
             collected = [replace(fact, collected=True) for fact in artifacts]
             append_facts(tx, current, collected, codec=self._codec, now=now)
-            # Only a job that did not succeed can be retried.
-            tx.jobs.release_start(job.job_id)
             change_state(tx, current, JobState.SUCCEEDED, codec=self._codec, now=now, message="artifacts are collected")
 
         contents = {file.sha256 for fact in artifacts for file in fact.files}
@@ -123,8 +120,6 @@ class Collector:
             if not await all_are_there(contents, blobs=self._blobs):
                 raise NotFound("BLOB_NOT_FOUND", "content was deleted with another artifact while this one was copied")
             await self._store.transact(work)
-        started = {file.sha256 for file in start_files(job.spec)}
-        await free_unnamed(started, store=self._store, blobs=self._blobs)
         _log.info("job-succeeded", job_id=job.job_id, attempt=job.attempt, num_artifacts=len(artifacts))
 
 

@@ -89,8 +89,11 @@ class JobRepository(Protocol):
     def insert(self, job: Job) -> None:
         """Stores a job, which holds the content that it starts from."""
 
-    def release_start(self, job_id: str) -> None:
-        """The job holds what it started from no longer."""
+    def list_unneeded_starts(self) -> Sequence[str]:
+        """Jobs that SUCCEEDED and hold what they started from: only the others can be tried again."""
+
+    def release_start(self, job_id: str) -> Collection[str]:
+        """The job holds what it started from no longer; the contents that lost a holder."""
 
     def get(self, job_id: str) -> Job | None: ...
 

@@ -53,9 +53,22 @@ class SqlJobs:
         row = self._connection.execute(sa.select(schema.jobs).where(schema.jobs.c.job_id == job_id)).mappings().first()
         return None if row is None else job_from_row({**row})
 
-    def release_start(self, job_id: str) -> None:
+    def list_unneeded_starts(self) -> Sequence[str]:
         """See the port."""
-        BlobReferences(self._connection).replace(job_id, _START, ())
+        table, jobs = schema.blob_references, schema.jobs
+        statement = (
+            sa.select(table.c.job_id)
+            .distinct()
+            .join(jobs, jobs.c.job_id == table.c.job_id)
+            .where(table.c.holder == _START, jobs.c.state == JobState.SUCCEEDED.value)
+        )
+        return list(self._connection.execute(statement).scalars())
+
+    def release_start(self, job_id: str) -> Collection[str]:
+        """See the port."""
+        table = schema.blob_references
+        statement = sa.delete(table).where(table.c.job_id == job_id, table.c.holder == _START)
+        return set(self._connection.execute(statement.returning(table.c.sha256)).scalars())
 
     def update(self, job: Job) -> Job:
         """See the port."""
