@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final
 
 import grpc
@@ -16,11 +17,12 @@ from control_service.adapters.clock import SystemClock, system_ids
 from control_service.adapters.event_codec import ProtoEventCodec
 from control_service.adapters.files.reader import DatasetFileReader
 from control_service.adapters.gpu_client.client import GrpcNodeDialer, NodeClientConfig
-from control_service.adapters.sql.store import SqlStore
+from control_service.adapters.sql.store import DATABASE_NAME, SqlStore
 from control_service.api.artifacts import ArtifactServicer
 from control_service.api.datasets import DatasetServicer
 from control_service.api.dependencies import Dependencies, EdgeConfig
 from control_service.api.health import HealthReporter
+from control_service.api.inference import InferenceServicer
 from control_service.api.interceptors import CallConfig, CallInterceptor
 from control_service.api.jobs import JobServicer
 from control_service.api.models import ModelServicer
@@ -38,13 +40,13 @@ from control_service.data_directory import Taken
 from tunesmith.control.v1 import (
     artifact_service_pb2_grpc,
     dataset_service_pb2_grpc,
+    inference_service_pb2_grpc,
     job_service_pb2_grpc,
     model_service_pb2_grpc,
     node_service_pb2_grpc,
     project_service_pb2_grpc,
 )
 
-DATABASE_NAME: Final = "control.sqlite"
 _LAST_ANSWERS_SECONDS: Final = 1.0
 
 
@@ -91,7 +93,7 @@ class Application:
 
 async def build(settings: Settings) -> Application:
     """Everything, wired and bound to its port, with nothing running. Taken: the port is another process's."""
-    calls = CallInterceptor(config=CallConfig())
+    calls = CallInterceptor(config=CallConfig(stalled_reader_seconds=settings.stalled_reader_seconds))
     server = grpc.aio.server(
         interceptors=[calls],
         options=SERVER_OPTIONS,
@@ -153,6 +155,7 @@ def register_services(server: grpc.aio.Server, dependencies: Dependencies) -> tu
         (job_service_pb2_grpc.add_JobServiceServicer_to_server, JobServicer(dependencies)),
         (artifact_service_pb2_grpc.add_ArtifactServiceServicer_to_server, ArtifactServicer(dependencies)),
         (node_service_pb2_grpc.add_NodeServiceServicer_to_server, NodeServicer(dependencies)),
+        (inference_service_pb2_grpc.add_InferenceServiceServicer_to_server, InferenceServicer(dependencies)),
     )
     return tuple(handlers)
 
@@ -166,6 +169,7 @@ def _runtime_config(settings: Settings) -> RuntimeConfig:
         retention=RetentionConfig(
             release_runs=settings.release_runs,
             replicate_checkpoint_max_bytes=settings.replicate_checkpoint_max_bytes,
+            events=timedelta(days=settings.event_retention_days),
         ),
     )
 

@@ -58,11 +58,18 @@ class Settings(BaseSettings):
     max_watches: int = Field(4096, ge=1, le=4096, description="most watches of jobs at once")
     heartbeat_seconds: float = Field(15.0, gt=0, le=3600, description="a quiet watch gets a heartbeat this often")
     upload_idle_seconds: float = Field(60.0, gt=0, le=3600, description="a silent upload is cut off after this long")
+    stalled_reader_seconds: float = Field(
+        60.0, gt=0, le=3600, description="a caller that takes nothing of a stream for this long is cut off"
+    )
     node_lease_seconds: float = Field(30.0, gt=0, le=3600, description="a silent node is unreachable after this long")
     node_heartbeat_seconds: float = Field(5.0, gt=0, le=600, description="how often nodes are asked to report")
     release_runs: bool = Field(True, description="let nodes delete what control has of jobs that are over")
     replicate_checkpoint_max_bytes: int = Field(
         _GIBIBYTE // 2, ge=0, description="largest checkpoint that is copied into control's store; 0: none"
+    )
+
+    event_retention_days: float = Field(
+        0.0, ge=0, le=36500, description="events of jobs over for longer are deleted, but for the last; 0: never"
     )
 
     @property

@@ -11,6 +11,7 @@ from typing import Final, NoReturn
 
 import structlog
 
+from control_service import backup_command
 from control_service.bootstrap import build
 from control_service.config import Settings, SettingsError, as_text, load_settings
 from control_service.data_directory import Taken, announced, forget_earlier, locked
@@ -29,7 +30,9 @@ def run() -> NoReturn:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serves until SIGTERM or SIGINT; the exit code."""
+    """Serves until SIGTERM or SIGINT, or makes or restores a backup; the exit code."""
+    if argv and argv[0] in backup_command.COMMANDS:
+        return backup_command.main(argv)
     try:
         settings, print_only = load_settings(argv)
     except SettingsError as error:

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from gpu_service import doctor
 from gpu_service.api.blobs import BlobServicer
+from gpu_service.api.inference import InferenceServicer
 from gpu_service.api.interceptors import CallInterceptor
 from gpu_service.api.runs import RunServicer
 from gpu_service.api.server_options import SERVER_OPTIONS
@@ -23,6 +24,7 @@ from gpu_service.runs.admission import Admission
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.capabilities import CapabilityReader
 from gpu_service.runs.engine_pool import EnginePool, EngineSettings
+from gpu_service.runs.inference import InferenceDesk
 from gpu_service.runs.inspection import Inspection
 from gpu_service.runs.manager import RunManager
 from gpu_service.runs.memory_records import MemoryRecords
@@ -31,7 +33,14 @@ from gpu_service.runs.node_files import NodeFiles
 from gpu_service.runs.planner_process import PlannerProcess
 from gpu_service.runs.planning import Planning
 from gpu_service.runs.probing import MemoryProber
-from tunesmith.gpu.v1 import blob_service_pb2, blob_service_pb2_grpc, run_service_pb2, run_service_pb2_grpc
+from tunesmith.gpu.v1 import (
+    blob_service_pb2,
+    blob_service_pb2_grpc,
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+    run_service_pb2,
+    run_service_pb2_grpc,
+)
 
 _log = structlog.get_logger(__name__)
 # What a shim needs beyond the grace to reap, record and close.
@@ -53,6 +62,7 @@ class Application:
     health: health.aio.HealthServicer
     services: tuple[str, ...]
     manager: RunManager
+    desk: InferenceDesk
     models: ModelShelf
     # host:port as it is reached.
     address: str
@@ -77,6 +87,7 @@ class Application:
                 _log.error("drain-unfinished")
         self.manager.finish()
         await self.server.stop(_LAST_CALLS_SECONDS)
+        await self.desk.close()
         await self.manager.close()
         await self.models.close()
 
@@ -123,6 +134,15 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
         grace_seconds=settings.grace_seconds,
         cache_max_bytes=settings.cache_max_bytes,
     )
+    desk = InferenceDesk(
+        files=files,
+        planning=planning,
+        admission=admission,
+        ledger=ledger,
+        blobs=blobs,
+        pool=pool,
+        manager=manager,
+    )
 
     prober = MemoryProber(
         planning=planning,
@@ -145,9 +165,11 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
     )
     run_service_pb2_grpc.add_RunServiceServicer_to_server(run_servicer, server)
     blob_service_pb2_grpc.add_BlobServiceServicer_to_server(BlobServicer(blobs=blobs, manager=manager), server)
+    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(desk=desk), server)
     services = (
         run_service_pb2.DESCRIPTOR.services_by_name["RunService"].full_name,
         blob_service_pb2.DESCRIPTOR.services_by_name["BlobService"].full_name,
+        inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     )
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -158,6 +180,7 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
         health=health_servicer,
         services=services,
         manager=manager,
+        desk=desk,
         models=models,
         address=_bind(server, settings.address),
     )

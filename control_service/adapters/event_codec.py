@@ -118,6 +118,9 @@ def _checkpoint(fact: facts.CheckpointFact) -> Payload:
             manifest_sha256=fact.manifest_sha256,
             files=file_messages(fact.files),
             seconds=fact.seconds,
+            probe_loss=fact.probe_loss,
+            held_out_loss=fact.held_out_loss,
+            best=fact.best,
         )
     )
 
@@ -194,6 +197,9 @@ def _read_checkpoint(payload: Payload) -> Fact:
         manifest_sha256=event.manifest_sha256,
         files=file_values(event.files),
         seconds=event.seconds,
+        probe_loss=event.probe_loss if event.HasField("probe_loss") else None,
+        held_out_loss=event.held_out_loss if event.HasField("held_out_loss") else None,
+        best=event.best,
     )
 
 

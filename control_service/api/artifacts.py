@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+from control_service.api.deadline import seconds_for_nodes
 from control_service.api.dependencies import Dependencies
 from control_service.api.requests import request_key
 from control_service.api.wire.artifacts import artifact_message
-from control_service.app import artifacts
+from control_service.api.wire.jobs import job_message
+from control_service.app import artifacts, exports
 from tunesmith.control.v1 import artifact_service_pb2 as messages
 from tunesmith.control.v1 import artifact_service_pb2_grpc
 
@@ -38,6 +40,22 @@ class ArtifactServicer(artifact_service_pb2_grpc.ArtifactServiceServicer):
         )
         async for chunk in chunks:
             yield messages.DownloadArtifactResponse(chunk=chunk)
+
+    async def ExportArtifact(self, request: messages.ExportArtifactRequest, context: Any) -> Any:
+        """Queues a job that writes what a finished job trained in another form."""
+        view = await exports.export_artifact(
+            request.job_id,
+            request.format,
+            max_logit_difference=request.max_logit_difference if request.HasField("max_logit_difference") else None,
+            timeout_seconds=seconds_for_nodes(context),
+            store=self._on.store,
+            nodes=self._on.nodes,
+            clock=self._on.clock,
+            ids=self._on.ids,
+            codec=self._on.codec,
+            request=request_key(request, method="ExportArtifact"),
+        )
+        return messages.ExportArtifactResponse(job=job_message(view))
 
     async def DeleteArtifact(self, request: messages.DeleteArtifactRequest, context: Any) -> Any:
         """Deletes an artifact's bytes and record."""

@@ -38,11 +38,13 @@ _READ_OUT_SECONDS: Final = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class CallConfig:
-    """How long calls may take. A caller's shorter deadline is kept; streams to the caller have no limit here."""
+    """How long calls may take. A caller's shorter deadline is kept; a stream has no limit while the caller reads it."""
 
     # A call with less time left than this is refused before it can write anything.
     min_remaining_seconds: float = 0.005
     max_seconds: float = 60.0
+    # A reader that takes nothing of a stream for this long is cut off.
+    stalled_reader_seconds: float = 60.0
     # How much of a refused stream is still read; see `_read_out`.
     read_out_bytes: int = 64 << 20
     # By the last part of the method's name.
@@ -116,15 +118,32 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def unary_stream(self, behavior: Any, method: str) -> Any:
         """One request, a stream of answers."""
 
-        async def serve(request: Message, context: Any) -> AsyncIterator[Any]:
+        async def serve(request: Message, context: Any) -> None:
             async with self._boundary(method, context):
                 _accept(request)
-                # A reader that goes away ends this generator at its yield; the behavior's own must end with it.
+                # A reader that goes away cancels this; the behavior's generator must end with it.
                 async with aclosing(behavior(request, context)) as messages:
                     async for message in messages:
-                        yield message
+                        # Not by yielding: what waits at a yield can neither be timed nor told why it ends.
+                        await self._write(context, message)
 
         return serve
+
+    async def _write(self, context: Any, message: Any) -> None:
+        """Gives the reader a message. Unavailable READER_STALLED when it takes none for too long."""
+        seconds = self._config.stalled_reader_seconds
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                await context.write(message)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise Unavailable(
+                "READER_STALLED",
+                f"nothing was taken for {seconds:g} s; go on from the last message",
+                retry_after_seconds=1.0,
+            ) from error
 
     def stream_unary(self, behavior: Any, method: str) -> Any:
         """A stream of requests, one answer."""

@@ -18,6 +18,7 @@ from control_service.api.wire.jobs import (
     job_states,
     plan_level,
     plan_message,
+    start_request,
 )
 from control_service.app import jobs, training
 from control_service.domain.errors import ResourceExhausted
@@ -55,6 +56,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
             request.project_id,
             priority=request.priority,
             max_retries=request.max_retries if request.HasField("max_retries") else DEFAULT_MAX_RETRIES,
+            start=start_request(request),
             timeout_seconds=seconds_for_nodes(context),
             store=self._on.store,
             nodes=self._on.nodes,

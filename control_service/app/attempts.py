@@ -3,19 +3,18 @@ same request again is the same run."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
 
 import structlog
 
 from control_service.app.blob_push import blobs_of_spec, push_missing_blobs
+from control_service.app.checkpoints import forget_checkpoint
 from control_service.app.node_monitor import NodeMonitor
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeClient, StartRun
 from control_service.app.settle import Settler
 from control_service.app.store_ports import Store, Transaction
-from control_service.app.transitions import append_facts, change_state, checkpoint_fact
+from control_service.app.transitions import change_state
 from control_service.domain import retry
-from control_service.domain.artifact import CheckpointStatus
 from control_service.domain.errors import DeadlineTooShort, InvalidArgument, TunesmithError, Unavailable
 from control_service.domain.failure import Failure, Fault
 from control_service.domain.job import Job, JobProgress
@@ -114,15 +113,7 @@ class AttemptStarter:
             current = tx.jobs.get(job.job_id)
             if current is None or current.attempt != job.attempt or current.state is not JobState.DISPATCHING:
                 return
-            for known in tx.checkpoints.list_for_job(job.job_id):
-                if known.name != resume.checkpoint:
-                    continue
-                if known.status is CheckpointStatus.REPLICATED and not resume.files:
-                    tx.checkpoints.put(replace(known, node=""))
-                    continue
-                tx.checkpoints.put(replace(known, node="", status=CheckpointStatus.DELETED))
-                fact = checkpoint_fact(known, CheckpointStatus.DELETED)
-                append_facts(tx, current, [fact], codec=self._codec, now=now)
+            forget_checkpoint(tx, current, resume.checkpoint, codec=self._codec, now=now)
 
         await self._store.transact(work)
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from control_service.app.ports import BlobStore, NodeClient
 from control_service.domain.artifact import FileReference
 from control_service.domain.spec import TrainingSpec
+from control_service.domain.start_from import start_files
 
 
 def blobs_of_spec(spec: TrainingSpec) -> list[FileReference]:
     """The files that a spec needs on a node."""
-    return [FileReference(path="", sha256=d.sha256, size_bytes=d.size_bytes) for d in spec.datasets]
+    datasets = [FileReference(path="", sha256=d.sha256, size_bytes=d.size_bytes) for d in spec.datasets]
+    return [*datasets, *start_files(spec)]
 
 
 async def push_missing_blobs(client: NodeClient, blobs: BlobStore, files: Sequence[FileReference]) -> None:

@@ -170,9 +170,10 @@ class EventHub:
                 if count and size_bytes > self._config.max_page_bytes:
                     events = events[:count]
                     break
-            if not events:
-                # Deleted while it was watched.
+            if not events or events[0].sequence != after_sequence + 1:
+                # Deleted or compacted while it was watched: said, never passed over.
                 job_of(tx, job_id)
+                check_position(tx, job_id, after_sequence)
                 return _Page(last_sequence=after_sequence, message=self._codec.encode_heartbeat(after_sequence))
             return _Page(last_sequence=events[-1].sequence, message=self._codec.encode_page(events))
 

@@ -103,5 +103,8 @@ def _put_checkpoint(tx: Transaction, job: Job, event: StoredEvent, fact: Checkpo
             files=fact.files,
             node=job.node,
             create_time=event.time,
+            probe_loss=fact.probe_loss,
+            held_out_loss=fact.held_out_loss,
+            best=fact.best,
         )
     )

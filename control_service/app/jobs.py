@@ -18,6 +18,7 @@ from control_service.domain.errors import OutOfRange
 from control_service.domain.event import StoredEvent
 from control_service.domain.job import Job, JobView
 from control_service.domain.job_state import CAN_PAUSE, CAN_RESUME, ON_NODE, TERMINAL, JobState, check_verb
+from control_service.domain.start_from import start_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +159,8 @@ async def delete_job(
         """The contents that lost a holder."""
 
         def delete() -> tuple[str, Sequence[str]]:
-            job_of(tx, job_id)
-            held = {file.sha256 for artifact in tx.artifacts.list_for_job(job_id) for file in artifact.files}
+            held = {file.sha256 for file in start_files(job_of(tx, job_id).spec)}
+            held |= {file.sha256 for artifact in tx.artifacts.list_for_job(job_id) for file in artifact.files}
             held |= {file.sha256 for checkpoint in tx.checkpoints.list_for_job(job_id) for file in checkpoint.files}
             tx.jobs.delete(job_id)
             return "", sorted(held)

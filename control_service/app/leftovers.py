@@ -1,5 +1,6 @@
 """Sees to what no live job needs any more: stops runs that go on without one, lets nodes free those that are over, and
-frees control's copies of checkpoints. Writes into no job's log: that of a job that is over is closed."""
+frees control's copies of checkpoints and of what jobs started from. Writes into no job's log: that of a job that is
+over is closed."""
 
 from __future__ import annotations
 
@@ -67,6 +68,7 @@ class LeftoverSweeper:
             self._changed.clear()
             if self._release_runs:
                 await self._forget_checkpoints()
+            await self._forget_starts()
             for view in self._nodes.views():
                 runs = view.report.runs if view.is_reachable and view.report is not None else ()
                 for run in runs:
@@ -85,6 +87,15 @@ class LeftoverSweeper:
             return {file.sha256 for checkpoint in replicated for file in checkpoint.files}
 
         if await self._store.read(lambda tx: bool(tx.checkpoints.list_unneeded())):
+            await free_unnamed(await self._store.transact(work), store=self._store, blobs=self._blobs)
+
+    async def _forget_starts(self) -> None:
+        """What a job that succeeded began with is not needed again."""
+
+        def work(tx: Transaction) -> set[str]:
+            return {sha256 for job_id in tx.jobs.list_unneeded_starts() for sha256 in tx.jobs.release_start(job_id)}
+
+        if await self._store.read(lambda tx: bool(tx.jobs.list_unneeded_starts())):
             await free_unnamed(await self._store.transact(work), store=self._store, blobs=self._blobs)
 
     async def _see_to(self, node: str, run: ObservedRun) -> None:

@@ -5,7 +5,7 @@ The store's own ports are in `store_ports`. Errors that cross a port are `Tunesm
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +16,7 @@ from control_service.domain.artifact import FileReference
 from control_service.domain.dataset import DatasetInspection
 from control_service.domain.dataset_files import OpenedFile
 from control_service.domain.event import ControlFact, Fact, StoredEvent
+from control_service.domain.generation import GeneratedPart, GenerationRequest
 from control_service.domain.node import NodeCapabilities, NodeReport, NodeView
 from control_service.domain.run import ObservedRun, ResumeFrom, RunKey, StopMode
 from control_service.domain.spec import DatasetReference, TrainingSpec
@@ -116,6 +117,10 @@ class NodeClient(Protocol):
 
     def watch_node(self, *, heartbeat_seconds: float) -> AsyncIterator[NodeReport]:
         """The node's report at once, on every change, and every heartbeat. Never ends but by an error."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedPart, None]:
+        """An answer in parts, the last with a finish reason; closing it ends the generation. ResourceExhausted
+        NODE_BUSY, also in the middle: a run needs the device."""
 
     async def find_missing_blobs(self, sha256s: Sequence[str]) -> Mapping[str, int]:
         """Blobs that the node lacks -> bytes of an unfinished write that can be continued."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 from control_service.app.attempts import AttemptStarter
 from control_service.app.back_off import BackOffConfig
 from control_service.app.collector import Collector, CollectorConfig
+from control_service.app.compactor import Compactor
 from control_service.app.content import free_forgotten
 from control_service.app.event_hub import EventHub, EventHubConfig
 from control_service.app.keeper import KeeperPorts
@@ -33,6 +35,8 @@ class RetentionConfig:
     release_runs: bool = True
     # The newest checkpoint of a job is copied into control's store when its files are not larger; 0: never.
     replicate_checkpoint_max_bytes: int = 512 * 1024**2
+    # Events of jobs that were over for longer are compacted to the last one; 0: never.
+    events: timedelta = timedelta(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +113,8 @@ class Runtime:
             release_runs=retention.release_runs,
         )
 
+        self._compactor = Compactor(store=store, clock=clock, back_off=config.back_off, retention=retention.events)
+
     async def start(self, *, configured_nodes: Sequence[tuple[str, str]] = ()) -> None:
         """Takes over the (name, address) pairs from the settings, dials every node, and takes up every live job."""
         now = self._clock.utc_now()
@@ -118,6 +124,7 @@ class Runtime:
         self._supervisor.start()
         self._sweeper.start()
         self._scheduler.start()
+        self._compactor.start()
 
     def drain(self) -> None:
         """Ends watches with SHUTTING_DOWN and dispatches nothing more; supervision goes on."""
@@ -127,6 +134,7 @@ class Runtime:
     async def stop(self) -> None:
         """Ends every task. Runs on nodes go on."""
         self.drain()
+        await self._compactor.stop()
         await self._scheduler.stop()
         await self._sweeper.stop()
         await self._supervisor.stop()

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 import structlog
 
+from control_service.app.checkpoints import forget_checkpoint
 from control_service.app.content import artifact_contents, free_unnamed
 from control_service.app.ports import BlobStore, Clock, EventCodec
 from control_service.app.store_ports import Store, Transaction
@@ -37,6 +38,9 @@ class Settler:
             current = tx.jobs.get(job.job_id)
             if current is None or current.attempt != job.attempt or current.state is not job.state:
                 return False
+            damaged = retry.damaged_checkpoint(settle.failure)
+            if damaged:
+                forget_checkpoint(tx, current, damaged, codec=self._codec, now=now)
             num_retries = current.num_retries + (1 if settle.counts_as_retry else 0)
             wait = not_before
             if settle.counts_as_retry:

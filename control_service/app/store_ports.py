@@ -79,13 +79,21 @@ class DatasetRepository(Protocol):
     def delete(self, dataset_id: int) -> None: ...
 
     def content_is_used(self, sha256: str) -> bool:
-        """True when a dataset, a collected artifact or a replicated checkpoint has this content."""
+        """True when a dataset, a collected artifact, a replicated checkpoint or what a job starts from has this
+        content."""
 
 
 class JobRepository(Protocol):
     """Jobs. `last_sequence` is the event log's to write."""
 
-    def insert(self, job: Job) -> None: ...
+    def insert(self, job: Job) -> None:
+        """Stores a job, which holds the content that it starts from."""
+
+    def list_unneeded_starts(self) -> Sequence[str]:
+        """Jobs that SUCCEEDED and hold what they started from: only the others can be tried again."""
+
+    def release_start(self, job_id: str) -> Collection[str]:
+        """The job holds what it started from no longer; the contents that lost a holder."""
 
     def get(self, job_id: str) -> Job | None: ...
 
@@ -100,6 +108,9 @@ class JobRepository(Protocol):
 
     def in_states(self, states: Collection[JobState]) -> Sequence[Job]:
         """Every job in one of the states, oldest first."""
+
+    def find_compactable(self, *, ended_before: datetime) -> Job | None:
+        """A job that was over before a time and whose log still has more than its last event."""
 
     def count_live_of_project(self, project_id: int) -> int: ...
 
@@ -126,6 +137,9 @@ class EventLog(Protocol):
 
     def bounds(self, job_id: str) -> tuple[int, int]:
         """(oldest kept sequence or 0, newest sequence)."""
+
+    def compact(self, job_id: str, *, before_sequence: int, limit: int) -> int:
+        """Deletes the oldest events before a sequence, at most `limit`; gives how many. The rest has no gap."""
 
 
 class CheckpointRepository(Protocol):

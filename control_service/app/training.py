@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from control_service.app.blob_push import blobs_of_spec, push_missing_blobs
@@ -13,6 +13,7 @@ from control_service.app.model_nodes import nodes_with_model, some_nodes_with_mo
 from control_service.app.plan_asking import ask_in_turn
 from control_service.app.ports import BlobStore, Clock, EventCodec, IdSource, NodeClient, NodeDirectory, PlanLevel
 from control_service.app.queue import views_of
+from control_service.app.start_points import StartRequest, check_same_base, find_start
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import insert_job
 from control_service.domain.errors import invalid_field
@@ -68,6 +69,7 @@ async def start_training(
     *,
     priority: int = 0,
     max_retries: int = 2,
+    start: StartRequest | None = None,
     timeout_seconds: float | None = None,
     store: Store,
     nodes: NodeDirectory,
@@ -76,14 +78,23 @@ async def start_training(
     codec: EventCodec,
     request: RequestKey | None = None,
 ) -> JobView:
-    """Stores a job in state QUEUED. Fails as `plan_training` at level CHECK does, and then writes no job; with no node
+    """Stores a job in state QUEUED; `start` has it begin with what an earlier job left (fails as `find_start` and
+    `check_same_base` do). Fails as `plan_training` at level CHECK does, and then writes no job; with no node
     reachable, or none that answers within `timeout_seconds`, the job waits and is checked when it is dispatched."""
     now = clock.utc_now()
     left = time_left(timeout_seconds, clock)
 
     def earlier_or_snapshot(tx: Transaction) -> JobView | TrainingSpec:
         reference = earlier_reference(tx, request)
-        return _snapshot(tx, project_id)[1] if reference is None else _view(tx, reference)
+        return snapshot(tx)[1] if reference is None else _view(tx, reference)
+
+    def snapshot(tx: Transaction) -> tuple[Project, TrainingSpec, str]:
+        project, spec = _snapshot(tx, project_id)
+        if start is None:
+            return project, spec, ""
+        point = find_start(tx, start)
+        check_same_base(point, spec.base_model)
+        return project, replace(spec, start_from=point.value), point.weights_digest
 
     def _view(tx: Transaction, job_id: str) -> JobView:
         return views_of(tx, [job_of(tx, job_id)], nodes.views(), now)[0]
@@ -91,12 +102,12 @@ async def start_training(
     found = await store.read(earlier_or_snapshot)
     if isinstance(found, JobView):
         return found
-    await _check_plan(found, nodes, left)
+    await check_plan(found, nodes, left)
 
     def work(tx: Transaction) -> JobView:
         def insert() -> tuple[str, JobView]:
             # The project is read again: it may have changed while a node was asked. Its dispatch plans it again.
-            project, spec = _snapshot(tx, project_id)
+            project, spec, weights_digest = snapshot(tx)
             job_id = ids.new_id()
             job = Job(
                 job_id=job_id,
@@ -108,6 +119,7 @@ async def start_training(
                 create_time=now,
                 priority=priority,
                 max_retries=max_retries,
+                weights_digest=weights_digest,
             )
             insert_job(tx, job, codec=codec, now=now)
             return job_id, _view(tx, job_id)
@@ -151,6 +163,8 @@ async def retry_job(
                 priority=earlier.priority,
                 max_retries=earlier.max_retries,
                 retry_of_job_id=earlier.job_id,
+                # What it starts from was made on these weights.
+                weights_digest=earlier.weights_digest if earlier.spec.start_from else "",
             )
             insert_job(tx, job, codec=codec, now=now, message=f"retry of job {earlier.job_id}")
             return new_id, view(new_id)
@@ -166,7 +180,7 @@ def _snapshot(tx: Transaction, project_id: int) -> tuple[Project, TrainingSpec]:
     return project, project.spec([dataset.reference() for dataset in datasets])
 
 
-async def _check_plan(spec: TrainingSpec, nodes: NodeDirectory, left: Callable[[], float | None]) -> None:
+async def check_plan(spec: TrainingSpec, nodes: NodeDirectory, left: Callable[[], float | None]) -> None:
     """Raises what a node refuses the spec with. Asks the next node when one does not answer, or has too little memory;
     none answers: passes."""
 

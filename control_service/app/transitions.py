@@ -39,6 +39,9 @@ def checkpoint_fact(checkpoint: Checkpoint, status: CheckpointStatus) -> Checkpo
         size_bytes=checkpoint.size_bytes,
         manifest_sha256=checkpoint.manifest_sha256,
         files=checkpoint.files,
+        probe_loss=checkpoint.probe_loss,
+        held_out_loss=checkpoint.held_out_loss,
+        best=checkpoint.best,
     )
 
 

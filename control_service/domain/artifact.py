@@ -55,7 +55,10 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A point that training can go on from. `files` may be read from the node, or, REPLICATED, from control's store."""
+    """A point that training can go on from. `files` may be read from the node, or, REPLICATED, from control's store.
+
+    Losses are in nats per target token; None where none was told. `best`: no earlier one had a held-out loss as low.
+    """
 
     job_id: str
     attempt: int
@@ -67,6 +70,9 @@ class Checkpoint:
     files: tuple[FileReference, ...]
     node: str
     create_time: datetime
+    probe_loss: float | None = None
+    held_out_loss: float | None = None
+    best: bool = False
 
 
 def files_to_json(files: Iterable[FileReference]) -> list[dict[str, Any]]:

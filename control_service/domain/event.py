@@ -127,6 +127,9 @@ class CheckpointFact:
     manifest_sha256: str
     files: tuple[FileReference, ...]
     seconds: float = 0.0
+    probe_loss: float | None = None
+    held_out_loss: float | None = None
+    best: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

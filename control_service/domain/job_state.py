@@ -50,6 +50,7 @@ ON_NODE: frozenset[JobState] = frozenset({_D, _R, _PG, _CG})
 CAN_PAUSE: frozenset[JobState] = frozenset({_D, _R})
 CAN_RESUME: frozenset[JobState] = frozenset({_PD})
 CAN_RETRY: frozenset[JobState] = frozenset({_F, _CD})
+CAN_EXPORT: frozenset[JobState] = TERMINAL
 
 
 def check_transition(previous: JobState, following: JobState) -> None:

@@ -20,13 +20,25 @@ RETRIED_REASONS: frozenset[str] = frozenset(
         "CHECKSUM_MISMATCH",
     }
 )
+# The node's disk gave other bytes of the checkpoint than were written: there may be a copy, or an earlier one. What
+# differs in any other way, such as the probe's loss, differs again.
+_DAMAGED_CHECKPOINT = "RESUME_MISMATCH"
 INITIAL_BACK_OFF_SECONDS = 1.0
 MAX_BACK_OFF_SECONDS = 60.0
 
 
 def is_retried(failure: Failure) -> bool:
     """True for a failure that trying again may mend. What the user must change never is."""
-    return failure.fault is not Fault.USER and failure.reason in RETRIED_REASONS
+    if failure.fault is Fault.USER:
+        return False
+    return failure.reason in RETRIED_REASONS or bool(damaged_checkpoint(failure))
+
+
+def damaged_checkpoint(failure: Failure | None) -> str:
+    """Name of the checkpoint whose bytes are damaged, when that is why the run failed; else empty."""
+    if failure is None or failure.reason != _DAMAGED_CHECKPOINT or failure.fault is not Fault.HARDWARE:
+        return ""
+    return failure.details.get("checkpoint", "")
 
 
 def back_off_seconds(num_retries: int) -> float:

@@ -27,6 +27,7 @@ _CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
         "DEVICE_UNSUPPORTED": grpc.StatusCode.FAILED_PRECONDITION,
         "DISK_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
         "DOES_NOT_FIT": grpc.StatusCode.FAILED_PRECONDITION,
+        "GENERATION": grpc.StatusCode.INTERNAL,
         "JOB_STATE": grpc.StatusCode.FAILED_PRECONDITION,
         "LIBRARY_KNOWN_BAD": grpc.StatusCode.FAILED_PRECONDITION,
         "MODEL_INVALID": grpc.StatusCode.FAILED_PRECONDITION,
@@ -34,6 +35,7 @@ _CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
         "MEMORY_PROBE": grpc.StatusCode.INTERNAL,
         "NODE_BUSY": grpc.StatusCode.RESOURCE_EXHAUSTED,
         "NODE_DRAINING": grpc.StatusCode.FAILED_PRECONDITION,
+        "NOT_OFFERED": grpc.StatusCode.FAILED_PRECONDITION,
         "OFFSET_MISMATCH": grpc.StatusCode.FAILED_PRECONDITION,
         "PICKLE_REFUSED": grpc.StatusCode.FAILED_PRECONDITION,
         "PLANNING": grpc.StatusCode.INTERNAL,
@@ -48,18 +50,27 @@ _CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
 # Everything else that a refusal can say is about the request or its data.
 _OTHER_CODE = grpc.StatusCode.INVALID_ARGUMENT
 
+# What the same reason means to a call that asks for the missing thing itself, or that brings no data: (method, reason).
+_CODES_OF_METHODS: Mapping[tuple[str, str], grpc.StatusCode] = MappingProxyType(
+    {
+        ("ReadBlob", "BLOB_NOT_FOUND"): grpc.StatusCode.NOT_FOUND,
+        ("Generate", "MODEL_NOT_FOUND"): grpc.StatusCode.NOT_FOUND,
+        ("Generate", "CHAT_TEMPLATE_MISSING"): grpc.StatusCode.FAILED_PRECONDITION,
+    }
+)
+
 # Seconds after which asking again may help.
 _RETRY_SECONDS: Mapping[str, float] = MappingProxyType({"NODE_BUSY": 5.0, "DISK_FULL": 30.0})
 
 
-def code_of(reason: str) -> grpc.StatusCode:
-    """The gRPC status code of a refusal's reason."""
-    return _CODES.get(reason, _OTHER_CODE)
+def code_of(reason: str, *, method: str = "") -> grpc.StatusCode:
+    """The gRPC status code of a refusal's reason; `method` is the call's bare name."""
+    return _CODES_OF_METHODS.get((method, reason), _CODES.get(reason, _OTHER_CODE))
 
 
-def status_of(refusal: Refusal, *, not_found: bool = False) -> grpc.Status:
-    """The rich status of a refusal. `not_found`: the call asked for the missing thing itself."""
-    code = grpc.StatusCode.NOT_FOUND if not_found else code_of(refusal.reason)
+def status_of(refusal: Refusal, *, method: str = "") -> grpc.Status:
+    """The rich status of a refusal of a call of this bare name."""
+    code = code_of(refusal.reason, method=method)
     metadata = {**refusal.details, "fault": refusal.fault.value}
     for name, value in (
         ("stage", refusal.stage),

@@ -60,7 +60,7 @@ def _wrap(handler: Any, method: str, request_id: str) -> grpc.RpcMethodHandler[A
                 log.refused(refusal)
                 if handler.request_streaming:
                     await _read_out(request)
-                await context.abort_with_status(status_of(refusal, not_found=_asks_for_itself(method, refusal)))
+                await context.abort_with_status(status_of(refusal, method=method.rpartition("/")[2]))
             except Exception as defect:  # noqa: BLE001 - the outermost boundary of a call; logged with its trace
                 log.failed(defect)
                 await context.abort_with_status(internal_status(request_id))
@@ -74,7 +74,7 @@ def _wrap(handler: Any, method: str, request_id: str) -> grpc.RpcMethodHandler[A
                         yield response
             except Refusal as refusal:
                 log.refused(refusal)
-                await context.abort_with_status(status_of(refusal, not_found=_asks_for_itself(method, refusal)))
+                await context.abort_with_status(status_of(refusal, method=method.rpartition("/")[2]))
             except Exception as defect:  # noqa: BLE001 - the outermost boundary of a call; logged with its trace
                 log.failed(defect)
                 await context.abort_with_status(internal_status(request_id))
@@ -102,11 +102,6 @@ async def _read_out(requests: AsyncIterator[Any]) -> None:
                 num_bytes += request.ByteSize()
                 if num_bytes > _READ_OUT_BYTES:
                     return
-
-
-def _asks_for_itself(method: str, refusal: Refusal) -> bool:
-    # A blob that StartRun needs is a precondition; one that ReadBlob was asked for is simply not there.
-    return refusal.reason == "BLOB_NOT_FOUND" and method.endswith("/ReadBlob")
 
 
 class _Call:

@@ -9,7 +9,7 @@ from gpu_service.catalog.families.entry import FamilyEntry
 from gpu_service.catalog.methods.entry import MethodEntry
 from gpu_service.catalog.optimizers.entry import OptimizerEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
-from gpu_service.domain.defaults import ResolvedHyperparameters, ResolvedMix
+from gpu_service.domain.defaults import ResolvedHyperparameters, ResolvedMix, ResolvedQuantization
 from gpu_service.domain.device import Device
 from gpu_service.domain.memory_estimate import MemoryEstimate
 from gpu_service.domain.mix import MixSource
@@ -53,6 +53,16 @@ class DatasetPlan:
             "run_tokens": str(self.run_tokens),
             "run_target_tokens": str(self.run_target_tokens),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldBase:
+    """A base model as a device holds it for a training type."""
+
+    base_model: BaseModel
+    family: FamilyEntry
+    method: MethodEntry
+    quantization: ResolvedQuantization
 
 
 @dataclass(frozen=True, kw_only=True)

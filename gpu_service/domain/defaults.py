@@ -15,6 +15,7 @@ from gpu_service.domain.spec import Batch, Hyperparameters, Mix, decode_message
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_BATCH_EXAMPLES = 8
+DEFAULT_LORA_RANK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,17 +178,10 @@ def apply_defaults(
 ) -> ResolvedHyperparameters:
     """Fills in what is unset. `length_limit` 0 is no known limit; `num_steps` (0: not known) is for the warm-up."""
     check_ranges(given)
-    rank = _or(given.lora.rank, 16)
+    rank = _or(given.lora.rank, DEFAULT_LORA_RANK)
     objective = _or(given.objective, "sft")
-    double_quantization = (
-        _or(given.quantization.double_quantization, True) and quantization.supports_double_quantization
-    )
     return ResolvedHyperparameters(
-        quantization=ResolvedQuantization(
-            method=quantization.id,
-            double_quantization=double_quantization,
-            compute_dtype=_or(given.quantization.compute_dtype, "bfloat16" if device.has_bfloat16 else "float32"),
-        ),
+        quantization=resolve_quantization(given, quantization, device),
         lora=ResolvedLora(
             rank=rank,
             alpha=_or(given.lora.alpha, 2.0 * rank),
@@ -230,6 +224,18 @@ def apply_defaults(
         warn_after_rises=_or(given.warn_after_rises, 3),
         exports=given.exports,
         max_export_logit_difference=_or(given.max_export_logit_difference, 1.0),
+    )
+
+
+def resolve_quantization(
+    given: Hyperparameters, quantization: QuantizationEntry, device: Device
+) -> ResolvedQuantization:
+    """How the base is held on this device."""
+    return ResolvedQuantization(
+        method=quantization.id,
+        double_quantization=_or(given.quantization.double_quantization, True)
+        and quantization.supports_double_quantization,
+        compute_dtype=_or(given.quantization.compute_dtype, "bfloat16" if device.has_bfloat16 else "float32"),
     )
 
 

@@ -5,15 +5,14 @@ device, and knows nothing of library versions that are bad in themselves: the se
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from gpu_service.catalog import datasets as dataset_formats
-from gpu_service.catalog import families, methods, optimizers, quantization, templates
+from gpu_service.catalog import methods, optimizers, templates
 from gpu_service.catalog.base_models import BaseModel, LinearLayer
-from gpu_service.catalog.families.entry import FamilyEntry
 from gpu_service.catalog.methods.entry import MethodEntry
 from gpu_service.catalog.optimizers.entry import OptimizerEntry
-from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
 from gpu_service.domain.counts import bound_datasets, bound_run, check_batch
 from gpu_service.domain.defaults import (
@@ -25,11 +24,13 @@ from gpu_service.domain.defaults import (
     resolve_mix,
 )
 from gpu_service.domain.device import Device
-from gpu_service.domain.errors import Fault, Refusal, refuse_user
+from gpu_service.domain.errors import refuse_user
 from gpu_service.domain.memory_calibration import UNCALIBRATED, Calibration, kind_of_run
 from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.memory_passes import largest_possible
 from gpu_service.domain.mix import compute_sources
+from gpu_service.domain.plan_base import check_device, find_family, find_method, find_quantization, unsupported
+from gpu_service.domain.plan_start import check_exports, check_start, check_task
 from gpu_service.domain.plan_warnings import list_warnings
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
 
@@ -59,7 +60,7 @@ def resolve(
 
     Raises `Refusal` with the reason, the field, and the loading stage that it would have broken:
     TRAINING_TYPE_UNKNOWN, QUANTIZATION_UNKNOWN, COMBINATION_NOT_ALLOWED, MODEL_TYPE_UNKNOWN, MODEL_TYPE_MISMATCH,
-    MODEL_INVALID, DEVICE_UNSUPPORTED, TARGETS_MATCH_NOTHING, DATASET_NOT_FOUND, DATASET_FORMAT_UNKNOWN,
+    MODEL_INVALID, DEVICE_UNSUPPORTED, TARGETS_MATCH_NOTHING, NOT_OFFERED, DATASET_NOT_FOUND, DATASET_FORMAT_UNKNOWN,
     CHAT_TEMPLATE_MISSING, MIX_INFEASIBLE, WEIGHTS_ALL_ZERO, PERCENTAGES_NOT_100, NO_EXAMPLES_LEFT, DOES_NOT_FIT,
     TOO_LARGE, INVALID_FIELD.
     """
@@ -67,23 +68,32 @@ def resolve(
     if base_model.problem:
         raise refuse_user("MODEL_INVALID", base_model.problem, field="base_model", stage="CONFIG")
     check_ranges(given)
-    method = _find_method(spec)
-    quantized = _find_quantization(given, method)
+    trains = check_task(spec)
+    method = find_method(spec)
+    check_exports(spec, method)
+    quantized = find_quantization(given, method)
     _check_objective(given, method)
-    family = _find_family(spec, base_model)
-    _check_device(given, quantized, device, versions or {})
+    family = find_family(spec, base_model)
+    check_device(given, quantized, device, versions or {})
     optimizer = _find_optimizer(given, device, versions or {})
     covered = _cover_layers(given, method, base_model)
+    if spec.start_from is not None:
+        before = _cover_layers(replace(given, lora=spec.start_from.lora), method, base_model)
+        paths, paths_before = ([layer.path for layer in layers] for layers in (covered, before))
+        check_start(spec, method, covered=paths, covered_before=paths_before)
     _check_lengths(given, base_model)
     _check_datasets(spec, base_model)
     mix = resolve_mix(spec.mix)
-    sources = compute_sources(spec.traits)
+    # An export has no data: there is nothing to select or count.
+    sources = compute_sources(spec.traits) if trains else []
     max_length = default_max_length(given, base_model.max_position_embeddings)
     longest = max_length * (2 if given.objective == "dpo" else 1)
     check_batch(given.batch, longest_tokens=longest, max_length=max_length)
-    planned = bound_datasets(spec.traits, sources, mix, spec.datasets)
-    num_epochs, num_steps, total_examples = bound_run(
-        given, sum(item.num_examples for item in planned if not item.held_out), longest_tokens=longest
+    planned = bound_datasets(spec.traits, sources, mix, spec.datasets) if trains else ()
+    num_epochs, num_steps, total_examples = (
+        bound_run(given, sum(item.num_examples for item in planned if not item.held_out), longest_tokens=longest)
+        if trains
+        else (0.0, 0, 0)
     )
     resolved = apply_defaults(
         given,
@@ -157,49 +167,6 @@ def check_fit(needed_bytes: int, device: Device) -> None:
         )
 
 
-def _find_method(spec: TrainingSpec) -> MethodEntry:
-    method = methods.find(spec.training_type)
-    if method is None:
-        known = ", ".join(methods.REGISTRY)
-        raise refuse_user(
-            "TRAINING_TYPE_UNKNOWN",
-            f"the catalog has no training type {spec.training_type!r}; it has {known}",
-            field="training_type",
-        )
-    return method
-
-
-def _find_quantization(given: Hyperparameters, method: MethodEntry) -> QuantizationEntry:
-    field = "hyperparameters.quantization.method"
-    name = given.quantization.method or method.quantizations[0]
-    entry = quantization.REGISTRY.get(name)
-    if entry is None:
-        known = ", ".join(quantization.REGISTRY)
-        raise refuse_user(
-            "QUANTIZATION_UNKNOWN",
-            f"the catalog has no quantization {name!r}; it has {known}",
-            field=field,
-            stage="QUANTIZATION",
-        )
-    if name not in method.quantizations:
-        raise refuse_user(
-            "COMBINATION_NOT_ALLOWED",
-            f"training type {method.id!r} does not go with quantization {name!r}; it goes with "
-            + ", ".join(method.quantizations),
-            field=field,
-            stage="QUANTIZATION",
-            allowed=",".join(method.quantizations),
-        )
-    if given.quantization.double_quantization and not entry.supports_double_quantization:
-        raise refuse_user(
-            "COMBINATION_NOT_ALLOWED",
-            f"quantization {name!r} has no block scales to quantize again",
-            field="hyperparameters.quantization.double_quantization",
-            stage="QUANTIZATION",
-        )
-    return entry
-
-
 def _find_optimizer(given: Hyperparameters, device: Device, versions: Mapping[str, str]) -> OptimizerEntry:
     entry = optimizers.REGISTRY.get(given.optimizer.name or "adamw")
     if entry is None:
@@ -211,12 +178,12 @@ def _find_optimizer(given: Hyperparameters, device: Device, versions: Mapping[st
         )
     if device.type not in entry.devices:
         offered = ", ".join(name for name, other in optimizers.REGISTRY.items() if device.type in other.devices)
-        raise _unsupported(
+        raise unsupported(
             f"optimizer {entry.id!r} is not offered on {device.name}; there are {offered}", "optimizer.name", stage=""
         )
     missing = [name for name in entry.requires if versions and name not in versions]
     if missing:
-        raise _unsupported(f"optimizer {entry.id!r} needs {missing[0]}, which is not here", "optimizer.name", stage="")
+        raise unsupported(f"optimizer {entry.id!r} needs {missing[0]}, which is not here", "optimizer.name", stage="")
     return entry
 
 
@@ -236,66 +203,6 @@ def _check_objective(given: Hyperparameters, method: MethodEntry) -> None:
             "objective 'dpo' compares answers: loss_on can only be 'targets'",
             field="hyperparameters.loss_on",
         )
-
-
-def _find_family(spec: TrainingSpec, base_model: BaseModel) -> FamilyEntry:
-    config_type = base_model.config_type
-    if not spec.model_type:
-        for entry in families.REGISTRY.values():
-            if config_type in entry.config_types:
-                return entry
-        raise refuse_user(
-            "MODEL_TYPE_UNKNOWN",
-            f"no model type of the catalog accepts config type {config_type!r}; name one of "
-            + ", ".join(families.REGISTRY),
-            field="model_type",
-            stage="CONFIG",
-            config_type=config_type,
-        )
-    family = families.REGISTRY.get(spec.model_type)
-    if family is None:
-        raise refuse_user(
-            "MODEL_TYPE_UNKNOWN",
-            f"the catalog has no model type {spec.model_type!r}; it has {', '.join(families.REGISTRY)}",
-            field="model_type",
-            stage="CONFIG",
-        )
-    # A config that names no type is built by the family's own config class.
-    if config_type and config_type not in family.config_types:
-        raise refuse_user(
-            "MODEL_TYPE_MISMATCH",
-            f"the project says model type {family.id!r}, which accepts {', '.join(family.config_types)}, and the "
-            f"model's config.json says {config_type!r}",
-            field="model_type",
-            stage="CONFIG",
-            model_type=family.id,
-            config_type=config_type,
-        )
-    return family
-
-
-def _check_device(
-    given: Hyperparameters, quantized: QuantizationEntry, device: Device, versions: Mapping[str, str]
-) -> None:
-    if device.type not in quantized.devices:
-        raise _unsupported(f"{device.name} cannot do quantization {quantized.id!r}", "quantization.method")
-    missing = [name for name in quantized.requires if versions and name not in versions]
-    if missing:
-        raise _unsupported(
-            f"quantization {quantized.id!r} needs {missing[0]}, which is not here", "quantization.method"
-        )
-    wanted = given.quantization.compute_dtype
-    if wanted == "float16" and device.type == "cpu":
-        raise _unsupported("a CPU does not train in float16", "quantization.compute_dtype")
-    if wanted == "bfloat16" and device.type == "cuda" and not device.has_bfloat16:
-        raise _unsupported(
-            f"{device.name} (compute capability {device.compute_capability}) has no bfloat16",
-            "quantization.compute_dtype",
-        )
-
-
-def _unsupported(message: str, field: str, *, stage: str = "QUANTIZATION") -> Refusal:
-    return Refusal("DEVICE_UNSUPPORTED", Fault.USER, message, stage, f"hyperparameters.{field}")
 
 
 def _cover_layers(given: Hyperparameters, method: MethodEntry, base_model: BaseModel) -> tuple[LinearLayer, ...]:

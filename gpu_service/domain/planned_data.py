@@ -204,6 +204,10 @@ class PlannedData:
             raise IndexError(source_index)
         return self._shards[source_index].example(example_index)
 
+    def row(self, reference: ExampleReference) -> int:
+        """Which row of its dataset the example was made of, from 0; blank lines are none."""
+        return self._shards[reference.source_index].row(reference.example_index)
+
     def held_out_examples(self) -> list[ExampleReference]:
         """Every held-out example, in the order of the sources."""
         return [ExampleReference(*pair) for pair in _REFERENCE.iter_unpack(self._held_out)]

@@ -141,6 +141,9 @@ class StartFrom:
     job_id: str = ""
     name: str = ""
     files: tuple[StoredFile, ...] = ()
+    # Of the earlier job; empty: not told.
+    training_type: str = ""
+    lora: Lora = Lora()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +179,13 @@ class TrainingSpec:
                 "INVALID_FIELD", "examples and tokens exclude each other", field="hyperparameters.batch.tokens"
             )
         return spec
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """SHA-256 of everything that must be on a node before a run: datasets, and what an earlier job left."""
+        start = self.start_from
+        files = () if start is None else start.files
+        return (*(dataset.sha256 for dataset in self.datasets), *(file.sha256 for file in files))
 
     def find_dataset(self, dataset_id: int) -> DatasetReference:
         """The reference with this id. Raises `Refusal` DATASET_NOT_FOUND."""

@@ -1,7 +1,7 @@
 """The engine's end of the control pipe: JSON lines in both directions, read by one small thread.
 
-Commands become entries of a queue, but for stops, which reach the run in hand at once. Refuses nothing silently: a line
-that is no known command is logged. Knows nothing of training.
+Runs and generations become entries of a queue; stops reach what they are for at once. A run that arrives ends every
+generation. Refuses nothing silently: a line that is no known command is logged. Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import json
 import logging
 import socket
 import threading
+import time
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from gpu_service.engine.generation.order import GenerationOrder
 from gpu_service.engine.stopping import StopMode, StopSwitch
 
 _LOG = logging.getLogger(__name__)
@@ -25,11 +27,13 @@ class ControlPipe:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._runs: SimpleQueue[Path | None] = SimpleQueue()
+        self._orders: SimpleQueue[Path | GenerationOrder | None] = SimpleQueue()
         self._write_lock = threading.Lock()
         self._current: tuple[Path, StopSwitch] | None = None
         # Stops that came for a run before the training thread took it up.
         self._early_stops: dict[Path, StopMode] = {}
+        # Generations that are waiting or in hand.
+        self._generations: dict[str, GenerationOrder] = {}
         self._shutting_down = False
 
     @property
@@ -40,11 +44,11 @@ class ControlPipe:
         """Begin to read, in a thread that ends with the process."""
         threading.Thread(target=self._read_commands, name="control", daemon=True).start()
 
-    def next_run(self) -> Path | None:
-        """Wait for the next run directory. None means that the engine is to end."""
+    def next_order(self) -> Path | GenerationOrder | None:
+        """Wait for the next run directory or generation. None means that the engine is to end."""
         if self._shutting_down:
             return None
-        return self._runs.get()
+        return self._orders.get()
 
     def begin(self, run_directory: Path, switch: StopSwitch) -> None:
         """The training thread takes up a run: stops for it reach `switch` from now on."""
@@ -59,13 +63,18 @@ class ControlPipe:
         """The run is over."""
         self._current = None
 
+    def end_generation(self, order: GenerationOrder) -> None:
+        """The generation is over."""
+        self._generations.pop(order.id, None)
+
     def shut_down(self) -> None:
         """End the run in hand at a checkpoint, then the engine. Safe in a signal handler."""
         self._shutting_down = True
+        self._cancel_generations()
         current = self._current
         if current is not None:
             current[1].request(StopMode.CHECKPOINT)
-        self._runs.put(None)
+        self._orders.put(None)
 
     def notify(self, notice: dict[str, Any]) -> None:
         """Send one notice. A pipe that is gone is not an error: the journal is the truth, and the reader has ended."""
@@ -98,7 +107,12 @@ class ControlPipe:
             command = json.loads(line)
             kind = command["type"]
             if kind == "start_run":
-                self._runs.put(Path(command["run_directory"]))
+                self._cancel_generations()
+                self._orders.put(Path(command["run_directory"]))
+            elif kind == "generate":
+                self._add_generation(str(command["generation"]), Path(command["request"]))
+            elif kind == "cancel_generate":
+                self._cancel_generations(command["generation"])
             elif kind == "stop_run":
                 self._stop(Path(command["run_directory"]), StopMode(command["mode"]))
             elif kind == "shutdown":
@@ -107,6 +121,18 @@ class ControlPipe:
                 _LOG.warning("unknown command %r", kind)
         except (ValueError, KeyError, TypeError) as error:
             _LOG.warning("command not understood (%s): %r", error, line[:200])
+
+    def _add_generation(self, generation_id: str, request_file: Path) -> None:
+        order = GenerationOrder(id=generation_id, request_file=request_file, arrival_seconds=time.monotonic())
+        self._generations[generation_id] = order
+        self._orders.put(order)
+
+    def _cancel_generations(self, generation_id: str | None = None) -> None:
+        """End this one, or all, at the next token."""
+        # A copy: the main thread takes out what is over.
+        for order in list(self._generations.values()):
+            if generation_id in (None, order.id):
+                order.switch.request(StopMode.CANCEL)
 
     def _stop(self, run_directory: Path, mode: StopMode) -> None:
         if self._early_stops.get(run_directory) is not StopMode.CANCEL:

@@ -118,12 +118,9 @@ def describe(path: Path, directory: Path) -> StoredFile:
 
 
 def write_manifest(directory: Path, facts: dict[str, Any], files: Sequence[StoredFile]) -> StoredFile:
-    """Write `manifest.json` with `facts` and `files`, fsynced; every other file must be complete by now."""
-    for stored in files:
-        sync(directory / stored.path)
+    """Write `manifest.json` with `facts` and `files` into a staged directory; every other file is complete by now."""
     path = directory / MANIFEST_FILE
     path.write_text(json.dumps(facts | {"files": [asdict(stored) for stored in files]}, indent=1), encoding="utf-8")
-    sync(path)
     return describe(path, directory)
 
 

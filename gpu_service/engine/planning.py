@@ -1,4 +1,7 @@
-"""Runs the planner as a child process and reads its answer. Plans nothing itself; a stop kills the child at once."""
+"""Runs the planner as a child process and reads its answer; a stop kills the child at once.
+
+Counts nothing itself: a run without data needs no planner, only the checks.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from google.protobuf import json_format
+
+from gpu_service.catalog.base_models import read_directory
+from gpu_service.domain.errors import Refusal
+from gpu_service.domain.plan import Device, resolve
+from gpu_service.domain.spec import TrainingSpec, spec_digest
 from gpu_service.engine.failures import RunFailure, library_versions
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.request import RunRequest
 from gpu_service.engine.stopping import StopSwitch
 from gpu_service.journal.events import failure
-from tunesmith.common.v1 import event_pb2
+from tunesmith.common.v1 import event_pb2, plan_pb2
 
 _LOG_INTERVAL_SECONDS = 2.0
 _MAX_OUTPUT_CHARACTERS = 4000
@@ -80,6 +90,24 @@ def plan(
             signal=-child.returncode if child.returncode < 0 else None,
         )
     )
+
+
+def check(request: RunRequest, *, device: dict[str, Any]) -> plan_pb2.Plan:
+    """The plan of a run without data, at level CHECK: everything resolved, nothing selected or counted.
+
+    Raises RunFailure when the spec is refused (its own reason and fault).
+    """
+    try:
+        base = read_directory(request.model_directory, request.spec.base_model)
+        checked = resolve(
+            TrainingSpec.from_json(request.spec_json),
+            replace(base, weights_digest=request.weights_digest),
+            Device.from_json(device),
+            spec_digest=spec_digest(request.spec_json),
+        )
+    except Refusal as refusal:
+        raise _refusal(refusal.to_failure()) from refusal
+    return json_format.ParseDict(checked.to_json(), plan_pb2.Plan())
 
 
 def _follow(child: subprocess.Popen[bytes], reporter: Reporter) -> dict[str, Any]:

@@ -30,6 +30,14 @@ class ResumePoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartPoint:
+    """What an earlier job left, whose weights this one begins with: `adapter`, `model`, or a checkpoint's name."""
+
+    directory: Path
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRequest:
     """One attempt at a job, as the server persisted it."""
 
@@ -48,6 +56,7 @@ class RunRequest:
     resume: ResumePoint | None
     # What the node measured of such runs, as the planner takes it.
     calibrations: dict[str, Any] = field(default_factory=dict)
+    start: StartPoint | None = None
 
     @property
     def journal_path(self) -> Path:
@@ -69,7 +78,7 @@ def read(run_directory: Path) -> RunRequest:
     """
     document = json.loads((run_directory / "run.json").read_text(encoding="utf-8"))
     spec = json_format.ParseDict(document["spec"], training_spec_pb2.TrainingSpec())
-    resume = document.get("resume")
+    resume, start = document.get("resume"), document.get("start_from")
     return RunRequest(
         run_directory=run_directory,
         job_id=document["job_id"],
@@ -88,4 +97,5 @@ def read(run_directory: Path) -> RunRequest:
             directory=Path(resume["checkpoint_directory"]), name=resume["checkpoint"], step=int(resume["step"])
         ),
         calibrations=document.get("calibrations") or {},
+        start=None if start is None else StartPoint(directory=Path(start["directory"]), name=start["name"]),
     )

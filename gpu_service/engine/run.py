@@ -1,7 +1,8 @@
 """One run from its first event to what comes before its last: plan, load, evaluate, train, save.
 
-A straight line of phases over a resident base. Ends by returning, or by raising StopRequested or RunFailure; the last
-events and the memory are the caller's (`ending`). Contains no training step and no loading stage.
+A straight line of phases over a resident base; an export only loads and saves. Ends by returning, or by raising
+StopRequested or RunFailure; the last events and the memory are the caller's (`ending`). Contains no training step and
+no loading stage.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from types import ModuleType
 from google.protobuf import json_format
 
 from gpu_service.catalog import families, methods, quantization, templates
+from gpu_service.domain.plan_start import EXPORT
 from gpu_service.domain.planned_data import PlannedData, PlannedDataDamaged
-from gpu_service.engine import planning
+from gpu_service.engine import export_job, planning
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure, from_exception
 from gpu_service.engine.loading import Loaded, LoadRequest, load
@@ -50,6 +52,20 @@ class Run:
 
     def execute(self) -> None:
         """The whole run. Raises StopRequested, RunFailure, and what nothing here understands."""
+        if self.request.spec.task == EXPORT:
+            self._export()
+        else:
+            self._train()
+
+    def _export(self) -> None:
+        """No data, no optimizer: what an earlier job left is loaded and written in another form."""
+        plan = planning.check(self.request, device=self.device.describe())
+        self.reporter.emit(plan)
+        self.switch.check()
+        loaded, _ = self._load(plan)
+        export_job.export(request=self.request, plan=plan, loaded=loaded, switch=self.switch, reporter=self.reporter)
+
+    def _train(self) -> None:
         self.reporter.enter_phase("PLANNING")
         plan_directory = planning.plan(
             self.request,
@@ -115,6 +131,7 @@ class Run:
                 compute_dtype=compute_dtype,
                 device=self.device.torch_device,
                 resident_model=None if self.resident is None else self.resident.model,
+                start=self.request.start,
             ),
             loaded,
             switch=self.switch,

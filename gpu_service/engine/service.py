@@ -1,4 +1,4 @@
-"""Runs what the control pipe brings, one run after the other, and is the outermost boundary of each.
+"""Runs what the control pipe brings, one run or generation after the other, and is the outermost boundary of each run.
 
 Here, and only here, an exception that nothing understood becomes a typed failure; the engine ends after it, because
 what it left in the process is unknown. Imports torch: the entry point loads this module late.
@@ -15,6 +15,8 @@ from gpu_service.engine import devices, request
 from gpu_service.engine.control import ControlPipe
 from gpu_service.engine.ending import Outcome, conclude
 from gpu_service.engine.failures import RunFailure, unforeseen
+from gpu_service.engine.generation import service as generation
+from gpu_service.engine.generation.order import GenerationOrder
 from gpu_service.engine.planning import PLANNER_COMMAND
 from gpu_service.engine.reporter import Notify, Reporter
 from gpu_service.engine.resident import BaseShelf
@@ -27,7 +29,7 @@ from tunesmith.common.v1 import event_pb2
 _LOG = logging.getLogger(__name__)
 
 EXIT_CLEAN = 0
-# After a run failed in this process; its outcome is in the journal.
+# After a run or a generation failed in this process; a run's outcome is in the journal.
 EXIT_AFTER_FAILURE = 70
 
 _STATE_BY_STOP = {
@@ -37,12 +39,19 @@ _STATE_BY_STOP = {
 
 
 def serve(pipe: ControlPipe) -> int:
-    """Carry out runs until the pipe says to end. The process' exit status."""
+    """Carry out runs and generations until the pipe says to end. The process' exit status."""
     # What the libraries made when they were imported lives as long as the process. The collections that give a run's
     # memory back need not walk it: a third of a second each.
     gc.freeze()
     shelf = BaseShelf()
-    while (run_directory := pipe.next_run()) is not None:
+    while (order := pipe.next_order()) is not None:
+        if isinstance(order, GenerationOrder):
+            ends_engine = generation.carry_out(order, shelf=shelf, notify=pipe.notify)
+            pipe.end_generation(order)
+            if ends_engine:
+                return EXIT_AFTER_FAILURE
+            continue
+        run_directory = order
         switch = StopSwitch()
         pipe.begin(run_directory, switch)
         outcome = carry_out(run_directory, shelf=shelf, switch=switch, notify=pipe.notify)

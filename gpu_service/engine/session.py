@@ -10,7 +10,8 @@ from types import ModuleType
 
 from gpu_service.catalog import optimizers
 from gpu_service.domain.planned_data import PlannedData
-from gpu_service.engine.artifacts import ArtifactRequest, write_all
+from gpu_service.engine.artifacts import ArtifactRequest, exporting, write_all
+from gpu_service.engine.artifacts.export_source import open_source
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import library_versions
 from gpu_service.engine.loading import Loaded
@@ -243,7 +244,7 @@ class Session:
 
     def _save(self, stopped_early: bool) -> None:
         self._reporter.enter_phase("SAVING")
-        artifacts = write_all(
+        written = write_all(
             ArtifactRequest(
                 directory=self._request.artifacts_directory,
                 model_directory=self._request.model_directory,
@@ -257,11 +258,22 @@ class Session:
                 progress=self._progress,
                 stopped_early=stopped_early,
                 versions=library_versions(),
+                export_source=open_source(
+                    request=self._request,
+                    plan=self._plan,
+                    model=self._accelerator.unwrap_model(self._model),
+                    loaded=self._loaded,
+                ),
             ),
             self._switch.check,
         )
         self._reporter.emit(self._realized(stopped_early))
-        for artifact in artifacts:
+        for export in written.exports:
+            self._reporter.emit(export)
+            if not export.accepted:
+                # What was trained is whole; a form of it that is not right is left out, and said.
+                self._reporter.warn(exporting.WARNING_CODE, exporting.describe_refusal(export))
+        for artifact in written.artifacts:
             self._reporter.emit(artifact)
 
     def _realized(self, stopped_early: bool) -> event_pb2.RealizedEvent:

@@ -34,6 +34,7 @@ EventMessage = (
     | event_pb2.NodeReachabilityEvent
     | event_pb2.MicroBatchReducedEvent
     | event_pb2.MemoryMeasuredEvent
+    | event_pb2.ExportEvent
 )
 
 

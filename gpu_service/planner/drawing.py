@@ -1,7 +1,7 @@
 """Rows of one dataset drawn in a seeded order, until there are enough examples or enough tokens of them.
 
-Draws no row that it does not need: where tokens are counted, a row is read only if it must fit or is likelier to bring
-the amount nearer to what is wanted than not. Decides nothing about how much is wanted.
+Draws no row that it does not need: where tokens are counted, a row is read only if it must fit, or if its bytes say
+that it brings the amount nearer to what is wanted. Decides nothing about how much is wanted.
 """
 
 from array import array
@@ -13,6 +13,8 @@ from gpu_service.planner.row_index import RowIndex
 from gpu_service.planner.token_store import TokenStore
 
 _CHUNK_ROWS = 4096
+# Among so many rows, in their order, the last one is looked for.
+_LAST_ROWS = 64
 
 
 class Draw:
@@ -63,7 +65,7 @@ class Draw:
         while self.num_left and (wanted is None or self.amount < wanted):
             # So many rows cannot exceed it, whatever they hold.
             safe = _CHUNK_ROWS if wanted is None else int((wanted - self.amount) / self._most_per_row)
-            if safe < 1 and wanted is not None and not self._brings_nearer(wanted):
+            if safe < 1 and wanted is not None and not self._bring_last(wanted - self.amount):
                 return
             self._draw(min(max(safe, 1), _CHUNK_ROWS))
 
@@ -86,22 +88,27 @@ class Draw:
         """The shard of what was drawn."""
         return self._store.close()
 
-    def _brings_nearer(self, wanted: Fraction) -> bool:
-        if not self.amount:
-            return True
-        # Tokens by bytes, as they were so far: the row itself is not read for this.
-        likely = Fraction(self._index.row_bytes(self._peek()) * self.amount, self._bytes_read)
-        return likely <= 2 * (wanted - self.amount)
+    def _bring_last(self, missing: Fraction) -> bool:
+        """Whether one more row is to be read; where it may be the last, the likeliest of the next ones comes first.
 
-    def _peek(self) -> int:
-        if not self._next:
+        A row is judged by its bytes, from the tokens that bytes came to so far: it is not read for this.
+        """
+        if not self.amount or missing >= 2 * Fraction(self.amount, len(self.examples)):
+            return True
+        while len(self._next) < min(_LAST_ROWS, self.num_left):
             self._next.append(next(self._rows))
-        return self._next[0]
+        per_byte = Fraction(self.amount, self._bytes_read)
+        misses = [abs(self._index.row_bytes(row) * per_byte - missing) for row in self._next]
+        nearest = misses.index(min(misses))
+        if misses[nearest] > missing:
+            return False
+        self._next.insert(0, self._next.pop(nearest))
+        return True
 
     def _draw(self, count: int) -> None:
         rows = []
         for _ in range(min(count, self.num_left)):
-            rows.append(self._next.pop() if self._next else next(self._rows))
+            rows.append(self._next.pop(0) if self._next else next(self._rows))
         self.num_left -= len(rows)
         for row, tokens in zip(rows, self._store.read(rows), strict=True):
             self._bytes_read += self._index.row_bytes(row)

@@ -90,7 +90,7 @@ def inspect_dataset(request: InspectRequest, *, stream: TextIO) -> dict[str, Any
         progress.advance(len(examples))
     progress.finish()
     return {
-        "rows": list(_fit(_describe(example, tools.tokenizer) for example in shown)),
+        "rows": list(_fit(describe_example(example, tools.tokenizer) for example in shown)),
         **({"tokens": statistics.to_json()} if request.count_tokens else {}),
     }
 
@@ -176,7 +176,7 @@ class _Statistics:
         }
 
 
-def _describe(example: EncodedExample, tokenizer: TextTokenizer) -> dict[str, Any]:
+def describe_example(example: EncodedExample, tokenizer: TextTokenizer) -> dict[str, Any]:
     """`RenderedExample` as proto JSON."""
     end = example.rejected_start or len(example.tokens)
     halves = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gpu_service.domain.spec import DatasetReference
 
 # Raise it when the same row would come to other tokens or another mask.
-CODE_VERSION = 4
+CODE_VERSION = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,8 @@ from gpu_service.planner.shard_writer import ShardWriter
 from gpu_service.planner.staging import stage_directory
 from gpu_service.planner.toolchain import Toolchain
 
+_ROWS_AT_ONCE = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class RowTokens:
@@ -187,9 +189,10 @@ class TokenStores:
         target = self._whole(reference)
         if is_whole_shard(target):
             return KeptStore(TokenShard(target), self._progress)
-        store = self._open(target, reference)
+        store, num_rows = self._open(target, reference), self.index(reference).num_rows
         with store.files:
-            store.read(range(self.index(reference).num_rows))
+            for start in range(0, num_rows, _ROWS_AT_ONCE):
+                store.read(range(start, min(start + _ROWS_AT_ONCE, num_rows)))
             return KeptStore(store.close(), None)
 
     def open_drawn(self, reference: DatasetReference, purpose: Mapping[str, object]) -> TokenStore:

@@ -17,6 +17,9 @@ class TextTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._begin_tokens = self._find_begin_tokens()
+        # All else that post-processing does to a text is to leave spaces out of offsets (GPT-2's does), and tokens of
+        # nothing but spaces, such as a code's indentation, would lie in no span. Ids are the same without it.
+        self._tokenizer.post_processor = None
         self.end_token_id = self._find_end_token(source.special_tokens, config)
 
     def encode(

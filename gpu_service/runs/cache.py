@@ -31,7 +31,7 @@ _STAGING_PREFIX = ".staging-"
 class Protected:
     """What must stay."""
 
-    # Digests of the datasets that runs which are not over name.
+    # Digests of what runs that are not over name: their datasets, and what an earlier job left.
     blobs: Collection[str]
     # Digests of the specs of these runs, as plans carry them.
     spec_digests: Collection[str]

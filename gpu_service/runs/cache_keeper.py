@@ -83,7 +83,7 @@ class CacheKeeper:
         async with self._planning.at_rest(), self._starting:
             live = self._live_runs()
             protected = Protected(
-                blobs={dataset.sha256 for run in live for dataset in TrainingSpec.from_json(run.spec).datasets},
+                blobs={sha256 for run in live for sha256 in TrainingSpec.from_json(run.spec).contents},
                 spec_digests={spec_digest(run.spec) for run in live},
                 planners_rest=not any(run.may_plan for run in live),
             )

@@ -1,4 +1,6 @@
-"""One engine as the server sees it: its shim's connection, the run it has, the base it keeps, and when it got idle."""
+"""One engine as the server sees it: its shim's connection, the run or generation it has, the base it keeps, and when it
+got idle.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_service.domain.errors import Refusal
+from gpu_service.runs.inference_stream import Generation, busy, lost
 from gpu_service.runs.run import Run
 from gpu_service.runs.shim_client import Message, ShimClient, ShimGone, is_alive
 
@@ -32,6 +36,8 @@ class Engine:
         self.directory = directory
         self.device_id = device_id
         self.run: Run | None = None
+        # Handed to it, by id; those that were given up stay until it says that they are over.
+        self.generations: dict[str, Generation] = {}
         self.resident: dict[str, Any] = {}
         self.idle_since = time.monotonic()
         # Since when its run was seen to be over without the engine having said so.
@@ -50,6 +56,11 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
+        return self.can_take_run and not self.generations
+
+    @property
+    def can_take_run(self) -> bool:
+        """A generation is in no run's way."""
         return self.run is None and not self.leaving
 
     def keeps(self, wanted: dict[str, str]) -> bool:
@@ -76,6 +87,44 @@ class Engine:
         self.run = run
         self.lingers_since = None
         await self.client.send({"type": "start_run", "run_directory": str(run.directory)})
+
+    async def generate(self, generation: Generation) -> None:
+        """Hand the generation over. Raises ShimGone."""
+        self.generations[generation.id] = generation
+        generation.over.clear()
+        await self.client.send(
+            {"type": "generate", "generation": generation.id, "request": str(generation.request_file)}
+        )
+
+    async def cancel_generation(self, generation_id: str | None) -> None:
+        """Have this generation, or with None any, end at the next token. Raises ShimGone."""
+        await self.client.send({"type": "cancel_generate", "generation": generation_id})
+
+    async def give_up_generations(self) -> None:
+        """For a run, which goes first: whoever reads them is told at once. Raises ShimGone."""
+        for generation in self.generations.values():
+            generation.fail(busy("a run needs the device"))
+        if self.generations:
+            await self.cancel_generation(None)
+
+    def take_generated(self, message: Message) -> None:
+        """A part of a generation, or its end."""
+        if "resident" in message:
+            self.resident = dict(message["resident"] or {})
+        generation = self.generations.get(str(message["generation"]))
+        if generation is None:
+            return
+        generation.take(message, engine_leaves=self.leaving)
+        if message.get("done"):
+            del self.generations[generation.id]
+            self.idle_since = time.monotonic()
+
+    def lose_generations(self, refusal: Refusal) -> None:
+        """The engine will say no more of them."""
+        for generation in self.generations.values():
+            generation.fail(refusal)
+            generation.over.set()
+        self.generations.clear()
 
     async def stop(self, run: Run) -> None:
         """Pass on the stop that was asked for. Raises ShimGone."""
@@ -111,6 +160,10 @@ class Engine:
             try:
                 await self.client.connect()
                 self._make_up_for_notices(await self.client.status())
+                if self.generations:
+                    # What they said meanwhile is lost.
+                    self.lose_generations(lost("the connection to the engine broke"))
+                    await self.cancel_generation(None)
             except ShimGone:
                 self.client.gone.set()
             await asyncio.sleep(_LOOK_AGAIN_SECONDS)

@@ -1,4 +1,4 @@
-"""The engines of this node, one per device: starts, reuses, adopts and retires them.
+"""The engines of this node, one per device: starts, reuses, adopts and retires them, for runs and for generations.
 
 An engine that failed is never reused: its shim ends with it, and a fresh one is started for the next run. Refuses to
 decide which run goes where.
@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Mapping
 from contextvars import Context
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ import structlog
 
 from gpu_service.devices import Device
 from gpu_service.runs.engine import Engine
+from gpu_service.runs.inference_stream import Generation, draining, lost
 from gpu_service.runs.run import Run
 from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, kill_shim, spawn
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
@@ -43,6 +45,8 @@ _KEPT_ENDED_ENGINES = 8
 _BURY_AGAIN_SECONDS = 5.0
 _LOG_TAIL_BYTES = 2000
 _NO_IDS: Mapping[str, Any] = {}
+# Of a device whose engine generates: all that it holds can be had for a run. More than any device has.
+_EVERYTHING_BYTES = 1 << 62
 # Of an engine that nobody saw end.
 NO_ENDING = ExitRecord(status=None, signal=None, phase="", run_directory=None, stop_mode=None)
 
@@ -77,15 +81,21 @@ class EnginePool:
         self.on_run_left: Callable[[Run, ExitRecord], None] = _nobody_listens
         self._engines: dict[str, Engine] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
-        # Requests to leave that are on their way.
-        self._leaving: set[asyncio.Task[None]] = set()
+        # Requests to leave, or to end a generation, that are on their way.
+        self._sending: set[asyncio.Task[None]] = set()
+        # Whoever changes which engine a device has holds the device's lock.
+        self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # Called when an engine is done with a generation.
+        self.on_generation_over: Callable[[], None] = lambda: None
 
     def engine_of(self, run: Run) -> Engine | None:
         return next((engine for engine in self._engines.values() if engine.run is run), None)
 
     def resident_bytes(self, device_id: str) -> int:
-        """What an idle engine keeps on the device: evictable, so it counts as free."""
+        """What an engine without a run keeps on the device: evictable, so it counts as free."""
         engine = self._engines.get(device_id)
+        if engine is not None and engine.can_take_run and engine.generations:
+            return _EVERYTHING_BYTES
         return int(engine.resident.get("bytes") or 0) if engine is not None and engine.is_idle else 0
 
     @property
@@ -132,6 +142,9 @@ class EnginePool:
             ids = engine.run.log_ids if engine.run is not None else {}
             _log.info("engine-adopted", engine=engine.id, shim_pid=status["shim_pid"], state=status["state"], **ids)
             self._keep(engine)
+            with contextlib.suppress(ShimGone):
+                # A generation's reader went with the former server.
+                await engine.cancel_generation(None)
             if status["run_directory"] not in (None, engine.last_finished) and engine.run is None:
                 await self._ask_to_leave(engine)
             return
@@ -139,13 +152,59 @@ class EnginePool:
             await self._bury(directory)
 
     async def acquire(self, device: Device, wanted: dict[str, str]) -> Engine:
-        """An idle engine on the device that keeps the wanted base, or a new one. Raises EngineStartFailed, OSError."""
-        engine = self._engines.get(device.id)
-        if engine is not None:
-            if engine.is_idle and engine.keeps(wanted):
-                return engine
-            await self._replace(engine)
-        return await self._start(device)
+        """An idle engine on the device that keeps the wanted base, or a new one; for a run, which ends generations.
+        Raises EngineStartFailed, OSError.
+        """
+        async with self._changing[device.id]:
+            engine = self._engines.get(device.id)
+            if engine is not None:
+                with contextlib.suppress(ShimGone):
+                    await engine.give_up_generations()
+                if engine.can_take_run and engine.keeps(wanted):
+                    return engine
+                await self._replace(engine)
+            return await self._start(device)
+
+    def is_generating(self, device_id: str) -> bool:
+        """Whether the device's engine is not done with a generation."""
+        engine = self._engines.get(device_id)
+        return engine is not None and bool(engine.generations)
+
+    def keeps(self, device_id: str, wanted: dict[str, str]) -> bool:
+        """Whether the device's engine has the wanted base in memory."""
+        engine = self._engines.get(device_id)
+        return engine is not None and engine.is_idle and bool(engine.resident) and engine.keeps(wanted)
+
+    async def lend(
+        self, device: Device, wanted: dict[str, str], generation: Generation, is_free: Callable[[], bool]
+    ) -> bool:
+        """Hand a generation to the device's engine, or a new one, unless it has other work; whether it was handed over.
+
+        `is_free` is asked again after each wait. Not to be cancelled. Raises EngineStartFailed, OSError.
+        """
+        async with self._changing[device.id]:
+            engine = self._engines.get(device.id)
+            if not is_free() or (engine is not None and not engine.is_idle):
+                return False
+            if engine is not None and not engine.keeps(wanted):
+                await self._replace(engine)
+                engine = None
+            if engine is None and is_free():
+                engine = await self._start(device)
+            if engine is None or not is_free() or not engine.is_idle:
+                return False
+            try:
+                await engine.generate(generation)
+            except ShimGone:
+                # Its end is on its way, and with it the generation's.
+                _log.info("generate-met-dead-shim", engine=engine.id)
+            return True
+
+    def end(self, generation: Generation) -> None:
+        """Nobody reads it any more: its engine is told, if it has one that is not done with it."""
+        for engine in self._engines.values():
+            if generation.id in engine.generations:
+                self._send_soon(engine.cancel_generation(generation.id), engine)
 
     async def _start(self, device: Device) -> Engine:
         directory = self._directory / uuid.uuid4().hex[:12]
@@ -193,6 +252,8 @@ class EnginePool:
             await self._bury(engine.directory, ids)
         status, signal = (ending.status, ending.signal) if ending else (None, None)
         _log.info("engine-ended", engine=engine.id, status=status, signal=signal, **ids)
+        engine.lose_generations(draining() if engine.leaving else lost("the engine ended"))
+        self.on_generation_over()
         if self._engines.get(engine.device_id) is engine:
             del self._engines[engine.device_id]
         self._watches.pop(engine.id, None)
@@ -215,6 +276,12 @@ class EnginePool:
                 await asyncio.sleep(_BURY_AGAIN_SECONDS)
 
     def _on_notice(self, engine: Engine, message: Message) -> None:
+        if message["type"] == "generated":
+            engine.take_generated(message)
+            engine.leaving = engine.leaving or bool(message.get("ends_engine"))
+            if message.get("done"):
+                self.on_generation_over()
+            return
         if message["type"] == "run_finished":
             engine.last_finished = str(message["run_directory"])
         run = engine.run
@@ -228,15 +295,27 @@ class EnginePool:
             if message.get("state") == "FAILED":
                 # What a failure left in the process is unknown; many engines end by themselves now.
                 engine.leaving = True
-                self._leaving.add(task := asyncio.create_task(self._ask_to_leave(engine)))
-                task.add_done_callback(self._leaving.discard)
+                self._send_soon(engine.shut_down(self._settings.grace_seconds), engine)
             self.on_run_left(run, NO_ENDING)
 
+    def _send_soon(self, sending: Coroutine[Any, Any, None], engine: Engine) -> None:
+        async def send() -> None:
+            try:
+                await sending
+            except ShimGone:
+                _log.info("engine-gone-already", engine=engine.id)
+
+        self._sending.add(task := asyncio.create_task(send(), context=Context()))
+        task.add_done_callback(self._sending.discard)
+
     async def make_room(self, device_id: str) -> None:
-        """Have an idle engine on the device leave, with what it keeps there; returns when it is gone."""
-        engine = self._engines.get(device_id)
-        if engine is not None and engine.is_idle:
-            await self._replace(engine)
+        """Have an engine without a run leave the device, with what it keeps there; returns when it is gone."""
+        async with self._changing[device_id]:
+            engine = self._engines.get(device_id)
+            if engine is not None and engine.can_take_run:
+                with contextlib.suppress(ShimGone):
+                    await engine.give_up_generations()
+                await self._replace(engine)
 
     async def _replace(self, engine: Engine) -> None:
         watch = self._watches.get(engine.id)

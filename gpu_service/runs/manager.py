@@ -17,6 +17,7 @@ import structlog
 from gpu_service.domain import fencing
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.domain.memory import MemoryLedger
+from gpu_service.domain.spec import TrainingSpec
 from gpu_service.runs.admission import Admission, Admitted
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.cache_keeper import CacheKeeper
@@ -26,7 +27,7 @@ from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
 from gpu_service.runs.planning import Planning
 from gpu_service.runs.run import Run
-from gpu_service.runs.run_files import ResumeRequest, find_file, prepare_resume, remove_tree
+from gpu_service.runs.run_files import ResumeRequest, find_file, prepare_resume, prepare_start, remove_tree
 from gpu_service.runs.signal import Signal
 
 _log = structlog.get_logger(__name__)
@@ -46,7 +47,10 @@ class StartRequest:
 
 
 class RunManager:
-    """All runs of this node. `changed` fires whenever a run's state, phase or files change, or the node's own state."""
+    """All runs of this node.
+
+    `changed` fires whenever a run's state, phase or files change, the node's own state, or what its engines keep.
+    """
 
     def __init__(
         self,
@@ -75,6 +79,7 @@ class RunManager:
         # True once nothing more will change: standing streams end.
         self.finished = False
         self.changed = Signal()
+        pool.on_generation_over = self.changed.fire
         self._launcher = Launcher(
             admission=admission,
             ledger=ledger,
@@ -216,6 +221,12 @@ class RunManager:
                 target=self._files.run_directory(key) / "resume",
                 blob_path=self._blobs.path,
             )
+        start = await asyncio.to_thread(
+            prepare_start,
+            TrainingSpec.from_json(request.spec).start_from,
+            target=self._files.run_directory(key) / "start",
+            blob_path=self._blobs.path,
+        )
         content = {
             "installation_id": key.installation_id,
             "job_id": key.job_id,
@@ -231,6 +242,7 @@ class RunManager:
             "kind_of_run": admitted.kind_of_run,
             "calibrations": admitted.calibrations,
             "resume": resume,
+            "start_from": start,
         }
         directory = await asyncio.to_thread(self._files.write_run, key, content)
         facts = self._facts.with_attempt(key)
@@ -287,6 +299,11 @@ class RunManager:
     async def accepting(self) -> bool:
         """Whether a run can be started now."""
         return not self.draining and await self._admission.has_room()
+
+    def is_leaving(self, run_id: str) -> bool:
+        """Whether the run is over, and its device is free as soon as its engine has let go of it."""
+        run = self._runs.get(run_id)
+        return run is not None and run.is_over
 
     @property
     def resident_base_model(self) -> str:

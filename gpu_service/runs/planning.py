@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gpu_service.devices import Device
 from gpu_service.domain import plan
+from gpu_service.domain.checked_plan import HeldBase
 from gpu_service.domain.plan import CheckedPlan
+from gpu_service.domain.plan_base import resolve_base
 from gpu_service.domain.spec import TrainingSpec
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.memory_records import MemoryRecords
@@ -73,6 +75,13 @@ class Planning:
             calibrations=self._memory.all(),
         )
 
+    async def hold_base(self, spec: TrainingSpec, device: Device) -> HeldBase:
+        """How the spec's base is held on the device; its weights digest is known. Raises `Refusal`."""
+        model = await self._models.read(spec.base_model)
+        held = resolve_base(spec, model, _for_planning(device), self._versions)
+        digest = await self._models.weights_digest(model)
+        return replace(held, base_model=replace(model, weights_digest=digest))
+
     def calibrations(self, checked: CheckedPlan) -> dict[str, list[list[int]]]:
         """What the node measured of runs like this one, as a planner is told."""
         return self._memory.of_kind(checked.kind_of_run)
@@ -82,9 +91,8 @@ class Planning:
         return await self._models.weights_digest(checked.base_model)
 
     async def check_blobs(self, spec: Mapping[str, Any]) -> None:
-        """Raises `Refusal` BLOB_NOT_FOUND (details `sha256`) unless every dataset is here."""
-        wanted = [dataset.sha256 for dataset in TrainingSpec.from_json(spec).datasets]
-        missing = await self._blobs.find_missing(wanted)
+        """Raises `Refusal` BLOB_NOT_FOUND (details `sha256`) unless every dataset is here, and what it starts from."""
+        missing = await self._blobs.find_missing(TrainingSpec.from_json(spec).contents)
         if missing:
             raise blob_not_found([digest for digest, _ in missing])
 

@@ -1,4 +1,4 @@
-"""Finds the files that runs left, by content, and readies the checkpoint that a run goes on from.
+"""Finds the files that runs left, by content, and readies what a run goes on from or starts from.
 
 Reads the manifests that engines write, and refuses a path in one that leaves its directory. All functions block.
 """
@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
+from gpu_service.domain.spec import StartFrom
 from gpu_service.shim import durable_json
 
 _MANIFEST = "manifest.json"
@@ -105,6 +106,27 @@ def prepare_resume(
         path.parent.mkdir(parents=True, exist_ok=True)
         _link(source, path)
     return {"checkpoint_directory": str(directory), "checkpoint": request.checkpoint, "step": request.step}
+
+
+def prepare_start(start: StartFrom | None, *, target: Path, blob_path: Callable[[str], Path]) -> dict[str, Any] | None:
+    """Put what an earlier job left into `target` by hard link, as a checkpoint's files are; gives `start_from` of
+    `run.json`, None when the run starts from its base.
+
+    Raises `Refusal` BLOB_NOT_FOUND, PATH_NOT_ALLOWED, INVALID_FIELD.
+    """
+    if start is None:
+        return None
+    if not _CHECKPOINT_NAME.fullmatch(start.name) or not start.files:
+        raise refuse_user("INVALID_FIELD", "start_from names nothing", field="spec.start_from")
+    sources = [(file.path, blob_path(file.sha256)) for file in start.files]
+    missing = [source.name for _, source in sources if not source.exists()]
+    if missing:
+        raise blob_not_found(missing)
+    for relative, source in sources:
+        path = _inside(target, relative)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _link(source, path)
+    return {"directory": str(target), "name": start.name}
 
 
 def _from_blobs(request: ResumeRequest, blob_path: Callable[[str], Path]) -> list[tuple[str, Path]]:

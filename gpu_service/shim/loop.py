@@ -152,6 +152,10 @@ class Shim:
             self._stop_run(message)
         elif kind == "shutdown":
             self._shut_down(float(message["grace_seconds"]))
+        elif kind == "generate":
+            self._generate(message)
+        elif kind == "cancel_generate":
+            self._to_engine(message)
         else:
             self._log("unknown-message", message_type=kind)
 
@@ -175,6 +179,16 @@ class Shim:
         self._state = "busy"
         # On the disk first: whoever buries this engine must know the run.
         self._write_record()
+        self._to_engine(message)
+
+    def _generate(self, message: Message) -> None:
+        """Passed on, and no more: a generation is no run, has no journal, and no record says that it was there."""
+        if self._run_directory is not None or self._shutting_down or self._ended is not None:
+            refusal = {"reason": "NODE_BUSY", "fault": "PLATFORM", "message": "the engine has a run, or is leaving"}
+            self._servers.send_all(
+                {"type": "generated", "generation": message["generation"], "done": True, "failure": refusal}
+            )
+            return
         self._to_engine(message)
 
     def _stop_run(self, message: Message) -> None:
@@ -245,6 +259,8 @@ class Shim:
             self._state = "busy" if self._run_directory is not None else "idle"
         elif kind == "phase":
             self._phase = str(message["phase"])
+        elif kind == "generated" and "resident" in message:
+            self._resident = dict(message["resident"] or {})
         elif kind == "run_finished":
             self._resident = dict(message.get("resident") or {})
             self._run_directory, self._phase = None, ""

@@ -20,11 +20,13 @@ from grpc_status import rpc_status
 from control_service.bootstrap import build
 from control_service.config import NodeAddress, Settings
 from tests.fakes.gpu_node import MODEL, FakeGpuNode
-from tunesmith.common.v1 import event_pb2, training_spec_pb2
+from tunesmith.common.v1 import event_pb2, generation_pb2, training_spec_pb2
 from tunesmith.control.v1 import (
     artifact_service_pb2_grpc,
     dataset_service_pb2,
     dataset_service_pb2_grpc,
+    inference_service_pb2,
+    inference_service_pb2_grpc,
     job_service_pb2,
     job_service_pb2_grpc,
     model_service_pb2_grpc,
@@ -42,6 +44,7 @@ class Client:
     """Stubs over one channel."""
 
     def __init__(self, address: str) -> None:
+        self.address = address
         self.channel = grpc.aio.insecure_channel(address)
         self.projects: Any = project_service_pb2_grpc.ProjectServiceStub(self.channel)
         self.datasets: Any = dataset_service_pb2_grpc.DatasetServiceStub(self.channel)
@@ -49,6 +52,7 @@ class Client:
         self.jobs: Any = job_service_pb2_grpc.JobServiceStub(self.channel)
         self.artifacts: Any = artifact_service_pb2_grpc.ArtifactServiceStub(self.channel)
         self.nodes: Any = node_service_pb2_grpc.NodeServiceStub(self.channel)
+        self.inference: Any = inference_service_pb2_grpc.InferenceServiceStub(self.channel)
 
     async def upload(self, name: str, content: bytes = ROWS, /, **header: Any) -> Any:
         """Uploads a dataset in small chunks."""
@@ -89,6 +93,12 @@ class Client:
         async for response in self.jobs.WatchJob(request, timeout=PATIENCE_SECONDS):
             for event in response.events:
                 yield event
+
+    def generate(self, content: str = "hello", **fields: Any) -> Any:
+        """A stream of an answer to one user's message."""
+        messages = [generation_pb2.ChatMessage(role="user", content=content)]
+        request = inference_service_pb2.GenerateRequest(**{"messages": messages, **fields})
+        return self.inference.Generate(request, timeout=PATIENCE_SECONDS)
 
     async def until_event(
         self, job_id: str, wanted: Callable[[Any], bool], *, after_sequence: int = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from control_service.adapters.clock import SystemClock, system_ids
 from control_service.adapters.files.reader import DatasetFileReader
 from control_service.adapters.sql.store import SqlStore
-from control_service.app import datasets, jobs, projects, training
+from control_service.app import datasets, exports, jobs, projects, training
 from control_service.app.back_off import BackOffConfig
 from control_service.app.collector import CollectorConfig
 from control_service.app.dataset_intake import DatasetLimits
@@ -20,6 +20,7 @@ from control_service.app.idempotency import RequestKey
 from control_service.app.node_monitor import NodeMonitorConfig
 from control_service.app.ports import Clock
 from control_service.app.runtime import RetentionConfig, Runtime, RuntimeConfig
+from control_service.app.start_points import StartRequest
 from control_service.domain.dataset import Dataset
 from control_service.domain.event import Fact, StoredEvent
 from control_service.domain.job import Job, JobView
@@ -124,12 +125,14 @@ class Core:
         request: RequestKey | None = None,
         priority: int = 0,
         max_retries: int = 2,
+        start: StartRequest | None = None,
         timeout_seconds: float | None = None,
     ) -> Job:
         view = await training.start_training(
             project_id,
             priority=priority,
             max_retries=max_retries,
+            start=start,
             timeout_seconds=timeout_seconds,
             store=self.store,
             nodes=self.runtime.nodes,
@@ -137,6 +140,25 @@ class Core:
             ids=self.ids,
             codec=self.codec,
             request=request,
+        )
+        return view.job
+
+    async def export(self, job_id: str, *, request: RequestKey | None = None) -> Job:
+        view = await exports.export_artifact(
+            job_id,
+            "merged",
+            store=self.store,
+            nodes=self.runtime.nodes,
+            clock=self.clock,
+            ids=self.ids,
+            codec=self.codec,
+            request=request,
+        )
+        return view.job
+
+    async def retry(self, job_id: str) -> Job:
+        view = await training.retry_job(
+            job_id, store=self.store, nodes=self.runtime.nodes, clock=self.clock, ids=self.ids, codec=self.codec
         )
         return view.job
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -32,9 +32,11 @@ from control_service.domain.event import (
     StoredEvent,
 )
 from control_service.domain.failure import Failure, Fault
+from control_service.domain.generation import GeneratedPart, GenerationRequest
 from control_service.domain.node import CatalogEntry, Device, NodeCapabilities, NodeModel, NodeReport
 from control_service.domain.run import ObservedRun, Phase, RunKey, RunState, StopMode
 from control_service.domain.spec import TrainingSpec
+from control_service.domain.start_from import start_files
 from tests.fakes.control_codec import PickleCodec
 
 _CODEC = PickleCodec()
@@ -85,7 +87,9 @@ class FakeRun:
             )
         )
 
-    def checkpoint(self, step: int, data: bytes = b"checkpoint") -> FileReference:
+    def checkpoint(
+        self, step: int, data: bytes = b"checkpoint", *, held_out_loss: float | None = None, best: bool = False
+    ) -> FileReference:
         file = self.node.add_file(data + str(step).encode(), f"step-{step}.safetensors")
         self.emit(
             CheckpointFact(
@@ -95,6 +99,9 @@ class FakeRun:
                 size_bytes=file.size_bytes,
                 manifest_sha256="m" * 64,
                 files=(file,),
+                probe_loss=1.5,
+                held_out_loss=held_out_loss,
+                best=best,
             )
         )
         return file
@@ -105,8 +112,8 @@ class FakeRun:
         self.end(RunState.SUCCEEDED)
         return file
 
-    def fail(self, reason: str, fault: Fault = Fault.PLATFORM) -> None:
-        self.failure = Failure(reason=reason, fault=fault, message="it broke", signal=9)
+    def fail(self, reason: str, fault: Fault = Fault.PLATFORM, **details: str) -> None:
+        self.failure = Failure(reason=reason, fault=fault, message="it broke", signal=9, details=details)
         self.end(RunState.FAILED)
 
     def end(self, state: RunState) -> None:
@@ -267,6 +274,7 @@ class FakeNodeClient:
             raise ResourceExhausted("NODE_BUSY", "no device is free")
         needed = {d.sha256 for d in request.spec.datasets}
         needed |= {file.sha256 for file in (request.resume_from.files if request.resume_from else ())}
+        needed |= {file.sha256 for file in start_files(request.spec)}
         if not needed <= node.blobs.keys():
             raise FailedPrecondition("BLOB_NOT_FOUND", "a blob is missing")
         run = node.runs[key] = FakeRun(node, request)
@@ -322,6 +330,10 @@ class FakeNodeClient:
                 await asyncio.wait_for(self._node.wait_changed(), heartbeat_seconds)
             except TimeoutError:
                 continue
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedPart, None]:
+        yield GeneratedPart(text=self._answer().name, num_tokens=1)
+        yield GeneratedPart(text="", num_tokens=0, finish_reason="STOP", statistics={"num_tokens": 1})
 
     async def find_missing_blobs(self, sha256s: Sequence[str]) -> Mapping[str, int]:
         node = self._answer()

@@ -9,7 +9,8 @@ import io
 import json
 import lzma
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -31,12 +32,21 @@ class Read:
     rows: list[Any]
 
 
+@contextmanager
+def open_parquet_here(stream: BinaryIO, limits: FileLimits, size_bytes: int) -> Iterator[Any]:
+    """Reads Parquet in this process: quicker, and what the reading process does inside."""
+    from control_service.adapters.files import parquet_table
+
+    yield parquet_table.open_table(stream, limits, size_bytes)
+
+
 def read_file(data: bytes | BinaryIO, *, format: str = "", limits: FileLimits | None = None, size: int = 0) -> Read:
-    """Reads a file to its end; raises what registration raises."""
+    """Reads a file to its end in this process; raises what registration raises."""
     limits = limits or FileLimits()
     stream = io.BytesIO(data) if isinstance(data, bytes) else data
     stored: list[bytes] = []
-    reader = DatasetFileReader(limits=limits, spool_directory=Path(tempfile.gettempdir()))
+    directory = Path(tempfile.gettempdir())
+    reader = DatasetFileReader(limits=limits, spool_directory=directory, open_parquet=open_parquet_here)
     with reader.open(stream, size_bytes=len(data) if isinstance(data, bytes) else size) as file:
         summary = read_rows(file, format=format, limits=limits, store=stored.append)
     return Read(
@@ -70,13 +80,13 @@ def as_csv(rows: Iterable[Row]) -> bytes:
     return text.getvalue().encode()
 
 
-def as_parquet(rows: Iterable[Row], *, row_group_size: int = 2) -> bytes:
+def as_parquet(rows: Iterable[Row], *, row_group_size: int = 2, **options: Any) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
     file = io.BytesIO()
     table = pyarrow.Table.from_pylist([dict(row) for row in rows])
-    pyarrow.parquet.write_table(table, file, row_group_size=row_group_size)
+    pyarrow.parquet.write_table(table, file, row_group_size=row_group_size, **options)
     return file.getvalue()
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from google.protobuf import json_format
+
 from gpu_service.catalog import base_models
 from gpu_service.domain.planned_data import PlannedData
 from gpu_service.journal import Reader
 from tests.fakes import datasets, tiny_models
-from tunesmith.common.v1 import event_pb2
+from tunesmith.common.v1 import event_pb2, plan_pb2
 
 # Two traits, one of chat and one of completions, each with held-out data; short, so that a step is quick.
 _CHAT = [
@@ -88,8 +90,13 @@ class Workspace:
         chat: bool = True,
         held_out: bool = True,
         traits: Sequence[TraitRows] = (),
+        start: Path | None = None,
+        task: str = "",
     ) -> Path:
-        """A run directory with its run.json; `traits` replace the two that there are."""
+        """A run directory with its run.json; `traits` replace the two that there are.
+
+        `start`: an artifact or checkpoint of an earlier run to begin with.
+        """
         options = options or tiny_models.TinyOptions()
         name = base_model or self.place_model(options)
         spec = self.make_spec(
@@ -103,6 +110,10 @@ class Workspace:
         )
         if traits:
             spec |= self._describe(traits)
+        if task:
+            spec |= {"task": task, "traits": [], "datasets": []}
+        if start is not None:
+            spec["start_from"] = {"job_id": "earlier", "name": start.name}
         directory = self.root / "runs" / job_id / str(attempt)
         directory.mkdir(parents=True)
         model_directory = self.models_directory / name
@@ -118,6 +129,7 @@ class Workspace:
             "cache_directory": str(self.cache_directory),
             "device": dict(device or {"type": "cpu", "index": -1}),
             "resume": resume,
+            "start_from": None if start is None else {"directory": str(start), "name": start.name},
         }
         (directory / "run.json").write_text(json.dumps(request), encoding="utf-8")
         return directory
@@ -140,14 +152,17 @@ class Workspace:
 
     def open_data(self, data_digest: str) -> PlannedData:
         """The data of a run that was planned here."""
-        return PlannedData.open(self.find_plan(data_digest))
-
-    def find_plan(self, data_digest: str) -> Path:
-        """The plan directory of a run that was planned here."""
         for path in self.cache_directory.rglob("plan.json"):
             if json.loads(path.read_text())["data_digest"] == data_digest:
-                return path.parent
+                return PlannedData.open(path.parent)
         raise AssertionError("the run's plan is not in the cache")
+
+    def find_plan(self, plan: plan_pb2.Plan) -> Path:
+        """The directory of a plan that was made here."""
+        for path in self.cache_directory.rglob("plan.json"):
+            if json_format.Parse(path.read_text(), plan_pb2.Plan()) == plan:
+                return path.parent
+        raise AssertionError("the plan is not in the cache")
 
     def resume_point(self, run_directory: Path, step: int) -> dict[str, Any]:
         """`resume` of a run.json: the checkpoint that an earlier run wrote after `step` steps."""
@@ -257,3 +272,24 @@ def read_log(run_directory: Path) -> RunLog:
                 payloads.append(event_pb2.EventPayload.FromString(record.decode().payload))
                 sequence = record.run_sequence
     return RunLog(payloads=payloads)
+
+
+class StopAfterStep:
+    """The `notify` of a run in this process that asks its `switch` for a checkpoint stop once a step was told."""
+
+    def __init__(self, run_directory: Path, step: int) -> None:
+        from gpu_service.engine.stopping import StopSwitch
+
+        self.switch = StopSwitch()
+        self._journal = run_directory / "journal"
+        self._step = step
+
+    def __call__(self, notice: Mapping[str, Any]) -> None:
+        from gpu_service.engine.stopping import StopMode
+
+        if notice["type"] != "journal":
+            return
+        with Reader(self._journal) as reader:
+            (record,) = reader.read(notice["run_sequence"] - 1, limit=1)
+        if event_pb2.EventPayload.FromString(record.decode().payload).step.step == self._step:
+            self.switch.request(StopMode.CHECKPOINT)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,9 +18,17 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
+from tests.fakes.gpu_inference import FakeInference
+from tests.fakes.gpu_inspection import inspect_rows
 from tests.fakes.run_script import NUM_STEPS, artifact_files, closing_payloads, opening_payloads, step_payload
-from tunesmith.common.v1 import dataset_pb2, errors_pb2, event_pb2, file_pb2, plan_pb2
-from tunesmith.gpu.v1 import blob_service_pb2, blob_service_pb2_grpc, run_service_pb2, run_service_pb2_grpc
+from tunesmith.common.v1 import errors_pb2, event_pb2, file_pb2, plan_pb2
+from tunesmith.gpu.v1 import (
+    blob_service_pb2,
+    blob_service_pb2_grpc,
+    inference_service_pb2_grpc,
+    run_service_pb2,
+    run_service_pb2_grpc,
+)
 
 MODEL = "org/tiny"
 WEIGHTS_DIGEST = "a" * 64
@@ -59,26 +66,11 @@ class FakeRun:
         return self.run.state in _OVER
 
 
-def render_words(row: dict[str, Any]) -> dataset_pb2.RenderedExample:
-    """A row's texts, word by word."""
-    words = " ".join(value for value in row.values() if isinstance(value, str)).split()
-    prompt, answer = words[:1], words[1:]
-    return dataset_pb2.RenderedExample(
-        segments=[
-            dataset_pb2.Segment(text=" ".join(part), is_target=is_target, num_tokens=len(part))
-            for part, is_target in ((prompt, False), (answer, True))
-            if part
-        ],
-        num_tokens=len(words),
-        num_target_tokens=len(answer),
-        dropped_reason="" if answer else "no_target_tokens",
-    )
-
-
-class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc.BlobServiceServicer):
+class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc.BlobServiceServicer):
     """Start with `await start()`; `address` says where. `stop()` ends the server and keeps runs and blobs."""
 
     def __init__(self, *, name: str = "fake", num_steps: int = NUM_STEPS) -> None:
+        super().__init__()
         self.name = name
         self.num_steps = num_steps
         self.hold_at_step: int | None = None
@@ -119,6 +111,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
         )
         run_service_pb2_grpc.add_RunServiceServicer_to_server(self, self._server)
         blob_service_pb2_grpc.add_BlobServiceServicer_to_server(self, self._server)
+        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()
 
@@ -187,20 +180,7 @@ class FakeGpuNode(run_service_pb2_grpc.RunServiceServicer, blob_service_pb2_grpc
             await self._refuse(context, Refusal(grpc.StatusCode.FAILED_PRECONDITION, "MODEL_NOT_FOUND"))
         if request.dataset.sha256 not in self.blobs:
             await self._refuse(context, Refusal(grpc.StatusCode.FAILED_PRECONDITION, "BLOB_NOT_FOUND"))
-        rows = [json.loads(line) for line in self.blobs[request.dataset.sha256].splitlines() if line.strip()]
-        examples = [render_words(row) for row in rows]
-        return run_service_pb2.InspectDatasetResponse(
-            rows=examples[: request.num_rows],
-            tokens=dataset_pb2.TokenStatistics(
-                base_model=request.base_model,
-                num_tokens=sum(example.num_tokens for example in examples),
-                num_target_tokens=sum(example.num_target_tokens for example in examples),
-                longest_tokens=max(example.num_tokens for example in examples),
-                lengths=[dataset_pb2.HistogramBucket(minimum=1, count=len(examples))],
-            )
-            if request.count_tokens
-            else None,
-        )
+        return inspect_rows(self.blobs[request.dataset.sha256], request)
 
     async def StartRun(self, request: Any, context: Any) -> Any:
         key = (request.key.job_id, request.key.attempt)

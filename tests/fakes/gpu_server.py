@@ -21,7 +21,13 @@ from tests.fakes.datasets import make_spec, write_blob
 from tests.fakes.gpu_runs import STUB_COMMAND, WAIT_SECONDS, child_environment, is_alive, processes_of, wait_for
 from tests.fakes.tiny_models import place_header_only
 from tunesmith.common.v1 import event_pb2, training_spec_pb2
-from tunesmith.gpu.v1 import blob_service_pb2, blob_service_pb2_grpc, run_service_pb2, run_service_pb2_grpc
+from tunesmith.gpu.v1 import (
+    blob_service_pb2,
+    blob_service_pb2_grpc,
+    inference_service_pb2_grpc,
+    run_service_pb2,
+    run_service_pb2_grpc,
+)
 
 INSTALLATION = "installation-1"
 _ROWS = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(20)]
@@ -80,6 +86,7 @@ class GpuServer:
         self._channel = grpc.insecure_channel(self.address)
         self.runs = run_service_pb2_grpc.RunServiceStub(self._channel)
         self.blobs = blob_service_pb2_grpc.BlobServiceStub(self._channel)
+        self.inference = inference_service_pb2_grpc.InferenceServiceStub(self._channel)
         return self
 
     def _ready(self, path: Path, process: subprocess.Popen[bytes]) -> Any:

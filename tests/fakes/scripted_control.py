@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 from tunesmith.control.v1 import (
     artifact_service_pb2,
     dataset_service_pb2,
+    inference_service_pb2,
     job_service_pb2,
     model_service_pb2,
     node_service_pb2,
@@ -31,6 +32,7 @@ SERVICES: list[descriptor.ServiceDescriptor] = [
     for file in (
         artifact_service_pb2,
         dataset_service_pb2,
+        inference_service_pb2,
         job_service_pb2,
         model_service_pb2,
         node_service_pb2,

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_service.journal import Writer, events
+from tests.fakes import stub_generation
 from tunesmith.common.v1 import event_pb2, file_pb2, plan_pb2
 
 
@@ -78,16 +79,31 @@ class StubEngine:
         self._control = control
         self.script: dict[str, Any] = {}
         self._shutting_down = False
+        # Came while a generation was under way.
+        self._waiting: list[dict[str, Any]] = []
 
     def serve(self) -> int:
         self._control.send({"type": "ready"})
         while not self._shutting_down and not self._control.shim_gone:
-            for message in self._control.receive(None):
+            self._waiting += [] if self._waiting else self._control.receive(None)
+            while self._waiting:
+                message = self._waiting.pop(0)
                 if message["type"] == "start_run":
                     self._train(Path(message["run_directory"]))
                 elif message["type"] == "shutdown":
                     self._shutting_down = True
+                elif message["type"] == "generate" and not stub_generation.answer(
+                    message, self._control.send, self._is_generation_over
+                ):
+                    return 70
         return 0
+
+    def _is_generation_over(self, timeout_seconds: float) -> bool:
+        received = self._control.receive(timeout_seconds)
+        self._waiting += [message for message in received if message["type"] != "cancel_generate"]
+        return self._control.shim_gone or any(
+            message["type"] in ("cancel_generate", "start_run", "shutdown") for message in received
+        )
 
     def _train(self, directory: Path) -> None:
         run = json.loads((directory / "run.json").read_text())

@@ -1,18 +1,22 @@
 """Tiny random checkpoints in Hugging Face layout, made on the spot. Nothing is downloaded and nothing is learned.
 
 `place` builds a real checkpoint with transformers (imported late); `place_header_only` writes a llama whose weights are
-zeros with the standard library and `tokenizers`, for tests that must not import torch. Both are built once a process
-and copied. Every linear layer's sides are multiples of 32 and 64, which 4-bit kernels on a CPU want.
+zeros with the standard library and `tokenizers`, for tests that must not import torch, and `place_drawn` one with
+random weights in the same way. All are built once a process and copied. Every linear layer's sides are multiples of 32
+and 64, which 4-bit kernels on a CPU want.
 """
 
 import atexit
 import json
+import random
 import shutil
 import struct
 import tempfile
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +114,22 @@ def place(models_directory: Path, options: TinyOptions | None = None, *, name: s
 def place_header_only(models_directory: Path, options: TinyOptions | None = None, *, name: str | None = None) -> str:
     """The same for a llama with zero weights, without torch or transformers; `sharded` and `seed` mean nothing here."""
     return _copy(_build_header_only(options or TinyOptions()), models_directory, options or TinyOptions(), name)
+
+
+def place_drawn(models_directory: Path, options: TinyOptions | None = None, *, name: str | None = None) -> str:
+    """A llama with random weights, without torch or transformers; `sharded` means nothing here."""
+    name = place_header_only(models_directory, options, name=name)
+    options = options or TinyOptions()
+    path = models_directory / name / "model.safetensors"
+    header_bytes = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    source = random.Random(options.seed)
+    # In the order of the header's offsets.
+    with path.open("r+b") as file:
+        file.seek(header_bytes)
+        for _, shape in _list_llama_shapes(options):
+            is_norm = len(shape) == 1
+            array("f", (1.0 if is_norm else source.gauss(0, 0.02) for _ in range(prod(shape)))).tofile(file)
+    return name
 
 
 def _copy(source: Path, models_directory: Path, options: TinyOptions, name: str | None) -> str:

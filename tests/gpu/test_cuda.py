@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from gpu_service.catalog import optimizers
 from tests.fakes.engine_runs import Workspace, read_log
+from tests.fakes.tiny_models import TinyOptions
+from tunesmith.common.v1 import training_spec_pb2
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -81,21 +84,107 @@ def test_bfloat16_is_the_default_where_there_is_one(workspace: Workspace, shelf:
     assert log.of("plan")[0].resolved.quantization.compute_dtype == expected
 
 
-def test_resumed_training_goes_on(workspace: Workspace, shelf: Any) -> None:
-    hyperparameters = {"num_steps": 6, "save_every_steps": 2, "keep_checkpoints": 3}
-    whole = workspace.make_run("whole", hyperparameters=hyperparameters, device=_CUDA)
+# Every optimizer of the catalog that names `cuda` is here: it is offered because this passes.
+_RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "qlora": ("qlora", {}),
+    "lora": ("lora", {"lora": {"rank": 4, "dropout": 0.2}}),
+    "adamw": ("full", {}),
+    "adamw-8bit": ("full", {}),
+    "paged-adamw-8bit": ("full", {}),
+}
+
+
+@pytest.mark.parametrize("case", _RESUMED)
+def test_resumed_training_goes_on(case: str, workspace: Workspace, shelf: Any) -> None:
+    training_type, changes = _RESUMED[case]
+    hyperparameters: dict[str, Any] = {"num_steps": 6, "save_every_steps": 2, "keep_checkpoints": 3, **changes}
+    if training_type == "full":
+        hyperparameters["optimizer"] = {"name": case, "learning_rate": 1e-3}
+    # Its embeddings are large enough to be paged.
+    options = TinyOptions(vocabulary_size=4096)
+    whole = workspace.make_run(
+        f"{case}-whole", options=options, training_type=training_type, hyperparameters=hyperparameters, device=_CUDA
+    )
     uninterrupted = _carry_out(whole, shelf)
-    checkpoint = whole / "checkpoints/step-00000004"
+    assert uninterrupted.states[-1] == "SUCCEEDED", uninterrupted.payloads[-1]
     rest = workspace.make_run(
-        "rest",
+        f"{case}-rest",
+        options=options,
+        training_type=training_type,
         hyperparameters=hyperparameters,
         device=_CUDA,
         attempt=2,
-        resume={"checkpoint_directory": str(checkpoint), "checkpoint": checkpoint.name, "step": 4},
+        resume=workspace.resume_point(whole, 4),
     )
     resumed = _carry_out(rest, shelf)
 
+    assert resumed.states[-1] == "SUCCEEDED", resumed.payloads[-1]
+    (event,) = resumed.of("resumed")
+    # Within the tolerance that the engine itself allows between two measurements on a device.
+    assert event.measured_probe_loss == pytest.approx(event.saved_probe_loss, abs=2e-2 * max(1, event.saved_probe_loss))
     assert sorted(resumed.losses) == [5, 6]
     # Kernels on a device may add in another order.
     for step, loss in resumed.losses.items():
         assert loss == pytest.approx(uninterrupted.losses[step], rel=1e-2)
+
+
+def test_every_optimizer_of_the_catalog_is_resumed_here() -> None:
+    offered = {name for name, entry in optimizers.REGISTRY.items() if "cuda" in entry.devices}
+    assert offered <= _RESUMED.keys()
+
+
+def test_paged_moments_are_paged_again_and_given_back() -> None:
+    """bitsandbytes 0.50.2 by itself loads them into plain device memory, and never frees a page."""
+    import gc
+
+    import torch
+
+    from gpu_service.engine.builders.optimizers import paged_adamw_8bit
+    from gpu_service.engine.training import optimizer_state
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    settings = training_spec_pb2.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.999, epsilon=1e-8)
+    # A page of 64 MiB a moment.
+    parameter = torch.nn.Parameter(torch.ones(8192, 8192, device="cuda"))
+    parameter.grad = torch.ones_like(parameter)
+
+    def use() -> str:
+        first = paged_adamw_8bit.build([parameter], settings)
+        first.step()
+        state = optimizer_state.flatten(first)
+        second = paged_adamw_8bit.build([parameter], settings)
+        on_host = {name: tensor.cpu().clone() for name, tensor in state.tensors.items()}
+        optimizer_state.load(second, state.document(), on_host)
+        assert all(second.state[parameter][name].is_paged for name in ("state1", "state2"))
+        assert optimizer_state.digest_of_optimizer(second) == optimizer_state.digest_of_optimizer(first)
+        second.step()
+        return optimizer_state.digest_of_optimizer(second)
+
+    digest = use()
+    gc.collect()
+    torch.cuda.synchronize()
+    before, _ = torch.cuda.mem_get_info()
+    for _ in range(3):
+        assert use() == digest
+        gc.collect()
+    torch.cuda.synchronize()
+    after, _ = torch.cuda.mem_get_info()
+    assert before - after < _MEMORY_SLACK_BYTES
+
+
+@pytest.mark.parametrize("training_type", ["qlora", "lora"])
+def test_merged_exports_are_compared_on_the_device(training_type: str, workspace: Workspace, shelf: Any) -> None:
+    """Layer by layer from the disk to the device; afterwards it holds the base, and nothing of the export."""
+    import torch
+
+    directory = workspace.make_run(
+        f"merged-{training_type}", training_type=training_type, hyperparameters={"exports": ["merged"]}, device=_CUDA
+    )
+    log = _carry_out(directory, shelf)
+    assert log.states[-1] == "SUCCEEDED", log.payloads[-1]
+    (export,) = log.of("export")
+    assert export.accepted
+    assert 0 < export.max_logit_difference < 0.05
+    (released,) = log.of("memory_released")
+    assert torch.cuda.memory_allocated() <= released.resident_bytes + _MEMORY_SLACK_BYTES

@@ -136,11 +136,17 @@ def _sample(payload: event_pb2.EventPayload) -> str:
 def _checkpoint(payload: event_pb2.EventPayload) -> str:
     checkpoint = payload.checkpoint
     status = event_pb2.CheckpointStatus.Name(checkpoint.status).removeprefix("CHECKPOINT_STATUS_").lower()
-    return f"checkpoint {checkpoint.name} {status} ({byte_count(checkpoint.size_bytes)})"
+    losses = f", held-out loss {loss_text(checkpoint.held_out_loss)}" if checkpoint.HasField("held_out_loss") else ""
+    best = ", the best so far" if checkpoint.best else ""
+    return f"checkpoint {checkpoint.name} {status} ({byte_count(checkpoint.size_bytes)}){losses}{best}"
 
 
 def _resumed(payload: event_pb2.EventPayload) -> str:
-    return f"resumed from step {payload.resumed.from_step} ({payload.resumed.checkpoint})"
+    resumed = payload.resumed
+    probe = ""
+    if resumed.HasField("saved_probe_loss") and resumed.HasField("measured_probe_loss"):
+        probe = f", probe loss {resumed.saved_probe_loss:.6f} when saved, {resumed.measured_probe_loss:.6f} now"
+    return f"resumed from step {resumed.from_step} ({resumed.checkpoint}){probe}"
 
 
 def _micro_batch_reduced(payload: event_pb2.EventPayload) -> str:
@@ -161,7 +167,8 @@ def _export(payload: event_pb2.EventPayload) -> str:
     verdict = "accepted" if event.accepted else "REFUSED"
     return (
         f"export {event.format} {verdict}: logits differ by at most {event.max_logit_difference:.4g} "
-        f"({event.threshold:g} is the limit) on {event.num_prompts} prompts"
+        f"from the adapter's ({event.threshold:g} is the limit), and by {event.trained_max_logit_difference:.4g} "
+        f"from those on the base as trained, on {event.num_prompts} prompts"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith_cli.commands import artifacts, datasets, jobs, models, nodes, projects, training
+from tunesmith_cli.commands import artifacts, chat, datasets, jobs, models, nodes, projects, training
 from tunesmith_cli.demo import command as demo
 from tunesmith_cli.doctor import doctor, installed_version
 from tunesmith_cli.exit_codes import ExitCode, exit_code_of
@@ -53,6 +53,7 @@ app.add_typer(projects.app, name="projects")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(artifacts.app, name="artifacts")
 training.add_to(app)
+chat.add_to(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

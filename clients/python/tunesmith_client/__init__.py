@@ -24,6 +24,7 @@ from tunesmith_client._errors import (
     TunesmithError,
     Unavailable,
 )
+from tunesmith_client._generation import Answer, SamplingOptions
 from tunesmith_client._outcome import TERMINAL_STATES, reason_name, state_name
 from tunesmith_client._sync import Client
 from tunesmith_client._transfer import TransferProgress
@@ -34,6 +35,7 @@ __all__ = [
     "Aborted",
     "AccessDenied",
     "AlreadyExists",
+    "Answer",
     "AsyncClient",
     "CallCancelled",
     "Client",
@@ -48,6 +50,7 @@ __all__ = [
     "Refused",
     "ResourceExhausted",
     "RetryPolicy",
+    "SamplingOptions",
     "ServiceDefect",
     "TransferDamaged",
     "TransferProgress",

@@ -7,6 +7,7 @@ import grpc
 from tunesmith_client._caller_aio import AsyncCaller
 from tunesmith_client._config import ClientConfig, address_from_environment
 from tunesmith_client._nouns_aio import AsyncDatasets, AsyncModels, AsyncNodes, AsyncProjects
+from tunesmith_client._nouns_inference_aio import AsyncInference
 from tunesmith_client._nouns_training_aio import AsyncArtifacts, AsyncJobs
 
 
@@ -29,6 +30,7 @@ class AsyncClient:
         self.jobs = AsyncJobs(self._channel, caller)
         self.artifacts = AsyncArtifacts(self._channel, caller)
         self.nodes = AsyncNodes(self._channel, caller)
+        self.inference = AsyncInference(self._channel, caller)
 
     async def close(self) -> None:
         """Closes the channel; open watches end."""

@@ -78,6 +78,8 @@ class ClientConfig:
         return [
             ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            # A ping of gRPC's own that is on its way stands in for the keepalive's; by itself it would wait 60 s.
+            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),
             # gRPC's own waits between connection attempts would reach two minutes; ours decide.

@@ -56,11 +56,26 @@ class AsyncJobs:
         return await self._call(self._stub.PlanTraining, request, default_seconds=seconds)
 
     async def start(
-        self, project_id: int, *, priority: int = 0, max_retries: int | None = None, request_id: str = ""
+        self,
+        project_id: int,
+        *,
+        priority: int = 0,
+        max_retries: int | None = None,
+        from_job_id: str = "",
+        from_checkpoint: str = "",
+        request_id: str = "",
     ) -> job_service_pb2.Job:
-        """Stores a job, QUEUED. The same request_id gives the same job."""
+        """Stores a job, QUEUED. The same request_id gives the same job.
+
+        `from_job_id`: begin with what that job trained, or with a checkpoint of it, and a fresh optimizer.
+        """
         request = job_service_pb2.StartTrainingRequest(
-            project_id=project_id, priority=priority, max_retries=max_retries, request_id=request_id
+            project_id=project_id,
+            priority=priority,
+            max_retries=max_retries,
+            start_from_job_id=from_job_id,
+            start_from_checkpoint=from_checkpoint,
+            request_id=request_id,
         )
         return (await self._call(self._stub.StartTraining, request)).job
 
@@ -177,6 +192,15 @@ class AsyncArtifacts:
         artifact = await self.get(job_id, name)
         targets = [(destination_of(Path(directory), file), file) for file in artifact.files]
         return [await self._download_file(artifact, file, target, progress) for target, file in targets]
+
+    async def export(
+        self, job_id: str, format: str, *, max_logit_difference: float | None = None, request_id: str = ""
+    ) -> job_service_pb2.Job:
+        """Queues a job that writes what a finished job trained in another form (`merged`), and gives that job."""
+        request = artifact_service_pb2.ExportArtifactRequest(
+            job_id=job_id, format=format, max_logit_difference=max_logit_difference, request_id=request_id
+        )
+        return (await self._call(self._stub.ExportArtifact, request)).job
 
     async def delete(self, job_id: str, name: str, *, request_id: str = "") -> None:
         """Deletes an artifact's bytes and record."""

@@ -7,6 +7,7 @@ import grpc
 from tunesmith_client._caller import Caller
 from tunesmith_client._config import ClientConfig, address_from_environment
 from tunesmith_client._nouns import Datasets, Models, Nodes, Projects
+from tunesmith_client._nouns_inference import Inference
 from tunesmith_client._nouns_training import Artifacts, Jobs
 
 
@@ -29,6 +30,7 @@ class Client:
         self.jobs = Jobs(self._channel, caller)
         self.artifacts = Artifacts(self._channel, caller)
         self.nodes = Nodes(self._channel, caller)
+        self.inference = Inference(self._channel, caller)
 
     def close(self) -> None:
         """Closes the channel; open watches end."""

@@ -18,6 +18,8 @@ _OTHER_ENCODINGS: Final = (
     (b"\xff\xfe", "UTF-16"),
     (b"\xfe\xff", "UTF-16"),
 )
+# What follows the bracket of an array of rows: one of them, its end, or what lies beyond the head.
+_ROWS_BEGIN: Final = re.compile(rb"\s*(?:[{\]]|\Z)")
 _TOKENS: Final = re.compile(rb'"(?:[^"\\\n]*(?:\\[^\n][^"\\\n]*)*)"?|[\[\]{}:\n]')
 
 
@@ -51,7 +53,7 @@ def _holds_an_array_of_rows(text: bytes) -> bool:
             key = string
             keys.add(key.decode(errors="replace"))
         elif token in (b"{", b"["):
-            if token == b"[" and depth == 1:
+            if token == b"[" and depth == 1 and _ROWS_BEGIN.match(text, match.end()):
                 arrays.add(key.decode(errors="replace"))
             depth += 1
         elif token in (b"}", b"]"):

@@ -15,6 +15,7 @@ from control_service.domain.dataset_files import FileLimits, SourceRow, Trouble
 from control_service.domain.json_text import JsonParser, Parsed, SyntaxTrouble, as_object, shown
 
 _PIECE_BYTES: Final = 64 * 1024
+_AFTER_A_VALUE: Final = frozenset(" \t\r\n,]}")
 _SPACES: Final = re.compile(r"[ \t\r\n]*")
 
 
@@ -123,7 +124,7 @@ class _Window:
             except Trouble as trouble:
                 raise self.trouble(trouble.message) from trouble
             else:
-                if parsed.end < len(self._text) or self._ended:
+                if self._ended or self._is_whole(parsed.end):
                     self._check_size(parsed.end - self._at)
                     self._advance(parsed.end)
                     return parsed
@@ -133,6 +134,10 @@ class _Window:
     def trouble(self, message: str) -> Trouble:
         """A trouble at this place."""
         return Trouble(message, line=self.line, column=str(self._column))
+
+    def _is_whole(self, end: int) -> bool:
+        """Whether the value that ends there cannot go on: `1` may be the beginning of `1.5`."""
+        return self._text[self._at] in '{["' or self._text[end : end + 1] in _AFTER_A_VALUE
 
     def _check_size(self, num_characters: int) -> None:
         if num_characters > self._limits.max_row_bytes:

@@ -1,7 +1,8 @@
 """Reads Parquet by row groups, a few rows at a time. Reads no column that JSON cannot hold.
 
-Strings stay references into their dictionaries until a row is made: a small file may repeat a large string a million
-times, and would otherwise be that large in memory.
+Columns of text stay references into their dictionaries until a row is made: a small file may repeat a large text a
+million times, and would otherwise be that large in memory. Texts inside of lists and objects cannot be read so (Arrow
+makes no nested array of several dictionaries, which a large column has), and are held for a few rows at a time.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from control_service.domain.dataset_files import FileLimits, SourceRow, Trouble
 from control_service.domain.errors import ResourceExhausted
 from control_service.domain.row_shapes import KNOWN_KEYS
 
-_BATCH_ROWS: Final = 64
+_BATCH_ROWS: Final = 16
 _BUFFER_BYTES: Final = 256 * 1024
 # What a footer may make the reader hold: names and counts are a file's own word.
 _MAX_FOOTER_STRING_BYTES: Final = 16 * 1024**2
 _MAX_FOOTER_ITEMS: Final = 1_000_000
+# What the library raises over a damaged file: its own exceptions, and Python's over what it made of the bytes.
+_DAMAGE: Final = (pyarrow.ArrowException, OSError, ValueError, LookupError, OverflowError)
 
 
 def open_table(stream: BinaryIO, limits: FileLimits, size_bytes: int) -> tuple[tuple[str, ...], Iterator[SourceRow]]:
@@ -42,27 +45,20 @@ def open_table(stream: BinaryIO, limits: FileLimits, size_bytes: int) -> tuple[t
         texts = [
             leaf.path
             for leaf in (file.schema.column(index) for index in range(len(file.schema)))
-            if leaf.physical_type == "BYTE_ARRAY"
+            if leaf.physical_type == "BYTE_ARRAY" and "." not in leaf.path
         ]
         stream.seek(0)
         again = pyarrow.parquet.ParquetFile(
             stream, metadata=file.metadata, read_dictionary=texts, pre_buffer=False, buffer_size=_BUFFER_BYTES
         )
-    except (pyarrow.ArrowException, OSError) as error:
+    except _DAMAGE as error:
         raise _damaged(error) from error
     return columns, _rows(again, columns)
 
 
 def _rows(file: Any, columns: tuple[str, ...]) -> Iterator[SourceRow]:
     number = 0
-    batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns), use_threads=False)
-    while True:
-        try:
-            batch = next(batches, None)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise _damaged(error) from error
-        if batch is None:
-            return
+    for batch in _batches(file, columns):
         values = {name: batch.column(name) for name in columns}
         for index in range(batch.num_rows):
             number += 1
@@ -72,6 +68,16 @@ def _rows(file: Any, columns: tuple[str, ...]) -> Iterator[SourceRow]:
                 yield SourceRow(number=number, line=0, trouble=trouble)
 
 
+def _batches(file: Any, columns: tuple[str, ...]) -> Iterator[Any]:
+    try:
+        for group in range(file.num_row_groups):
+            yield from file.iter_batches(
+                batch_size=_BATCH_ROWS, row_groups=[group], columns=list(columns), use_threads=False
+            )
+    except _DAMAGE as error:
+        raise _damaged(error) from error
+
+
 def _content(values: dict[str, Any], index: int) -> dict[str, Any]:
     row = {}
     for name, column in values.items():
@@ -79,6 +85,8 @@ def _content(values: dict[str, Any], index: int) -> dict[str, Any]:
             value = _plain(column[index].as_py())
         except UnicodeDecodeError as error:
             raise Trouble("is not UTF-8", column=name) from error
+        except _DAMAGE as error:
+            raise Trouble(f"cannot be read: {_first_line(error)}", column=name) from error
         if value is not None:
             row[name] = value
     return row
@@ -103,6 +111,8 @@ def _columns(schema: Any, limits: FileLimits) -> tuple[str, ...]:
     for field in schema:
         if schema.names.count(field.name) > 1:
             raise Trouble("the file names a column twice", column=field.name[:32])
+        if _depth(field.type) >= limits.max_depth:
+            raise Trouble(f"a column is nested deeper than {limits.max_depth}", column=field.name[:32])
         if _is_plain(field.type):
             found.append(field.name)
         elif field.name in KNOWN_KEYS:
@@ -113,11 +123,19 @@ def _columns(schema: Any, limits: FileLimits) -> tuple[str, ...]:
 def _is_plain(type: Any) -> bool:
     if types.is_struct(type):
         return all(_is_plain(type.field(index).type) for index in range(type.num_fields))
-    if types.is_list(type) or types.is_large_list(type) or types.is_fixed_size_list(type):
-        return _is_plain(type.value_type)
-    if types.is_dictionary(type):
+    if _is_list(type) or types.is_dictionary(type):
         return _is_plain(type.value_type)
     return any(is_one(type) for is_one in _PLAIN)
+
+
+def _is_list(type: Any) -> bool:
+    return bool(types.is_list(type) or types.is_large_list(type) or types.is_fixed_size_list(type))
+
+
+def _depth(type: Any) -> int:
+    if types.is_struct(type):
+        return 1 + max((_depth(type.field(index).type) for index in range(type.num_fields)), default=0)
+    return 1 + _depth(type.value_type) if _is_list(type) else 0
 
 
 _PLAIN: Final = (
@@ -147,4 +165,8 @@ def _check_size(metadata: Any, limits: FileLimits, size_bytes: int) -> None:
 
 
 def _damaged(error: Exception) -> Trouble:
-    return Trouble(f"the file cannot be read as Parquet: {str(error).splitlines()[0] if str(error) else error!r}")
+    return Trouble(f"the file cannot be read as Parquet: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]

@@ -5,26 +5,31 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
 from control_service.adapters.blobs.disk_errors import disk_errors
-from control_service.adapters.files import csv_table, json_array, json_lines
+from control_service.adapters.files import csv_table, json_array, json_lines, parquet_process
 from control_service.adapters.files.compression import decompressed, detect_compression
 from control_service.adapters.files.detection import HEAD_BYTES, detect_format
 from control_service.domain.dataset_files import CSV, JSON, PARQUET, FileLimits, OpenedFile, SourceRow, Trouble
 
 _COPY_BYTES: Final = 1024**2
+_Table = tuple[tuple[str, ...], Iterator[SourceRow]]
+OpenParquet = Callable[[BinaryIO, FileLimits, int], AbstractContextManager[_Table]]
 
 
 class DatasetFileReader:
     """Opens files of datasets. `spool_directory`: where a compressed Parquet file is unpacked, since it is read from
     its end; the file there has no name, so nothing stays behind."""
 
-    def __init__(self, *, limits: FileLimits, spool_directory: Path) -> None:
+    def __init__(
+        self, *, limits: FileLimits, spool_directory: Path, open_parquet: OpenParquet = parquet_process.open_table
+    ) -> None:
         self._limits = limits
         self._spool_directory = spool_directory
+        self._open_parquet = open_parquet
 
     @contextmanager
     def open(self, stream: BinaryIO, *, size_bytes: int) -> Iterator[OpenedFile]:
@@ -50,11 +55,8 @@ class DatasetFileReader:
             return _unreadable("unknown", compression, trouble)
         try:
             if file_format == PARQUET:
-                # Not at the top: it takes a service that never sees such a file 60 MB and 0.2 s.
-                from control_service.adapters.files import parquet_table
-
                 whole = stack.enter_context(self._spooled(content())) if compression else content()
-                columns, rows = parquet_table.open_table(whole, self._limits, size_bytes)
+                columns, rows = stack.enter_context(self._open_parquet(whole, self._limits, size_bytes))
             elif file_format == CSV:
                 columns, rows = csv_table.open_table(content(), self._limits)
             else:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -17,9 +17,11 @@ from control_service.adapters.gpu_client.messages import (
     STOP_MODES,
     capabilities_value,
     event_values,
+    generate_message,
     inspect_message,
     inspection_value,
     key_message,
+    part_value,
     report_value,
     run_value,
     start_run_message,
@@ -28,11 +30,18 @@ from control_service.app.ports import InspectDataset, PlanLevel, StartRun
 from control_service.domain.dataset import DatasetInspection
 from control_service.domain.errors import DeadlineTooShort, NotFound, TunesmithError, Unavailable
 from control_service.domain.event import StoredEvent
+from control_service.domain.generation import GeneratedPart, GenerationRequest
 from control_service.domain.node import NodeCapabilities, NodeReport
 from control_service.domain.run import ObservedRun, RunKey, StopMode
 from control_service.domain.spec import TrainingSpec
 from control_service.wire.training_spec import proto_json, spec_message
-from tunesmith.gpu.v1 import blob_service_pb2, blob_service_pb2_grpc, run_service_pb2, run_service_pb2_grpc
+from tunesmith.gpu.v1 import (
+    blob_service_pb2,
+    blob_service_pb2_grpc,
+    inference_service_pb2_grpc,
+    run_service_pb2,
+    run_service_pb2_grpc,
+)
 
 CHUNK_BYTES: Final = 1024**2
 Response = TypeVar("Response")
@@ -82,6 +91,7 @@ class GrpcNodeClient:
         self._is_closed = False
         self._runs = run_service_pb2_grpc.RunServiceStub(channel)
         self._blobs = blob_service_pb2_grpc.BlobServiceStub(channel)
+        self._inference = inference_service_pb2_grpc.InferenceServiceStub(channel)
         self._plan_timeouts: Mapping[PlanLevel, float] = {
             PlanLevel.CHECK: config.plan_check_timeout_seconds,
             PlanLevel.EXACT: config.plan_exact_timeout_seconds,
@@ -179,6 +189,13 @@ class GrpcNodeClient:
         async for message in self._messages(lambda: self._runs.WatchNode(request)):
             yield report_value(message)
 
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GeneratedPart, None]:
+        """An answer in parts; the call is cancelled when its reader goes away."""
+        message = generate_message(request)
+        async with aclosing(self._messages(lambda: self._inference.Generate(message))) as responses:
+            async for response in responses:
+                yield part_value(response.part)
+
     async def find_missing_blobs(self, sha256s: Sequence[str]) -> Mapping[str, int]:
         """Blobs that the node lacks -> bytes of an unfinished write that can be continued."""
         with self._translated():
@@ -219,7 +236,9 @@ class GrpcNodeClient:
         self._is_closed = True
         await self._channel.close()
 
-    async def _messages(self, make_call: Callable[[], Any], *, idle_seconds: float | None = None) -> AsyncIterator[Any]:
+    async def _messages(
+        self, make_call: Callable[[], Any], *, idle_seconds: float | None = None
+    ) -> AsyncGenerator[Any, None]:
         """A stream's messages; the call is cancelled when its reader goes away. Unavailable after `idle_seconds`
         without one."""
         with self._translated():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+from google.protobuf import json_format
+
 from control_service.app.ports import InspectDataset, PlanLevel, StartRun
 from control_service.domain.artifact import ArtifactKind
 from control_service.domain.dataset import (
@@ -16,9 +18,10 @@ from control_service.domain.dataset import (
 )
 from control_service.domain.errors import Internal
 from control_service.domain.event import StoredEvent
+from control_service.domain.generation import GeneratedPart, GenerationRequest
 from control_service.domain.node import CatalogEntry, Device, NodeCapabilities, NodeModel, NodeReport
 from control_service.domain.run import ObservedRun, Phase, ResumeFrom, RunArtifact, RunKey, RunState, StopMode
-from control_service.wire.training_spec import reference_message, spec_message
+from control_service.wire.training_spec import proto_json, reference_message, spec_message
 from control_service.wire.values import (
     enum_name,
     enum_number,
@@ -27,8 +30,8 @@ from control_service.wire.values import (
     file_values,
     utc_time,
 )
-from tunesmith.common.v1 import dataset_pb2, event_pb2, plan_pb2
-from tunesmith.gpu.v1 import run_service_pb2
+from tunesmith.common.v1 import dataset_pb2, event_pb2, generation_pb2, plan_pb2, training_spec_pb2
+from tunesmith.gpu.v1 import inference_service_pb2, run_service_pb2
 
 PLAN_LEVELS: Final = {level: enum_number(plan_pb2.PlanLevel, level.value) for level in PlanLevel}
 STOP_MODES: Final = {mode: enum_number(run_service_pb2.StopMode, mode.value) for mode in StopMode}
@@ -189,6 +192,35 @@ def event_values(message: run_service_pb2.WatchRunResponse) -> tuple[StoredEvent
             payload=event.payload,
         )
         for event in message.events
+    )
+
+
+def generate_message(request: GenerationRequest) -> inference_service_pb2.GenerateRequest:
+    """Everything that a node needs to answer."""
+    return inference_service_pb2.GenerateRequest(
+        base_model=request.base_model,
+        weights_digest=request.weights_digest,
+        model_type=request.model_type,
+        training_type=request.training_type,
+        quantization=json_format.ParseDict(dict(request.quantization), training_spec_pb2.Quantization()),
+        adapter_files=file_messages(request.adapter_files),
+        chat_template=request.chat_template,
+        messages=[
+            generation_pb2.ChatMessage(role=message.role, content=message.content) for message in request.messages
+        ],
+        sampling=json_format.ParseDict(dict(request.sampling), generation_pb2.Sampling()),
+    )
+
+
+def part_value(part: generation_pb2.GeneratedPart) -> GeneratedPart:
+    """A part of an answer."""
+    if not part.finish_reason:
+        return GeneratedPart(text=part.text, num_tokens=part.num_tokens)
+    return GeneratedPart(
+        text=part.text,
+        num_tokens=part.num_tokens,
+        finish_reason=enum_name(generation_pb2.FinishReason, part.finish_reason),
+        statistics=proto_json(part.statistics),
     )
 
 

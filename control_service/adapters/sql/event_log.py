@@ -84,6 +84,16 @@ class SqlEventLog:
         ).scalar()
         return oldest or 0, newest or 0
 
+    def compact(self, job_id: str, *, before_sequence: int, limit: int) -> int:
+        """See the port."""
+        oldest, _ = self.bounds(job_id)
+        table = schema.events
+        # Sequences have no gap, so that the oldest `limit` are a range.
+        end = min(before_sequence, oldest + limit)
+        return self._connection.execute(
+            sa.delete(table).where(table.c.job_id == job_id, table.c.sequence < end)
+        ).rowcount
+
     def _store(self, job_id: str, events: Sequence[StoredEvent]) -> list[StoredEvent]:
         if not events:
             return []

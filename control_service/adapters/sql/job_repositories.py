@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from datetime import datetime
 
 import sqlalchemy as sa
 
@@ -22,7 +23,10 @@ from control_service.domain.errors import Aborted
 from control_service.domain.job import Job
 from control_service.domain.job_state import TERMINAL, JobState
 from control_service.domain.run import RunState
+from control_service.domain.start_from import start_files
 
+# What a job starts from, as a holder of content.
+_START = "start"
 _LIVE = tuple(state.value for state in JobState if state not in TERMINAL)
 # Written once; a job's spec may be large and is not written again with every batch of events.
 _IMMUTABLE = frozenset(
@@ -40,12 +44,31 @@ class SqlJobs:
     def insert(self, job: Job) -> None:
         """See the port."""
         self._connection.execute(sa.insert(schema.jobs).values(**job_to_row(job), last_sequence=0))
+        # Its bytes must outlive the job that left them.
+        BlobReferences(self._connection).replace(job.job_id, _START, start_files(job.spec))
         self._touched.jobs = True
 
     def get(self, job_id: str) -> Job | None:
         """See the port."""
         row = self._connection.execute(sa.select(schema.jobs).where(schema.jobs.c.job_id == job_id)).mappings().first()
         return None if row is None else job_from_row({**row})
+
+    def list_unneeded_starts(self) -> Sequence[str]:
+        """See the port."""
+        table, jobs = schema.blob_references, schema.jobs
+        statement = (
+            sa.select(table.c.job_id)
+            .distinct()
+            .join(jobs, jobs.c.job_id == table.c.job_id)
+            .where(table.c.holder == _START, jobs.c.state == JobState.SUCCEEDED.value)
+        )
+        return list(self._connection.execute(statement).scalars())
+
+    def release_start(self, job_id: str) -> Collection[str]:
+        """See the port."""
+        table = schema.blob_references
+        statement = sa.delete(table).where(table.c.job_id == job_id, table.c.holder == _START)
+        return set(self._connection.execute(statement.returning(table.c.sha256)).scalars())
 
     def update(self, job: Job) -> Job:
         """See the port."""
@@ -79,6 +102,18 @@ class SqlJobs:
         table = schema.jobs
         names = [state.value for state in states]
         return self._jobs(sa.select(table).where(table.c.state.in_(names)).order_by(table.c.job_id))
+
+    def find_compactable(self, *, ended_before: datetime) -> Job | None:
+        """See the port."""
+        table, events = schema.jobs, schema.events
+        has_more = sa.exists().where(events.c.job_id == table.c.job_id, events.c.sequence < table.c.last_sequence)
+        statement = (
+            sa.select(table)
+            .where(table.c.state.not_in(_LIVE), table.c.end_time < ended_before, has_more)
+            .order_by(table.c.job_id)
+            .limit(1)
+        )
+        return next(iter(self._jobs(statement)), None)
 
     def count_live_of_project(self, project_id: int) -> int:
         """See the port."""

@@ -146,6 +146,9 @@ checkpoints = sa.Table(
     sa.Column("files", _JSON, nullable=False),
     sa.Column("node", sa.String(63), nullable=False),
     sa.Column("create_time", UtcMicroseconds, nullable=False),
+    sa.Column("probe_loss", sa.Double),
+    sa.Column("held_out_loss", sa.Double),
+    sa.Column("best", sa.Boolean, nullable=False, server_default=sa.false()),
 )
 
 artifacts = sa.Table(
@@ -165,7 +168,7 @@ blob_references = sa.Table(
     metadata,
     sa.Column("sha256", sa.String(64), primary_key=True),
     sa.Column("job_id", sa.String(26), sa.ForeignKey("jobs.job_id", ondelete="CASCADE"), primary_key=True),
-    # `artifact:adapter`, `checkpoint:step-00000020`.
+    # `artifact:adapter`, `checkpoint:step-00000020`; `start`: what the job itself starts from.
     sa.Column("holder", sa.String(160), primary_key=True),
     sa.Index(None, "job_id"),
 )

@@ -28,6 +28,8 @@ from control_service.domain.errors import Unavailable
 
 T = TypeVar("T")
 
+# The file's name in control's data directory.
+DATABASE_NAME = "control.sqlite"
 _MAX_GROUP = 256
 _NUM_READERS = 4
 

@@ -32,4 +32,7 @@ def checkpoint_message(checkpoint: Checkpoint) -> job_service_pb2.Checkpoint:
         manifest_sha256=checkpoint.manifest_sha256,
         node=checkpoint.node,
         create_time=timestamp(checkpoint.create_time),
+        probe_loss=checkpoint.probe_loss,
+        held_out_loss=checkpoint.held_out_loss,
+        best=checkpoint.best,
     )

@@ -8,6 +8,8 @@ from typing import Any, Final
 from google.protobuf import json_format
 
 from control_service.app.ports import PlanLevel
+from control_service.app.start_points import StartRequest
+from control_service.domain.errors import FieldViolation, InvalidArgument
 from control_service.domain.event import StoredEvent
 from control_service.domain.job import JobProgress, JobView
 from control_service.domain.job_state import JobState
@@ -32,6 +34,16 @@ def plan_level(number: int) -> PlanLevel:
 def plan_message(plan: Mapping[str, Any]) -> plan_pb2.Plan:
     """A plan as a node gave it; fields that only the node's version knows are passed over."""
     return json_format.ParseDict(dict(plan), plan_pb2.Plan(), ignore_unknown_fields=True)
+
+
+def start_request(request: job_service_pb2.StartTrainingRequest) -> StartRequest | None:
+    """What a job is to start from; None when it starts from its base. InvalidArgument: a checkpoint of no job."""
+    if request.start_from_checkpoint and not request.start_from_job_id:
+        violation = FieldViolation("start_from_job_id", "must name the job whose checkpoint it is")
+        raise InvalidArgument("INVALID_FIELD", "start_from_job_id is missing", violations=(violation,))
+    if not request.start_from_job_id:
+        return None
+    return StartRequest(job_id=request.start_from_job_id, checkpoint=request.start_from_checkpoint)
 
 
 def job_states(numbers: Iterable[int]) -> tuple[JobState, ...]:

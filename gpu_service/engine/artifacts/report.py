@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gpu_service.engine.training.progress import TrainingProgress
-from tunesmith.common.v1 import plan_pb2, training_spec_pb2
+from tunesmith.common.v1 import event_pb2, plan_pb2, training_spec_pb2
 
 _VERSION = 1
 _SIZE_INCHES = (9, 5.5)
@@ -24,6 +25,7 @@ def collect(
     job_id: str,
     stopped_early: bool,
     versions: dict[str, str],
+    exports: Sequence[event_pb2.ExportEvent] = (),
 ) -> dict[str, Any]:
     """The content of metrics.json. Losses are nats per target token; null where one was not finite."""
     return {
@@ -42,6 +44,12 @@ def collect(
         "evaluations": progress.evaluations,
         "samples": progress.samples,
         "steps": progress.steps,
+        "exports": [
+            json_format.MessageToDict(
+                export, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+            )
+            for export in exports
+        ],
         "plan": json_format.MessageToDict(plan, preserving_proto_field_name=True),
         "versions": versions,
     }

@@ -1,6 +1,8 @@
-"""Writes a run's artifacts, each staged, fsynced and renamed; a table says what is written for which method.
+"""Writes a run's artifacts, all of them or none; a table says what is written for which method.
 
-`artifacts/manifest.json` lists them last. Paths in events and manifest are relative to the artifact's own directory.
+The whole of `artifacts/` is staged, fsynced and renamed, with the `manifest.json` that lists it, so that a run that is
+stopped while it saves leaves nothing. Paths in events and manifest are relative to the artifact's own directory. An
+export that was refused is left out; the rest stands.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import torch
 from safetensors import SafetensorError
 
 from gpu_service.engine import durable
-from gpu_service.engine.artifacts import model_card, report
+from gpu_service.engine.artifacts import exporting, model_card, report
+from gpu_service.engine.artifacts.export_source import ExportSource
 from gpu_service.engine.failures import RunFailure, from_exception
 from gpu_service.engine.training.progress import TrainingProgress
 from tunesmith.common.v1 import event_pb2, file_pb2, plan_pb2, training_spec_pb2
@@ -43,50 +46,82 @@ class ArtifactRequest:
     progress: TrainingProgress
     stopped_early: bool
     versions: dict[str, str]
+    # What exports are made from; None when there are none to make.
+    export_source: ExportSource | None = None
+    # False: nothing was trained here, and only exports are written.
+    trained: bool = True
+    # The card of the adapter that was started from, when nothing was trained here.
+    earlier_card: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenArtifacts:
+    """What was written, in order, and how every export compared, refused ones too."""
+
+    artifacts: list[event_pb2.ArtifactEvent]
+    exports: list[event_pb2.ExportEvent]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Writing:
+    request: ArtifactRequest
+    # May raise to stop; called before each artifact and inside long ones.
+    check: Callable[[], None]
+    exports: list[event_pb2.ExportEvent] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Artifact:
     name: str
     kind: event_pb2.ArtifactKind.ValueType
-    write: Callable[[ArtifactRequest, Path], None]
+    # Writes into an empty directory; False when nothing of it is to be kept.
+    write: Callable[[_Writing, Path], bool]
     is_wanted: Callable[[ArtifactRequest], bool]
 
 
-def write_all(request: ArtifactRequest, before_each: Callable[[], None]) -> list[event_pb2.ArtifactEvent]:
-    """Write every artifact that the run leaves, and their manifest. `before_each` may raise to stop.
+@dataclass(frozen=True, kw_only=True)
+class _Listed:
+    artifact: _Artifact
+    files: list[durable.StoredFile]
+
+    def as_json(self) -> dict[str, Any]:
+        kind = event_pb2.ArtifactKind.Name(self.artifact.kind).removeprefix("ARTIFACT_KIND_")
+        return {"name": self.artifact.name, "kind": kind, "files": [asdict(stored) for stored in self.files]}
+
+    def as_event(self) -> event_pb2.ArtifactEvent:
+        return event_pb2.ArtifactEvent(
+            name=self.artifact.name,
+            kind=self.artifact.kind,
+            files=[file_pb2.FileReference(**asdict(stored)) for stored in self.files],
+        )
+
+
+def write_all(request: ArtifactRequest, check: Callable[[], None]) -> WrittenArtifacts:
+    """Write every artifact that the run leaves, and their manifest. `check` may raise to stop: nothing is left.
 
     Raises RunFailure EXPORT or DISK_FULL naming the artifact.
     """
-    written: list[event_pb2.ArtifactEvent] = []
-    listed: list[dict[str, Any]] = []
-    for artifact in _ARTIFACTS:
-        if not artifact.is_wanted(request):
-            continue
-        before_each()
-        try:
-            with durable.staged(request.directory / artifact.name) as staging:
-                artifact.write(request, staging)
-                files = durable.list_files(staging)
-        except _RAISES as error:
-            raise _failure(error, artifact.name) from error
-        kind = event_pb2.ArtifactKind.Name(artifact.kind).removeprefix("ARTIFACT_KIND_")
-        listed.append({"name": artifact.name, "kind": kind, "files": [asdict(stored) for stored in files]})
-        written.append(
-            event_pb2.ArtifactEvent(
-                name=artifact.name,
-                kind=artifact.kind,
-                files=[file_pb2.FileReference(**asdict(stored)) for stored in files],
-            )
-        )
+    writing = _Writing(request=request, check=check)
+    name = ""
     try:
-        path = request.directory / durable.MANIFEST_FILE
-        path.write_text(json.dumps({"artifacts": listed}, indent=1), encoding="utf-8")
-        durable.sync(path)
-        durable.sync(request.directory)
-    except OSError as error:
-        raise _failure(error, durable.MANIFEST_FILE) from error
-    return written
+        with durable.staged(request.directory) as staging:
+            listed: list[_Listed] = []
+            for artifact in _ARTIFACTS:
+                if not artifact.is_wanted(request):
+                    continue
+                check()
+                name = artifact.name
+                (staging / name).mkdir()
+                if artifact.write(writing, staging / name):
+                    listed.append(_Listed(artifact=artifact, files=durable.list_files(staging / name)))
+                else:
+                    shutil.rmtree(staging / name)
+            name = durable.MANIFEST_FILE
+            text = json.dumps({"artifacts": [entry.as_json() for entry in listed]}, indent=1)
+            (staging / name).write_text(text, encoding="utf-8")
+    except _RAISES as error:
+        raise _failure(error, name) from error
+    return WrittenArtifacts(artifacts=[entry.as_event() for entry in listed], exports=writing.exports)
 
 
 def _failure(error: Exception, name: str) -> RunFailure:
@@ -95,42 +130,65 @@ def _failure(error: Exception, name: str) -> RunFailure:
     )
 
 
-def _write_adapter(request: ArtifactRequest, staging: Path) -> None:
+def _write_adapter(writing: _Writing, directory: Path) -> bool:
     # Embeddings are never trained or resized; told so, PEFT has no reason to ask a hub about the base.
-    request.model.save_pretrained(staging, safe_serialization=True, save_embedding_layers=False)
-    _write_common(request, staging)
+    writing.request.model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
+    writing.request.tokenizer.save_pretrained(directory)
+    _write_common(writing, directory, model_card.Kind.ADAPTER)
+    return True
 
 
-def _write_model(request: ArtifactRequest, staging: Path) -> None:
+def _write_merged(writing: _Writing, directory: Path) -> bool:
+    source = writing.request.export_source
+    assert source is not None
+    event = exporting.write(
+        "merged",
+        source,
+        directory,
+        threshold=writing.request.plan.resolved.max_export_logit_difference,
+        check=writing.check,
+    )
+    writing.exports.append(event)
+    _write_common(writing, directory, model_card.Kind.MERGED)
+    return event.accepted
+
+
+def _write_model(writing: _Writing, directory: Path) -> bool:
+    request = writing.request
     model = request.model
     if request.stored_dtype is not None:
         model = model.to(request.stored_dtype)
-    model.save_pretrained(staging)
+    model.save_pretrained(directory)
     generation = request.model_directory / "generation_config.json"
     if generation.is_file():
-        shutil.copyfile(generation, staging / generation.name)
-    _write_common(request, staging)
+        shutil.copyfile(generation, directory / generation.name)
+    request.tokenizer.save_pretrained(directory)
+    _write_common(writing, directory, model_card.Kind.MODEL)
+    return True
 
 
-def _write_common(request: ArtifactRequest, staging: Path) -> None:
-    request.tokenizer.save_pretrained(staging)
+def _write_common(writing: _Writing, directory: Path, kind: model_card.Kind) -> None:
+    request = writing.request
     for name in _LICENSE_NAMES:
         if (request.model_directory / name).is_file():
-            shutil.copyfile(request.model_directory / name, staging / name)
+            shutil.copyfile(request.model_directory / name, directory / name)
     card = model_card.render(
+        kind=kind,
         spec=request.spec,
         plan=request.plan,
         progress=request.progress,
         job_id=request.job_id,
-        trains_adapter=request.trains_adapter,
         stored_dtype=request.stored_dtype,
         stopped_early=request.stopped_early,
         versions=request.versions,
+        exports=writing.exports,
+        earlier_card=request.earlier_card,
     )
-    (staging / "README.md").write_text(card, encoding="utf-8")
+    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def _write_report(request: ArtifactRequest, staging: Path) -> None:
+def _write_report(writing: _Writing, directory: Path) -> bool:
+    request = writing.request
     metrics = report.collect(
         spec=request.spec,
         plan=request.plan,
@@ -138,9 +196,12 @@ def _write_report(request: ArtifactRequest, staging: Path) -> None:
         job_id=request.job_id,
         stopped_early=request.stopped_early,
         versions=request.versions,
+        exports=writing.exports,
     )
-    (staging / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    report.plot(request.progress, staging / "loss.png")
+    (directory / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    if request.trained:
+        report.plot(request.progress, directory / "loss.png")
+    return True
 
 
 _ARTIFACTS: tuple[_Artifact, ...] = (
@@ -148,8 +209,15 @@ _ARTIFACTS: tuple[_Artifact, ...] = (
         name="adapter",
         kind=event_pb2.ARTIFACT_KIND_ADAPTER,
         write=_write_adapter,
-        is_wanted=lambda request: request.trains_adapter,
+        is_wanted=lambda request: request.trains_adapter and request.trained,
     ),
+    _Artifact(
+        name="merged",
+        kind=event_pb2.ARTIFACT_KIND_MERGED,
+        write=_write_merged,
+        is_wanted=lambda request: "merged" in request.plan.resolved.exports,
+    ),
+    # After the exports, whose comparisons it holds.
     _Artifact(
         name="report",
         kind=event_pb2.ARTIFACT_KIND_REPORT,

@@ -6,6 +6,8 @@ A config.json without `model_type` is read by the family's own class. The file i
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import ModuleType
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -23,20 +25,25 @@ class ConfigOfAnotherFamily(ValueError):
 def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, str]:
     """Make `loaded.config`."""
     loaded.file = "config.json"
-    path = request.model_directory / loaded.file
     progress(0, 1, "files")
-    if _names_a_type(path.read_text(encoding="utf-8")):
-        config = AutoConfig.from_pretrained(request.model_directory, trust_remote_code=False, local_files_only=True)
-    else:
-        config = request.family.CONFIG_CLASS.from_json_file(path)
-    if not isinstance(config, request.family.CONFIG_CLASS):
-        raise ConfigOfAnotherFamily(
-            f"config.json makes a {type(config).__name__}; the plan is for {request.family.CONFIG_CLASS.__name__}"
-        )
-    assert isinstance(config, PreTrainedConfig)
-    loaded.config = config
+    config = loaded.config = read_config(request.model_directory, request.family)
     progress(1, 1, "files")
     return {"config_class": type(config).__name__, "model_type": config.model_type}
+
+
+def read_config(directory: Path, family: ModuleType) -> PreTrainedConfig:
+    """The config object of a model directory, of the family's class. Raises ConfigOfAnotherFamily and RAISES."""
+    path = directory / "config.json"
+    if _names_a_type(path.read_text(encoding="utf-8")):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    else:
+        config = family.CONFIG_CLASS.from_json_file(path)
+    if not isinstance(config, family.CONFIG_CLASS):
+        raise ConfigOfAnotherFamily(
+            f"config.json makes a {type(config).__name__}; the plan is for {family.CONFIG_CLASS.__name__}"
+        )
+    assert isinstance(config, PreTrainedConfig)
+    return config
 
 
 def _names_a_type(text: str) -> bool:

@@ -8,8 +8,9 @@ here loops over other arguments.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from gpu_service.engine.failures import LoadFailure, from_exception
 from gpu_service.engine.loading import adapter, config, quantization, tokenizer, weights
@@ -42,14 +43,33 @@ STAGES: tuple[Stage, ...] = (
 )
 
 
-def load(request: LoadRequest, loaded: Loaded, *, switch: StopSwitch, reporter: Reporter) -> None:
+# All but what is trained: the base with its tokenizer.
+BASE_STAGES = STAGES[:-1]
+
+
+class StageReporter(Protocol):
+    """Who hears of the stages; remembers the one in hand."""
+
+    loading_stage: str
+
+    def emit(self, message: Any) -> None: ...
+
+
+def load(
+    request: LoadRequest,
+    loaded: Loaded,
+    *,
+    switch: StopSwitch,
+    reporter: StageReporter,
+    stages: Sequence[Stage] = STAGES,
+) -> None:
     """Run the stages in order, into `loaded`. Raises LoadFailure from the library's own exception, StopRequested."""
-    for stage in STAGES:
+    for stage in stages:
         switch.check()
         _run_stage(stage, request, loaded, switch, reporter)
 
 
-def _run_stage(stage: Stage, request: LoadRequest, loaded: Loaded, switch: StopSwitch, reporter: Reporter) -> None:
+def _run_stage(stage: Stage, request: LoadRequest, loaded: Loaded, switch: StopSwitch, reporter: StageReporter) -> None:
     progress = _ProgressReport(stage.name, switch, reporter)
     reporter.loading_stage = stage.name
     loaded.file = ""
@@ -105,7 +125,7 @@ def _event(
 class _ProgressReport:
     """Counts a stage's progress and reports it now and then; each call is also a place to stop."""
 
-    def __init__(self, stage: str, switch: StopSwitch, reporter: Reporter) -> None:
+    def __init__(self, stage: str, switch: StopSwitch, reporter: StageReporter) -> None:
         self._stage = stage
         self._switch = switch
         self._reporter = reporter

@@ -1,8 +1,9 @@
 """Stage WEIGHTS: the weight files are read, and their tensors mapped; without quantization they become the model here.
 
 Every shard is read from front to back once and hashed, so that progress in bytes is real and a damaged disk shows here,
-with the file's name; safetensors checks the header and maps the tensors, which cost no memory of their own. Refuses
-everything but safetensors, and weights of another digest than the job was pinned to.
+with the file's name; safetensors checks the header and maps the tensors, which cost no memory of their own. A job that
+starts from a whole model of an earlier one reads that model's files in place of the base's. Refuses everything but
+safetensors, and a base of another digest than the job was pinned to.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ RAISES: tuple[type[Exception], ...] = (SafetensorError, OSError, RuntimeError, V
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# Name of the artifact that `full` leaves.
+MODEL_ARTIFACT = "model"
 _CHUNK_BYTES = 8 * 1024 * 1024
 
 
@@ -41,20 +44,22 @@ def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, s
     if request.resident_model is not None:
         loaded.base = request.resident_model
         return {"resident": "true"}
-    shards = _shards(request.model_directory, loaded)
+    starts_from_model = request.start is not None and request.start.name == MODEL_ARTIFACT
+    directory = request.start.directory if request.start is not None and starts_from_model else request.model_directory
+    shards = _shards(directory, loaded)
     total = 0
     for shard in shards:
         loaded.file = shard
-        total += (request.model_directory / shard).stat().st_size
+        total += (directory / shard).stat().st_size
     tensors: dict[str, torch.Tensor] = {}
     done = 0
     digest = hashlib.sha256()
     for shard, names in shards.items():
         loaded.file = shard
         contents = hashlib.sha256()
-        done = _read(request.model_directory / shard, contents, done, total, progress)
+        done = _read(directory / shard, contents, done, total, progress)
         digest.update(f"{shard}\0{contents.hexdigest()}\n".encode())
-        with safe_open(request.model_directory / shard, framework="pt", device="cpu") as opened:
+        with safe_open(directory / shard, framework="pt", device="cpu") as opened:
             held = set(opened.keys())
             missing = [name for name in names if name not in held]
             if missing:
@@ -62,11 +67,14 @@ def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, s
             for name in held:
                 tensors[name] = opened.get_tensor(name)
     loaded.file = ""
-    if request.weights_digest and digest.hexdigest() != request.weights_digest:
+    # The files of an earlier job were verified one by one when they came.
+    if request.weights_digest and not starts_from_model and digest.hexdigest() != request.weights_digest:
         raise WeightsChanged(f"the weights' digest is {digest.hexdigest()}; the job is for {request.weights_digest}")
     loaded.tensors = tensors
     loaded.stored_dtype = _most_common_dtype(tensors)
     details = {"shards": str(len(shards)), "tensors": str(len(tensors)), "stored_dtype": str(loaded.stored_dtype)}
+    if starts_from_model:
+        details["start_from"] = MODEL_ARTIFACT
     if request.quantization.IS_QUANTIZED:
         return details
     loaded.base = build_base(request, loaded, None, progress)

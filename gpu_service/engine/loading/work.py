@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gpu_service.engine.request import StartPoint
 from tunesmith.common.v1 import plan_pb2
 
 # Called with what is done, of what, in which unit; raises StopRequested once a stop was asked for.
@@ -52,6 +53,8 @@ class LoadRequest:
     compute_dtype: torch.dtype
     device: torch.device
     resident_model: Any | None = None
+    # What an earlier job left, to begin with; None: the base as it is.
+    start: StartPoint | None = None
 
 
 @dataclass(kw_only=True)

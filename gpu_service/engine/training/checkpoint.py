@@ -181,6 +181,9 @@ def restore(
         saved.compare(measured)
         # Last, so that nothing which was measured can have drawn from the generators.
         random_state.restore(load_file(directory / RANDOM_TENSORS_FILE), trainer["random"])
+    except torch.OutOfMemoryError:
+        # Says nothing of the checkpoint; whoever ends the run knows what it means.
+        raise
     except durable.DamagedDirectory as error:
         raise _mismatch(str(error), directory, fault="HARDWARE", file=error.file) from error
     except (_Contradiction, CertificateBroken) as error:

@@ -38,6 +38,10 @@ class CheckpointKeeper:
 
     def __post_init__(self) -> None:
         self._saved_step = 0
+        quantization = self.settings.quantization
+        self._environment = Environment.here(
+            device=self.device, compute_dtype=quantization.compute_dtype, quantization=quantization.method
+        )
 
     def resume(self, directory: Path) -> TrainingProgress:
         """Go on from a checkpoint and tell of it. Raises RunFailure RESUME_MISMATCH."""
@@ -70,7 +74,7 @@ class CheckpointKeeper:
             return
         self.reporter.enter_phase("SAVING")
         start = time.monotonic()
-        held_out = _take_held_out(progress)
+        held_out = take_held_out(progress)
         measured = self._measure()
         saved = checkpoint.save(
             self.directory,
@@ -109,18 +113,15 @@ class CheckpointKeeper:
             )
 
     def _measure(self) -> Certificate:
-        quantization = self.settings.quantization
         return certificate.measure(
             model=self.unwrapped_model,
             optimizer=self.optimizer,
             probe_loss=measure_probe(self.model, self.data, self.objective, self.device),
-            environment=Environment.here(
-                device=self.device, compute_dtype=quantization.compute_dtype, quantization=quantization.method
-            ),
+            environment=self._environment,
         )
 
 
-def _take_held_out(progress: TrainingProgress) -> checkpoint.HeldOut:
+def take_held_out(progress: TrainingProgress) -> checkpoint.HeldOut:
     """The newest held-out loss of the training, and whether it is the lowest that a checkpoint of it had so far.
 
     What was measured on the base, before the first step, is no checkpoint's.

@@ -1,7 +1,7 @@
 """Attention of a flat batch: one row of tokens that holds several sequences, each of which sees only itself.
 
 Registered with transformers under a name of its own, which a model bears only inside `attending_within_sequences`. Each
-sequence goes through transformers' own `sdpa` by itself, causal, so that no mask of tokens by tokens is ever made and
+sequence goes through torch's fused attention by itself, causal, so that no mask of tokens by tokens is ever made and
 memory grows with the number of tokens, not with its square. Refuses to run without the layout of the batch, and with
 any mask from elsewhere: a model that drops the layout on its way fails instead of attending across sequences.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # transformers makes no mask for an implementation that has no mask function of its name, and this one has none.
 _IMPLEMENTATION = "tunesmith-flat"
@@ -47,12 +47,18 @@ def _attend(
     attention_mask: torch.Tensor | None,
     *,
     flat_layout: FlatLayout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
     sliding_window: int | None = None,
-    **options: Any,
+    softcap: float | None = None,
+    **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """`query` [1, heads, tokens, width], `key` and `value` likewise; gives [1, tokens, heads, width]."""
+    del unused
     if attention_mask is not None:
         raise ValueError("a flat batch has no attention mask: its layout says what sees what")
+    if softcap is not None or not getattr(module, "is_causal", True):
+        raise ValueError(f"{type(module).__name__} attends in a way that flat batches do not offer")
     lengths = list(flat_layout.lengths)
     parts = []
     for one_query, one_key, one_value in zip(
@@ -61,10 +67,32 @@ def _attend(
         length = one_query.shape[2]
         mask = None
         if sliding_window is not None and length > sliding_window:
-            mask = flat_layout.window_mask(length, sliding_window, query.device)[None, None]
-        part, _ = sdpa_attention_forward(module, one_query, one_key, one_value, mask, **options)
-        parts.append(part)
-    return torch.cat(parts, dim=1), None
+            mask = flat_layout.window_mask(length, sliding_window, query.device)
+        groups = query.shape[1] // key.shape[1]
+        shares_heads = mask is None and _kernel_shares_heads(query)
+        if groups > 1 and not shares_heads:
+            one_key, one_value = (part.repeat_interleave(groups, dim=1) for part in (one_key, one_value))
+        parts.append(
+            functional.scaled_dot_product_attention(
+                one_query,
+                one_key,
+                one_value,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=shares_heads and groups > 1,
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _kernel_shares_heads(query: torch.Tensor) -> bool:
+    """Whether an unmasked kernel whose memory grows with the length alone takes keys that several heads share."""
+    if query.device.type != "cuda":
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 AttentionInterface.register(_IMPLEMENTATION, _attend)

@@ -21,12 +21,18 @@ class Kept:
 
 
 def committed(directory: Path) -> list[Kept]:
-    """Committed checkpoints below `directory`, oldest step first; what is being staged or deleted is none."""
+    """Committed checkpoints below `directory`, oldest step first.
+
+    What is being staged or deleted is none, nor what has no manifest that can be read: it counts for nothing and stays.
+    """
     found = []
     for path in directory.glob(f"step-*/{durable.MANIFEST_FILE}"):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        name = path.parent.name
-        found.append(Kept(name=name, step=int(manifest["step"]), path=path.parent, best=bool(manifest["best"])))
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            step, best = int(manifest["step"]), bool(manifest["best"])
+        except (ValueError, KeyError):
+            continue
+        found.append(Kept(name=path.parent.name, step=step, path=path.parent, best=best))
     return sorted(found, key=lambda kept: kept.step)
 
 

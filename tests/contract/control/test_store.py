@@ -15,6 +15,7 @@ from alembic.migration import MigrationContext
 
 from control_service.adapters.sql import engine as sql_engine
 from control_service.adapters.sql import schema
+from control_service.adapters.sql.catalog_repositories import SqlDatasets
 from control_service.adapters.sql.migrate import migrate
 from control_service.adapters.sql.store import SqlStore
 from control_service.app.store_ports import CommitNotice, Transaction
@@ -66,6 +67,24 @@ def test_nodes_of_the_first_schema_are_kept_as_registered(tmp_path: Path) -> Non
         migrate(connection)
         row = connection.execute(sa.select(schema.nodes)).one()
         assert (row.name, row.draining, row.configured) == ("local", True, False)
+
+
+def test_datasets_of_before_are_their_own_files_and_nothing_was_counted_of_them(tmp_path: Path) -> None:
+    engine = sql_engine.make_engine(tmp_path / "old.db")
+    with sql_engine.connect(engine, read_only=False) as connection:
+        migrate(connection, revision="0002")
+        connection.execute(
+            sa.text(
+                "INSERT INTO datasets (name, sha256, size_bytes, num_examples, format, create_time) "
+                "VALUES ('rows', :sha256, 12, 3, 'text', 5)"
+            ),
+            {"sha256": "a" * 64},
+        )
+        migrate(connection)
+        dataset = SqlDatasets(connection).get_by_name("rows")
+        assert dataset is not None
+        assert (dataset.file_format, dataset.compression, dataset.statistics) == ("jsonl", "", None)
+        assert (dataset.file_sha256, dataset.file_size_bytes) == ("a" * 64, 12)
 
 
 def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:

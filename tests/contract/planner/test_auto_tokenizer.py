@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, normalizers, processors, trainers
 from gpu_service.catalog import templates
 from gpu_service.catalog.tokenizer_files import read_json_object, read_tokenizer_facts
 from gpu_service.planner.chat_template import ChatTemplate
+from gpu_service.planner.encoding import ExampleEncoder
+from gpu_service.planner.inspection import describe_example
 from gpu_service.planner.rendering import Rendered
 from gpu_service.planner.tokenizer import TextTokenizer
 from gpu_service.planner.tokenizer_source import load_source
@@ -262,6 +264,49 @@ def test_pipelines_that_transformers_rebuilds_are_rebuilt(
     write_sentencepiece_style(directory, tokenizer_class)
     rewrite(directory / "config.json", model_type=model_type)
     assert_equal_to_auto(directory)
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_spaces_of_an_answer_carry_loss(tmp_path: Path, trims: bool) -> None:
+    """Also where the tokenizer's offsets leave spaces out, as GPT-2's do: indentation is part of a code."""
+    directory = tmp_path / place_header_only(tmp_path, TinyOptions(adds_bos=True))
+    value = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": trims, "use_regex": True}
+    value["post_processor"] = {"type": "Sequence", "processors": [byte_level, value["post_processor"]]}
+    (directory / "tokenizer.json").write_text(json.dumps(value), encoding="utf-8")
+    tokenizer, chat = load(directory)
+    conversation = [
+        {"role": "user", "content": "  Code? "},
+        {"role": "assistant", "content": "  if a:\n        b  \n    "},
+    ]
+    rendered = chat.render_conversation(conversation)
+    [example] = ExampleEncoder(tokenizer, loss_on_all=False, max_length=4096).encode([rendered])
+    segments = describe_example(example, tokenizer)["segments"]
+    [(start, end)] = rendered.targets
+    assert [segment["text"] for segment in segments] == [rendered.text[:start], rendered.text[start:end]]
+    auto = load_auto(directory)
+    assert list(example.tokens) == auto.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
+    document = Rendered(text="two plus two", targets=[(0, 12)], is_document=True)
+    [(tokens, _, _)] = tokenizer.encode([document], loss_on_all=False, max_length=4096)
+    assert list(tokens) == [*auto("two plus two")["input_ids"], auto.eos_token_id]
+
+
+@pytest.mark.parametrize("style", ["smollm2", "sentencepiece"])
+def test_segments_of_a_preview_read_as_the_text(request: pytest.FixtureRequest, tmp_path: Path, style: str) -> None:
+    """Runs of tokens are decoded one by one, where a decoder would strip the space that a run begins with."""
+    if style == "smollm2":
+        models_directory: Path = request.getfixturevalue("real_models")
+        directory = models_directory / SMOLLM
+    else:
+        directory = tmp_path / place_header_only(tmp_path, TinyOptions())
+        write_sentencepiece_style(directory, "LlamaTokenizer")
+    tokenizer, chat = load(directory)
+    for conversation in CONVERSATIONS:
+        rendered = chat.render_conversation([turn for turn in conversation if turn["role"] != "system"])
+        [example] = ExampleEncoder(tokenizer, loss_on_all=False, max_length=4096).encode([rendered])
+        shown = describe_example(example, tokenizer)["segments"]
+        assert "".join(segment["text"] for segment in shown) == rendered.text
+        assert sum(segment["num_tokens"] for segment in shown) == len(example.tokens)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])

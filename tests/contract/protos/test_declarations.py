@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import pytest
 from google.protobuf.descriptor import FieldDescriptor, FileDescriptor
 
-from tunesmith.common.v1 import constraints_pb2, training_spec_pb2
+from tunesmith.common.v1 import constraints_pb2, generation_pb2, training_spec_pb2
 from tunesmith.control.v1 import (
     artifact_service_pb2,
     dataset_service_pb2,
+    inference_service_pb2,
     job_service_pb2,
     model_service_pb2,
     node_service_pb2,
@@ -19,9 +20,11 @@ from tunesmith.control.v1 import (
 )
 
 FILES = (
+    generation_pb2,
     training_spec_pb2,
     artifact_service_pb2,
     dataset_service_pb2,
+    inference_service_pb2,
     job_service_pb2,
     model_service_pb2,
     node_service_pb2,

@@ -17,6 +17,7 @@ from control_service.domain import errors
 from tunesmith.control.v1 import (
     artifact_service_pb2,
     dataset_service_pb2,
+    inference_service_pb2,
     job_service_pb2,
     model_service_pb2,
     node_service_pb2,
@@ -26,6 +27,7 @@ from tunesmith.control.v1 import (
 MODULES: Mapping[str, ModuleType] = {
     "ArtifactService": artifact_service_pb2,
     "DatasetService": dataset_service_pb2,
+    "InferenceService": inference_service_pb2,
     "JobService": job_service_pb2,
     "ModelService": model_service_pb2,
     "NodeService": node_service_pb2,

@@ -157,6 +157,22 @@ async def test_asyncio_upload(tmp_path: Path) -> None:
             assert (await client.datasets.upload(file, name="rows")).name == "rows"
 
 
+async def test_both_facades_ask_for_tokens_and_rendered_rows_in_the_same_words() -> None:
+    with FakeControl() as control:
+        control.handlers["GetDataset"] = lambda *_: dataset_service_pb2.GetDatasetResponse()
+        control.handlers["PreviewDataset"] = lambda *_: dataset_service_pb2.PreviewDatasetResponse()
+        with Client(control.address) as client:
+            client.datasets.get(1, base_model="org/tiny")
+            client.datasets.preview(1, num_rows=2, base_model="org/tiny", chat_template="chatml", loss_on="all")
+        async with AsyncClient(control.address) as aio:
+            await aio.datasets.get(1, base_model="org/tiny")
+            await aio.datasets.preview(1, num_rows=2, base_model="org/tiny", chat_template="chatml", loss_on="all")
+        for name in ("GetDataset", "PreviewDataset"):
+            first, second = control.requests[name]
+            assert first == second
+            assert first.base_model == "org/tiny"
+
+
 def serve_artifact(control: FakeControl, download: Any, what: artifact_service_pb2.Artifact) -> None:
     control.handlers["ListArtifacts"] = lambda *_: artifact_service_pb2.ListArtifactsResponse(artifacts=[what])
     control.handlers["DownloadArtifact"] = download

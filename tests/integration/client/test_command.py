@@ -10,7 +10,13 @@ import pytest
 
 from tests.fakes.scripted_control import FakeControl, refuse
 from tunesmith.common.v1 import event_pb2, plan_pb2, training_spec_pb2
-from tunesmith.control.v1 import dataset_service_pb2, job_service_pb2, node_service_pb2, project_service_pb2
+from tunesmith.control.v1 import (
+    artifact_service_pb2,
+    dataset_service_pb2,
+    job_service_pb2,
+    node_service_pb2,
+    project_service_pb2,
+)
 from tunesmith_cli.main import main
 
 JOB = "01JZZZZZZZZZZZZZZZZZZZZZZZ"
@@ -300,3 +306,69 @@ def test_no_color_is_honored(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("NO_COLOR", "1")
     assert Console(force_terminal=True).no_color
+
+
+def test_a_dataset_is_shown_with_its_tokens_and_previewed_with_what_carries_loss(
+    control: FakeControl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dataset(request: Any, context: grpc.ServicerContext) -> Any:
+        found = dataset_service_pb2.Dataset(dataset_id=1, name="rows", format="text", file_format="csv", num_examples=2)
+        if request.base_model:
+            found.statistics.tokens.base_model = request.base_model
+            found.statistics.tokens.num_tokens = 12
+        return dataset_service_pb2.GetDatasetResponse(dataset=found)
+
+    def preview(request: Any, context: grpc.ServicerContext) -> Any:
+        row = dataset_service_pb2.DatasetRow(line=1, json='{"text": "a"}')
+        if request.base_model:
+            row.rendered.segments.add(text="q ", num_tokens=1)
+            row.rendered.segments.add(text=f"{request.loss_on} {request.max_length}", is_target=True, num_tokens=2)
+        return dataset_service_pb2.PreviewDatasetResponse(rows=[row])
+
+    control.handlers |= {"GetDataset": dataset, "PreviewDataset": preview}
+    assert main(["datasets", "show", "1"]) == 0
+    assert "tokens" not in capsys.readouterr().out
+    assert main(["datasets", "show", "1", "--base-model", "org/tiny"]) == 0
+    assert "12, of which 0 carry loss" in capsys.readouterr().out
+    assert main(["datasets", "preview", "1"]) == 0
+    assert '{"text": "a"}' in capsys.readouterr().out
+    options = ["--base-model", "org/tiny", "--loss-on", "all", "--max-length", "9"]
+    assert main(["datasets", "preview", "1", *options]) == 0
+    captured = capsys.readouterr()
+    assert "q [[all 9]]" in captured.out
+    assert "between [[ and ]]" in captured.err
+    assert main(["datasets", "preview", "1", *options, "--output", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["rendered"]["segments"][1] == {"text": "all 9", "is_target": True, "num_tokens": 2}
+
+
+def test_starting_from_an_earlier_job_names_it(control: FakeControl, capsys: pytest.CaptureFixture[str]) -> None:
+    project = project_service_pb2.Project(project_id=1)
+    control.handlers["GetProject"] = lambda *_: project_service_pb2.GetProjectResponse(project=project)
+    queued = job_service_pb2.StartTrainingResponse(job=job(event_pb2.JOB_STATE_QUEUED))
+    control.handlers["StartTraining"] = lambda *_: queued
+    assert main(["start", "1", "--from-job", JOB, "--from-checkpoint", "step-00000020"]) == 0
+    (request,) = control.requests["StartTraining"]
+    assert (request.start_from_job_id, request.start_from_checkpoint) == (JOB, "step-00000020")
+
+
+def test_an_export_is_queued_and_can_be_waited_for(control: FakeControl, capsys: pytest.CaptureFixture[str]) -> None:
+    queued = artifact_service_pb2.ExportArtifactResponse(job=job(event_pb2.JOB_STATE_QUEUED))
+    control.handlers["ExportArtifact"] = lambda *_: queued
+    assert main(["artifacts", "export", "--job", JOB, "--format", "merged", "--max-logit-difference", "0.5"]) == 0
+    (request,) = control.requests["ExportArtifact"]
+    assert (request.job_id, request.format, request.max_logit_difference) == (JOB, "merged", 0.5)
+    assert JOB in capsys.readouterr().out
+
+    give_job(control, job(event_pb2.JOB_STATE_FAILED))
+    control.handlers["WatchJob"] = lambda *_: iter(())
+    assert main(["artifacts", "export", "--job", JOB, "--wait"]) != 0
+
+
+def test_an_export_that_is_not_offered_says_why(control: FakeControl, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(request: Any, context: grpc.ServicerContext) -> Any:
+        refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "NOT_OFFERED", "export 'gguf' is not offered: no package")
+
+    control.handlers["ExportArtifact"] = refused
+    assert main(["artifacts", "export", "--job", JOB, "--format", "gguf"]) == 3
+    assert "NOT_OFFERED" in capsys.readouterr().err

@@ -17,10 +17,15 @@ from control_service.api.interceptors import CallConfig, CallInterceptor
 from control_service.api.registration import register
 from control_service.domain.errors import Unavailable
 from tests.fakes.control import reason_of
+from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import job_service_pb2, job_service_pb2_grpc
 
 PATIENCE_SECONDS = 60.0
 JOB_ID = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
+
+
+# Large, so that what the transport takes in by itself is soon full.
+_PAGE = job_service_pb2.WatchJobResponse(events=[event_pb2.Event(sequence=1)] * 10_000).SerializeToString()
 
 
 class _Servicer(job_service_pb2_grpc.JobServiceServicer):
@@ -29,6 +34,7 @@ class _Servicer(job_service_pb2_grpc.JobServiceServicer):
     def __init__(self) -> None:
         self.calls = 0
         self.closed = asyncio.Event()
+        self.poured = 0
 
     async def GetJob(self, request: Any, context: Any) -> Any:  # noqa: N802  # an RPC's name
         self.calls += 1
@@ -41,6 +47,9 @@ class _Servicer(job_service_pb2_grpc.JobServiceServicer):
     async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802  # an RPC's name
         try:
             yield job_service_pb2.WatchJobResponse(heartbeat=job_service_pb2.Heartbeat(position=5)).SerializeToString()
+            while request.job_id == "pours":
+                self.poured += 1
+                yield _PAGE
             if request.job_id == "ends":
                 raise Unavailable("SHUTTING_DOWN", "the service is stopping", retry_after_seconds=1.0)
             await asyncio.Event().wait()
@@ -207,3 +216,34 @@ async def test_health_follows_the_store_and_ends_with_the_drain(failure: Excepti
         assert (await watch.read()).status == states.NOT_SERVING
         watch.cancel()
     await server.stop(None)
+
+
+async def test_a_reader_that_takes_nothing_is_cut_off_with_a_reason() -> None:
+    async with _served(stalled_reader_seconds=0.5) as (servicer, jobs):
+        call = jobs.WatchJob(job_service_pb2.WatchJobRequest(job_id="pours"), timeout=PATIENCE_SECONDS)
+        assert (await call.read()).heartbeat.position == 5
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await servicer.closed.wait()
+        # Nothing is held for it any more; what was on its way arrives, then the reason.
+        received = 0
+
+        async def read_on() -> None:
+            nonlocal received
+            while await call.read() is not grpc.aio.EOF:
+                received += 1
+
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_on()
+        assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.UNAVAILABLE, "READER_STALLED")
+        assert 0 < received <= servicer.poured
+
+
+async def test_a_slow_reader_is_not_cut_off() -> None:
+    async with _served(stalled_reader_seconds=20.0) as (servicer, jobs):
+        call = jobs.WatchJob(job_service_pb2.WatchJobRequest(job_id="pours"), timeout=PATIENCE_SECONDS)
+        for _ in range(100):
+            assert await call.read() is not grpc.aio.EOF
+        assert not servicer.closed.is_set()
+        call.cancel()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await servicer.closed.wait()

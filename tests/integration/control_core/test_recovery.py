@@ -12,7 +12,7 @@ from control_service.app.ingest import ingest
 from control_service.app.runtime import RetentionConfig
 from control_service.domain.artifact import CheckpointStatus
 from control_service.domain.errors import FailedPrecondition, ResourceExhausted
-from control_service.domain.event import CheckpointFact, JobStateFact, NodeReachabilityFact, StoredEvent
+from control_service.domain.event import CheckpointFact, JobStateFact, NodeReachabilityFact, StoredEvent, WarningFact
 from control_service.domain.failure import Fault
 from control_service.domain.job_state import JobState
 from control_service.domain.run import RunState
@@ -103,7 +103,7 @@ async def test_a_killed_engine_is_retried_from_its_last_checkpoint(open_core: Op
     await core.reachable()
     job = await core.start((await core.project()).project_id)
     await core.running(job.job_id)
-    node.run(job.job_id).checkpoint(20)
+    node.run(job.job_id).checkpoint(20, held_out_loss=2.5, best=True)
     node.run(job.job_id).checkpoint(40)
     node.run(job.job_id).fail("ENGINE_KILLED", Fault.HARDWARE)
     again = await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
@@ -111,6 +111,11 @@ async def test_a_killed_engine_is_retried_from_its_last_checkpoint(open_core: Op
     resume = node.run(job.job_id, 2).request.resume_from
     assert resume is not None
     assert (resume.checkpoint, resume.attempt) == ("step-00000040", 1)
+    listed = await core.store.read(lambda tx: tx.checkpoints.list_for_job(job.job_id))
+    assert [(known.probe_loss, known.held_out_loss, known.best) for known in listed] == [
+        (1.5, 2.5, True),
+        (1.5, None, False),
+    ]
 
 
 async def test_a_failure_is_told_once_and_kept_until_the_next_attempt_runs(open_core: OpenCore) -> None:
@@ -365,3 +370,92 @@ async def test_a_node_that_lost_its_disk_gets_the_checkpoint_from_control_or_beg
         assert resume is None
         told = [fact.status for fact in await core.facts(job.job_id) if isinstance(fact, CheckpointFact)]
         assert told == [CheckpointStatus.COMMITTED, CheckpointStatus.DELETED]
+
+
+@pytest.mark.parametrize("has_copy", [True, False])
+async def test_a_damaged_checkpoint_is_forgotten_and_the_next_best_gone_on_from(
+    open_core: OpenCore, has_copy: bool
+) -> None:
+    node = FakeNode("a")
+    core = await open_core(node, config=quick_config(None if has_copy else _NO_COPIES))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    first = node.run(job.job_id)
+    first.checkpoint(20, b"earlier")
+    file = first.checkpoint(40, b"later")
+    await core.until_job(job.job_id, lambda j: j.run_cursor == len(first.events))
+    if has_copy:
+        await until(lambda: file.sha256 in core.blobs.blobs)
+    first.fail("ENGINE_KILLED", Fault.HARDWARE)
+    await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
+
+    node.run(job.job_id, 2).fail("RESUME_MISMATCH", Fault.HARDWARE, checkpoint="step-00000040")
+
+    again = await core.until_job(job.job_id, lambda j: j.is_over or (j.attempt == 3 and j.state is JobState.RUNNING))
+    assert again.state is JobState.RUNNING
+    resume = node.run(job.job_id, 3).request.resume_from
+    assert resume is not None
+    assert resume.step == (40 if has_copy else 20)
+    assert [known.sha256 for known in resume.files] == ([file.sha256] if has_copy else [])
+
+
+async def test_the_only_checkpoint_is_damaged(open_core: OpenCore) -> None:
+    """Training begins anew, and the log says so."""
+    node = FakeNode("a")
+    core = await open_core(node, config=quick_config(_NO_COPIES))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    node.run(job.job_id).checkpoint(20)
+    node.run(job.job_id).fail("ENGINE_KILLED", Fault.HARDWARE)
+    await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
+    node.run(job.job_id, 2).fail("RESUME_MISMATCH", Fault.HARDWARE, checkpoint="step-00000020")
+    await core.until_job(job.job_id, lambda j: j.attempt == 3 and j.state is JobState.RUNNING)
+
+    assert node.run(job.job_id, 3).request.resume_from is None
+    facts = await core.facts(job.job_id)
+    assert [fact.status for fact in facts if isinstance(fact, CheckpointFact)][-1] is CheckpointStatus.DELETED
+    assert [fact.code for fact in facts if isinstance(fact, WarningFact)] == ["no-checkpoint-left"]
+
+
+async def test_what_a_checkpoint_certifies_does_not_hold(open_core: OpenCore) -> None:
+    """Not tried again: it would differ again. The job fails with both values, and nothing is forgotten."""
+    node = FakeNode("a")
+    core = await open_core(node, config=quick_config(_NO_COPIES))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    node.run(job.job_id).checkpoint(20)
+    node.run(job.job_id).fail("ENGINE_KILLED", Fault.HARDWARE)
+    await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
+    details = {"checkpoint": "step-00000020", "what": "probe_loss", "saved": "2.5", "measured": "3.5"}
+    node.run(job.job_id, 2).fail("RESUME_MISMATCH", Fault.PLATFORM, **details)
+
+    failed = await core.until_state(job.job_id, JobState.FAILED)
+    assert failed.attempt == 2
+    assert failed.failure is not None
+    assert (failed.failure.reason, failed.failure.details) == ("RESUME_MISMATCH", details)
+
+
+async def test_a_paused_job_goes_on_on_another_node(open_core: OpenCore) -> None:
+    first, second = FakeNode("a"), FakeNode("b")
+    config = quick_config()
+    core = await open_core(first, second, config=replace(config, nodes=replace(config.nodes, lease_seconds=0.3)))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    assert (await core.running(job.job_id)).node == "a"
+    await core.pause(job.job_id)
+    await core.until_state(job.job_id, JobState.PAUSED)
+    (saved,) = [fact for fact in await core.facts(job.job_id) if isinstance(fact, CheckpointFact) and fact.files][:1]
+    first.set_up(False)
+    await until(lambda: all(view.is_reachable is (view.node.name == "b") for view in core.runtime.nodes.views()))
+
+    await core.resume(job.job_id)
+
+    resumed = await core.until_job(job.job_id, lambda j: j.state is JobState.RUNNING)
+    assert (resumed.node, resumed.attempt) == ("b", 2)
+    resume = second.run(job.job_id, 2).request.resume_from
+    assert resume is not None
+    assert (resume.step, resume.files) == (saved.step, saved.files)
+    assert {file.sha256 for file in saved.files} <= second.blobs.keys()

@@ -103,6 +103,8 @@ def test_adapter_says_where_it_comes_from(workspace: Workspace, run_in_process: 
     assert plan.weights_digest == json.loads((directory / "run.json").read_text())["weights_digest"]
     for said in (plan.data_digest, plan.weights_digest, "arithmetic", "coding", '"rank": 4', "Held-out loss"):
         assert said in card
+    for said in ("base_model_relation: adapter", "library_name: peft", "| base | 0 |", "| final | 2 |", "Mix: "):
+        assert said in card
     assert str(workspace.root) not in card
     assert str(workspace.root) not in (adapter / "adapter_config.json").read_text()
     # The template that the project named goes with the adapter.

@@ -6,99 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from gpu_service.catalog import families
 from gpu_service.engine.builders.methods.lora import set_gradient_checkpointing
 from gpu_service.engine.training.batches import MicroBatchLimit, collate, split
 from gpu_service.engine.training.flat_attention import FlatLayout, attending_within_sequences
 from gpu_service.engine.training.likelihood import nats_by_sequence
+from tests.fakes.flat_models import CASES, LENGTHS, PLAIN, VOCABULARY_SIZE, WINDOWED, flat_nats, make_model, single_nats
 from tests.fakes.planned_rows import PlannedRows, make_example, make_examples
 from tunesmith.common.v1 import training_spec_pb2
-
-_VOCABULARY = 512
-# Shorter and longer than the window, with two of one token (no target) side by side, as truncation may leave them.
-_LENGTHS = (5, 40, 1, 1, 17, 64, 2, 9)
-_WINDOW = 8
-_SIZES: dict[str, Any] = {
-    "vocab_size": _VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-# Every family's own way to a sliding window, beside layers that have none where a family mixes them.
-_WINDOWED: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": _WINDOW},
-    "qwen2": {"sliding_window": _WINDOW, "use_sliding_window": True, "max_window_layers": 1},
-    "qwen3": {"sliding_window": _WINDOW, "use_sliding_window": True, "max_window_layers": 1},
-    "gemma3": {
-        "sliding_window": _WINDOW,
-        "query_pre_attn_scalar": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "phi3": {"sliding_window": _WINDOW},
-}
-_PLAIN: dict[str, dict[str, Any]] = {family: {} for family in families.REGISTRY} | {
-    "mistral": {"sliding_window": None},
-    "gemma3": {**_WINDOWED["gemma3"], "sliding_window": 512},
-}
-CASES = {family: (family, extras) for family, extras in _PLAIN.items()} | {
-    f"{family}-window": (family, extras) for family, extras in _WINDOWED.items()
-}
-
-
-def _make_model(family: str, extras: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
-    entry = families.REGISTRY[family]
-    config = getattr(transformers, entry.config_class)(**_SIZES, **extras)
-    torch.manual_seed(0)
-    model = getattr(transformers, entry.architecture)(config)
-    # Random weights of the usual size attend almost evenly; larger ones make who attends to whom show.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return model.to(dtype).train()
 
 
 @pytest.fixture(params=CASES, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return _make_model(*CASES[request.param])
+    return make_model(*CASES[request.param])
 
 
 @pytest.fixture(scope="module")
 def rows() -> PlannedRows:
-    return PlannedRows(make_examples(_LENGTHS, vocabulary_size=_VOCABULARY, seed=1))
-
-
-def _flat_nats(model: Any, rows: PlannedRows, limit: MicroBatchLimit | None = None) -> torch.Tensor:
-    """Nats of every example, in flat passes."""
-    with attending_within_sequences(model):
-        return torch.cat(
-            [
-                nats_by_sequence(model, collate(rows.as_data(), part))
-                for part in split(rows.as_data(), rows.references, limit or MicroBatchLimit())
-            ]
-        )
-
-
-def _single_nats(model: Any, rows: PlannedRows) -> torch.Tensor:
-    """The same by transformers alone: an example at a time, with nothing said of positions or masks."""
-    nats = []
-    for reference in rows.references:
-        example = rows.example(reference)
-        tokens = torch.tensor(example.tokens.tolist())
-        mask = torch.tensor(example.mask.tolist(), dtype=torch.bool)
-        logits = model(input_ids=tokens[None], use_cache=False).logits[0].double()
-        chosen = logits.log_softmax(dim=-1)[:-1].gather(1, tokens[1:, None])[:, 0]
-        nats.append(-chosen[mask[1:]].sum())
-    return torch.stack(nats)
+    return PlannedRows(make_examples(LENGTHS, vocabulary_size=VOCABULARY_SIZE, seed=1))
 
 
 def _gradients(model: Any, nats: torch.Tensor) -> list[torch.Tensor]:
@@ -108,7 +34,7 @@ def _gradients(model: Any, nats: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_losses_and_gradients_are_those_of_one_by_one(model: Any, rows: PlannedRows, implementation: str) -> None:
     model.set_attn_implementation(implementation)
-    single, flat = _single_nats(model, rows), _flat_nats(model, rows)
+    single, flat = single_nats(model, rows), flat_nats(model, rows)
 
     torch.testing.assert_close(flat, single, rtol=1e-5, atol=1e-5)
     for one, other in zip(_gradients(model, flat), _gradients(model, single), strict=True):
@@ -120,11 +46,11 @@ def test_nothing_of_another_example_is_seen(model: Any, rows: PlannedRows) -> No
     """Other tokens in one example change the losses of no other by a single bit."""
     changed = 4
     examples = [rows.example(reference) for reference in rows.references]
-    examples[changed] = make_example([(token + 7) % _VOCABULARY for token in examples[changed].tokens.tolist()])
-    before, after = _flat_nats(model, rows), _flat_nats(model, PlannedRows(examples))
+    examples[changed] = make_example([(token + 7) % VOCABULARY_SIZE for token in examples[changed].tokens.tolist()])
+    before, after = flat_nats(model, rows), flat_nats(model, PlannedRows(examples))
 
     assert before[changed] != after[changed]
-    others = [place for place in range(len(_LENGTHS)) if place != changed]
+    others = [place for place in range(len(LENGTHS)) if place != changed]
     assert torch.equal(before[others], after[others])
 
 
@@ -134,22 +60,22 @@ def test_nothing_of_another_example_is_seen(model: Any, rows: PlannedRows) -> No
     ids=["one", "three", "48 tokens"],
 )
 def test_division_into_passes_changes_nothing(rows: PlannedRows, limit: MicroBatchLimit) -> None:
-    model = _make_model("llama", {})
-    torch.testing.assert_close(_flat_nats(model, rows, limit), _flat_nats(model, rows), rtol=1e-5, atol=1e-5)
+    model = make_model("llama", {})
+    torch.testing.assert_close(flat_nats(model, rows, limit), flat_nats(model, rows), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", families.REGISTRY)
 def test_bfloat16_differs_by_less_than_its_rounding(family: str, rows: PlannedRows) -> None:
-    model = _make_model(family, _PLAIN[family], torch.bfloat16)
+    model = make_model(family, PLAIN[family], torch.bfloat16)
     targets = torch.tensor([sum(rows.example(reference).mask) or 1 for reference in rows.references])
     with torch.no_grad():
-        flat, single = _flat_nats(model, rows) / targets, _single_nats(model, rows) / targets
+        flat, single = flat_nats(model, rows) / targets, single_nats(model, rows) / targets
     torch.testing.assert_close(flat, single, rtol=1e-3, atol=1e-3)
 
 
 def test_recomputed_activations_see_the_same(rows: PlannedRows) -> None:
-    model = _make_model("gemma3", _WINDOWED["gemma3"])
-    plain = _gradients(model, _flat_nats(model, rows))
+    model = make_model("gemma3", WINDOWED["gemma3"])
+    plain = _gradients(model, flat_nats(model, rows))
     set_gradient_checkpointing(model, True)
     with attending_within_sequences(model):
         batch = collate(rows.as_data(), rows.references)
@@ -162,7 +88,7 @@ def test_lengths_with_other_frequencies_share_no_pass() -> None:
     """Phi's long positions turn on for a whole pass: a short example beside a long one would be another example."""
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0 + place for place in range(8)]}
     boundary = 16
-    model = _make_model(
+    model = make_model(
         "phi3",
         {
             "sliding_window": None,
@@ -175,20 +101,20 @@ def test_lengths_with_other_frequencies_share_no_pass() -> None:
             },
         },
     )
-    rows = PlannedRows(make_examples((8, 16, 24, 17, 5, 30), vocabulary_size=_VOCABULARY, seed=2))
+    rows = PlannedRows(make_examples((8, 16, 24, 17, 5, 30), vocabulary_size=VOCABULARY_SIZE, seed=2))
     limit = MicroBatchLimit.of(training_spec_pb2.Batch(examples=6), model.config)
 
     assert limit == MicroBatchLimit(examples=6, boundary_tokens=boundary)
     parts = [[reference.example_index for reference in part] for part in split(rows.as_data(), rows.references, limit)]
     assert parts == [[0, 1], [2, 3], [4], [5]]
-    single = _single_nats(model, rows)
-    torch.testing.assert_close(_flat_nats(model, rows, limit), single, rtol=1e-5, atol=1e-5)
+    single = single_nats(model, rows)
+    torch.testing.assert_close(flat_nats(model, rows, limit), single, rtol=1e-5, atol=1e-5)
     # It does matter: without the boundary the short ones come out otherwise.
-    assert not torch.allclose(_flat_nats(model, rows), single, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(flat_nats(model, rows), single, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_loses_the_layout_fails() -> None:
-    model = _make_model("llama", {})
+    model = make_model("llama", {})
     ids = torch.arange(6)[None]
     with attending_within_sequences(model), pytest.raises(TypeError, match="flat_layout"):
         model(input_ids=ids, use_cache=False)
@@ -205,7 +131,7 @@ def test_library_also_tells_examples_apart_by_their_positions(model: Any, rows: 
         nats = torch.nn.functional.cross_entropy(logits[0, batch.target_positions], batch.labels, reduction="none")
     parts = torch.split(nats.double(), list(batch.targets_by_sequence))
     sums = torch.stack([part.sum() for part in parts])
-    torch.testing.assert_close(sums, _flat_nats(model, rows).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums, flat_nats(model, rows).detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.timeout(240)
 
 # Long enough to be stopped in the middle, whatever the machine does.
 _LONG: dict[str, Any] = {"num_steps": 100_000, "save_every_steps": 0}
-_RESUMED_STEPS = 6
+_RESUMED_STEPS = 12
+_SAVED_EVERY_STEPS = 5
 
 
 @pytest.fixture(scope="module")
@@ -170,13 +171,14 @@ def test_a_line_that_is_no_command_is_passed_over(engine: EngineProcess, workspa
 
 
 @pytest.mark.parametrize("training_type", ["qlora", "lora", "full"])
-def test_resumed_losses_equal_uninterrupted_ones(
+def test_resumed_training_equals_the_uninterrupted(
     training_type: str, engine: EngineProcess, restarted: EngineProcess, workspace: Workspace
 ) -> None:
-    """Interrupted in one engine and resumed in another, the losses are the same to the last bit."""
+    """Interrupted in one engine and resumed in another, losses and what was trained are the same to the last bit."""
     hyperparameters: dict[str, Any] = {
         "num_steps": _RESUMED_STEPS,
-        "save_every_steps": 2,
+        "save_every_steps": _SAVED_EVERY_STEPS,
+        "keep_checkpoints": 3,
         "optimizer": {"learning_rate": 5e-3},
     }
     if training_type != "full":
@@ -185,30 +187,38 @@ def test_resumed_losses_equal_uninterrupted_ones(
     whole = workspace.make_run(f"{training_type}-whole", training_type=training_type, hyperparameters=hyperparameters)
     assert engine.run(whole)["state"] == "SUCCEEDED"
     uninterrupted = read_log(whole)
+    epoch = uninterrupted.of("plan")[0].examples_per_epoch // 4
+    # In the middle of the first epoch, and of the second.
+    assert _SAVED_EVERY_STEPS < epoch < 2 * _SAVED_EVERY_STEPS < _RESUMED_STEPS < 2 * epoch
 
-    checkpoint = next(event for event in uninterrupted.of("checkpoint") if event.step == 4)
-    rest = workspace.make_run(
-        f"{training_type}-rest",
-        training_type=training_type,
-        hyperparameters=hyperparameters,
-        attempt=2,
-        resume={
-            "checkpoint_directory": str(whole / "checkpoints" / checkpoint.name),
-            "checkpoint": checkpoint.name,
-            "step": 4,
-        },
-    )
-    assert restarted.run(rest)["state"] == "SUCCEEDED"
-    resumed = read_log(rest)
+    for attempt, step in enumerate((_SAVED_EVERY_STEPS, 2 * _SAVED_EVERY_STEPS), start=2):
+        rest = workspace.make_run(
+            f"{training_type}-rest",
+            training_type=training_type,
+            hyperparameters=hyperparameters,
+            attempt=attempt,
+            resume=workspace.resume_point(whole, step),
+        )
+        assert restarted.run(rest)["state"] == "SUCCEEDED"
+        resumed = read_log(rest)
 
-    assert [(event.from_step, event.checkpoint) for event in resumed.of("resumed")] == [(4, "step-00000004")]
-    assert resumed.losses == {step: loss for step, loss in uninterrupted.losses.items() if step > 4}
-    assert resumed.of("evaluation")[-1].loss == uninterrupted.of("evaluation")[-1].loss
-    # What came before the interruption is in the report and in the realized counts.
-    assert resumed.of("realized")[0].total_tokens == uninterrupted.of("realized")[0].total_tokens
-    metrics = json.loads((rest / "artifacts/report/metrics.json").read_text())
-    assert [step["step"] for step in metrics["steps"]] == [1, 2, 3, 4, 5, 6]
-    assert [evaluation["moment"] for evaluation in metrics["evaluations"]] == ["BASE", "FINAL"]
+        (event,) = resumed.of("resumed")
+        assert (event.from_step, event.checkpoint) == (step, f"step-{step:08d}")
+        saved = next(event for event in uninterrupted.of("checkpoint") if event.step == step)
+        assert event.measured_probe_loss == event.saved_probe_loss == saved.probe_loss > 0
+        assert resumed.losses == {n: loss for n, loss in uninterrupted.losses.items() if n > step}
+        assert resumed.of("evaluation")[-1].loss == uninterrupted.of("evaluation")[-1].loss
+        assert _trained_weights(rest) == _trained_weights(whole)
+        # What came before the interruption is in the report and in the realized counts.
+        assert resumed.of("realized")[0].total_tokens == uninterrupted.of("realized")[0].total_tokens
+        metrics = json.loads((rest / "artifacts/report/metrics.json").read_text())
+        assert [entry["step"] for entry in metrics["steps"]] == list(range(1, _RESUMED_STEPS + 1))
+        assert [evaluation["moment"] for evaluation in metrics["evaluations"]] == ["BASE", "FINAL"]
+
+
+def _trained_weights(run_directory: Path) -> bytes:
+    (path,) = (run_directory / "artifacts").glob("*/*.safetensors")
+    return path.read_bytes()
 
 
 def test_damaged_checkpoint_is_refused(workspace: Workspace) -> None:
@@ -222,7 +232,7 @@ def test_damaged_checkpoint_is_refused(workspace: Workspace) -> None:
     runs = iter((whole, again))
 
     class Pipe(ControlPipe):
-        def next_run(self) -> Path | None:
+        def next_order(self) -> Path | None:
             return next(runs)
 
         def notify(self, notice: dict[str, Any]) -> None:
@@ -239,6 +249,8 @@ def test_damaged_checkpoint_is_refused(workspace: Workspace) -> None:
     assert notices[-1] == {"type": "run_finished", "run_directory": str(again), "state": "FAILED", "resident": {}}
     failure = read_log(again).of("run_state")[-1].failure
     assert failure.reason == errors_pb2.ERROR_REASON_RESUME_MISMATCH
+    # By which control knows that another copy may do.
+    assert (failure.fault, failure.details["checkpoint"]) == (errors_pb2.FAULT_HARDWARE, "step-00000002")
     assert failure.file == "checkpoints/step-00000002/weights.safetensors"
     assert read_log(again).of("memory_released")[0].engine_ended
 

@@ -4,40 +4,61 @@ from __future__ import annotations
 
 import json
 import random
-import sys
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from tests.fakes.engine_runs import RunLog, Workspace
+from gpu_service.catalog import base_models
+from gpu_service.engine import durable
+from tests.fakes.engine_runs import RunLog, StopAfterStep, TraitRows, Workspace, read_log
+from tests.fakes.tiny_models import TinyOptions
+from tunesmith.common.v1 import errors_pb2
 
 # Thirty-two examples, four a step: three epochs.
 _NUM_STEPS = 24
+# What is equal after so many steps in weights, moments and generators cannot part later.
+_COMPARED_STEPS = 2
 _STEPS_PER_EPOCH = 8
-_NUM_RESUMED = 20
+_NUM_RESUMED = {"qlora": 20, "lora": 20, "full": 20, "lora-dpo": 4, "full-adamw-8bit": 4}
 _METHODS: dict[str, dict[str, Any]] = {
     # Dropout draws from the generators whose state is kept.
     "qlora": {"lora": {"rank": 4, "dropout": 0.2}},
     "lora": {"lora": {"rank": 4, "dropout": 0.2}},
     "full": {"optimizer": {"learning_rate": 1e-3}},
+    "lora-dpo": {"lora": {"rank": 4, "dropout": 0.2}, "objective": "dpo"},
     # Matrices of 4,096 elements and more have their moments in 8 bits.
     "full-adamw-8bit": {"optimizer": {"name": "adamw-8bit", "learning_rate": 1e-3}},
 }
+_PAIRS = [
+    {"prompt": f"What is {n}?", "chosen": f" {n} it is", "rejected": " no" * (1 + n % 3)}
+    for n in range(4 * _STEPS_PER_EPOCH)
+]
 # What a training is made of; the trainer's own file has seconds in it.
 _STATE_FILES = {"weights.safetensors", "optimizer.safetensors", "optimizer.json", "random.safetensors"}
 
 
-def _hyperparameters(method: str) -> dict[str, Any]:
-    return {"num_steps": _NUM_STEPS, "save_every_steps": 1, "keep_checkpoints": 1000, **_METHODS[method]}
+_SHORT: dict[str, Any] = {"num_steps": 3, "save_every_steps": 2}
+
+
+def _hyperparameters(method: str, save_every_steps: int = 1) -> dict[str, Any]:
+    return {
+        "num_steps": _NUM_STEPS,
+        "save_every_steps": save_every_steps,
+        "keep_checkpoints": 1000,
+        **_METHODS[method],
+    }
 
 
 def _planned(log: RunLog, workspace: Workspace) -> list[str]:
     """A planner that gives the plan of an earlier run at once."""
     (plan,) = log.of("plan")
-    answer = json.dumps({"type": "planned", "plan_directory": str(workspace.find_plan(plan.data_digest))})
-    return [sys.executable, "-S", "-c", f"print({answer!r})"]
+    answer = json.dumps({"type": "planned", "plan_directory": str(workspace.find_plan(plan))})
+    return ["sh", "-c", 'printf "%s\\n" "$0"', answer]
 
 
 def _state_of(run: Path, step: int) -> dict[str, str]:
@@ -47,28 +68,191 @@ def _state_of(run: Path, step: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("method", _METHODS)
 def test_any_step_can_be_gone_on_from(method: str, workspace: Workspace, run_in_process: Callable[..., RunLog]) -> None:
-    """Twenty steps drawn by a seed, each gone on from with everything made anew."""
+    """Steps drawn by a seed, each gone on from with everything made anew.
+
+    What is trained on from there is compared with what the uninterrupted training had: losses, weights, optimizer and
+    generators. The whole way to the artifacts is `test_process`'s, in other processes.
+    """
     from gpu_service.engine.resident import BaseShelf
 
     training_type = method.partition("-")[0]
-    hyperparameters = _hyperparameters(method)
-    whole = workspace.make_run(method, training_type=training_type, hyperparameters=hyperparameters)
-    uninterrupted = run_in_process(whole)
-    assert uninterrupted.states[-1] == "SUCCEEDED", uninterrupted.payloads[-1]
+
+    def train(attempt: int, resume: dict[str, Any] | None, until: int, **options: Any) -> tuple[Path, RunLog]:
+        directory = workspace.make_run(
+            method,
+            training_type=training_type,
+            # Checkpoints in between change nothing, and are wanted of the first attempt alone.
+            hyperparameters=_hyperparameters(method, save_every_steps=1 if resume is None else 0),
+            held_out=False,
+            traits=[TraitRows(trait_type="polite", rows=_PAIRS, format="preference")] if "dpo" in method else (),
+            attempt=attempt,
+            resume=resume,
+        )
+        stop = StopAfterStep(directory, until)
+        return directory, run_in_process(directory, switch=stop.switch, notify=stop, shelf=BaseShelf(), **options)
+
+    whole, uninterrupted = train(1, None, _NUM_STEPS - 1)
+    assert uninterrupted.states[-1] == "INTERRUPTED", uninterrupted.payloads[-1]
+    assert sorted(uninterrupted.losses) == list(range(1, _NUM_STEPS))
     planner = _planned(uninterrupted, workspace)
-    steps = sorted(random.Random(7).sample(range(1, _NUM_STEPS), _NUM_RESUMED))
+    steps = sorted(random.Random(7).sample(range(1, _NUM_STEPS - _COMPARED_STEPS), _NUM_RESUMED[method]))
     assert any(step > _STEPS_PER_EPOCH and step % _STEPS_PER_EPOCH for step in steps)
 
     for attempt, step in enumerate(steps, start=2):
-        rest = workspace.make_run(
-            method,
-            training_type=training_type,
-            hyperparameters=hyperparameters,
-            attempt=attempt,
-            resume=workspace.resume_point(whole, step),
-        )
-        resumed = run_in_process(rest, planner_command=planner, shelf=BaseShelf())
+        until = step + _COMPARED_STEPS
+        rest, resumed = train(attempt, workspace.resume_point(whole, step), until, planner_command=planner)
         (event,) = resumed.of("resumed")
         assert event.saved_probe_loss == event.measured_probe_loss
-        assert resumed.losses == {n: loss for n, loss in uninterrupted.losses.items() if n > step}
-        assert _state_of(rest, _NUM_STEPS) == _state_of(whole, _NUM_STEPS)
+        assert resumed.losses == {n: loss for n, loss in uninterrupted.losses.items() if step < n <= until}
+        assert _state_of(rest, until) == _state_of(whole, until)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A short training whose first checkpoint is gone on from."""
+
+    run: Path
+    planner: list[str]
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Workspace, run_in_process: Callable[..., RunLog]) -> Trained:
+    run = workspace.make_run("certified", training_type="lora", hyperparameters=_SHORT)
+    log = run_in_process(run)
+    return Trained(run=run, planner=_planned(log, workspace))
+
+
+def _edit_tensors(name: str, change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def edit(checkpoint: Path) -> None:
+        tensors = load_file(checkpoint / name)
+        change(tensors)
+        save_file(tensors, checkpoint / name)
+
+    return edit
+
+
+def _edit_manifest(**facts: Any) -> Callable[[Path], None]:
+    def edit(checkpoint: Path) -> None:
+        path = checkpoint / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+    return edit
+
+
+def _corrupt_second_moment(tensors: dict[str, Any]) -> None:
+    name = next(name for name in sorted(tensors) if name.endswith("/exp_avg_sq"))
+    tensors[name].view(-1)[0] *= 1.5
+
+
+def _corrupt_weight(tensors: dict[str, Any]) -> None:
+    tensors[min(tensors)].view(-1)[0] += 1e-3
+
+
+def _make_cold(tensors: dict[str, Any]) -> None:
+    """The moments of an optimizer that has never stepped, under the names of those that have."""
+    for tensor in tensors.values():
+        tensor.zero_()
+
+
+_CORRUPTIONS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "second-moment": (_edit_tensors("optimizer.safetensors", _corrupt_second_moment), "optimizer_sha256"),
+    "cold-optimizer": (_edit_tensors("optimizer.safetensors", _make_cold), "optimizer_sha256"),
+    "weight": (_edit_tensors("weights.safetensors", _corrupt_weight), "weights_sha256"),
+    "other-data": (_edit_manifest(data_digest="0" * 64), "data_digest"),
+    "other-spec": (_edit_manifest(spec_digest="1" * 64), "spec_digest"),
+    "other-base": (_edit_manifest(weights_digest="2" * 64), "weights_digest"),
+    "last-batch-again": (_edit_manifest(next_step=1), "next_step"),
+}
+
+
+def _remake_hashes(checkpoint: Path) -> None:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    files = durable.list_files(checkpoint)
+    durable.write_manifest(checkpoint, {name: fact for name, fact in manifest.items() if name != "files"}, files)
+
+
+@pytest.mark.parametrize("case", _CORRUPTIONS)
+def test_what_is_not_what_was_saved_is_refused(
+    case: str, trained: Trained, workspace: Workspace, run_in_process: Callable[..., RunLog]
+) -> None:
+    """Although every file has the hash that the manifest names."""
+    change, what = _CORRUPTIONS[case]
+    checkpoint = _copy_of_checkpoint(trained, workspace.root / case)
+    change(checkpoint)
+    _remake_hashes(checkpoint)
+
+    log = run_in_process(_gone_on(case, checkpoint, workspace), planner_command=trained.planner)
+
+    failure = log.of("run_state")[-1].failure
+    assert failure.reason == errors_pb2.ERROR_REASON_RESUME_MISMATCH, failure
+    assert failure.fault == errors_pb2.FAULT_PLATFORM
+    assert failure.details["checkpoint"] == checkpoint.name
+    assert failure.details["what"] == what
+    assert failure.details["saved"] != failure.details["measured"]
+    assert not log.of("step")
+    assert not log.of("resumed")
+
+
+def test_another_base_shows_in_the_probe(
+    trained: Trained, workspace: Workspace, run_in_process: Callable[..., RunLog]
+) -> None:
+    """A base that passes for the one that was trained on: the run fails with both losses."""
+    from gpu_service.engine.resident import BaseShelf
+
+    checkpoint = _copy_of_checkpoint(trained, workspace.root / "another-base")
+    run = _gone_on("another-base", checkpoint, workspace)
+    request = json.loads((run / "run.json").read_text())
+    other = workspace.models_directory / workspace.place_model(TinyOptions(seed=3))
+    request |= {"model_directory": str(other), "weights_digest": base_models.weights_digest(other)}
+    (run / "run.json").write_text(json.dumps(request))
+    _edit_manifest(weights_digest=request["weights_digest"])(checkpoint)
+
+    log = run_in_process(run, planner_command=trained.planner, shelf=BaseShelf())
+
+    failure = log.of("run_state")[-1].failure
+    assert (failure.reason, failure.details["what"]) == (errors_pb2.ERROR_REASON_RESUME_MISMATCH, "probe_loss")
+    saved = json.loads((trained.run / "checkpoints/step-00000002/manifest.json").read_text())["certificate"]
+    assert float(failure.details["saved"]) == saved["probe_loss"] != float(failure.details["measured"])
+
+
+def test_another_node_goes_on(trained: Trained, run_in_process: Callable[..., RunLog], tmp_path: Path) -> None:
+    """Nothing but the checkpoint, the base and the datasets is there: its own plan has the same digest."""
+    from gpu_service.engine.resident import BaseShelf
+
+    elsewhere = Workspace(root=tmp_path)
+    run = _gone_on("certified", _copy_of_checkpoint(trained, tmp_path / "received"), elsewhere)
+
+    log = run_in_process(run, shelf=BaseShelf())
+
+    assert log.states[-1] == "SUCCEEDED", log.payloads[-1]
+    before = read_log(trained.run)
+    assert log.of("plan")[0].data_digest == before.of("plan")[0].data_digest
+    assert log.losses == {3: before.losses[3]}
+    assert _state_of(run, 3) == _state_of(trained.run, 3)
+
+
+def test_certifying_changes_no_training(workspace: Workspace, run_in_process: Callable[..., RunLog]) -> None:
+    """A checkpoint, with its probe, after each step or after none: weights, moments and generators are the same."""
+    runs = [
+        workspace.make_run(
+            f"saved-every-{interval}",
+            training_type="lora",
+            hyperparameters={**_SHORT, **_METHODS["lora"], "save_every_steps": interval},
+        )
+        for interval in (0, 1)
+    ]
+    plain, certified = [run_in_process(run) for run in runs]
+
+    saved = [[event.step for event in log.of("checkpoint") if event.files] for log in (plain, certified)]
+    assert saved == [[3], [1, 2, 3]]
+    assert plain.losses == certified.losses
+    assert _state_of(runs[0], 3) == _state_of(runs[1], 3)
+
+
+def _copy_of_checkpoint(trained: Trained, place: Path) -> Path:
+    return Path(shutil.copytree(trained.run / "checkpoints/step-00000002", place / "step-00000002"))
+
+
+def _gone_on(job_id: str, checkpoint: Path, workspace: Workspace) -> Path:
+    resume = {"checkpoint_directory": str(checkpoint), "checkpoint": checkpoint.name, "step": 2}
+    return workspace.make_run(job_id, training_type="lora", hyperparameters=_SHORT, resume=resume)

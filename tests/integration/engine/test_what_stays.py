@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from gpu_service.engine.builders.methods import lora
 from gpu_service.engine.failures import RunFailure
-from gpu_service.engine.training import checkpoint
+from gpu_service.engine.training import checkpoint, random_state
+from gpu_service.engine.training.certificate import Certificate, Environment, measure
 from gpu_service.engine.training.progress import TrainingProgress
 from tests.fakes.engine_runs import Workspace
 from tests.fakes.tiny_models import TinyOptions
 from tunesmith.common.v1 import errors_pb2, training_spec_pb2
 
-_IDENTITY = checkpoint.Identity(data_digest="d", weights_digest="w", training_type="lora", num_steps=9)
+_IDENTITY = checkpoint.Identity(data_digest="d", spec_digest="s", weights_digest="w", training_type="lora", num_steps=9)
 
 
 def test_a_base_comes_back_as_it_was(workspace: Workspace) -> None:
@@ -51,10 +52,17 @@ def _trainer() -> tuple[torch.nn.Linear, torch.optim.AdamW]:
     return model, torch.optim.AdamW(model.parameters(), lr=0.1)
 
 
+def _certify(model: Any, optimizer: Any) -> Certificate:
+    environment = Environment.here(device=torch.device("cpu"), compute_dtype="float32", quantization="none")
+    return measure(model=model, optimizer=optimizer, probe_loss=1.0, environment=environment)
+
+
 def _save(directory: Path, model: Any, optimizer: Any, scaler: Any = None) -> checkpoint.Checkpoint:
     return checkpoint.save(
         directory,
         identity=_IDENTITY,
+        certificate=_certify(model, optimizer),
+        held_out=checkpoint.HeldOut(loss=None, best=False),
         model=model,
         optimizer=optimizer,
         scaler=scaler,
@@ -74,8 +82,16 @@ def test_the_scale_of_gradients_is_kept(tmp_path: Path) -> None:
     saved = _save(tmp_path, model, optimizer, scaler)
     other, other_optimizer = _trainer()
     fresh = torch.amp.GradScaler("cpu", growth_interval=2)
-    checkpoint.restore(tmp_path / saved.name, identity=_IDENTITY, model=other, optimizer=other_optimizer, scaler=fresh)
+    restored = checkpoint.restore(
+        tmp_path / saved.name,
+        identity=_IDENTITY,
+        model=other,
+        optimizer=other_optimizer,
+        scaler=fresh,
+        measure=lambda: _certify(other, other_optimizer),
+    )
 
+    assert restored.saved == restored.measured
     assert fresh.state_dict() == scaler.state_dict()
     assert fresh.get_scale() == 2048.0
     assert torch.equal(other.weight, model.weight)
@@ -87,7 +103,7 @@ def test_a_checkpoint_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def fail() -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(optimizer, "state_dict", fail)
+    monkeypatch.setattr(random_state, "capture", fail)
     with pytest.raises(RunFailure) as caught:
         _save(tmp_path / "checkpoints", model, optimizer)
 

@@ -229,6 +229,9 @@ def test_capabilities_and_a_checked_plan(server: GpuServer) -> None:
     assert "nf4" in [entry.id for entry in found.quantizations]
     llama = next(entry for entry in found.model_types if entry.id == "llama")
     assert llama.details["config_types"] == "llama"
+    # One that this node's device cannot go on with from a checkpoint is not there.
+    assert [entry.id for entry in found.optimizers] == ["adamw", "adamw-8bit"]
+    assert float(found.optimizers[1].details["state_bytes_per_parameter"]) == pytest.approx(2, rel=0.02)
     assert found.versions["torch"]
     assert not found.HasField("problem")
     spec = server.request(num_steps=7).spec

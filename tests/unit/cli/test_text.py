@@ -80,3 +80,21 @@ def test_a_failure_names_reason_stage_exception_and_file() -> None:
     line = describe(event)
     for part in ("weights", "LOAD_WEIGHTS", "safetensors.SafetensorError", "incomplete metadata", "model.safetensors"):
         assert part in line
+
+
+def test_checkpoints_say_what_they_are_worth() -> None:
+    saved = event_pb2.CheckpointEvent(
+        name="step-00000020", status=event_pb2.CHECKPOINT_STATUS_COMMITTED, held_out_loss=1.75, best=True
+    )
+    resumed = event_pb2.ResumedEvent(
+        from_step=20, checkpoint="step-00000020", saved_probe_loss=2.5, measured_probe_loss=2.25
+    )
+    lines = [
+        describe(event_pb2.Event(kind=kind, payload=payload))
+        for kind, payload in (
+            (event_pb2.EVENT_KIND_CHECKPOINT, event_pb2.EventPayload(checkpoint=saved)),
+            (event_pb2.EVENT_KIND_RESUMED, event_pb2.EventPayload(resumed=resumed)),
+        )
+    ]
+    assert lines[0].endswith("held-out loss 1.7500, the best so far")
+    assert lines[1].endswith("probe loss 2.500000 when saved, 2.250000 now")

@@ -7,11 +7,13 @@ import datetime
 import io
 import json
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from control_service.adapters.files.detection import detect_format
+from control_service.adapters.files.reader import DatasetFileReader
 from control_service.domain.dataset_files import FileLimits
 from control_service.domain.errors import InvalidArgument, ResourceExhausted
 from tests.fakes.dataset_files import (
@@ -20,6 +22,7 @@ from tests.fakes.dataset_files import (
     as_json_lines,
     as_json_object,
     as_parquet,
+    open_parquet_here,
     read_file,
 )
 
@@ -57,6 +60,8 @@ def test_an_object_around_the_rows_is_json_and_a_row_is_not() -> None:
         (b'{"version": 1,\n "rows": [\n', "json"),
         (b'{"messages": [{"role": "user"', "jsonl"),
         (b'{"text": "a", "tags": ["b"]}', "jsonl"),
+        (b'{"ids": [1, 2, 3, ', "jsonl"),
+        (b'{"rows": [ \n {', "json"),
         (b'{"tags": ["b"], "text": "a"}\n{"tags": []', "jsonl"),
         (b'{"text": "{\\"data\\": ["}', "jsonl"),
         (b'  \n[{"text"', "json"),
@@ -162,6 +167,14 @@ def test_a_table_with_too_many_columns_is_refused() -> None:
     assert "at most 3" in _refusal(as_parquet([{"text": "a", "b": 1, "c": 2, "d": 3}]), limits=limits).message
 
 
+def test_a_table_that_is_nested_too_deeply_is_refused() -> None:
+    value: Any = "a"
+    for _ in range(32):
+        value = [value]
+    assert "nested deeper than 32" in _refusal(as_parquet([{"text": "a", "x": value}])).message
+    assert read_file(as_parquet([{"text": "a", "x": value[0]}])).summary.num_examples == 1
+
+
 def test_parquet_gives_rows_by_number_leaves_out_nulls_and_what_json_cannot_hold() -> None:
     rows: list[dict[str, Any]] = [
         {
@@ -178,6 +191,28 @@ def test_parquet_gives_rows_by_number_leaves_out_nulls_and_what_json_cannot_hold
     assert [violation.field for violation in refusal.violations] == ["row 3, column text"]
     assert "column is of type binary" in _refusal(as_parquet([{"text": b"a"}])).message
     assert "not finite" in _refusal(as_parquet([{"text": "a", "score": float("nan")}])).message
+
+
+def test_a_large_text_that_a_table_repeats_is_not_multiplied_in_memory() -> None:
+    import pyarrow
+
+    data = as_parquet([{"text": "a" * 300_000, "turns": [{"x": "b" * 300_000}]}] * 100, row_group_size=100)
+    assert len(data) < 1_000_000
+    before = pyarrow.total_allocated_bytes()
+    reader = DatasetFileReader(limits=FileLimits(), spool_directory=Path(), open_parquet=open_parquet_here)
+    with reader.open(io.BytesIO(data), size_bytes=len(data)) as file:
+        for row, _ in zip(file.rows, range(70), strict=False):
+            assert row.content is not None
+            assert pyarrow.total_allocated_bytes() - before < 10_000_000
+
+
+def test_columns_whose_dictionaries_overflow_are_read_whole() -> None:
+    rows = [
+        {"messages": [{**TURNS[0], "content": f"{number} " * 20}, TURNS[1]], "meta": {"from": f"{number:09}" * 9}}
+        for number in range(300)
+    ]
+    data = as_parquet(rows, row_group_size=101, dictionary_pagesize_limit=2000, data_page_size=1000)
+    assert read_file(data).rows == rows
 
 
 def test_damaged_files_are_refused() -> None:

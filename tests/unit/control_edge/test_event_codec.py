@@ -45,6 +45,9 @@ WRITTEN: list[ControlFact] = [
         manifest_sha256="1" * 64,
         files=FILES,
         seconds=0.5,
+        probe_loss=2.5,
+        held_out_loss=0.0,
+        best=True,
     ),
     facts.ArtifactFact(name="adapter", kind=ArtifactKind.ADAPTER, files=FILES, collected=True),
 ]

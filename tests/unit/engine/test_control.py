@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpu_service.engine.control import ControlPipe
+from gpu_service.engine.generation.order import GenerationOrder
 from gpu_service.engine.stopping import StopMode, StopSwitch
 
 
@@ -39,7 +40,7 @@ def _stop(directory: str, mode: str) -> dict[str, str]:
 def test_runs_come_in_order(ends: tuple[ControlPipe, socket.socket]) -> None:
     pipe, shim = ends
     _send(shim, _start("/a"), _start("/b"))
-    assert [pipe.next_run(), pipe.next_run()] == [Path("/a"), Path("/b")]
+    assert [pipe.next_order(), pipe.next_order()] == [Path("/a"), Path("/b")]
 
 
 def test_a_command_in_pieces(ends: tuple[ControlPipe, socket.socket]) -> None:
@@ -47,7 +48,7 @@ def test_a_command_in_pieces(ends: tuple[ControlPipe, socket.socket]) -> None:
     line = json.dumps(_start("/a")).encode() + b"\n"
     shim.sendall(line[:7])
     shim.sendall(line[7:])
-    assert pipe.next_run() == Path("/a")
+    assert pipe.next_order() == Path("/a")
 
 
 def test_what_is_no_command_is_passed_over(
@@ -56,7 +57,7 @@ def test_what_is_no_command_is_passed_over(
     pipe, shim = ends
     shim.sendall(b"not json\n[]\n{}\n")
     _send(shim, {"type": "dance"}, {"type": "stop_run", "run_directory": "/a", "mode": "softly"}, _start("/b"))
-    assert pipe.next_run() == Path("/b")
+    assert pipe.next_order() == Path("/b")
     assert len(caplog.records) == 5
 
 
@@ -65,17 +66,17 @@ def test_a_stop_reaches_its_run_only(ends: tuple[ControlPipe, socket.socket]) ->
     switch = StopSwitch()
     pipe.begin(Path("/a"), switch)
     _send(shim, _stop("/b", "cancel"), _start("/next"))
-    assert pipe.next_run() == Path("/next")
+    assert pipe.next_order() == Path("/next")
     assert switch.mode is None
     _send(shim, _stop("/a", "checkpoint"), _start("/next"))
-    assert pipe.next_run() == Path("/next")
+    assert pipe.next_order() == Path("/next")
     assert switch.mode is StopMode.CHECKPOINT
 
 
 def test_a_stop_that_came_before_its_run(ends: tuple[ControlPipe, socket.socket]) -> None:
     pipe, shim = ends
     _send(shim, _stop("/a", "cancel"), _stop("/a", "checkpoint"), _start("/a"))
-    assert pipe.next_run() == Path("/a")
+    assert pipe.next_order() == Path("/a")
     switch = StopSwitch()
     pipe.begin(Path("/a"), switch)
     assert switch.mode is StopMode.CANCEL
@@ -90,7 +91,7 @@ def test_shutdown_stops_the_run_in_hand_and_the_engine(ends: tuple[ControlPipe, 
     switch = StopSwitch()
     pipe.begin(Path("/a"), switch)
     _send(shim, {"type": "shutdown", "grace_seconds": 1})
-    assert pipe.next_run() is None
+    assert pipe.next_order() is None
     assert switch.mode is StopMode.CHECKPOINT
     late = StopSwitch()
     pipe.begin(Path("/b"), late)
@@ -100,7 +101,7 @@ def test_shutdown_stops_the_run_in_hand_and_the_engine(ends: tuple[ControlPipe, 
 def test_a_closed_pipe_is_a_shutdown(ends: tuple[ControlPipe, socket.socket]) -> None:
     pipe, shim = ends
     shim.shutdown(socket.SHUT_WR)
-    assert pipe.next_run() is None
+    assert pipe.next_order() is None
     assert pipe.shutting_down
 
 
@@ -115,3 +116,36 @@ def test_a_notice_to_nobody_harms_nothing(ends: tuple[ControlPipe, socket.socket
     shim.close()
     for _ in range(3):
         pipe.notify({"type": "ready"})
+
+
+def _generate(name: str) -> dict[str, str]:
+    return {"type": "generate", "generation": name, "request": f"/{name}.json"}
+
+
+def _next_generation(pipe: ControlPipe) -> GenerationOrder:
+    order = pipe.next_order()
+    assert isinstance(order, GenerationOrder)
+    return order
+
+
+def test_a_generation_is_cancelled_by_its_id_or_with_all(ends: tuple[ControlPipe, socket.socket]) -> None:
+    pipe, shim = ends
+    _send(shim, _generate("a"), _generate("b"), {"type": "cancel_generate", "generation": "b"}, _generate("c"))
+    first, second, third = (_next_generation(pipe) for _ in range(3))
+    assert (first.id, first.request_file) == ("a", Path("/a.json"))
+    assert [order.switch.mode for order in (first, second, third)] == [None, StopMode.CANCEL, None]
+    pipe.end_generation(first)
+    _send(shim, {"type": "cancel_generate", "generation": None}, _generate("d"))
+    assert _next_generation(pipe).switch.mode is None
+    assert (first.switch.mode, third.switch.mode) == (None, StopMode.CANCEL)
+
+
+def test_a_run_and_a_shutdown_end_generations(ends: tuple[ControlPipe, socket.socket]) -> None:
+    pipe, shim = ends
+    _send(shim, _generate("a"), _start("/run"), _generate("b"), {"type": "shutdown", "grace_seconds": 1})
+    # Past the door that a shutdown closes: what was queued before it.
+    first, run, second, end = (pipe._orders.get() for _ in range(4))
+    assert (run, end) == (Path("/run"), None)
+    for order in (first, second):
+        assert isinstance(order, GenerationOrder)
+        assert order.switch.mode is StopMode.CANCEL

@@ -34,6 +34,7 @@ def _plan(tmp_path: Path, script: str, switch: StopSwitch | None = None) -> Path
         run_directory=tmp_path,
         job_id="job",
         attempt=1,
+        spec_digest="0",
         spec=training_spec_pb2.TrainingSpec(),
         spec_json={"base_model": "a/b"},
         weights_digest="12ab",
@@ -42,6 +43,7 @@ def _plan(tmp_path: Path, script: str, switch: StopSwitch | None = None) -> Path
         cache_directory=Path("/c"),
         device=DeviceChoice(type="cpu"),
         resume=None,
+        calibrations={},
     )
     notices: list[dict[str, Any]] = []
     with Writer.open(tmp_path / "journal", 1) as writer:
@@ -69,6 +71,7 @@ def test_planned(tmp_path: Path) -> None:
         "cache_directory": "/c",
         "device": {"type": "cpu"},
         "weights_digest": "12ab",
+        "calibrations": {},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -132,4 +133,59 @@ async def test_a_run_that_is_over_is_not_in_the_way_while_it_is_being_settled(tm
     )
     assert run.key == key
     assert node.ledger.holder_of("cpu:-1") == key.id
+    await node.manager.close()
+
+
+def _starting_spec(node: Node, **start: Any) -> dict[str, Any]:
+    adapter = b"weights"
+    sha256 = hashlib.sha256(adapter).hexdigest()
+    files = [{"path": "adapter_model.safetensors", "sha256": sha256, "size_bytes": str(len(adapter))}]
+    return {**node.spec, "start_from": {"job_id": "01EARLIER", "name": "adapter", "files": files, **start}}
+
+
+async def test_a_start_from_an_earlier_job_needs_its_bytes_and_keeps_them(tmp_path: Path) -> None:
+    """They are linked into the run's directory: whatever the cache deletes, the run has them."""
+    node = Node(tmp_path)
+    node.admission.meanwhile = lambda: None
+    spec = _starting_spec(node)
+    request = StartRequest(key=KEY, spec_digest="d", spec=spec, weights_digest="", resume=None)
+    with pytest.raises(Refusal, match="BLOB_NOT_FOUND") as refused:
+        await node.manager.start(request)
+    (file,) = spec["start_from"]["files"]
+    assert refused.value.details["sha256"] == file["sha256"]
+    assert node.files.read_runs() == []
+
+    blob = node.blobs.path(file["sha256"])
+    blob.parent.mkdir(exist_ok=True)
+    blob.write_bytes(b"weights")
+    run = await node.manager.start(request)
+    blob.unlink()
+    content = json.loads((run.directory / "run.json").read_text())
+    assert content["start_from"] == {"directory": str(run.directory / "start"), "name": "adapter"}
+    assert (run.directory / "start/adapter_model.safetensors").read_bytes() == b"weights"
+    await node.manager.close()
+
+
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        ({"name": "../adapter"}, "INVALID_FIELD"),
+        ({"files": []}, "INVALID_FIELD"),
+        ({"files": [{"path": "../../run.json", "sha256": "0" * 64}]}, "PATH_NOT_ALLOWED"),
+    ],
+)
+async def test_a_start_that_leaves_its_directory_is_refused(start: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    node.admission.meanwhile = lambda: None
+    for file in start.get("files", ()):
+        blob = node.blobs.path(file["sha256"])
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(b"{}")
+    spec = _starting_spec(node, **start)
+    blob = node.blobs.path(hashlib.sha256(b"weights").hexdigest())
+    blob.parent.mkdir(exist_ok=True)
+    blob.write_bytes(b"weights")
+    with pytest.raises(Refusal, match=reason):
+        await node.manager.start(StartRequest(key=KEY, spec_digest="d", spec=spec, weights_digest="", resume=None))
+    assert node.files.read_runs() == []
     await node.manager.close()

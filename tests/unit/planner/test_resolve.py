@@ -127,6 +127,15 @@ REFUSALS: list[tuple[str, dict[str, Any], BaseModel | None, Device, str, str, st
     ("alpha-0", hyper(lora={"alpha": 0}), None, CPU, "INVALID_FIELD", "lora.alpha", ""),
     ("rate", hyper(optimizer={"learning_rate": -1}), None, CPU, "INVALID_FIELD", "optimizer.learning_rate", ""),
     ("optimizer", hyper(optimizer={"name": "lion"}), None, CPU, "INVALID_FIELD", "optimizer.name", ""),
+    (
+        "paged-cpu",
+        hyper(optimizer={"name": "paged-adamw-8bit"}),
+        None,
+        CPU,
+        "DEVICE_UNSUPPORTED",
+        "optimizer.name",
+        "",
+    ),
     ("schedule", hyper(schedule={"name": "step"}), None, CPU, "INVALID_FIELD", "schedule.name", ""),
     ("loss-on", hyper(loss_on="some"), None, CPU, "INVALID_FIELD", "loss_on", ""),
     ("length", hyper(max_length=513), None, CPU, "INVALID_FIELD", "max_length", ""),
@@ -280,6 +289,26 @@ def test_full_trains_every_parameter_and_needs_their_optimizer() -> None:
     assert planned.memory.optimizer_bytes == 800_000
     assert planned.memory.adapter_bytes == 0
     assert any("'full'" in warning for warning in planned.warnings)
+
+
+def test_moments_of_8_bits_take_a_quarter() -> None:
+    optimizer_bytes = {
+        name: plan({**hyper(optimizer={"name": name}), "training_type": "full"}, device=device).memory.optimizer_bytes
+        for name, device in (("adamw", CPU), ("adamw-8bit", CPU), ("paged-adamw-8bit", Device(type="cuda")))
+    }
+    assert optimizer_bytes["adamw"] == 8 * make_base().num_parameters
+    # Two bytes, and two float32 scales for every 256 of them.
+    assert optimizer_bytes["adamw-8bit"] == 203_125
+    # Pages are the driver's, and go to the host when the device is full.
+    assert optimizer_bytes["paged-adamw-8bit"] == 0
+
+
+def test_an_optimizer_of_bitsandbytes_needs_bitsandbytes() -> None:
+    spec = {**hyper(optimizer={"name": "adamw-8bit"}), "training_type": "lora"}
+    with pytest.raises(Refusal) as refused:
+        plan(spec, torch="2.13.0")
+    assert (refused.value.reason, refused.value.field) == ("DEVICE_UNSUPPORTED", "hyperparameters.optimizer.name")
+    assert plan(spec, torch="2.13.0", bitsandbytes="0.50.2").optimizer.id == "adamw-8bit"
 
 
 def test_four_bits_weigh_less_than_eight_than_none() -> None:

@@ -7,14 +7,15 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from tunesmith.common.v1 import event_pb2
+from tunesmith_cli.commands.training import show_started
 from tunesmith_cli.session import Session, command
 from tunesmith_cli.text import byte_count, moment
 from tunesmith_client import TransferProgress
 
-app = typer.Typer(help="What jobs left: adapters, models, reports.", no_args_is_help=True)
+app = typer.Typer(help="What jobs left: adapters, models, exports, reports.", no_args_is_help=True)
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="adapter, model or report.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="adapter, model, merged or report.")]
 
 
 @command(app, "list")
@@ -59,6 +60,21 @@ def download(
     else:
         for path in paths:
             session.out.line(str(path))
+
+
+@command(app, "export")
+def export(
+    session: Session,
+    job: Annotated[str, typer.Option("--job", help="Id of the finished job.")],
+    format: Annotated[str, typer.Option("--format", help="merged: base and adapter as one 16-bit model.")] = "merged",
+    max_logit_difference: Annotated[
+        float | None, typer.Option("--max-logit-difference", min=0, help="Refuse an export that differs by more.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Watch it until it is over.")] = False,
+) -> None:
+    """Queues a job that writes what a finished job trained in another form."""
+    queued = session.client.artifacts.export(job, format, max_logit_difference=max_logit_difference)
+    show_started(session, queued, follow=wait)
 
 
 @command(app, "delete")

@@ -111,11 +111,13 @@ def checkpoints(session: Session, job: JobArgument) -> None:
             checkpoint.attempt,
             event_pb2.CheckpointStatus.Name(checkpoint.status).removeprefix("CHECKPOINT_STATUS_"),
             checkpoint.node,
+            loss_text(checkpoint.held_out_loss) if checkpoint.HasField("held_out_loss") else "",
+            "best" if checkpoint.best else "",
             moment(checkpoint.create_time),
         )
         for checkpoint in found
     )
-    session.out.table(("NAME", "STEP", "ATTEMPT", "STATUS", "NODE", "CREATED"), rows, found)
+    session.out.table(("NAME", "STEP", "ATTEMPT", "STATUS", "NODE", "HELD-OUT", "", "CREATED"), rows, found)
 
 
 @command(app, "delete")

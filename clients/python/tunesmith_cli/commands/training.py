@@ -67,18 +67,24 @@ def start(
     project: ProjectArgument,
     priority: Annotated[int, typer.Option("--priority", help="Higher goes first.")] = 0,
     max_retries: Annotated[int | None, typer.Option("--max-retries", min=0, help="Automatic retries.")] = None,
+    from_job: Annotated[str, typer.Option("--from-job", help="Begin with what this job trained.")] = "",
+    from_checkpoint: Annotated[
+        str, typer.Option("--from-checkpoint", help="Begin with this checkpoint of --from-job.")
+    ] = "",
     request_id: Annotated[str, typer.Option("--request-id", help="The same id gives the same job.")] = "",
     follow: Annotated[bool, typer.Option("--watch", "-w", help="Watch it until it is over.")] = False,
 ) -> None:
     """Starts training a project."""
     project_id = find_project(session.client, project).project_id
-    job = session.client.jobs.start(project_id, priority=priority, max_retries=max_retries, request_id=request_id)
-    if follow:
-        session.out.remark(f"job {job.job_id}")
-        _watch(session, job.job_id, 0)
-    else:
-        session.out.table(COLUMNS, [row(job)], [job])
-        session.out.remark(f"follow it with `tunesmith watch {job.job_id}`")
+    job = session.client.jobs.start(
+        project_id,
+        priority=priority,
+        max_retries=max_retries,
+        from_job_id=from_job,
+        from_checkpoint=from_checkpoint,
+        request_id=request_id,
+    )
+    show_started(session, job, follow=follow)
 
 
 def watch(
@@ -108,6 +114,16 @@ def logs(
         elif line := describe(event):
             time = event.time.ToDatetime().strftime("%Y-%m-%d %H:%M:%S")
             session.out.line(f"{event.sequence:>6}  {time}  {line}")
+
+
+def show_started(session: Session, job: job_service_pb2.Job, *, follow: bool) -> None:
+    """A job that was just stored: its row, or, with `follow`, all of it until it is over."""
+    if follow:
+        session.out.remark(f"job {job.job_id}")
+        _watch(session, job.job_id, 0)
+    else:
+        session.out.table(COLUMNS, [row(job)], [job])
+        session.out.remark(f"follow it with `tunesmith watch {job.job_id}`")
 
 
 def _watch(session: Session, job_id: str, after_sequence: int) -> None:

@@ -40,10 +40,14 @@ class Preference:
         with measuring(model), model.disable_adapter():
             reference = nats_by_sequence(model, batch)
         rewards = self.beta * (reference - nats_by_sequence(model, batch)).unflatten(0, (-1, 2))
+        losses = self.losses(rewards)
+        return Outcome(total=losses.sum(), values=torch.cat([losses[:, None], rewards], dim=1).detach())
+
+    def losses(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Loss of each pair [n] from its rewards [n, 2], the chosen answer's first."""
         margins = rewards[:, 0] - rewards[:, 1]
         right, wrong = functional.logsigmoid(margins), functional.logsigmoid(-margins)
-        losses = -(1 - self.label_smoothing) * right - self.label_smoothing * wrong
-        return Outcome(total=losses.sum(), values=torch.cat([losses[:, None], rewards], dim=1).detach())
+        return -(1 - self.label_smoothing) * right - self.label_smoothing * wrong
 
 
 def build(settings: training_spec_pb2.Hyperparameters) -> Objective:

@@ -44,6 +44,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A defect of the service; the log has the request id."""
     ERROR_REASON_TOO_MANY_REQUESTS: _ErrorReason.ValueType  # 9
     """Too many calls or watches at once."""
+    ERROR_REASON_READER_STALLED: _ErrorReason.ValueType  # 10
+    """The caller took nothing of a stream for too long; call again and go on from the last message."""
     ERROR_REASON_PROJECT_NOT_FOUND: _ErrorReason.ValueType  # 20
     """No project has this id."""
     ERROR_REASON_PROJECT_NAME_TAKEN: _ErrorReason.ValueType  # 21
@@ -215,6 +217,8 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 8
 """A defect of the service; the log has the request id."""
 ERROR_REASON_TOO_MANY_REQUESTS: ErrorReason.ValueType  # 9
 """Too many calls or watches at once."""
+ERROR_REASON_READER_STALLED: ErrorReason.ValueType  # 10
+"""The caller took nothing of a stream for too long; call again and go on from the last message."""
 ERROR_REASON_PROJECT_NOT_FOUND: ErrorReason.ValueType  # 20
 """No project has this id."""
 ERROR_REASON_PROJECT_NAME_TAKEN: ErrorReason.ValueType  # 21

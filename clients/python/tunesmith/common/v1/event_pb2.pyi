@@ -815,11 +815,11 @@ class CheckpointEvent(_message.Message):
     """Lower-case hex SHA-256 of the manifest."""
     seconds: _builtins.float
     probe_loss: _builtins.float
-    """Loss of the probe batch at this step, which a resume measures again. Nats per target token."""
+    """Loss of the probe batch at this step, which a resume measures again: mean of what is minimized. Unset: not finite."""
     held_out_loss: _builtins.float
-    """Newest held-out loss when it was written; unset when none was measured."""
+    """Newest held-out loss when it was written; unset when none was measured since the first step."""
     best: _builtins.bool
-    """The lowest held-out loss so far."""
+    """No earlier checkpoint of the job had a held-out loss as low."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_file_pb2.FileReference]: ...
     def __init__(
@@ -1129,7 +1129,9 @@ Global___MemoryMeasuredEvent: _TypeAlias = MemoryMeasuredEvent  # noqa: Y015
 
 @_typing.final
 class ExportEvent(_message.Message):
-    """How an export compares with base and adapter on fixed prompts."""
+    """How an export's logits compare with the adapter's on fixed prompts. Both are computed in float32, from weights as they
+    are in files.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1141,10 +1143,15 @@ class ExportEvent(_message.Message):
     NUM_SAME_TOP_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_POSITIONS_FIELD_NUMBER: _builtins.int
     ACCEPTED_FIELD_NUMBER: _builtins.int
+    TRAINED_MAX_LOGIT_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    TRAINED_MEAN_LOGIT_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    TRAINED_NUM_SAME_TOP_TOKENS_FIELD_NUMBER: _builtins.int
     format: _builtins.str
     """`merged`."""
     max_logit_difference: _builtins.float
-    """Largest and mean absolute difference of logits."""
+    """Largest and mean absolute difference from the adapter, unmerged, on the base's original weights. The largest one is
+    held against the threshold.
+    """
     mean_logit_difference: _builtins.float
     threshold: _builtins.float
     num_prompts: _builtins.int
@@ -1153,6 +1160,12 @@ class ExportEvent(_message.Message):
     num_positions: _builtins.int
     accepted: _builtins.bool
     """False: it was refused and nothing of it is kept."""
+    trained_max_logit_difference: _builtins.float
+    """The same against the adapter on the base as the run had it: quantized, for `qlora`. What quantization changed; it
+    refuses nothing.
+    """
+    trained_mean_logit_difference: _builtins.float
+    trained_num_same_top_tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -1164,10 +1177,13 @@ class ExportEvent(_message.Message):
         num_same_top_tokens: _builtins.int = ...,
         num_positions: _builtins.int = ...,
         accepted: _builtins.bool = ...,
+        trained_max_logit_difference: _builtins.float = ...,
+        trained_mean_logit_difference: _builtins.float = ...,
+        trained_num_same_top_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "format", b"format", "max_logit_difference", b"max_logit_difference", "mean_logit_difference", b"mean_logit_difference", "num_positions", b"num_positions", "num_prompts", b"num_prompts", "num_same_top_tokens", b"num_same_top_tokens", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "format", b"format", "max_logit_difference", b"max_logit_difference", "mean_logit_difference", b"mean_logit_difference", "num_positions", b"num_positions", "num_prompts", b"num_prompts", "num_same_top_tokens", b"num_same_top_tokens", "threshold", b"threshold", "trained_max_logit_difference", b"trained_max_logit_difference", "trained_mean_logit_difference", b"trained_mean_logit_difference", "trained_num_same_top_tokens", b"trained_num_same_top_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

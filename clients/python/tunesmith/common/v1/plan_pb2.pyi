@@ -87,7 +87,9 @@ class DatasetPlan(_message.Message):
     share: _builtins.float
     """Share of the whole mix, 0 to 1."""
     num_available: _builtins.int
-    """Valid examples in the dataset."""
+    """Examples that the dataset can give: without those held out of it, and without rows that were read and left out.
+    Only rows that may be used are read.
+    """
     num_examples: _builtins.int
     """Examples used in each epoch, repeats counted."""
     num_tokens: _builtins.int
@@ -99,7 +101,7 @@ class DatasetPlan(_message.Message):
     num_truncated: _builtins.int
     """Used examples that were cut at max_length."""
     held_out: _builtins.bool
-    """True for a dataset that is only evaluated on."""
+    """True for a dataset, or the part of one, that is only evaluated on."""
     run_examples: _builtins.int
     """Examples used over the whole run, however many epochs or parts of one that is. 0 for a held-out dataset and at
     level CHECK.
@@ -110,7 +112,7 @@ class DatasetPlan(_message.Message):
     """Tokens of those that carry loss."""
     @_builtins.property
     def dropped(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Examples left out, by reason (`no_target_tokens`, ...)."""
+        """Rows that were read and left out, by reason (`no_target_tokens`, ...)."""
 
     def __init__(
         self,
@@ -297,7 +299,7 @@ class Plan(_message.Message):
     """Tokens of the longest example that is trained on, and of the largest step."""
     largest_step_tokens: _builtins.int
     num_duplicates: _builtins.int
-    """Distinct examples among which one is exactly like another of the same dataset."""
+    """Examples of an epoch that are exactly like an earlier one of the same trait and dataset; repeats do not count."""
     @_builtins.property
     def resolved(self) -> _training_spec_pb2.Hyperparameters:
         """All hyper-parameters with defaults applied."""

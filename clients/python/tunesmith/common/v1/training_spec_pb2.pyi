@@ -657,21 +657,29 @@ class StartFrom(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    TRAINING_TYPE_FIELD_NUMBER: _builtins.int
+    LORA_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     name: _builtins.str
     """`adapter`, `model`, or a checkpoint's name, e.g. `step-00000020`."""
+    training_type: _builtins.str
+    """Of the earlier job, as its project said: what its weights fit."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_file_pb2.FileReference]: ...
+    @_builtins.property
+    def lora(self) -> Global___Lora: ...
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         name: _builtins.str = ...,
         files: _abc.Iterable[_file_pb2.FileReference] | None = ...,
+        training_type: _builtins.str = ...,
+        lora: Global___Lora | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "job_id", b"job_id", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "job_id", b"job_id", "lora", b"lora", "name", b"name", "training_type", b"training_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -93,11 +93,11 @@ class DatasetStatistics(_message.Message):
     TOTAL_CHARACTERS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     num_duplicates: _builtins.int
-    """Rows that are equal to an earlier one."""
+    """Rows that are equal to an earlier one, looked for among the first 4,194,304 different rows."""
     total_characters: _builtins.int
     @_builtins.property
     def characters(self) -> _containers.RepeatedCompositeFieldContainer[_dataset_pb2.HistogramBucket]:
-        """Characters of text in a row, over all its fields. Buckets are powers of two."""
+        """Characters of text in a row, over all the fields that its format gives a meaning to. Buckets are powers of two."""
 
     @_builtins.property
     def tokens(self) -> _dataset_pb2.TokenStatistics:
@@ -164,7 +164,7 @@ class UploadDatasetHeader(_message.Message):
     sha256: _builtins.str
     """Lower-case hex; checked against what arrives."""
     format: _builtins.str
-    """Unset: detected from the first row."""
+    """Catalog id of the rows' format. Unset: found from the first good row."""
     def __init__(
         self,
         *,
@@ -426,7 +426,7 @@ class DatasetRow(_message.Message):
     JSON_FIELD_NUMBER: _builtins.int
     RENDERED_FIELD_NUMBER: _builtins.int
     line: _builtins.int
-    """From 1, as in the file."""
+    """From 1, in the rows as they are stored."""
     json: _builtins.str
     """The row's JSON text."""
     @_builtins.property

@@ -72,9 +72,10 @@ class DatasetServiceServicer(object):
     """
 
     def UploadDataset(self, request_iterator, context):
-        """Streams a file in: first message `header`, then `chunk`s of at most 1 MiB. Every row is read before the answer;
-        nothing is registered unless all are valid. The same name with the same content gives the first answer again.
-        INVALID_ARGUMENT: DATASET_MALFORMED (BadRequest names lines), DATASET_EMPTY, DATASET_FORMAT_UNKNOWN,
+        """Streams a file in (JSON lines, JSON, CSV or Parquet; plain or compressed): first message `header`, then `chunk`s of
+        at most 1 MiB. Every row is read before the answer; nothing is registered unless all are valid. The same name with
+        the same file gives the first answer again. INVALID_ARGUMENT: DATASET_MALFORMED (BadRequest names lines; ErrorInfo
+        has `file_format`, `line`, `row`, `column` of the first and `num_bad_lines`), DATASET_EMPTY, DATASET_FORMAT_UNKNOWN,
         CHECKSUM_MISMATCH. ALREADY_EXISTS: DATASET_NAME_TAKEN. RESOURCE_EXHAUSTED: TOO_LARGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

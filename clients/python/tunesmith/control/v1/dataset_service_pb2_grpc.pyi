@@ -34,9 +34,10 @@ class DatasetServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DatasetServiceAsyncStub: ...
     UploadDataset: _grpc.StreamUnaryMultiCallable[_dataset_service_pb2.UploadDatasetRequest, _dataset_service_pb2.UploadDatasetResponse]
-    """Streams a file in: first message `header`, then `chunk`s of at most 1 MiB. Every row is read before the answer;
-    nothing is registered unless all are valid. The same name with the same content gives the first answer again.
-    INVALID_ARGUMENT: DATASET_MALFORMED (BadRequest names lines), DATASET_EMPTY, DATASET_FORMAT_UNKNOWN,
+    """Streams a file in (JSON lines, JSON, CSV or Parquet; plain or compressed): first message `header`, then `chunk`s of
+    at most 1 MiB. Every row is read before the answer; nothing is registered unless all are valid. The same name with
+    the same file gives the first answer again. INVALID_ARGUMENT: DATASET_MALFORMED (BadRequest names lines; ErrorInfo
+    has `file_format`, `line`, `row`, `column` of the first and `num_bad_lines`), DATASET_EMPTY, DATASET_FORMAT_UNKNOWN,
     CHECKSUM_MISMATCH. ALREADY_EXISTS: DATASET_NAME_TAKEN. RESOURCE_EXHAUSTED: TOO_LARGE.
     """
     RegisterDataset: _grpc.UnaryUnaryMultiCallable[_dataset_service_pb2.RegisterDatasetRequest, _dataset_service_pb2.RegisterDatasetResponse]
@@ -64,9 +65,10 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadDataset: _aio.StreamUnaryMultiCallable[_dataset_service_pb2.UploadDatasetRequest, _dataset_service_pb2.UploadDatasetResponse]  # type: ignore[assignment]
-    """Streams a file in: first message `header`, then `chunk`s of at most 1 MiB. Every row is read before the answer;
-    nothing is registered unless all are valid. The same name with the same content gives the first answer again.
-    INVALID_ARGUMENT: DATASET_MALFORMED (BadRequest names lines), DATASET_EMPTY, DATASET_FORMAT_UNKNOWN,
+    """Streams a file in (JSON lines, JSON, CSV or Parquet; plain or compressed): first message `header`, then `chunk`s of
+    at most 1 MiB. Every row is read before the answer; nothing is registered unless all are valid. The same name with
+    the same file gives the first answer again. INVALID_ARGUMENT: DATASET_MALFORMED (BadRequest names lines; ErrorInfo
+    has `file_format`, `line`, `row`, `column` of the first and `num_bad_lines`), DATASET_EMPTY, DATASET_FORMAT_UNKNOWN,
     CHECKSUM_MISMATCH. ALREADY_EXISTS: DATASET_NAME_TAKEN. RESOURCE_EXHAUSTED: TOO_LARGE.
     """
     RegisterDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.RegisterDatasetRequest, _dataset_service_pb2.RegisterDatasetResponse]  # type: ignore[assignment]
@@ -97,9 +99,10 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_dataset_service_pb2.UploadDatasetRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_dataset_service_pb2.UploadDatasetResponse, _abc.Awaitable[_dataset_service_pb2.UploadDatasetResponse]]:
-        """Streams a file in: first message `header`, then `chunk`s of at most 1 MiB. Every row is read before the answer;
-        nothing is registered unless all are valid. The same name with the same content gives the first answer again.
-        INVALID_ARGUMENT: DATASET_MALFORMED (BadRequest names lines), DATASET_EMPTY, DATASET_FORMAT_UNKNOWN,
+        """Streams a file in (JSON lines, JSON, CSV or Parquet; plain or compressed): first message `header`, then `chunk`s of
+        at most 1 MiB. Every row is read before the answer; nothing is registered unless all are valid. The same name with
+        the same file gives the first answer again. INVALID_ARGUMENT: DATASET_MALFORMED (BadRequest names lines; ErrorInfo
+        has `file_format`, `line`, `row`, `column` of the first and `num_bad_lines`), DATASET_EMPTY, DATASET_FORMAT_UNKNOWN,
         CHECKSUM_MISMATCH. ALREADY_EXISTS: DATASET_NAME_TAKEN. RESOURCE_EXHAUSTED: TOO_LARGE.
         """
 

@@ -848,6 +848,9 @@ class Checkpoint(_message.Message):
     MANIFEST_SHA256_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    PROBE_LOSS_FIELD_NUMBER: _builtins.int
+    HELD_OUT_LOSS_FIELD_NUMBER: _builtins.int
+    BEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`step-00000020`."""
     step: _builtins.int
@@ -856,6 +859,10 @@ class Checkpoint(_message.Message):
     size_bytes: _builtins.int
     manifest_sha256: _builtins.str
     node: _builtins.str
+    probe_loss: _builtins.float
+    """As in CheckpointEvent."""
+    held_out_loss: _builtins.float
+    best: _builtins.bool
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -869,11 +876,21 @@ class Checkpoint(_message.Message):
         manifest_sha256: _builtins.str = ...,
         node: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        probe_loss: _builtins.float | None = ...,
+        held_out_loss: _builtins.float | None = ...,
+        best: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_out_loss", b"_held_out_loss", "_probe_loss", b"_probe_loss", "create_time", b"create_time", "held_out_loss", b"held_out_loss", "probe_loss", b"probe_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "manifest_sha256", b"manifest_sha256", "name", b"name", "node", b"node", "size_bytes", b"size_bytes", "status", b"status", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out_loss", b"_held_out_loss", "_probe_loss", b"_probe_loss", "attempt", b"attempt", "best", b"best", "create_time", b"create_time", "held_out_loss", b"held_out_loss", "manifest_sha256", b"manifest_sha256", "name", b"name", "node", b"node", "probe_loss", b"probe_loss", "size_bytes", b"size_bytes", "status", b"status", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__held_out_loss: _TypeAlias = _typing.Literal["held_out_loss"]  # noqa: Y015
+    _WhichOneofArgType__held_out_loss: _TypeAlias = _typing.Literal["_held_out_loss", b"_held_out_loss"]  # noqa: Y015
+    _WhichOneofReturnType__probe_loss: _TypeAlias = _typing.Literal["probe_loss"]  # noqa: Y015
+    _WhichOneofArgType__probe_loss: _TypeAlias = _typing.Literal["_probe_loss", b"_probe_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__held_out_loss) -> _WhichOneofReturnType__held_out_loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__probe_loss) -> _WhichOneofReturnType__probe_loss | None: ...
 
 Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015

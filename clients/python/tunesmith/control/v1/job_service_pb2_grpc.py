@@ -174,7 +174,8 @@ class JobServiceServicer(object):
         """Streams a job's events after a sequence: history, then the tail, each after it was committed. May be opened before
         the job runs and after it ended. Without new events it sends a heartbeat with the position every 15 s. Ends by
         itself after the last event of a job that is over (OK), or before the server stops (UNAVAILABLE, SHUTTING_DOWN: go
-        on from the last sequence). OUT_OF_RANGE: HISTORY_COMPACTED with `oldest_sequence`, SEQUENCE_IN_FUTURE.
+        on from the last sequence). A watcher that does not read is cut off after 60 s (UNAVAILABLE, READER_STALLED: likewise)
+        and holds up nobody. OUT_OF_RANGE: HISTORY_COMPACTED with `oldest_sequence`, SEQUENCE_IN_FUTURE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -65,7 +65,8 @@ class JobServiceStub:
     """Streams a job's events after a sequence: history, then the tail, each after it was committed. May be opened before
     the job runs and after it ended. Without new events it sends a heartbeat with the position every 15 s. Ends by
     itself after the last event of a job that is over (OK), or before the server stops (UNAVAILABLE, SHUTTING_DOWN: go
-    on from the last sequence). OUT_OF_RANGE: HISTORY_COMPACTED with `oldest_sequence`, SEQUENCE_IN_FUTURE.
+    on from the last sequence). A watcher that does not read is cut off after 60 s (UNAVAILABLE, READER_STALLED: likewise)
+    and holds up nobody. OUT_OF_RANGE: HISTORY_COMPACTED with `oldest_sequence`, SEQUENCE_IN_FUTURE.
     """
     ListJobEvents: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ListJobEventsRequest, _job_service_pb2.ListJobEventsResponse]
     """Reads a page of events after a sequence."""
@@ -109,7 +110,8 @@ class JobServiceAsyncStub(JobServiceStub):
     """Streams a job's events after a sequence: history, then the tail, each after it was committed. May be opened before
     the job runs and after it ended. Without new events it sends a heartbeat with the position every 15 s. Ends by
     itself after the last event of a job that is over (OK), or before the server stops (UNAVAILABLE, SHUTTING_DOWN: go
-    on from the last sequence). OUT_OF_RANGE: HISTORY_COMPACTED with `oldest_sequence`, SEQUENCE_IN_FUTURE.
+    on from the last sequence). A watcher that does not read is cut off after 60 s (UNAVAILABLE, READER_STALLED: likewise)
+    and holds up nobody. OUT_OF_RANGE: HISTORY_COMPACTED with `oldest_sequence`, SEQUENCE_IN_FUTURE.
     """
     ListJobEvents: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListJobEventsRequest, _job_service_pb2.ListJobEventsResponse]  # type: ignore[assignment]
     """Reads a page of events after a sequence."""
@@ -210,7 +212,8 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams a job's events after a sequence: history, then the tail, each after it was committed. May be opened before
         the job runs and after it ended. Without new events it sends a heartbeat with the position every 15 s. Ends by
         itself after the last event of a job that is over (OK), or before the server stops (UNAVAILABLE, SHUTTING_DOWN: go
-        on from the last sequence). OUT_OF_RANGE: HISTORY_COMPACTED with `oldest_sequence`, SEQUENCE_IN_FUTURE.
+        on from the last sequence). A watcher that does not read is cut off after 60 s (UNAVAILABLE, READER_STALLED: likewise)
+        and holds up nobody. OUT_OF_RANGE: HISTORY_COMPACTED with `oldest_sequence`, SEQUENCE_IN_FUTURE.
         """
 
     @_abc_1.abstractmethod

@@ -35,12 +35,15 @@ class GenerateRequest(_message.Message):
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    TRAINING_TYPE_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     weights_digest: _builtins.str
     """Empty: whatever the node has under that name."""
     model_type: _builtins.str
     chat_template: _builtins.str
     """Catalog id of a chat template for a base that has none."""
+    training_type: _builtins.str
+    """Training type whose default quantization holds where `quantization` names no method. Empty: not quantized."""
     @_builtins.property
     def quantization(self) -> _training_spec_pb2.Quantization:
         """How the base is held; with it an engine whose base is resident is found."""
@@ -64,10 +67,11 @@ class GenerateRequest(_message.Message):
         chat_template: _builtins.str = ...,
         messages: _abc.Iterable[_generation_pb2.ChatMessage] | None = ...,
         sampling: _generation_pb2.Sampling | None = ...,
+        training_type: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["quantization", b"quantization", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_files", b"adapter_files", "base_model", b"base_model", "chat_template", b"chat_template", "messages", b"messages", "model_type", b"model_type", "quantization", b"quantization", "sampling", b"sampling", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_files", b"adapter_files", "base_model", b"base_model", "chat_template", b"chat_template", "messages", b"messages", "model_type", b"model_type", "quantization", b"quantization", "sampling", b"sampling", "training_type", b"training_type", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,112 @@
+"""Taking a dataset in: a call that is cancelled or fails at any point leaves neither bytes nor record."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import pytest
+
+from control_service.app import datasets
+from control_service.domain.dataset_files import CSV, OpenedFile, SourceRow
+from control_service.domain.errors import ResourceExhausted
+from tests.fakes.control_blobs import MemoryBlobStore
+from tests.fakes.control_core import LIMITS, Core
+
+from .conftest import OpenCore
+
+DATA = b"text\na\n"
+
+
+class EndlessFile:
+    """Implements `DatasetFiles`: rows without end, the second and later only after `go_on`."""
+
+    def __init__(self) -> None:
+        self.reading = threading.Event()
+        self.go_on = threading.Event()
+        self.is_closed = threading.Event()
+
+    @contextmanager
+    def open(self, stream: BinaryIO, *, size_bytes: int) -> Iterator[OpenedFile]:
+        try:
+            yield OpenedFile(file_format=CSV, compression="", columns=("text",), rows=self._rows())
+        finally:
+            self.is_closed.set()
+
+    def _rows(self) -> Iterator[SourceRow]:
+        number = 0
+        while True:
+            number += 1
+            yield SourceRow(number=number, line=number + 1, content={"text": str(number)})
+            self.reading.set()
+            assert self.go_on.wait(30)
+
+
+async def _chunks() -> AsyncIterator[bytes]:
+    yield DATA
+
+
+async def _upload(core: Core, files: EndlessFile) -> None:
+    reference = MemoryBlobStore().add(DATA)
+    header = datasets.UploadHeader(name="set", sha256=reference.sha256, size_bytes=len(DATA))
+    await datasets.upload_dataset(
+        header, _chunks(), store=core.store, blobs=core.blobs, files=files, clock=core.clock, limits=LIMITS
+    )
+
+
+async def test_a_cancelled_upload_stops_the_thread_that_reads_it(open_core: OpenCore) -> None:
+    core = await open_core()
+    files = EndlessFile()
+    uploading = asyncio.create_task(_upload(core, files))
+    assert await asyncio.to_thread(files.reading.wait, 30)
+    uploading.cancel()
+    files.go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await uploading
+    assert files.is_closed.is_set()
+    assert (core.blobs.staged, core.blobs.blobs) == ({}, {})
+    assert await datasets.list_datasets(store=core.store) == []
+
+
+async def test_a_full_disk_between_bytes_and_record_leaves_neither(
+    open_core: OpenCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = await open_core()
+
+    async def refuse(work: object) -> None:
+        raise ResourceExhausted("DISK_FULL", "no space is left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(core.store, "transact", refuse)
+        with pytest.raises(ResourceExhausted):
+            await core.upload("set", DATA)
+    assert (core.blobs.staged, core.blobs.blobs) == ({}, {})
+    assert (await core.upload("set", DATA)).num_examples == 1
+
+
+async def test_a_call_that_is_cancelled_while_its_record_is_written_has_both_or_neither(
+    open_core: OpenCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = await open_core()
+    committing, go_on = asyncio.Event(), asyncio.Event()
+    commit = core.blobs.commit
+
+    async def slowly(staged: object) -> None:
+        committing.set()
+        await go_on.wait()
+        await commit(staged)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(core.blobs, "commit", slowly)
+    uploading = asyncio.create_task(core.upload("set", DATA))
+    await committing.wait()
+    uploading.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await uploading
+    (dataset,) = await datasets.list_datasets(store=core.store)
+    assert set(core.blobs.blobs) == {dataset.sha256}
+    assert core.blobs.staged == {}
