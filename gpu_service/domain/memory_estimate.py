@@ -106,7 +106,7 @@ def estimate_memory(
         rank=resolved.lora.rank if resolved.lora is not None else 0,
         num_trainable_parameters=num_trainable_parameters,
         recomputes=resolved.gradient_checkpointing,
-        has_pairs=resolved.objective == "dpo",
+        has_dropout=resolved.lora is not None and resolved.lora.dropout > 0,
         step_bytes_per_parameter=optimizer.step_bytes_per_parameter,
         device_type=device_type,
     )

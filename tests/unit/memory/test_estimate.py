@@ -90,6 +90,11 @@ def test_a_layer_keeps_what_the_document_says(training_type: str, options: dict[
     assert deep - shallow + gradients == pytest.approx(16384 * per_token + casts, rel=0.01)
 
 
+def test_dropout_keeps_a_byte_for_each_input_of_an_adapter() -> None:
+    plain, dropped = (_bytes_of("lora", 4096, lora={"rank": 16, "dropout": rate}) for rate in (0.0, 0.1))
+    assert dropped - plain == 4096 * 16 * (6 * 2048 + 8192)
+
+
 def test_logits_grow_with_targets_alone() -> None:
     few, many = (make_estimate(examples=(ExampleSize(4096, count, 4096),)) for count in (2048, 4096))
     assert many.peak_bytes - few.peak_bytes == pytest.approx(12 * 2048 * 128_256, rel=0.01)
