@@ -15,6 +15,7 @@ import argparse
 import gc
 import hashlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -300,6 +301,8 @@ def main() -> int:
     sizes = options.only.split(",") if options.only else [size for size in random_models.SHAPES if size != "tiny"]
     device = {"type": options.device, "index": 0 if options.device == "cuda" else -1}
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    # One line for each 8-bit layer of each pass is no news; engines say so too.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     start = time.monotonic()
     results: list[Result] = []
     shelf = BaseShelf()

@@ -12,10 +12,9 @@ from gpu_service.catalog.base_models import BaseModel, LinearLayer
 from gpu_service.domain.memory_passes import LargestPasses, PassShape
 
 _FLOAT32 = 4
-# Logits in float32, the log-probabilities that are saved, and their gradient stand together for a moment.
+# Log-probabilities in float32, their gradient and that of the logits stand together for a moment. Of preference pairs
+# the reference's are gone by then.
 _LOGITS_COPIES = 3
-# With preference pairs the reference's logits come on top of the policy's saved log-probabilities.
-_PAIR_LOGITS_COPIES = 4
 # Norms of a decoder layer over the hidden size; two where nothing is said.
 _NORMS_PER_LAYER: Mapping[str, int] = {"gemma3_text": 4, "gemma3": 4}
 _QUERY_KEY_NORMS = frozenset({"qwen3", "gemma3_text", "gemma3"})
@@ -55,7 +54,7 @@ class StepShape:
     rank: int
     num_trainable_parameters: int
     recomputes: bool
-    has_pairs: bool
+    has_dropout: bool
     # Bytes that the optimizer's step takes for each trainable parameter, beside its state.
     step_bytes_per_parameter: int
     device_type: str
@@ -81,8 +80,7 @@ def _pass_peaks(shape: StepShape, one: PassShape, trained: int, *, already_bytes
     casts = _cast_bytes(shape)
     saved = base.num_layers * kept + ends + casts + one.tokens * _rotary_bytes(shape)
     head_input = one.targets * base.hidden_size * (_FLOAT32 + precision.compute_bytes)
-    copies = _PAIR_LOGITS_COPIES if shape.has_pairs else _LOGITS_COPIES
-    logits = one.targets * base.vocabulary_size * _FLOAT32 * copies
+    logits = one.targets * base.vocabulary_size * _FLOAT32 * _LOGITS_COPIES
     working = _working_bytes(shape, one)
     recomputed = layer if shape.recomputes else 0
     head = base.vocabulary_size * base.hidden_size
@@ -118,6 +116,9 @@ def saved_by_layer(shape: StepShape, one: PassShape) -> int:
     else:
         # In float32 nothing is cast, and products that share an input share it here too.
         per_token += _FLOAT32 * (2 * base.hidden_size + queries + base.intermediate_size)
+    if shape.has_dropout:
+        # A byte for what was kept of each adapter's input.
+        per_token += sum(item.in_features for item in covered)
     if precision.keeps_inputs:
         per_token += _FLOAT32 * (2 * base.hidden_size + base.intermediate_size)
     norms = _NORMS_PER_LAYER.get(base.config_type, 2)

@@ -19,8 +19,8 @@ from gpu_service.domain.memory_passes import LargestPasses
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _TRAINED_BYTES = 4  # trained weights and their gradients are float32
-# The driver's context with the kernels of torch and its libraries, on an H100.
-_CUDA_CONTEXT_BYTES = 600 * 1024**2
+# The driver's context with the kernels of torch and its libraries: 0.82 GiB on an H100.
+_CUDA_CONTEXT_BYTES = 850 * 1024**2
 # An engine's process on a CPU, before it has a model.
 _CPU_PROCESS_BYTES = 450 * 1024**2
 # Gaps between blocks, and room for a prediction that is a little low.
@@ -106,7 +106,7 @@ def estimate_memory(
         rank=resolved.lora.rank if resolved.lora is not None else 0,
         num_trainable_parameters=num_trainable_parameters,
         recomputes=resolved.gradient_checkpointing,
-        has_pairs=resolved.objective == "dpo",
+        has_dropout=resolved.lora is not None and resolved.lora.dropout > 0,
         step_bytes_per_parameter=optimizer.step_bytes_per_parameter,
         device_type=device_type,
     )

@@ -34,6 +34,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    # One line for each quantized layer of each forward pass is no news.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.update(_ENVIRONMENT)
     # Libraries may print; the answer is the only line of the real standard output.
     answers, sys.stdout = sys.stdout, sys.stderr

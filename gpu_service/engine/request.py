@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class RunRequest:
     device: DeviceChoice
     resume: ResumePoint | None
     # What the node measured of such runs, as the planner takes it.
-    calibrations: dict[str, Any]
+    calibrations: dict[str, Any] = field(default_factory=dict)
     start: StartPoint | None = None
 
     @property

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.random_models import SHAPES
 from gpu_service.domain.defaults import resolve_batch
 from gpu_service.domain.device import Device
 from gpu_service.domain.memory_calibration import MAX_CELLS, Calibration
@@ -32,6 +35,39 @@ def test_worked_example(name: str, numbers: list[float]) -> None:
     assert [getattr(estimate, f"{part}_bytes") / 1e9 for part in _PARTS] == pytest.approx(numbers, abs=0.0051)
 
 
+_MEASURED = json.loads((Path(__file__).parents[3] / "benchmarks" / "memory_h100.json").read_text())["cells"]
+
+
+@pytest.mark.parametrize("cell", _MEASURED, ids=lambda cell: f"{cell['size']}-{cell['training_type']}-{cell['length']}")
+def test_measured_peaks_are_predicted(cell: dict[str, Any]) -> None:
+    shape = SHAPES[cell["size"]]
+    base = make_base(
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+        layers=shape.layers,
+        heads=shape.heads,
+        key_value_heads=shape.key_value_heads,
+        vocabulary=shape.vocabulary,
+    )
+    if not shape.tied:
+        base = replace(base, num_parameters=base.num_parameters + shape.vocabulary * shape.hidden)
+    quantization = {
+        name: cell[key] for name, key in (("method", "quantization"), ("compute_dtype",) * 2) if key in cell
+    }
+    targets = min(round(cell["length"] * cell.get("targets", 1)), cell["length"] - 1)
+    estimate = make_estimate(
+        cell["training_type"],
+        base=base,
+        examples=(ExampleSize(cell["length"], targets, cell["length"]),) * cell.get("examples", 1),
+        quantization=quantization,
+        gradient_checkpointing=cell.get("checkpointing", False),
+        optimizer={"name": cell.get("optimizer", "adamw")},
+        lora={"rank": cell.get("rank", 16)},
+    )
+    assert estimate.peak_bytes == pytest.approx(cell["peak_bytes"], rel=0.03)
+    assert estimate.total_bytes > cell["peak_bytes"]
+
+
 def _bytes_of(training_type: str, tokens: int, **options: Any) -> int:
     examples = (ExampleSize(tokens, 16, tokens),)
     return make_estimate(training_type, examples=examples, **options).activations_bytes
@@ -52,6 +88,11 @@ def test_a_layer_keeps_what_the_document_says(training_type: str, options: dict[
     # An adapter's casts, and for `full` the gradient that counts beside, are all that a layer has besides.
     gradients = 4 * (casts // 2)
     assert deep - shallow + gradients == pytest.approx(16384 * per_token + casts, rel=0.01)
+
+
+def test_dropout_keeps_a_byte_for_each_input_of_an_adapter() -> None:
+    plain, dropped = (_bytes_of("lora", 4096, lora={"rank": 16, "dropout": rate}) for rate in (0.0, 0.1))
+    assert dropped - plain == 4096 * 16 * (6 * 2048 + 8192)
 
 
 def test_logits_grow_with_targets_alone() -> None:
