@@ -42,7 +42,7 @@ class _Pipe(ControlPipe):
         self._obeyed = threading.Event()
         self.notices: list[dict[str, Any]] = []
 
-    def next_run(self) -> Path | None:
+    def next_order(self) -> Path | None:
         return next(self._left, None)
 
     def notify(self, notice: dict[str, Any]) -> None:

@@ -1,25 +1,23 @@
-"""What tokens are drawn from. torch is imported in the tests: collecting them stays cheap."""
+"""What tokens are drawn from."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
 
 from gpu_service.engine.generation.order import Sampling
+from gpu_service.engine.generation.sampling import TokenChooser
 
 
 def chooser(**fields: Any) -> Any:
-    from gpu_service.engine.generation.sampling import TokenChooser
-
     defaults = {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0, "stop": ()}
     return TokenChooser(Sampling(**{**defaults, **fields}))
 
 
 # Logits of the probabilities 0.5, 0.3, 0.15, 0.05, in another order.
 def logits() -> Any:
-    import torch
-
     return torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
 
 
@@ -48,8 +46,6 @@ def test_temperature_0_takes_the_most_likely_and_a_tiny_one_does_too() -> None:
 
 
 def test_draws_follow_the_probabilities_and_the_seed_alone() -> None:
-    import torch
-
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first, again, other = chooser(seed=7), chooser(seed=7), chooser(seed=8)
@@ -62,8 +58,6 @@ def test_draws_follow_the_probabilities_and_the_seed_alone() -> None:
 
 
 def test_logits_that_are_no_numbers_are_told() -> None:
-    import torch
-
     from gpu_service.engine.generation.sampling import LogitsNotFinite
 
     for temperature in (0.0, 1.0):
