@@ -65,6 +65,7 @@ class InProcessEngine:
     ) -> Answered:
         """One generation; `on_notice` gets the switch that ends it."""
         from gpu_service.catalog import base_models
+        from gpu_service.catalog.quantization import REGISTRY
         from gpu_service.engine.generation import service
         from gpu_service.engine.generation.order import GenerationOrder
         from gpu_service.engine.stopping import StopSwitch
@@ -81,7 +82,7 @@ class InProcessEngine:
             "training_type": "lora" if quantization == "none" else "qlora",
             "quantization": {
                 "method": quantization,
-                "double_quantization": quantization != "none",
+                "double_quantization": REGISTRY[quantization].supports_double_quantization,
                 "compute_dtype": compute_dtype,
             },
             "adapter_directory": None if adapter is None else str(adapter),

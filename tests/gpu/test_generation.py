@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from gpu_service.engine.request import DeviceChoice
 from tests.fakes.engine_runs import Workspace, read_log
 from tests.fakes.generations import InProcessEngine
 
@@ -28,6 +29,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> InProcessEngine:
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_an_adapter_answers_and_leaves_the_base_as_it_was(engine: InProcessEngine, quantization: str) -> None:
     import torch
+
+    from gpu_service.engine import devices
 
     training_type = "lora" if quantization == "none" else "qlora"
     directory: Path = engine.workspace.make_run(
@@ -54,6 +57,8 @@ def test_an_adapter_answers_and_leaves_the_base_as_it_was(engine: InProcessEngin
     assert engine.ask(QUESTION, adapter=adapter, **options).text == greedy.text
     drawn = [engine.ask(QUESTION, adapter=adapter, temperature=1.0, seed=seed, **options).text for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+    # What cuBLAS keeps for its products is the process', and given back when an engine's memory is.
+    devices.select(DeviceChoice(type="cuda", index=0)).give_back()
     assert torch.cuda.memory_allocated() <= before + 1024**2
 
     again = engine.workspace.make_run(
