@@ -22,9 +22,6 @@ from control_service.domain.job_state import CAN_RETRY, check_verb
 from control_service.domain.project import Project, dataset_ids
 from control_service.domain.spec import TrainingSpec
 
-# What the next node may do though this one cannot.
-_ANOTHER_NODE_MAY: frozenset[str] = frozenset({"DOES_NOT_FIT", "NODE_BUSY"})
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlanResult:

@@ -312,7 +312,8 @@ class EnginePool:
         """Have an engine without a run leave the device, with what it keeps there; returns when it is gone."""
         async with self._changing[device_id]:
             engine = self._engines.get(device_id)
-            if engine is not None and engine.can_take_run:
+            # One that was asked to leave before still holds what it keeps.
+            if engine is not None and engine.run is None:
                 with contextlib.suppress(ShimGone):
                     await engine.give_up_generations()
                 await self._replace(engine)

@@ -98,10 +98,14 @@ class Planning:
 
     async def exact(self, spec: Mapping[str, Any], device: Device) -> dict[str, Any]:
         """The plan at level EXACT, as proto JSON. Raises `Refusal`. Cancelling it kills the planner."""
-        return (await self.exact_run(spec, device)).plan
+        async with self.planned(spec, device) as planned:
+            return planned.plan
 
-    async def exact_run(self, spec: Mapping[str, Any], device: Device) -> PlannedRun:
-        """The same with where everything of it lies."""
+    @asynccontextmanager
+    async def planned(self, spec: Mapping[str, Any], device: Device) -> AsyncIterator[PlannedRun]:
+        """The same with where everything of it lies, and stays during the block: the node plans nothing else, and
+        deletes nothing to make room.
+        """
         checked = await self.check(spec, device)
         request: dict[str, Any] = {
             "spec": dict(spec),
@@ -114,20 +118,19 @@ class Planning:
             "calibrations": self.calibrations(checked),
         }
         async with self._planner.turn():
-            # Until the plan is read nothing of it may be deleted to make room.
             await self.check_blobs(spec)
             answer = await self._planner.ask(request, answer="planned")
             content = await asyncio.to_thread(durable_json.read, Path(answer["plan_directory"]) / "plan.json")
-        if content is None:
-            raise planner_failed("the planner left no plan.json")
-        return PlannedRun(
-            plan=content,
-            plan_directory=str(answer["plan_directory"]),
-            kind_of_run=checked.kind_of_run,
-            model_directory=request["model_directory"],
-            blobs_directory=request["blobs_directory"],
-            cache_directory=request["cache_directory"],
-        )
+            if content is None:
+                raise planner_failed("the planner left no plan.json")
+            yield PlannedRun(
+                plan=content,
+                plan_directory=str(answer["plan_directory"]),
+                kind_of_run=checked.kind_of_run,
+                model_directory=request["model_directory"],
+                blobs_directory=request["blobs_directory"],
+                cache_directory=request["cache_directory"],
+            )
 
     @asynccontextmanager
     async def at_rest(self) -> AsyncIterator[None]:

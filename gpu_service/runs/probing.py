@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -26,7 +27,7 @@ from gpu_service.domain.memory import MemoryLedger
 from gpu_service.runs.engine_pool import ENGINE_ENVIRONMENT
 from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.planning import PlannedRun, Planning
-from gpu_service.runs.run_files import remove_tree
+from gpu_service.runs.undisturbed import undisturbed
 from gpu_service.shim import durable_json
 
 _log = structlog.get_logger(__name__)
@@ -71,12 +72,11 @@ class MemoryProber:
         # Before planning, which may take long: the probe must not come to nothing behind it.
         self._ledger.reserve(run_id=key, device_id=device.id, num_bytes=0, capacity_bytes=0)
         try:
-            planned = await self._planning.exact_run(spec, device)
-            start = time.monotonic()
-            await self._make_room(device.id)
-            async with self._planning.at_rest():
+            async with self._planning.planned(spec, device) as planned:
+                start = time.monotonic()
+                await self._make_room(device.id)
                 measured = await self._measure(self._directory / key, spec, planned, device)
-            seconds = time.monotonic() - start
+                seconds = time.monotonic() - start
         finally:
             self._ledger.release(key)
             self._on_release()
@@ -112,12 +112,11 @@ class MemoryProber:
             "resume": None,
             "plan_directory": planned.plan_directory,
         }
-        await asyncio.to_thread(directory.mkdir, parents=True)
         try:
-            await asyncio.to_thread(durable_json.write, directory / "run.json", request)
+            await undisturbed(asyncio.to_thread(_write, directory, request))
             return await self._run(directory)
         finally:
-            await asyncio.to_thread(remove_tree, directory)
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     async def _run(self, directory: Path) -> dict[str, Any]:
         with (directory / "probe.log").open("wb") as log:
@@ -147,9 +146,20 @@ class MemoryProber:
             return answer
         if answer.get("type") == "failed":
             raise _failed(str(answer["message"]), str(answer["reason"]), stage=str(answer.get("stage", "")))
-        tail = (directory / "probe.log").read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
+        tail = await asyncio.to_thread(_tail, directory / "probe.log")
         cause = "ENGINE_KILLED" if (process.returncode or 0) < 0 else "ENGINE_EXITED"
         raise _failed(f"the probe ended with status {process.returncode}: {tail}", cause)
+
+
+def _write(directory: Path, request: Mapping[str, Any]) -> None:
+    directory.mkdir(parents=True)
+    durable_json.write(directory / "run.json", request)
+
+
+def _tail(log: Path) -> str:
+    with log.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+        return stream.read().decode(errors="replace")
 
 
 def _last_message(output: bytes) -> dict[str, Any]:

@@ -51,6 +51,14 @@ async def test_an_idle_engine_is_reused_for_the_same_base_only(tmp_path: Path) -
     assert processes_of(second.directory) == []
 
 
+async def test_room_is_made_only_when_an_engine_that_is_leaving_already_is_gone(tmp_path: Path) -> None:
+    engines = pool(tmp_path / "engines")
+    engine = await engines.acquire(CPU, WANTED)
+    await engine.shut_down(20)
+    await engines.make_room(CPU.id)
+    assert processes_of(engine.directory) == []
+
+
 async def test_a_shim_that_hangs_is_ended_and_buried_at_adoption(tmp_path: Path) -> None:
     former = pool(tmp_path / "engines")
     engine = await former.acquire(CPU, WANTED)
