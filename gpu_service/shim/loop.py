@@ -44,6 +44,8 @@ class Shim:
         self._phase = ""
         self._stop: Stop | None = None
         self._shutting_down = False
+        # Generations that the engine has, or that it ends over.
+        self._generations: set[str] = set()
         self._termination_requested = False
         # Wait status of the engine once it was reaped.
         self._ended: tuple[int | None, int | None] | None = None
@@ -189,6 +191,7 @@ class Shim:
                 {"type": "generated", "generation": message["generation"], "done": True, "failure": refusal}
             )
             return
+        self._generations.add(str(message["generation"]))
         self._to_engine(message)
 
     def _stop_run(self, message: Message) -> None:
@@ -259,8 +262,8 @@ class Shim:
             self._state = "busy" if self._run_directory is not None else "idle"
         elif kind == "phase":
             self._phase = str(message["phase"])
-        elif kind == "generated" and "resident" in message:
-            self._resident = dict(message["resident"] or {})
+        elif kind == "generated":
+            self._note_generated(message)
         elif kind == "run_finished":
             self._resident = dict(message.get("resident") or {})
             self._run_directory, self._phase = None, ""
@@ -270,6 +273,12 @@ class Shim:
             self._write_record()
         self._servers.send_all(message)
 
+    def _note_generated(self, message: Message) -> None:
+        if "resident" in message:
+            self._resident = dict(message["resident"] or {})
+        if message.get("done") and not message.get("ends_engine"):
+            self._generations.discard(str(message["generation"]))
+
     # The end.
 
     def _finish(self) -> None:
@@ -277,12 +286,14 @@ class Shim:
         status, signal_number = self._ended
         # A stop without a run is only the end of an idle engine.
         stop = self._stop if self._run_directory is not None else None
+        # A generation that took the engine with it must not cost the run behind it an attempt: that never began.
+        stop_mode = stop.mode if stop else "checkpoint" if self._run_directory and self._generations else None
         ending = ExitRecord(
             status=status,
             signal=signal_number,
             phase=self._phase,
             run_directory=self._run_directory,
-            stop_mode=stop.mode if stop else None,
+            stop_mode=stop_mode,
             out_of_memory=signal_number == signal.SIGKILL
             and not (self._stop is not None and self._stop.killed)
             and oom_kills() > self._oom_kills_at_start,

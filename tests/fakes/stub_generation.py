@@ -5,8 +5,8 @@ The script is the JSON object in the last message; without one the words are the
 words               what is said; each is one token
 endless             go on saying "word " until stopped
 until_file          wait before each word after the first until the file exists; stops are still obeyed
-fail_after          end with a typed failure, and the engine with it, after so many words
-exit_after          leave without a word after so many words
+fail_after          end with a typed failure, and the engine with it, after so many words; 0: before any stop is heard
+exit_after          leave without a word after so many words; 0 as above
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _WORD_SECONDS = 0.002
+_FAILURE = {"reason": "GENERATION", "fault": "PLATFORM", "message": "scripted failure"}
 
 
 def answer(
@@ -38,14 +39,18 @@ def answer(
     resident = {"base_model": request["base_model"], "weights_digest": request["weights_digest"], "bytes": 1}
     start = time.monotonic()
     number = 0
+    if script.get("fail_after") == 0:
+        say(done=True, failure=_FAILURE, ends_engine=True, resident={})
+        return False
+    if script.get("exit_after") == 0:
+        os._exit(7)
     for number, word in enumerate(_words(script, names), start=1):
         if is_stopped(_WORD_SECONDS) or not _is_let_on(script, number, is_stopped):
             say(done=True, resident=resident)
             return True
         say(text=word, num_tokens=1)
         if script.get("fail_after") == number:
-            failure = {"reason": "GENERATION", "fault": "PLATFORM", "message": "scripted failure"}
-            say(done=True, failure=failure, ends_engine=True, resident={})
+            say(done=True, failure=_FAILURE, ends_engine=True, resident={})
             return False
         if script.get("exit_after") == number:
             os._exit(7)

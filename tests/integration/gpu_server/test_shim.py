@@ -116,6 +116,28 @@ def test_cancel_is_said_only_when_a_frozen_engine_and_its_detached_child_are_gon
     assert (killed["job_id"], killed["run_directory"]) == ("01JOB", str(run))
 
 
+@pytest.mark.parametrize("ending", ["fail_after", "exit_after"])
+def test_a_generation_that_takes_the_engine_with_it_costs_the_run_behind_it_nothing(
+    tmp_path: Path, shims: Shims, ending: str
+) -> None:
+    engine, run = write_engine(tmp_path), write_run(tmp_path)
+    shims.start(engine)
+    connection = ShimConnection(engine)
+    wait_for(lambda: connection.status()["state"] == "idle")
+    request = tmp_path / "request.json"
+    asked = {"base_model": "org/name", "weights_digest": "w", "adapter_directory": None}
+    request.write_text(json.dumps({**asked, "messages": [{"content": json.dumps({ending: 0})}]}))
+    # The run arrives before the engine is seen to end.
+    engine_pid = connection.status()["engine_pid"]
+    os.kill(engine_pid, signal.SIGSTOP)
+    connection.send(type="generate", generation="g", request=str(request))
+    connection.send(type="start_run", run_directory=str(run))
+    assert connection.status()["run_directory"] == str(run)
+    os.kill(engine_pid, signal.SIGCONT)
+    wait_for(lambda: summary_of(run).is_over)
+    assert payloads(run)[-1].run_state.state == event_pb2.RUN_STATE_INTERRUPTED
+
+
 @pytest.mark.parametrize(
     ("save_every_steps", "expected"), [(0, event_pb2.RUN_STATE_FAILED), (1, event_pb2.RUN_STATE_INTERRUPTED)]
 )

@@ -1,4 +1,4 @@
-"""The memory prober with a planner and a probe that the test scripts: what works beside it, and what a cancel leaves."""
+"""The memory prober with a scripted planner and probe: what works beside it, and what a cancel leaves."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from gpu_service.runs.planning import Planning
 from gpu_service.runs.probing import MemoryProber
 from gpu_service.shim import durable_json
 from tests.fakes.datasets import make_spec, write_blob
+from tests.fakes.gpu_runs import wait_until
 from tests.fakes.tiny_models import place_header_only
 
 CPU = Device(index=-1, type="cpu", name="cpu", total_memory_bytes=1 << 34, free_memory_bytes=1 << 34)
@@ -98,9 +99,7 @@ class Node:
 
     async def until_began(self) -> None:
         """Wait for the probe's process."""
-        async with asyncio.timeout(LIMIT_SECONDS):
-            while not list(self.requests.glob("probe-*/began")):
-                await asyncio.sleep(0.005)
+        await wait_until(lambda: bool(list(self.requests.glob("probe-*/began"))))
 
 
 async def test_the_cache_is_left_alone_from_the_plan_to_the_end_of_the_probe_and_a_look_at_rows_goes_on(
