@@ -79,13 +79,14 @@ class Application:
         await self.health.enter_graceful_shutdown()
         self.manager.begin_draining()
         self.desk.drain()
-        if not self.settings.keep_engines:
-            try:
-                async with asyncio.timeout(self.settings.grace_seconds + _AFTER_GRACE_SECONDS):
+        try:
+            async with asyncio.timeout(self.settings.grace_seconds + _AFTER_GRACE_SECONDS):
+                await self.desk.until_placed()
+                if not self.settings.keep_engines:
                     await self.manager.drain(self.settings.grace_seconds)
-            except TimeoutError:
-                # Shims outlive this process; the next one adopts or buries them.
-                _log.error("drain-unfinished")
+        except TimeoutError:
+            # Shims outlive this process; the next one adopts or buries them.
+            _log.error("drain-unfinished")
         self.manager.finish()
         await self.server.stop(_LAST_CALLS_SECONDS)
         await self.desk.close()

@@ -66,6 +66,8 @@ class InferenceDesk:
         self._pool = pool
         self._manager = manager
         self._tasks: set[asyncio.Task[None]] = set()
+        # Those of them that may be starting an engine.
+        self._placing: set[asyncio.Task[None]] = set()
         # Those that somebody reads.
         self._read: set[Generation] = set()
 
@@ -89,6 +91,8 @@ class InferenceDesk:
         )
         # Neither half a request file nor half an engine may be left behind when the caller goes away meanwhile.
         placing = self._spawn(self._place(generation, request, held), f"place-{generation_id}")
+        self._placing.add(placing)
+        placing.add_done_callback(self._placing.discard)
         self._read.add(generation)
         try:
             await asyncio.shield(placing)
@@ -159,7 +163,11 @@ class InferenceDesk:
         device: Device,
         wanted: dict[str, str],
     ) -> bool:
-        await asyncio.to_thread(self._write, generation, request, held, device)
+        try:
+            await asyncio.to_thread(self._write, generation, request, held, device)
+        except OSError as error:
+            # A full disk, or an adapter that was deleted just now to make room.
+            raise Refusal("GENERATION", Fault.PLATFORM, f"the request cannot be written: {error}") from error
         try:
             return await self._pool.lend(
                 device, wanted, generation, lambda: self._is_free(device) and not generation.is_settled
@@ -210,6 +218,10 @@ class InferenceDesk:
         """End every answer with NODE_DRAINING, whether its engine leaves or stays."""
         for generation in self._read:
             generation.fail(draining())
+
+    async def until_placed(self) -> None:
+        """Wait until nothing here starts an engine any more: who ends the engines must know them all."""
+        await asyncio.gather(*self._placing, return_exceptions=True)
 
     async def close(self) -> None:
         """Drop what waits for engines; their directories go at the next start."""

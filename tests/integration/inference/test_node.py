@@ -189,6 +189,34 @@ def test_a_node_that_stops_says_so(tmp_path: Path, settings: dict[str, Any]) -> 
         server.clean_up()
 
 
+def test_a_node_that_stops_while_an_engine_is_being_started_for_an_answer_leaves_none(tmp_path: Path) -> None:
+    server = GpuServer(tmp_path)
+    try:
+        call = ask(server.start(), ENDLESS)
+        wait_for(lambda: list((server.data_directory / "engines").iterdir()), what="an engine's directory")
+        channel, server._channel = server._channel, None
+        assert server.terminate() == 0
+        assert refused(call)[1] == "NODE_DRAINING"
+        assert channel is not None
+        channel.close()
+        assert not server.living_processes()
+    finally:
+        server.clean_up()
+
+
+def test_a_request_that_cannot_be_written_is_told_with_its_cause(tmp_path: Path) -> None:
+    server = GpuServer(tmp_path)
+    try:
+        server.start()
+        requests = server.data_directory / "requests"
+        requests.rmdir()
+        requests.touch()
+        code, reason, _ = refused(ask(server, "hello"))
+        assert (code, reason) == (grpc.StatusCode.INTERNAL, "GENERATION")
+    finally:
+        server.clean_up()
+
+
 def test_a_server_that_comes_back_ends_what_nobody_reads(tmp_path: Path) -> None:
     server = GpuServer(tmp_path)
     try:
