@@ -8,9 +8,11 @@ input closes: whoever asked is gone. Saves nothing.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from tunesmith.common.v1 import errors_pb2
 
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
 _EXIT_ORPHANED = 75
+_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,6 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m gpu_service.engine.probe <directory>\n")
         return 2
+    _die_with_the_caller()
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     # One line for each quantized layer of each forward pass is no news.
@@ -86,7 +90,15 @@ def _failed(failure: errors_pb2.Failure) -> dict[str, Any]:
     return {"type": "failed", "reason": reason, "message": failure.message, "stage": failure.stage}
 
 
+def _die_with_the_caller() -> None:
+    # The kernel's part, for a process that hangs where none of its threads gets to read the pipe.
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+
+
 def _end_with_the_caller() -> None:
+    # Also when the caller died before it was asked for: then the pipe is closed already.
     while sys.stdin.buffer.read(4096):
         pass
     # Nothing of this process is worth a clean end.

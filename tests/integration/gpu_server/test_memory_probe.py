@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -81,6 +84,21 @@ def test_probe_that_fails_says_why(server: GpuServer) -> None:
     assert not list((server.data_directory / "requests").iterdir())
     # The device is free again.
     assert server.runs.PlanRun(_request(server, probe_memory=False), timeout=WAIT_SECONDS).plan.num_steps
+
+
+def test_killed_server_leaves_no_probe_even_if_that_hangs(server: GpuServer) -> None:
+    # Kept: a call that nobody holds is cancelled.
+    call = server.runs.PlanRun.future(_request(server), timeout=WAIT_SECONDS)
+    requests = server.data_directory / "requests"
+    wait_for(lambda: list(requests.glob("probe-*/run.json")), what="the probe's directory")
+    (directory,) = requests.glob("probe-*")
+    (probe,) = wait_for(lambda: processes_of(directory), what="the probe's process")
+    # It reads its pipe from now on; stopped, it cannot.
+    wait_for(lambda: len(list(Path(f"/proc/{probe}/task").iterdir())) > 1, what="the probe's second thread")
+    os.kill(probe, signal.SIGSTOP)
+    server.kill()
+    wait_for(lambda: not processes_of(directory), what="the end of the probe")
+    assert call.exception(WAIT_SECONDS) is not None
 
 
 def test_caller_that_goes_away_leaves_no_process(server: GpuServer) -> None:
