@@ -21,10 +21,12 @@ from tunesmith.common.v1 import errors_pb2
 
 # Thirty-two examples, four a step: three epochs.
 _NUM_STEPS = 24
-# What is equal after so many steps in weights, moments and generators cannot part later.
-_COMPARED_STEPS = 2
+# What is equal after a step in weights, moments and generators cannot part later.
+_COMPARED_STEPS = 1
 _STEPS_PER_EPOCH = 8
 _NUM_RESUMED = {"qlora": 20, "lora": 20, "full": 20, "lora-dpo": 4, "full-adamw-8bit": 4}
+# Of those with few, the second epoch is enough.
+_LAST_STEP = {"lora-dpo": 15, "full-adamw-8bit": 15}
 _METHODS: dict[str, dict[str, Any]] = {
     # Dropout draws from the generators whose state is kept.
     "qlora": {"lora": {"rank": 4, "dropout": 0.2}},
@@ -45,10 +47,10 @@ _STATE_FILES = {"weights.safetensors", "optimizer.safetensors", "optimizer.json"
 _SHORT: dict[str, Any] = {"num_steps": 3, "save_every_steps": 2}
 
 
-def _hyperparameters(method: str, save_every_steps: int = 1) -> dict[str, Any]:
+def _hyperparameters(method: str) -> dict[str, Any]:
     return {
         "num_steps": _NUM_STEPS,
-        "save_every_steps": save_every_steps,
+        "save_every_steps": 1,
         "keep_checkpoints": 1000,
         **_METHODS[method],
     }
@@ -81,8 +83,7 @@ def test_any_step_can_be_gone_on_from(method: str, workspace: Workspace, run_in_
         directory = workspace.make_run(
             method,
             training_type=training_type,
-            # Checkpoints in between change nothing, and are wanted of the first attempt alone.
-            hyperparameters=_hyperparameters(method, save_every_steps=1 if resume is None else 0),
+            hyperparameters=_hyperparameters(method),
             held_out=False,
             traits=[TraitRows(trait_type="polite", rows=_PAIRS, format="preference")] if "dpo" in method else (),
             attempt=attempt,
@@ -91,11 +92,12 @@ def test_any_step_can_be_gone_on_from(method: str, workspace: Workspace, run_in_
         stop = StopAfterStep(directory, until)
         return directory, run_in_process(directory, switch=stop.switch, notify=stop, shelf=BaseShelf(), **options)
 
-    whole, uninterrupted = train(1, None, _NUM_STEPS - 1)
+    last_step = _LAST_STEP.get(method, _NUM_STEPS - 1)
+    whole, uninterrupted = train(1, None, last_step)
     assert uninterrupted.states[-1] == "INTERRUPTED", uninterrupted.payloads[-1]
-    assert sorted(uninterrupted.losses) == list(range(1, _NUM_STEPS))
+    assert sorted(uninterrupted.losses) == list(range(1, last_step + 1))
     planner = _planned(uninterrupted, workspace)
-    steps = sorted(random.Random(7).sample(range(1, _NUM_STEPS - _COMPARED_STEPS), _NUM_RESUMED[method]))
+    steps = sorted(random.Random(7).sample(range(1, last_step - _COMPARED_STEPS + 1), _NUM_RESUMED[method]))
     assert any(step > _STEPS_PER_EPOCH and step % _STEPS_PER_EPOCH for step in steps)
 
     for attempt, step in enumerate(steps, start=2):
