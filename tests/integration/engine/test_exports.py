@@ -1,9 +1,12 @@
-"""Merged exports: loaded elsewhere they are the adapter on its base; one that differs too much is left out and said."""
+"""What a run leaves loads elsewhere with the held-out loss of before. A merged export is the adapter on its base; one
+that differs too much is left out and said.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,45 +31,97 @@ _PROMPTS = ("What is 3 plus 3?", "def add_4(")
 _MERGED: dict[str, Any] = {"exports": ["merged"], "num_steps": 3}
 # Rounding weights of a tiny model to bfloat16 moves its logits less than this.
 _ROUNDING = 0.05
-_CASES = {"qlora": TinyOptions(tied=True), "lora": TinyOptions(family="qwen3", sharded=True)}
+_CASES = {
+    "qlora": TinyOptions(tied=True),
+    "lora": TinyOptions(family="qwen3", sharded=True),
+    "full": TinyOptions(),
+}
 
 
 def _far_apart(left: list[list[float]], right: list[list[float]]) -> float:
     return float((torch.tensor(left) - torch.tensor(right)).abs().max())
 
 
-def test_merged_is_the_adapter_on_its_base(workspace: Workspace, run_in_process: Any) -> None:
-    """One process loads everything, because it takes long to start."""
-    runs: dict[str, tuple[Path, Path, RunLog]] = {}
-    asked = []
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """What a run left, and what a fresh process said of it: `merged`, `adapted`, `plain`; and `trained`, which is the
+    adapter on its quantized base, or the whole model.
+    """
+
+    artifacts: Path
+    base: Path
+    log: RunLog
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def questions(self, workspace: Workspace, training_type: str) -> dict[str, dict[str, Any]]:
+        """What the process is asked, by name of the answer."""
+        adapter = self.artifacts / "adapter"
+        if training_type == "full":
+            return {"trained": ask(self.artifacts / "model", examples=_held_out(workspace, self.log), dtype="auto")}
+        asked = {
+            "merged": ask(self.artifacts / "merged", _PROMPTS),
+            "adapted": ask(self.base, _PROMPTS, adapter=adapter),
+            "plain": ask(self.base, _PROMPTS),
+        }
+        if training_type == "qlora":
+            examples = _held_out(workspace, self.log)
+            asked["trained"] = ask(self.base, examples=examples, adapter=adapter, quantized=True)
+        return asked
+
+
+@pytest.fixture(scope="module")
+def left(workspace: Workspace, run_in_process: Any) -> dict[str, Left]:
+    """By training type. One process loads everything, because it takes long to start."""
+    found: dict[str, Left] = {}
+    asked: list[tuple[Left, str, dict[str, Any]]] = []
     for training_type, options in _CASES.items():
+        hyperparameters = {} if training_type == "full" else _MERGED
         directory = workspace.make_run(
-            f"merged-{training_type}", options=options, training_type=training_type, hyperparameters=_MERGED
+            f"left-{training_type}", options=options, training_type=training_type, hyperparameters=hyperparameters
         )
         log = run_in_process(directory)
         assert log.states[-1] == "SUCCEEDED"
-        artifacts, base = directory / "artifacts", workspace.models_directory / f"tiny/{options.name}"
-        runs[training_type] = artifacts, base, log
-        asked += [
-            ask(artifacts / "merged", _PROMPTS),
-            ask(base, _PROMPTS, adapter=artifacts / "adapter"),
-            ask(base, _PROMPTS),
-        ]
-    answers = iter(load_elsewhere(asked))
+        base = workspace.models_directory / f"tiny/{options.name}"
+        one = found[training_type] = Left(artifacts=directory / "artifacts", base=base, log=log)
+        asked += [(one, name, question) for name, question in one.questions(workspace, training_type).items()]
+    answers = load_elsewhere([question for _, _, question in asked])
+    for (one, name, _), answer in zip(asked, answers, strict=True):
+        one.answers[name] = answer
+    return found
 
-    for training_type, (artifacts, base, log) in runs.items():
-        merged, adapted, plain = next(answers), next(answers), next(answers)
-        assert _far_apart(merged["logits"], adapted["logits"]) < _ROUNDING
-        assert _far_apart(merged["logits"], plain["logits"]) > 2 * _ROUNDING
-        assert merged["chat"] == adapted["chat"] == "<|im_start|>user\nHello<|im_end|>\n"
-        assert merged["tied"] == _CASES[training_type].tied
-        kinds = {event.name: event.kind for event in log.of("artifact")}
-        assert kinds["merged"] == event_pb2.ARTIFACT_KIND_MERGED
-        assert kinds["adapter"] == event_pb2.ARTIFACT_KIND_ADAPTER
-        (export,) = log.of("export")
-        _assert_compared(export, training_type)
-        _assert_files_are_the_bases(artifacts / "merged", base)
-        _assert_said(artifacts, export)
+
+def _held_out(workspace: Workspace, log: RunLog) -> list[tuple[list[int], list[int]]]:
+    (plan,) = log.of("plan")
+    data = workspace.open_data(plan.data_digest)
+    examples = [data.example(reference) for reference in data.held_out_examples()]
+    return [(example.tokens.tolist(), example.mask.tolist()) for example in examples]
+
+
+@pytest.mark.parametrize("training_type", ["qlora", "full"])
+def test_artifacts_give_the_same_loss_in_a_fresh_process(training_type: str, left: dict[str, Left]) -> None:
+    """An adapter on its base, and a whole model."""
+    log, loaded = left[training_type].log, left[training_type].answers["trained"]
+    before, after = log.of("evaluation")[0].loss, log.of("evaluation")[-1].loss
+    assert loaded["loss"] == pytest.approx(after, rel=1e-6)
+    assert abs(after - before) > 1e-4
+    assert loaded["chat"] == "<|im_start|>user\nHello<|im_end|>\n"
+
+
+@pytest.mark.parametrize("training_type", ["qlora", "lora"])
+def test_merged_is_the_adapter_on_its_base(training_type: str, left: dict[str, Left]) -> None:
+    one = left[training_type]
+    merged, adapted, plain = (one.answers[name] for name in ("merged", "adapted", "plain"))
+    assert _far_apart(merged["logits"], adapted["logits"]) < _ROUNDING
+    assert _far_apart(merged["logits"], plain["logits"]) > 2 * _ROUNDING
+    assert merged["chat"] == adapted["chat"] == "<|im_start|>user\nHello<|im_end|>\n"
+    assert merged["tied"] == _CASES[training_type].tied
+    kinds = {event.name: event.kind for event in one.log.of("artifact")}
+    assert kinds["merged"] == event_pb2.ARTIFACT_KIND_MERGED
+    assert kinds["adapter"] == event_pb2.ARTIFACT_KIND_ADAPTER
+    (export,) = one.log.of("export")
+    _assert_compared(export, training_type)
+    _assert_files_are_the_bases(one.artifacts / "merged", one.base)
+    _assert_said(one.artifacts, export)
 
 
 def _assert_compared(export: Any, training_type: str) -> None:
