@@ -99,19 +99,26 @@ class TrainingLoop:
         return self.device.peak_bytes()
 
     def _train(self) -> bool:
+        # One that a stop cut short is made after the resume: what follows from it must not depend on the stop.
+        self._evaluate_if_due()
         while self.progress.steps_done < self.data.num_steps:
             self.switch.check()
             if self._out_of_time():
                 return True
             self._step(self.progress.steps_done)
+            self._evaluate_if_due()
             done = self.progress.steps_done
-            if _is_due(done, self.settings.evaluate_every_steps) and done < self.data.num_steps:
-                self.evaluate()
-                self.reporter.enter_phase("TRAINING")
             if _is_due(done, self.settings.save_every_steps) and done < self.data.num_steps:
                 self.save()
                 self.reporter.enter_phase("TRAINING")
         return False
+
+    def _evaluate_if_due(self) -> None:
+        done, evaluations = self.progress.steps_done, self.progress.evaluations
+        is_due = _is_due(done, self.settings.evaluate_every_steps) and 0 < done < self.data.num_steps
+        if is_due and not (evaluations and evaluations[-1]["step"] == done):
+            self.evaluate()
+            self.reporter.enter_phase("TRAINING")
 
     def _out_of_time(self) -> bool:
         limit = self.settings.max_duration_seconds
