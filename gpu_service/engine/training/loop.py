@@ -72,7 +72,6 @@ class TrainingLoop:
         Raises StopRequested (for a checkpoint stop after the checkpoint is committed) and RunFailure.
         """
         self.model.train()
-        self.device.start_counting()
         try:
             with attending_within_sequences(self.model):
                 stopped_early = self._train()
@@ -85,12 +84,11 @@ class TrainingLoop:
         return stopped_early
 
     def rehearse(self, steps: Sequence[int], times: int) -> int:
-        """Make each of the steps so many times, without a word and saving nothing; the device's peak in bytes.
+        """Make each of the steps so many times, without a word and saving nothing; the device's peak in bytes so far.
 
         The weights are no use afterwards. Raises torch.OutOfMemoryError where a run would make its passes smaller.
         """
         self.model.train()
-        self.device.start_counting()
         with attending_within_sequences(self.model):
             for step in (step for step in steps for _ in range(times)):
                 _, tally, norm = self._accumulate(step, self.pass_size.limit)
