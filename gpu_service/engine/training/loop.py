@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gpu_service.domain.planned_data import PlannedData
+from gpu_service.domain.planned_data import ExampleReference, PlannedData
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure, library_versions
 from gpu_service.engine.reporter import Reporter
@@ -91,7 +91,7 @@ class TrainingLoop:
         self.model.train()
         with attending_within_sequences(self.model):
             for step in (step for step in steps for _ in range(times)):
-                _, tally, norm = self._accumulate(step, self.pass_size.limit)
+                _, tally, norm = self._accumulate(self.data.step_examples(step), self.pass_size.limit)
                 self.device.peak_bytes()
                 self._update(math.isfinite(tally.mean) and math.isfinite(norm))
         return self.device.peak_bytes()
@@ -128,9 +128,10 @@ class TrainingLoop:
         learning_rate = self._schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        references = self.data.step_examples(step)
         batches, tally, norm = self.pass_size.carry_out(
-            lambda limit: self._accumulate(step, limit),
-            self.data.step_examples(step),
+            lambda limit: self._accumulate(references, limit),
+            references,
             step=step + 1,
             undo=lambda: self.optimizer.zero_grad(set_to_none=True),
         )
@@ -180,10 +181,12 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         return updated
 
-    def _accumulate(self, step: int, limit: MicroBatchLimit) -> tuple[list[MicroBatch], LossTally, float]:
+    def _accumulate(
+        self, references: Sequence[ExampleReference], limit: MicroBatchLimit
+    ) -> tuple[list[MicroBatch], LossTally, float]:
         """The gradient of a step, its losses and the gradient's norm. May be begun again until the update is made."""
         self.optimizer.zero_grad(set_to_none=True)
-        batches = [collate(self.data, part) for part in split(self.data, self.data.step_examples(step), limit)]
+        batches = [collate(self.data, part) for part in split(self.data, references, limit)]
         weights = [self.objective.weights(batch) for batch in batches]
         whole = max(sum(map(sum, weights)), 1)
         values = []
