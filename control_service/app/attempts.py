@@ -10,6 +10,7 @@ import structlog
 from control_service.app.blob_push import blobs_of_spec, push_missing_blobs
 from control_service.app.checkpoints import forget_checkpoint
 from control_service.app.node_monitor import NodeMonitor
+from control_service.app.placing import send_elsewhere
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeClient, StartRun
 from control_service.app.settle import Settler
 from control_service.app.store_ports import Store, Transaction
@@ -19,7 +20,6 @@ from control_service.domain.errors import DeadlineTooShort, InvalidArgument, Tun
 from control_service.domain.failure import Failure, Fault
 from control_service.domain.job import Job, JobProgress
 from control_service.domain.job_state import JobState
-from control_service.domain.queue_policy import can_train
 from control_service.domain.reconcile import Settle, after_failure
 from control_service.domain.resume import resume_from
 from control_service.domain.run import ObservedRun, ResumeFrom
@@ -126,23 +126,8 @@ class AttemptStarter:
             pause = timedelta(seconds=retry.INITIAL_BACK_OFF_SECONDS)
             await self._settler.settle(job, settle, not_before=self._clock.utc_now() + pause)
             return
-        if error.reason == "DOES_NOT_FIT" and self._others_may_fit(job):
-            # Nothing is counted: no attempt was made, and another node may have a larger device.
-            self._nodes.mark_unfit(job.node, job.job_id)
-            message = f"node {job.node}: {error.message}"
-            await self._settler.settle(job, Settle(state=JobState.QUEUED, message=message, keeps_failure=True))
-            return
-        await self._settler.settle(job, after_failure(job, failure_of(error)))
-
-    def _others_may_fit(self, job: Job) -> bool:
-        """Whether a reachable node that has the base was not found too small yet."""
-        return any(
-            view.node.name != job.node
-            and view.is_reachable
-            and job.job_id not in view.unfit_jobs
-            and can_train(view, job.spec.base_model, job.weights_digest)
-            for view in self._nodes.views()
-        )
+        elsewhere = send_elsewhere(self._nodes, job, reason=error.reason, message=error.message)
+        await self._settler.settle(job, elsewhere or after_failure(job, failure_of(error)))
 
 
 def failure_of(error: TunesmithError) -> Failure:

@@ -15,6 +15,7 @@ from control_service.app.back_off import BackOff, BackOffConfig
 from control_service.app.collector import Collector
 from control_service.app.ingest import ingest
 from control_service.app.node_monitor import NodeMonitor
+from control_service.app.placing import send_elsewhere
 from control_service.app.ports import Clock, EventCodec, NodeClient
 from control_service.app.replicator import Replicator
 from control_service.app.settle import Settler
@@ -26,7 +27,7 @@ from control_service.domain.event import NodeReachabilityFact
 from control_service.domain.job import Job
 from control_service.domain.job_state import ON_NODE, JobState
 from control_service.domain.node import NodeState
-from control_service.domain.reconcile import Activity, NodeSight, Observation, reconcile
+from control_service.domain.reconcile import Activity, NodeSight, Observation, Settle, reconcile
 from control_service.domain.run import RUN_OVER, ObservedRun, RunState, StopMode
 
 _log = structlog.get_logger(__name__)
@@ -104,9 +105,7 @@ class JobKeeper:
         if decision.mark_unreachable is not None:
             await self._mark_unreachable(job, decision.mark_unreachable)
         if decision.settle is not None:
-            if decision.settle.state in (JobState.QUEUED, JobState.PAUSED):
-                await self._replicate_last(job)
-            await self._ports.settler.settle(job, decision.settle)
+            await self._settle(job, decision.settle)
             return
         if decision.mark_running:
             await self._ports.starter.mark_running(job, self._seen_run)
@@ -118,6 +117,16 @@ class JobKeeper:
             await self._wait()
         else:
             await self._pause()
+
+    async def _settle(self, job: Job, settle: Settle) -> None:
+        failure = settle.failure
+        if failure is not None:
+            # The node counts a job's tokens once it has it; what it refuses then, another may have room for.
+            elsewhere = send_elsewhere(self._ports.nodes, job, reason=failure.reason, message=failure.message)
+            settle = elsewhere or settle
+        if settle.state in (JobState.QUEUED, JobState.PAUSED):
+            await self._replicate_last(job)
+        await self._ports.settler.settle(job, settle)
 
     # Looking.
 

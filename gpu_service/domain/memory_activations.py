@@ -66,8 +66,7 @@ def peak_beside_state(shape: StepShape, passes: LargestPasses) -> int:
     peaks = [trained + shape.step_bytes_per_parameter * shape.num_trainable_parameters]
     for one in passes.shapes:
         peaks += _pass_peaks(shape, one, trained, already_bytes=trained if passes.accumulates else 0)
-    if passes.evaluated is not None:
-        peaks.append(_evaluation_peak(shape, passes.evaluated))
+    peaks += [_evaluation_peak(shape, one) for one in passes.evaluated]
     return max(peaks) + (_WORKSPACE_BYTES if shape.device_type == "cuda" else 0)
 
 

@@ -32,8 +32,8 @@ class LargestPasses:
         self._max_examples = batch.micro_batch_examples or batch.examples
         self._max_tokens = batch.micro_batch_tokens or batch.tokens
         self._frontier: list[PassShape] = []
-        # The largest pass of an evaluation, which keeps nothing for a backward pass.
-        self.evaluated: PassShape | None = None
+        # Those of an evaluation, which keep nothing for a backward pass.
+        self._evaluated: list[PassShape] = []
         # Gradients of a step's earlier passes stand while a later one is made.
         self.accumulates = False
 
@@ -47,21 +47,20 @@ class LargestPasses:
 
     def add(self, shape: PassShape) -> None:
         """Take in one pass."""
-        if any(_covers(known, shape) for known in self._frontier):
-            return
-        self._frontier = [known for known in self._frontier if not _covers(shape, known)]
-        self._frontier.append(shape)
+        self._frontier = _with_pass(self._frontier, shape)
 
-    def add_evaluation(self, longest_tokens: int) -> None:
-        """Passes of held-out examples that may be as long as this; 0: there are none."""
-        tokens = longest_tokens * (self._max_examples or 1)
-        if self._max_tokens is not None:
-            tokens = max(longest_tokens, min(tokens if self._max_examples else self._max_tokens, self._max_tokens))
-        self.evaluated = PassShape(tokens, tokens, longest_tokens) if tokens else None
+    def add_evaluation(self, examples: Iterable[ExampleSize]) -> None:
+        """Take in the held-out examples, in order."""
+        for shape in self._split(examples):
+            self._evaluated = _with_pass(self._evaluated, shape)
 
     @property
     def shapes(self) -> Sequence[PassShape]:
         return tuple(self._frontier)
+
+    @property
+    def evaluated(self) -> Sequence[PassShape]:
+        return tuple(self._evaluated)
 
     def _split(self, examples: Iterable[ExampleSize]) -> Iterator[PassShape]:
         count = tokens = targets = longest = 0
@@ -92,6 +91,12 @@ def largest_possible(batch: ResolvedBatch, max_length: int) -> LargestPasses:
         passes.add(PassShape(num_tokens, num_tokens, max_length))
         passes.accumulates = num_tokens < (batch.tokens or 0)
     return passes
+
+
+def _with_pass(frontier: Sequence[PassShape], shape: PassShape) -> list[PassShape]:
+    if any(_covers(known, shape) for known in frontier):
+        return list(frontier)
+    return [*(known for known in frontier if not _covers(shape, known)), shape]
 
 
 def _covers(larger: PassShape, smaller: PassShape) -> bool:

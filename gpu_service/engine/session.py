@@ -5,11 +5,12 @@ The model, the optimizer and accelerate live here and nowhere else, so that they
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
 from gpu_service.catalog import optimizers
-from gpu_service.domain.planned_data import PlannedData
+from gpu_service.domain.planned_data import ExampleReference, PlannedData
 from gpu_service.engine.artifacts import ArtifactRequest, exporting, write_all
 from gpu_service.engine.artifacts.export_source import open_source
 from gpu_service.engine.devices import Device
@@ -30,7 +31,7 @@ from gpu_service.engine.training.loop import TrainingLoop
 from gpu_service.engine.training.objectives import Objective, make_objective
 from gpu_service.engine.training.out_of_memory import PassSize
 from gpu_service.engine.training.progress import TrainingProgress
-from gpu_service.engine.training.rehearsal import Rehearsed, find_largest_steps
+from gpu_service.engine.training.rehearsal import Rehearsed, find_largest_held_out, find_largest_steps
 from gpu_service.engine.training.rises import find_rises
 from tunesmith.common.v1 import event_pb2, plan_pb2
 
@@ -96,6 +97,8 @@ class Session:
 
     def train(self) -> None:
         """From the base's losses to the artifacts."""
+        # Evaluations count too: they may take more than the steps.
+        self._device.start_counting()
         if self._request.resume is not None:
             self._progress = self._checkpoints.resume(self._request.resume.directory)
         else:
@@ -118,10 +121,18 @@ class Session:
         self._save(stopped_early)
 
     def rehearse(self) -> Rehearsed:
-        """Make the plan's largest steps twice each and save nothing: what memory they come to. Called once, alone."""
+        """Make the plan's largest evaluation, and its largest steps twice each: what memory they come to.
+
+        Saves nothing. Called once, alone.
+        """
+        self._device.start_counting()
         loop = self._make_loop()
         limit = MicroBatchLimit.of(self._plan.resolved.batch, self._loaded.config)
         largest = find_largest_steps(self._data, limit)
+        self._reporter.enter_phase("EVALUATING")
+        for part in find_largest_held_out(self._data, limit):
+            self._evaluate(part, limit, event_pb2.EVALUATION_MOMENT_BASE)
+        self._device.peak_bytes()
         self._reporter.enter_phase("TRAINING")
         peak_bytes = loop.rehearse([one.step for one in largest], _REHEARSALS)
         return Rehearsed(
@@ -171,24 +182,32 @@ class Session:
         if not any(source.held_out for source in self._data.sources):
             return
         self._reporter.enter_phase("EVALUATING")
+        held_out = self._data.held_out_examples()
         event = self._pass_size().carry_out(
-            lambda limit: evaluate(
-                self._model,
-                self._data,
-                objective=self._objective,
-                device=self._device.torch_device,
-                limit=limit,
-                moment=moment,
-                step=self._progress.steps_done,
-                switch=self._switch,
-            ),
-            self._data.held_out_examples(),
-            step=self._progress.steps_done,
+            lambda limit: self._evaluate(held_out, limit, moment), held_out, step=self._progress.steps_done
         )
         if event is not None:
             self._reporter.emit(event)
             self._progress.evaluations.append(as_history(event))
             self._warn_of_held_out(event)
+
+    def _evaluate(
+        self,
+        references: Sequence[ExampleReference],
+        limit: MicroBatchLimit,
+        moment: event_pb2.EvaluationMoment.ValueType,
+    ) -> event_pb2.EvaluationEvent | None:
+        return evaluate(
+            self._model,
+            self._data,
+            references,
+            objective=self._objective,
+            device=self._device.torch_device,
+            limit=limit,
+            moment=moment,
+            step=self._progress.steps_done,
+            switch=self._switch,
+        )
 
     def _warn_of_held_out(self, event: event_pb2.EvaluationEvent) -> None:
         for value in event.losses:

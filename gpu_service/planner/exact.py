@@ -170,7 +170,6 @@ def _complete(
     if given.schedule.warmup_steps is None:
         schedule = replace(resolved.schedule, warmup_steps=default_warmup_steps(data.num_steps))
         resolved = replace(resolved, schedule=schedule)
-    evaluated = max((max(source.draw.tokens) for source in sources if source.plan.held_out), default=0)
     memory = estimate_memory(
         checked.base_model,
         resolved,
@@ -178,7 +177,7 @@ def _complete(
         checked.optimizer,
         covered_layers=checked.covered_layers,
         num_trainable_parameters=checked.num_trainable_parameters,
-        passes=find_largest_passes(selection, run, resolved, longest_held_out=evaluated),
+        passes=find_largest_passes(sources, selection, run, resolved),
         device_type=checked.device.type,
         calibration=calibration,
     )

@@ -152,12 +152,14 @@ class Admission:
         if not fitting:
             raise too_small or Refusal("NODE_BUSY", Fault.PLATFORM, "every device of this node has a run")
 
-        def room(place: tuple[Device, CheckedPlan]) -> int:
+        def room(place: tuple[Device, CheckedPlan]) -> tuple[int, int]:
             device, checked = place
             capacity = _capacity_bytes(device, is_held=self._ledger.holder_of(device.id) is not None)
-            return (capacity >= checked.memory.total_bytes) + (capacity >= checked.memory.standing_bytes)
+            has_all = capacity >= checked.memory.total_bytes
+            # Where examples of the greatest length would not fit, theirs may: the more memory the better.
+            return has_all + (capacity >= checked.memory.standing_bytes), 0 if has_all else capacity
 
-        # The first of the best: a free device stands before one that a run is leaving.
+        # The first of the best.
         return max(fitting, key=room)
 
     def _open_devices(self, devices: Sequence[Device], leaving_run_ids: Sequence[str]) -> list[Device]:

@@ -45,12 +45,13 @@ _MAX_MESSAGE_CHARACTERS = 1000
 def carry_out(asked: GenerationOrder, *, shelf: BaseShelf, notify: Notify) -> bool:
     """One generation from its request file to its last message. True when the engine must end after it."""
     voice = Voice(asked, notify)
-    random_tensors, random_values = random_state.capture()
     failure: Refusal | None = None
     ends_engine = False
     try:
         asked.switch.check()
-        _Generation(order.read(asked.request_file), asked.switch, voice, shelf).run()
+        generation = _Generation(order.read(asked.request_file), asked.switch, voice, shelf)
+        with random_state.kept(generation.device):
+            generation.run()
     except StopRequested:
         voice.stopped(resident=shelf.describe())
     except Refusal as refusal:
@@ -63,8 +64,6 @@ def carry_out(asked: GenerationOrder, *, shelf: BaseShelf, notify: Notify) -> bo
     except Exception as error:  # noqa: BLE001 - a generation's outermost boundary: typed, told, and the engine ends
         _LOG.exception("generation failed")
         failure, ends_engine = _as_refusal(from_exception(error, reason="GENERATION", fault="PLATFORM")), True
-    finally:
-        random_state.restore(random_tensors, random_values)
     if failure is not None:
         voice.fail(failure, ends_engine=ends_engine, resident={} if ends_engine else shelf.describe())
     return ends_engine
@@ -107,6 +106,10 @@ class _Generation:
             torch.cuda.set_device(self._device.torch_device)
         self._compute_dtype = DTYPES[request.compute_dtype]
         self._method = import_module(methods.REGISTRY[request.training_type].builder)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device.torch_device
 
     def run(self) -> None:
         """From the base to the last message. Raises StopRequested, Refusal, LoadFailure, and what the libraries do."""

@@ -24,7 +24,7 @@ from gpu_service.engine.training.certificate import Certificate, CertificateBrok
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.journal.events import failure
 
-_VERSION = 3
+_VERSION = 4
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_TENSORS_FILE = "optimizer.safetensors"
 OPTIMIZER_FILE = "optimizer.json"
@@ -86,6 +86,7 @@ def save(
     optimizer: Any,
     scaler: Any,
     progress: TrainingProgress,
+    device: torch.device,
 ) -> Checkpoint:
     """Write the checkpoint of `progress.steps_done` below `directory`; `scaler` is None unless gradients are scaled.
 
@@ -98,7 +99,7 @@ def save(
             state = optimizer_state.flatten(optimizer)
             save_file(optimizer_state.apart(state.tensors), staging / OPTIMIZER_TENSORS_FILE)
             (staging / OPTIMIZER_FILE).write_text(json.dumps(state.document()), encoding="utf-8")
-            random_tensors, random_values = random_state.capture()
+            random_tensors, random_values = random_state.capture(device)
             save_file(random_tensors, staging / RANDOM_TENSORS_FILE)
             trainer = {
                 "random": random_values,
@@ -151,6 +152,7 @@ def restore(
     model: Any,
     optimizer: Any,
     scaler: Any,
+    device: torch.device,
     measure: Callable[[], Certificate],
 ) -> Restored:
     """Put a checkpoint into `model`, `optimizer`, `scaler` and the generators, and compare what `measure` says of them.
@@ -180,7 +182,7 @@ def restore(
         measured = measure()
         saved.compare(measured)
         # Last, so that nothing which was measured can have drawn from the generators.
-        random_state.restore(load_file(directory / RANDOM_TENSORS_FILE), trainer["random"])
+        random_state.restore(load_file(directory / RANDOM_TENSORS_FILE), trainer["random"], device)
     except torch.OutOfMemoryError:
         # Says nothing of the checkpoint; whoever ends the run knows what it means.
         raise

@@ -51,6 +51,7 @@ class CheckpointKeeper:
             model=self.unwrapped_model,
             optimizer=self.optimizer,
             scaler=self.scaler,
+            device=self.device,
             measure=self._measure,
         )
         progress = restored.progress
@@ -85,6 +86,7 @@ class CheckpointKeeper:
             optimizer=self.optimizer,
             scaler=self.scaler,
             progress=progress,
+            device=self.device,
         )
         self._saved_step = progress.steps_done
         self.reporter.emit(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from gpu_service.domain.planned_data import PlannedData
+from gpu_service.domain.planned_data import ExampleReference, PlannedData
 from gpu_service.engine.stopping import StopSwitch
 from gpu_service.engine.training.batches import MicroBatchLimit, collate, split
 from gpu_service.engine.training.flat_attention import attending_within_sequences
@@ -20,6 +21,7 @@ from tunesmith.common.v1 import event_pb2
 def evaluate(
     model: Any,
     data: PlannedData,
+    references: Sequence[ExampleReference],
     *,
     objective: Objective,
     device: torch.device,
@@ -28,8 +30,7 @@ def evaluate(
     step: int,
     switch: StopSwitch,
 ) -> event_pb2.EvaluationEvent | None:
-    """Loss over every held-out example; None when the plan has none. Raises StopRequested between batches."""
-    references = list(data.held_out_examples())
+    """Loss over these examples; None when there are none. Raises StopRequested between batches."""
     if not references:
         return None
     start = time.monotonic()

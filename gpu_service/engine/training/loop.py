@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gpu_service.domain.planned_data import PlannedData
+from gpu_service.domain.planned_data import ExampleReference, PlannedData
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure, library_versions
 from gpu_service.engine.reporter import Reporter
@@ -72,7 +72,6 @@ class TrainingLoop:
         Raises StopRequested (for a checkpoint stop after the checkpoint is committed) and RunFailure.
         """
         self.model.train()
-        self.device.start_counting()
         try:
             with attending_within_sequences(self.model):
                 stopped_early = self._train()
@@ -85,33 +84,39 @@ class TrainingLoop:
         return stopped_early
 
     def rehearse(self, steps: Sequence[int], times: int) -> int:
-        """Make each of the steps so many times, without a word and saving nothing; the device's peak in bytes.
+        """Make each of the steps so many times, without a word and saving nothing; the device's peak in bytes so far.
 
         The weights are no use afterwards. Raises torch.OutOfMemoryError where a run would make its passes smaller.
         """
         self.model.train()
-        self.device.start_counting()
         with attending_within_sequences(self.model):
             for step in (step for step in steps for _ in range(times)):
-                _, tally, norm = self._accumulate(step, self.pass_size.limit)
+                _, tally, norm = self._accumulate(self.data.step_examples(step), self.pass_size.limit)
                 self.device.peak_bytes()
                 self._update(math.isfinite(tally.mean) and math.isfinite(norm))
         return self.device.peak_bytes()
 
     def _train(self) -> bool:
+        # One that a stop cut short is made after the resume: what follows from it must not depend on the stop.
+        self._evaluate_if_due()
         while self.progress.steps_done < self.data.num_steps:
             self.switch.check()
             if self._out_of_time():
                 return True
             self._step(self.progress.steps_done)
+            self._evaluate_if_due()
             done = self.progress.steps_done
-            if _is_due(done, self.settings.evaluate_every_steps) and done < self.data.num_steps:
-                self.evaluate()
-                self.reporter.enter_phase("TRAINING")
             if _is_due(done, self.settings.save_every_steps) and done < self.data.num_steps:
                 self.save()
                 self.reporter.enter_phase("TRAINING")
         return False
+
+    def _evaluate_if_due(self) -> None:
+        done, evaluations = self.progress.steps_done, self.progress.evaluations
+        is_due = _is_due(done, self.settings.evaluate_every_steps) and 0 < done < self.data.num_steps
+        if is_due and not (evaluations and evaluations[-1]["step"] == done):
+            self.evaluate()
+            self.reporter.enter_phase("TRAINING")
 
     def _out_of_time(self) -> bool:
         limit = self.settings.max_duration_seconds
@@ -123,9 +128,10 @@ class TrainingLoop:
         learning_rate = self._schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        references = self.data.step_examples(step)
         batches, tally, norm = self.pass_size.carry_out(
-            lambda limit: self._accumulate(step, limit),
-            self.data.step_examples(step),
+            lambda limit: self._accumulate(references, limit),
+            references,
             step=step + 1,
             undo=lambda: self.optimizer.zero_grad(set_to_none=True),
         )
@@ -175,10 +181,12 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         return updated
 
-    def _accumulate(self, step: int, limit: MicroBatchLimit) -> tuple[list[MicroBatch], LossTally, float]:
+    def _accumulate(
+        self, references: Sequence[ExampleReference], limit: MicroBatchLimit
+    ) -> tuple[list[MicroBatch], LossTally, float]:
         """The gradient of a step, its losses and the gradient's norm. May be begun again until the update is made."""
         self.optimizer.zero_grad(set_to_none=True)
-        batches = [collate(self.data, part) for part in split(self.data, self.data.step_examples(step), limit)]
+        batches = [collate(self.data, part) for part in split(self.data, references, limit)]
         weights = [self.objective.weights(batch) for batch in batches]
         whole = max(sum(map(sum, weights)), 1)
         values = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from gpu_service.domain.planned_data import Source
@@ -27,10 +27,15 @@ class _Sums:
     chosen_reward: float = 0.0
     rejected_reward: float = 0.0
 
-    def __add__(self, other: _Sums) -> _Sums:
-        names = self.__dataclass_fields__
-        totals = (mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
-        return _Sums(**dict(zip(names, totals, strict=True)))
+    def add(self, other: _Sums) -> None:
+        """Called for every example of every step, so it makes nothing new."""
+        self.loss += other.loss
+        self.weight += other.weight
+        self.targets += other.targets
+        self.pairs += other.pairs
+        self.right += other.right
+        self.chosen_reward += other.chosen_reward
+        self.rejected_reward += other.rejected_reward
 
     @property
     def mean(self) -> float:
@@ -56,10 +61,10 @@ class LossTally:
             entry = _Sums(loss=loss, weight=weights[place], targets=batch.targets_by_example[place])
             if rewards:
                 chosen, rejected = rewards
-                entry += _Sums(pairs=1, right=int(chosen > rejected), chosen_reward=chosen, rejected_reward=rejected)
+                entry.pairs, entry.right = 1, int(chosen > rejected)
+                entry.chosen_reward, entry.rejected_reward = chosen, rejected
             source = sources[source_index]
-            key = (source.trait_type, source.dataset_id)
-            self._sums[key] = self._sums.get(key, _Sums()) + entry
+            self._sums.setdefault((source.trait_type, source.dataset_id), _Sums()).add(entry)
 
     @property
     def num_target_tokens(self) -> int:
@@ -74,7 +79,7 @@ class LossTally:
         """One value a trait. Weighted they add up to `mean`."""
         traits: dict[str, _Sums] = {}
         for (trait, _), sums in self._sums.items():
-            traits[trait] = traits.get(trait, _Sums()) + sums
+            traits.setdefault(trait, _Sums()).add(sums)
         return [_loss_value(trait, 0, sums) for trait, sums in traits.items()]
 
     def by_dataset(self) -> list[event_pb2.LossValue]:
@@ -94,7 +99,10 @@ class LossTally:
         )
 
     def _whole(self) -> _Sums:
-        return sum(self._sums.values(), _Sums())
+        whole = _Sums()
+        for sums in self._sums.values():
+            whole.add(sums)
+        return whole
 
 
 def finite(value: float) -> float | None:

@@ -52,8 +52,9 @@ class PassSize:
         After running out, `undo` drops what the work had made, random generators are put back, and it begins again.
         Raises torch.OutOfMemoryError when no pass can be made smaller.
         """
+        device = self.device.torch_device
         while True:
-            before = random_state.capture()
+            before = random_state.capture(device)
             try:
                 return work(self.limit)
             except torch.OutOfMemoryError:
@@ -64,7 +65,7 @@ class PassSize:
             # Outside the handler: the exception's traceback keeps the failed pass in memory.
             undo()
             self.device.give_back()
-            random_state.restore(*before)
+            random_state.restore(*before, device)
             self._reduce(smaller, step, peak_bytes)
 
     def _halve(self, references: Sequence[ExampleReference]) -> tuple[str, int, int] | None:

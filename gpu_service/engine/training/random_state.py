@@ -1,8 +1,14 @@
-"""The state of every random generator that training may draw from, as tensors and JSON values."""
+"""The state of every random generator that a training may draw from, as tensors and JSON values.
+
+Of the accelerators that a machine has only the training's own counts, and it has no number in what is kept: a training
+goes on upon another one. Reading a state makes no device wait: a CUDA generator's is kept on the host.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -10,7 +16,7 @@ import torch
 
 _TORCH = "torch"
 _NUMPY = "numpy"
-_CUDA = "cuda/"
+_CUDA = "cuda"
 
 
 def seed_all(seed: int) -> None:
@@ -21,14 +27,13 @@ def seed_all(seed: int) -> None:
     numpy.random.seed([seed & 0xFFFFFFFF, seed >> 32])
 
 
-def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The state now."""
+def capture(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state now of the host's generators and, if it is one of CUDA, of `device`."""
     _, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
     version, numbers, gauss_next = random.getstate()
     tensors = {_TORCH: torch.get_rng_state(), _NUMPY: torch.from_numpy(numpy.asarray(keys, dtype=numpy.int64))}
-    if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"{_CUDA}{index}"] = state
+    if device.type == _CUDA:
+        tensors[_CUDA] = torch.cuda.get_rng_state(device)
     values = {
         "python": {"version": version, "numbers": list(numbers), "gauss_next": gauss_next},
         "numpy": {"position": int(position), "has_gauss": int(has_gauss), "cached": float(cached)},
@@ -36,16 +41,14 @@ def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, values
 
 
-def restore(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-    """Put back what `capture` gave; devices that this machine does not have are passed over.
+def restore(tensors: dict[str, torch.Tensor], values: dict[str, Any], device: torch.device) -> None:
+    """Put back what `capture` gave; an accelerator's state goes to `device`, and nowhere if that is not one of CUDA.
 
     Raises KeyError, ValueError.
     """
     torch.set_rng_state(tensors[_TORCH])
-    for name, state in tensors.items():
-        index = name.removeprefix(_CUDA)
-        if name.startswith(_CUDA) and int(index) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, int(index))
+    if device.type == _CUDA and _CUDA in tensors:
+        torch.cuda.set_rng_state(tensors[_CUDA], device)
     python = values["python"]
     random.setstate((python["version"], tuple(python["numbers"]), python["gauss_next"]))
     numpy_values = values["numpy"]
@@ -58,3 +61,13 @@ def restore(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
             numpy_values["cached"],
         )
     )
+
+
+@contextmanager
+def kept(device: torch.device) -> Iterator[None]:
+    """Afterwards the state is that of before."""
+    before = capture(device)
+    try:
+        yield
+    finally:
+        restore(*before, device)

@@ -10,6 +10,7 @@ from control_service.app.ports import PlanLevel
 from control_service.app.training import plan_training
 from control_service.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from control_service.domain.event import JobStateFact
+from control_service.domain.failure import Fault
 from control_service.domain.job_state import JobState
 from tests.fakes.control_node import FakeNode
 
@@ -61,6 +62,25 @@ async def test_a_job_that_fits_nowhere_fails(open_core: Any) -> None:
     assert failed.failure is not None
     assert failed.failure.reason == "DOES_NOT_FIT"
     assert [len(node.start_calls) for node in nodes] == [1, 1]
+
+
+async def test_a_run_whose_exact_plan_does_not_fit_goes_to_another_node(open_core: Any) -> None:
+    """The node took it, counted its tokens, and failed it."""
+    small, large = FakeNode("a"), FakeNode("b")
+    core = await open_core(small, large)
+    await core.reachable()
+    project = await core.project()
+    job = await core.running((await core.start(project.project_id)).job_id)
+    assert job.node == "a"
+    small.run(job.job_id).fail("DOES_NOT_FIT", Fault.USER)
+    moved = await core.until_job(job.job_id, lambda job: job.node == "b" and job.state is JobState.RUNNING)
+
+    assert (moved.attempt, moved.num_retries, moved.failure) == (2, 0, None)
+    assert len(small.start_calls) == 1
+    large.run(job.job_id, 2).fail("DOES_NOT_FIT", Fault.USER)
+    failed = await core.until_state(job.job_id, JobState.FAILED)
+    assert failed.failure is not None
+    assert (failed.failure.reason, failed.num_retries) == ("DOES_NOT_FIT", 0)
 
 
 async def test_planning_asks_the_next_node(open_core: Any) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.rises import find_rises
-from tests.fakes.engine_runs import TraitRows, Workspace
+from tests.fakes.engine_runs import StopAfterStep, TraitRows, Workspace
 from tests.fakes.tiny_models import TinyOptions
 from tunesmith.common.v1 import errors_pb2
 
@@ -154,3 +154,23 @@ def test_a_row_of_rises_goes_through_a_checkpoint() -> None:
     after = TrainingProgress.from_json(json.loads(json.dumps(before.to_json())))
     after.evaluations.append(evaluation(3.0))
     assert [rise.num_rises for rise in find_rises(after.evaluations, 2)] == [2]
+
+
+def test_an_evaluation_that_a_stop_cut_short_is_made_at_the_resume(workspace: Workspace, run_in_process: Any) -> None:
+    """Held-out losses, and what is warned of and kept by them, are those of a run that never stopped."""
+    hyperparameters = {"num_steps": 3, "evaluate_every_steps": 2, "lora": {"rank": 4, "dropout": 0.2}}
+    whole = run_in_process(workspace.make_run("unstopped", hyperparameters=hyperparameters))
+    directory = workspace.make_run("cut-short", hyperparameters=hyperparameters)
+    stop = StopAfterStep(directory, 2)
+    first = run_in_process(directory, switch=stop.switch, notify=stop)
+    assert [event.step for event in first.of("evaluation")] == [0]
+    rest = run_in_process(
+        workspace.make_run(
+            "cut-short", hyperparameters=hyperparameters, attempt=2, resume=workspace.resume_point(directory, 2)
+        )
+    )
+
+    losses = [(event.step, event.loss) for event in whole.of("evaluation")]
+    assert [step for step, _ in losses] == [0, 2, 3]
+    assert [(event.step, event.loss) for log in (first, rest) for event in log.of("evaluation")] == losses
+    assert rest.losses == {3: whole.losses[3]}

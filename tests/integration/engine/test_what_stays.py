@@ -67,6 +67,7 @@ def _save(directory: Path, model: Any, optimizer: Any, scaler: Any = None) -> ch
         optimizer=optimizer,
         scaler=scaler,
         progress=TrainingProgress(steps_done=1),
+        device=torch.device("cpu"),
     )
 
 
@@ -88,6 +89,7 @@ def test_the_scale_of_gradients_is_kept(tmp_path: Path) -> None:
         model=other,
         optimizer=other_optimizer,
         scaler=fresh,
+        device=torch.device("cpu"),
         measure=lambda: _certify(other, other_optimizer),
     )
 
@@ -97,10 +99,23 @@ def test_the_scale_of_gradients_is_kept(tmp_path: Path) -> None:
     assert torch.equal(other.weight, model.weight)
 
 
+def test_a_training_goes_on_upon_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn there goes on too: the state of the run's own device moves with it, and of no other."""
+    states = {index: torch.full((16,), index, dtype=torch.uint8) for index in range(3)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device.index].clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device.index: state}))
+
+    captured = random_state.capture(torch.device("cuda", 1))
+    random_state.restore(*captured, torch.device("cuda", 2))
+    assert [state[0].item() for state in states.values()] == [0, 1, 1]
+    # A host without a device takes what it has.
+    random_state.restore(*captured, torch.device("cpu"))
+
+
 def test_a_checkpoint_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = _trainer()
 
-    def fail() -> Any:
+    def fail(device: Any) -> Any:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(random_state, "capture", fail)

@@ -24,12 +24,12 @@ from tests.fakes.tiny_models import place_header_only
 GIB = 1 << 30
 
 
-def gpu(index: int, *, free_bytes: int = 80 * GIB, quarantine_reason: str = "") -> Device:
+def gpu(index: int, *, free_bytes: int = 80 * GIB, total_bytes: int = 80 * GIB, quarantine_reason: str = "") -> Device:
     return Device(
         index=index,
         type="cuda",
         name="a GPU",
-        total_memory_bytes=80 * GIB,
+        total_memory_bytes=total_bytes,
         free_memory_bytes=free_bytes,
         compute_capability="9.0",
         quarantine_reason=quarantine_reason,
@@ -80,6 +80,17 @@ async def test_runs_go_to_free_devices_until_there_is_none(tmp_path: Path) -> No
     # A run on its way out makes room for its successor.
     assert (await node.admit("a/2", leaving=["a/1"])).device.index == 1
     assert node.ledger.holder_of("cuda:1") == "a/2"
+
+
+async def test_a_run_that_may_not_fit_gets_the_device_with_the_most_memory(tmp_path: Path) -> None:
+    """Whatever its examples' length turns out to be; one that fits surely leaves the larger device to others."""
+    devices = [gpu(0, free_bytes=2 * GIB, total_bytes=2 * GIB), gpu(1, free_bytes=8 * GIB, total_bytes=8 * GIB)]
+    node = Node(tmp_path, devices)
+    node.spec["hyperparameters"] = {"max_length": 64}
+    assert (await node.admit("a/1")).device.index == 0
+    node.ledger.release("a/1")
+    node.spec["hyperparameters"] = {"max_length": 512, "batch": {"examples": 65536}}
+    assert (await node.admit("b/1")).device.index == 1
 
 
 async def test_memory_that_others_hold_is_busy_but_an_idle_base_counts_as_free(tmp_path: Path) -> None:

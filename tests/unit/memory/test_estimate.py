@@ -135,6 +135,14 @@ def test_largest_passes_are_those_of_the_loop() -> None:
     assert not long.accumulates
 
 
+def test_an_evaluation_is_made_of_what_is_held_out() -> None:
+    """In order and by the same limits; the longest example alone says nothing of the passes."""
+    passes = LargestPasses(resolve_batch(Batch(examples=2)))
+    passes.add_evaluation([ExampleSize(*size) for size in ((90, 1, 90), (10, 5, 10), (60, 9, 60), (5, 1, 5))])
+    assert passes.evaluated == (PassShape(100, 6, 90), PassShape(65, 10, 60))
+    assert passes.shapes == ()
+
+
 @pytest.mark.parametrize(
     ("batch", "expected"),
     [
