@@ -161,6 +161,7 @@ def _told(answer: Answer) -> str:
         f"{statistics.num_tokens} tokens in {statistics.seconds:.1f} s, the first after "
         f"{statistics.first_token_seconds:.1f} s{'' if statistics.warm else ' with loading'}; {answer.finish_reason}; "
         f"{statistics.num_prompt_tokens} tokens of prompt; node {answer.node}"
+        f"{f'; weights of {answer.adapter}' if answer.adapter else ''}"
     )
 
 
@@ -172,6 +173,7 @@ def _answer_json(side: Side, answer: Answer) -> dict[str, object]:
         "finish_reason": answer.finish_reason,
         "statistics": as_json(answer.statistics),
         "node": answer.node,
+        "adapter": answer.adapter,
     }
 
 
