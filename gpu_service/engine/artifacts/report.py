@@ -29,7 +29,7 @@ def collect(
     versions: dict[str, str],
     exports: Sequence[event_pb2.ExportEvent] = (),
 ) -> dict[str, Any]:
-    """The content of metrics.json. Losses are nats per target token, of `dpo` per pair; null where one was not finite."""
+    """The content of metrics.json. Losses are nats per target token, of `dpo` per pair; null: not finite."""
     return {
         "version": _VERSION,
         "job_id": job_id,
