@@ -158,6 +158,26 @@ def test_chat_talks_on_a_terminal_and_shows_both_side_by_side(
     ]
 
 
+def test_a_question_that_one_side_did_not_answer_is_forgotten_by_both(
+    control: FakeControl, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def busy_at_first(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        if request.base_only and request.messages[-1].content == "first":
+            refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "NODE_BUSY", retry_after_seconds=5)
+        yield from answer(request, context)
+
+    control.handlers["Generate"] = busy_at_first
+    monkeypatch.setattr(sys, "stdin", Terminal("first\nsecond\n"))
+    assert main(["chat", "--job", JOB, "--compare-base"]) == 0
+    assert "NODE_BUSY" in capsys.readouterr().err
+    turns = [[message.content for message in request.messages] for request in control.calls("Generate")]
+    assert turns == [["first"], ["first"], ["second"], ["second"]]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -99,13 +99,18 @@ def _talk(out: Output, sides: Sequence[Side]) -> None:
             for side in sides:
                 side.forget()
         elif prompt.strip():
+            before = [side.turns for side in sides]
             try:
                 _show(out, sides, prompt)
+                continue
             except KeyboardInterrupt:
                 out.remark("\nstopped; that question is forgotten")
             except TunesmithError as error:
                 # A busy node, for one, is free later: the conversation goes on.
                 out.remark(f"error: {error}", style="red")
+            # Also by the side that had answered: the two are compared on the same conversation.
+            for side, turns in zip(sides, before, strict=True):
+                side.return_to(turns)
 
 
 def _show(out: Output, sides: Sequence[Side], prompt: str) -> None:
