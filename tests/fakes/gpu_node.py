@@ -25,6 +25,7 @@ from tests.fakes.run_script import (
     artifact_files,
     checkpoint_payload,
     closing_payloads,
+    file_references,
     opening_payloads,
     step_payload,
 )
@@ -355,9 +356,8 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
         await self._append(self.runs[job_id, 1], checkpoint_payload(step, self._store(files)))
 
     def _store(self, files: Mapping[str, bytes]) -> list[file_pb2.FileReference]:
-        hashes = {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
-        self.blobs |= {hashes[path]: content for path, content in files.items()}
-        return [file_pb2.FileReference(path=path, sha256=hashes[path], size_bytes=len(files[path])) for path in files]
+        self.blobs |= {hashlib.sha256(content).hexdigest(): content for content in files.values()}
+        return file_references(files)
 
     async def fail(self, job_id: str, attempt: int, failure: errors_pb2.Failure) -> None:
         """Ends a run by a typed failure, as a shim does for a dead engine."""
@@ -365,14 +365,10 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
         assert fake.task is not None
         fake.task.cancel()
         await asyncio.gather(fake.task, return_exceptions=True)
-        await self._append(
-            fake,
-            event_pb2.EventPayload(
-                run_state=event_pb2.RunStateEvent(
-                    previous_state=event_pb2.RUN_STATE_RUNNING, state=event_pb2.RUN_STATE_FAILED, failure=failure
-                )
-            ),
+        state = event_pb2.RunStateEvent(
+            previous_state=event_pb2.RUN_STATE_RUNNING, state=event_pb2.RUN_STATE_FAILED, failure=failure
         )
+        await self._append(fake, event_pb2.EventPayload(run_state=state))
 
     def _device(self) -> run_service_pb2.Device:
         return run_service_pb2.Device(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 
 from tunesmith.common.v1 import event_pb2, file_pb2, plan_pb2
@@ -63,6 +64,14 @@ def checkpoint_payload(step: int, files: Iterable[file_pb2.FileReference]) -> Pa
             files=files,
         )
     )
+
+
+def file_references(files: Mapping[str, bytes]) -> list[file_pb2.FileReference]:
+    """As events name these files."""
+    return [
+        file_pb2.FileReference(path=path, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+        for path, content in files.items()
+    ]
 
 
 def artifact_files(job_id: str) -> Mapping[str, Mapping[str, bytes]]:
