@@ -26,7 +26,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         self._on = dependencies
 
     async def Generate(self, request: messages.GenerateRequest, context: Any) -> AsyncIterator[Any]:
-        """Streams an answer; the first message names the node."""
+        """Streams an answer; the first message says who gives it."""
         answer = inference.generate(
             _source(request),
             [ChatMessage(role=message.role, content=message.content) for message in request.messages],
@@ -35,11 +35,14 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             nodes=self._on.nodes,
             blobs=self._on.blobs,
         )
-        told_node = False
+        is_first = True
         async with aclosing(answer) as parts:
-            async for node, part in parts:
-                yield messages.GenerateResponse(part=_part_message(part), node="" if told_node else node)
-                told_node = True
+            async for answering, part in parts:
+                response = messages.GenerateResponse(part=_part_message(part))
+                if is_first:
+                    response.node, response.adapter = answering.node, answering.adapter
+                yield response
+                is_first = False
 
 
 def _source(request: messages.GenerateRequest) -> GenerationSource:

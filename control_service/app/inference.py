@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from control_service.app.blob_push import push_missing_blobs
-from control_service.app.lookups import job_of
+from control_service.app.inference_source import find_source
 from control_service.app.models import models_by_name
 from control_service.app.ports import BlobStore, NodeClient, NodeDirectory
-from control_service.app.store_ports import Store, Transaction
-from control_service.domain.artifact import Artifact, ArtifactKind
+from control_service.app.store_ports import Store
 from control_service.domain.errors import (
     FailedPrecondition,
     Internal,
@@ -23,19 +22,25 @@ from control_service.domain.errors import (
     Unavailable,
 )
 from control_service.domain.generation import (
-    ADAPTER_FILES,
     ChatMessage,
     GeneratedPart,
     GenerationRequest,
     GenerationSource,
 )
-from control_service.domain.job import Job
 from control_service.domain.node import NodeView
 from control_service.domain.queue_policy import can_train
 
 # This node does not answer now, and another may.
 _NOT_NOW: frozenset[str] = frozenset({"NODE_BUSY", "NODE_DRAINING", "NODE_UNREACHABLE"})
 _RETRY_AFTER_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """Who answers. `adapter` is `adapter`, the checkpoint whose weights they are, or empty for a base."""
+
+    node: str
+    adapter: str
 
 
 async def generate(
@@ -46,18 +51,18 @@ async def generate(
     store: Store,
     nodes: NodeDirectory,
     blobs: BlobStore,
-) -> AsyncGenerator[tuple[str, GeneratedPart], None]:
-    """(node, part) of an answer; closing it ends the generation on its node.
+) -> AsyncGenerator[tuple[Answering, GeneratedPart], None]:
+    """Who answers, and a part; closing it ends the generation on its node.
 
     NotFound JOB_NOT_FOUND, ARTIFACT_NOT_FOUND; FailedPrecondition NO_NODE, MODEL_NOT_FOUND, NOT_OFFERED (the job
-    trained a whole model); ResourceExhausted NODE_BUSY; else what the node refuses with.
+    trains a whole model); ResourceExhausted NODE_BUSY; else what the node refuses with.
     """
-    found = await store.read(lambda tx: _request_of(tx, source))
+    found = await store.read(lambda tx: find_source(tx, source))
     request = replace(found, messages=tuple(messages), sampling=sampling)
     refusal: TunesmithError | None = None
     for name, client in await _candidates(request, nodes):
         try:
-            await push_missing_blobs(client, blobs, request.adapter_files)
+            request = await _push(client, request, source, store=store, blobs=blobs)
         except Unavailable as error:
             refusal = error
             continue
@@ -72,9 +77,10 @@ async def generate(
                 continue
             if first is None:
                 raise Internal("INTERNAL", f"node {name} ended an answer before it began")
-            yield name, first
+            answering = Answering(node=name, adapter=request.adapter)
+            yield answering, first
             async for part in parts:
-                yield name, part
+                yield answering, part
             return
     if refusal is not None and refusal.reason == "NODE_UNREACHABLE":
         raise refusal
@@ -82,44 +88,20 @@ async def generate(
     raise ResourceExhausted("NODE_BUSY", f"runs go first: {why}", retry_after_seconds=_RETRY_AFTER_SECONDS)
 
 
-def _request_of(tx: Transaction, source: GenerationSource) -> GenerationRequest:
-    if not source.job_id:
-        return GenerationRequest(base_model=source.base_model)
-    job = job_of(tx, source.job_id)
-    settings = job.spec.hyperparameters
-    request = GenerationRequest(
-        base_model=job.spec.base_model,
-        weights_digest=job.weights_digest,
-        model_type=job.spec.model_type,
-        training_type=job.spec.training_type,
-        quantization=settings.get("quantization", {}),
-        chat_template=settings.get("chat_template", ""),
-    )
-    if source.base_only:
+async def _push(
+    client: NodeClient, request: GenerationRequest, source: GenerationSource, *, store: Store, blobs: BlobStore
+) -> GenerationRequest:
+    """Gives the node the adapter. A newer checkpoint takes an earlier one's place at any time; then it is that one."""
+    try:
+        await push_missing_blobs(client, blobs, request.adapter_files)
         return request
-    adapter = _adapter_of(job, tx.artifacts.list_for_job(job.job_id))
-    files = tuple(file for file in adapter.files if file.path in ADAPTER_FILES)
-    return replace(request, adapter_files=files)
-
-
-def _adapter_of(job: Job, artifacts: Sequence[Artifact]) -> Artifact:
-    for artifact in artifacts:
-        if artifact.kind is ArtifactKind.ADAPTER:
-            return artifact
-    if any(artifact.kind is ArtifactKind.MODEL for artifact in artifacts):
-        raise FailedPrecondition(
-            "NOT_OFFERED",
-            f"job {job.job_id} trained a whole model; put its artifact `model` below the nodes' models directory, "
-            "and ask it as a base model",
-            details={"job_id": job.job_id},
-        )
-    state = job.state.value
-    raise NotFound(
-        "ARTIFACT_NOT_FOUND",
-        f"job {job.job_id} is {state} and has no adapter"
-        + ("" if job.is_over else "; it can be asked when the job has SUCCEEDED"),
-        details={"job_id": job.job_id, "state": state},
-    )
+    except NotFound:
+        found = await store.read(lambda tx: find_source(tx, source))
+        if found.adapter == request.adapter:
+            raise
+    newer = replace(found, messages=request.messages, sampling=request.sampling)
+    await push_missing_blobs(client, blobs, newer.adapter_files)
+    return newer
 
 
 async def _candidates(request: GenerationRequest, nodes: NodeDirectory) -> Sequence[tuple[str, NodeClient]]:

@@ -10,6 +10,8 @@ from control_service.domain.artifact import FileReference
 
 # What a node needs of an adapter's directory; tokenizer and model card are for people.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# And of a checkpoint of an adapter.
+CHECKPOINT_FILES = ("weights.safetensors",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class GenerationSource:
 class GenerationRequest:
     """What a node is asked. Empty texts mean what they mean in `tunesmith.gpu.v1.GenerateRequest`.
 
-    `quantization` and `sampling` are opaque proto JSON with proto field names.
+    `quantization`, `lora` and `sampling` are opaque proto JSON with proto field names. `adapter` names what the files
+    are of: `adapter`, or a checkpoint.
     """
 
     base_model: str
@@ -41,7 +44,9 @@ class GenerationRequest:
     model_type: str = ""
     training_type: str = ""
     quantization: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str = ""
     adapter_files: tuple[FileReference, ...] = ()
+    lora: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str = ""
     messages: tuple[ChatMessage, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)

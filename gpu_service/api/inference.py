@@ -10,7 +10,7 @@ from google.protobuf import json_format
 from grpc import aio
 
 from gpu_service.domain.generation import DEFAULT_MAX_NEW_TOKENS, AdapterFile, GenerationRequest, Message, Sampling
-from gpu_service.domain.spec import Quantization, decode_message
+from gpu_service.domain.spec import Lora, Quantization, decode_message
 from gpu_service.runs.inference import InferenceDesk
 from gpu_service.runs.inference_stream import GeneratedPart
 from tunesmith.common.v1 import generation_pb2
@@ -35,6 +35,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
 
 def _request_from_wire(request: inference_service_pb2.GenerateRequest) -> GenerationRequest:
     quantization = json_format.MessageToDict(request.quantization, preserving_proto_field_name=True)
+    lora = json_format.MessageToDict(request.lora, preserving_proto_field_name=True)
     return GenerationRequest(
         base_model=request.base_model,
         weights_digest=request.weights_digest,
@@ -42,6 +43,7 @@ def _request_from_wire(request: inference_service_pb2.GenerateRequest) -> Genera
         training_type=request.training_type,
         quantization=decode_message(Quantization, quantization, "quantization"),
         adapter_files=tuple(AdapterFile(path=file.path, sha256=file.sha256) for file in request.adapter_files),
+        lora=decode_message(Lora, lora, "lora"),
         chat_template=request.chat_template,
         messages=tuple(Message(role=message.role, content=message.content) for message in request.messages),
         sampling=_sampling_from_wire(request.sampling),

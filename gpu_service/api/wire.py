@@ -130,6 +130,7 @@ def capabilities_to_wire(
         dataset_formats=[_entry_to_wire(entry) for entry in found.dataset_formats],
         model_types=[_entry_to_wire(entry) for entry in found.model_types],
         optimizers=[_entry_to_wire(entry) for entry in found.optimizers],
+        exports=[_entry_to_wire(entry) for entry in found.exports],
         versions=found.versions,
         problem=failure_to_wire(found.problem) if found.problem is not None else None,
     )

@@ -166,6 +166,17 @@ class ResolvedMix:
     max_repeats: int
 
 
+def resolve_lora(given: Hyperparameters, target_modules: tuple[str, ...]) -> ResolvedLora:
+    """The adapter with every default applied; `target_modules` are the layers that it covers."""
+    rank = _or(given.lora.rank, DEFAULT_LORA_RANK)
+    return ResolvedLora(
+        rank=rank,
+        alpha=_or(given.lora.alpha, 2.0 * rank),
+        dropout=_or(given.lora.dropout, 0.0),
+        target_modules=target_modules,
+    )
+
+
 def apply_defaults(
     given: Hyperparameters,
     *,
@@ -178,18 +189,10 @@ def apply_defaults(
 ) -> ResolvedHyperparameters:
     """Fills in what is unset. `length_limit` 0 is no known limit; `num_steps` (0: not known) is for the warm-up."""
     check_ranges(given)
-    rank = _or(given.lora.rank, DEFAULT_LORA_RANK)
     objective = _or(given.objective, "sft")
     return ResolvedHyperparameters(
         quantization=resolve_quantization(given, quantization, device),
-        lora=ResolvedLora(
-            rank=rank,
-            alpha=_or(given.lora.alpha, 2.0 * rank),
-            dropout=_or(given.lora.dropout, 0.0),
-            target_modules=target_modules,
-        )
-        if method.trains_adapter
-        else None,
+        lora=resolve_lora(given, target_modules) if method.trains_adapter else None,
         batch=resolve_batch(given.batch),
         max_length=default_max_length(given, length_limit),
         optimizer=ResolvedOptimizer(

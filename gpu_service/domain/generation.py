@@ -9,7 +9,7 @@ from typing import Any
 
 from gpu_service.catalog import templates
 from gpu_service.domain.errors import refuse_user
-from gpu_service.domain.spec import Quantization
+from gpu_service.domain.spec import Lora, Quantization
 
 DEFAULT_MAX_NEW_TOKENS = 256
 ROLES = ("system", "user", "assistant", "tool")
@@ -66,7 +66,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFile:
-    """A file of an adapter's directory by content."""
+    """A file of an adapter's directory, or of a checkpoint, by content."""
 
     path: str
     sha256: str
@@ -75,7 +75,7 @@ class AdapterFile:
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """What a caller wants answered. Empty: `weights_digest` any, `training_type` and `quantization` the base as it is,
-    `adapter_files` the base alone, `chat_template` the base's own.
+    `adapter_files` the base alone, `chat_template` the base's own. `lora` says what a checkpoint's weights are.
     """
 
     base_model: str
@@ -84,6 +84,7 @@ class GenerationRequest:
     training_type: str = ""
     quantization: Quantization = field(default_factory=Quantization)
     adapter_files: tuple[AdapterFile, ...] = ()
+    lora: Lora = field(default_factory=Lora)
     chat_template: str = ""
     messages: tuple[Message, ...] = ()
     sampling: Sampling = Sampling()

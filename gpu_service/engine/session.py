@@ -292,6 +292,8 @@ class Session:
             if not export.accepted:
                 # What was trained is whole; a form of it that is not right is left out, and said.
                 self._reporter.warn(exporting.WARNING_CODE, exporting.describe_refusal(export))
+        for problem in written.problems:
+            self._reporter.warn(exporting.FAILED_CODE, problem)
         for artifact in written.artifacts:
             self._reporter.emit(artifact)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from gpu_service.catalog import datasets, families, methods, optimizers, quantization
+from gpu_service.catalog import datasets, exports, families, methods, optimizers, quantization
 from gpu_service.catalog.base_models import BaseModel
 from gpu_service.devices import Device
 from gpu_service.domain.errors import Refusal
@@ -35,6 +35,8 @@ class Capabilities:
     model_types: Sequence[Entry]
     # Those that some device of this node can go on with.
     optimizers: Sequence[Entry]
+    # Those that are written; a format that is known and not offered is none.
+    exports: Sequence[Entry]
     versions: Mapping[str, str]
     problem: Refusal | None
 
@@ -60,6 +62,7 @@ class CapabilityReader:
             optimizers=_entries(
                 {name: entry for name, entry in optimizers.REGISTRY.items() if types.intersection(entry.devices)}
             ),
+            exports=_entries({name: entry for name, entry in exports.REGISTRY.items() if not entry.not_offered}),
             versions=self._versions,
             problem=self._admission.problem(),
         )

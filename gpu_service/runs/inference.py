@@ -20,6 +20,7 @@ import structlog
 
 from gpu_service.devices import Device
 from gpu_service.domain.checked_plan import HeldBase
+from gpu_service.domain.defaults import resolve_lora
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.domain.generation import AdapterFile, GenerationRequest
 from gpu_service.domain.memory import MemoryLedger
@@ -38,6 +39,8 @@ from gpu_service.shim import durable_json
 _log = structlog.get_logger(__name__)
 # What an engine loads of an adapter's directory; the rest is for people.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# And of a checkpoint, whose other files are about going on with the training.
+CHECKPOINT_FILES = ("weights.safetensors",)
 # How long another generation is waited for: one that was cancelled ends at its next token.
 _PATIENCE_SECONDS = 2.0
 # A base that is not quantized is held as this training type holds it.
@@ -113,10 +116,11 @@ class InferenceDesk:
     async def _check_adapter(self, files: Sequence[AdapterFile]) -> None:
         if not files:
             return
-        absent = [name for name in ADAPTER_FILES if name not in {file.path for file in files}]
+        wanted = _wanted(files)
+        absent = [name for name in wanted if name not in {file.path for file in files}]
         if absent:
             raise refuse_user("INVALID_FIELD", f"the adapter has no {', '.join(absent)}", field="adapter_files")
-        missing = await self._blobs.find_missing([file.sha256 for file in files if file.path in ADAPTER_FILES])
+        missing = await self._blobs.find_missing([file.sha256 for file in files if file.path in wanted])
         if missing:
             raise blob_not_found([digest for digest, _ in missing])
 
@@ -184,7 +188,7 @@ class InferenceDesk:
             adapter = generation.directory / "adapter"
             adapter.mkdir(exist_ok=True)
             for file in request.adapter_files:
-                if file.path in ADAPTER_FILES:
+                if file.path in _wanted(request.adapter_files):
                     _link(self._blobs.path(file.sha256), adapter / file.path)
         durable_json.write(
             generation.request_file,
@@ -197,6 +201,7 @@ class InferenceDesk:
                 "training_type": held.method.id,
                 "quantization": vars(held.quantization),
                 "adapter_directory": None if adapter is None else str(adapter),
+                "lora": vars(resolve_lora(Hyperparameters(lora=request.lora), ())),
                 "chat_template": request.chat_template,
                 "messages": [{"role": message.role, "content": message.content} for message in request.messages],
                 "sampling": request.sampling.to_json(),
@@ -237,8 +242,12 @@ def _spec_of(request: GenerationRequest) -> TrainingSpec:
         base_model=request.base_model,
         model_type=request.model_type,
         training_type=_AS_IT_IS if as_it_is else request.training_type,
-        hyperparameters=Hyperparameters(quantization=request.quantization),
+        hyperparameters=Hyperparameters(quantization=request.quantization, lora=request.lora),
     )
+
+
+def _wanted(files: Sequence[AdapterFile]) -> tuple[str, ...]:
+    return CHECKPOINT_FILES if {file.path for file in files}.issuperset(CHECKPOINT_FILES) else ADAPTER_FILES
 
 
 def _check_base(request: GenerationRequest, held: HeldBase) -> None:

@@ -85,17 +85,10 @@ def test_the_examples_of_the_training_page(tiny_pair: PairUnderTest, tmp_path: P
     with pytest.raises(FailedPrecondition) as refused:
         tiny_pair.client.artifacts.export(first.job_id, "gguf")
     assert refused.value.reason == "NOT_OFFERED"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    loaded = subprocess.run(
-        [sys.executable, "-c", example("load")],
-        check=True,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment | {"HF_HUB_OFFLINE": "1"},
-    )
-    assert loaded.stdout.startswith("What is 3 plus 3?")
+    # What the page then loads; a test of the engine's exports runs that.
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "merged").iterdir()
+    }
 
     (start,) = commands("start")
     run_command(tiny_pair, start, tmp_path, PROJECT=project.name, JOB=first.job_id)

@@ -1,5 +1,5 @@
-"""From a trained job to its answers, with the real engine on a tiny model: the example of the documents, and a run that
-comes in between.
+"""From a trained job to its answers, with the real engine on a tiny model: the example of the documents, a run that
+comes in between, and a job that is paused.
 """
 
 import json
@@ -77,3 +77,16 @@ def test_a_job_is_asked_and_a_run_goes_first(tmp_path: Path, capsys: pytest.Capt
         assert [details.get("resident") for details in weights] == ["true"]
         assert [process.pid for process in pair.engines()] == [engine.pid]
         wait_for("no request", lambda: not list((pair.node_directory / "requests").iterdir()))
+
+        # One that is paused answers by its newest checkpoint.
+        paused = pair.start("paused", **settings | {"num_steps": 1000}).job_id
+        next(event for event in client.jobs.watch(paused) if event.kind == event_pb2.EVENT_KIND_STEP)
+        client.jobs.pause(paused)
+        wait_for("the pause", lambda: client.jobs.get(paused).state == event_pb2.JOB_STATE_PAUSED)
+        options[1] = paused
+        assert main(["chat", *options, "--prompt", "What is 2 plus 2?", "--output", "json"]) == 0
+        checkpoint, base = json.loads(capsys.readouterr().out)
+        assert re.fullmatch(r"step-\d{8}", checkpoint["adapter"])
+        assert not base["adapter"]
+        assert checkpoint["text"] != base["text"]
+        client.jobs.cancel(paused)

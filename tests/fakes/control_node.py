@@ -88,9 +88,15 @@ class FakeRun:
         )
 
     def checkpoint(
-        self, step: int, data: bytes = b"checkpoint", *, held_out_loss: float | None = None, best: bool = False
+        self,
+        step: int,
+        data: bytes = b"checkpoint",
+        *,
+        held_out_loss: float | None = None,
+        best: bool = False,
+        path: str = "",
     ) -> FileReference:
-        file = self.node.add_file(data + str(step).encode(), f"step-{step}.safetensors")
+        file = self.node.add_file(data + str(step).encode(), path or f"step-{step}.safetensors")
         self.emit(
             CheckpointFact(
                 name=f"step-{step:08d}",

@@ -61,6 +61,7 @@ class InProcessEngine:
         chat_template: str = "",
         device: Mapping[str, Any] | None = None,
         compute_dtype: str = "float32",
+        lora: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Answered:
         """One generation; `on_notice` gets the switch that ends it."""
@@ -86,6 +87,7 @@ class InProcessEngine:
                 "compute_dtype": compute_dtype,
             },
             "adapter_directory": None if adapter is None else str(adapter),
+            "lora": {"rank": 16, "alpha": 32.0, **(lora or {})},
             "chat_template": chat_template,
             "messages": [{"role": role, "content": text} for role, text in messages],
             "sampling": {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,7 +20,15 @@ from grpc_status import rpc_status
 
 from tests.fakes.gpu_inference import FakeInference
 from tests.fakes.gpu_inspection import inspect_rows
-from tests.fakes.run_script import NUM_STEPS, artifact_files, closing_payloads, opening_payloads, step_payload
+from tests.fakes.run_script import (
+    NUM_STEPS,
+    artifact_files,
+    checkpoint_payload,
+    closing_payloads,
+    file_references,
+    opening_payloads,
+    step_payload,
+)
 from tunesmith.common.v1 import errors_pb2, event_pb2, file_pb2, plan_pb2
 from tunesmith.gpu.v1 import (
     blob_service_pb2,
@@ -308,11 +316,7 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
             await self._append(fake, step_payload(step, num_steps=self.num_steps))
         if not fake.stop_mode:
             for name, files in artifact_files(fake.run.key.job_id).items():
-                references = []
-                for path, content in files.items():
-                    sha256 = hashlib.sha256(content).hexdigest()
-                    self.blobs[sha256] = content
-                    references.append(file_pb2.FileReference(path=path, sha256=sha256, size_bytes=len(content)))
+                references = self._store(files)
                 kind = event_pb2.ArtifactKind.Value(f"ARTIFACT_KIND_{name.upper()}")
                 fake.run.artifacts.add(name=name, kind=kind, files=references)
                 await self._append(
@@ -347,20 +351,24 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
             fake.run.last_checkpoint_step = payload.checkpoint.step
         await self._wake()
 
+    async def checkpoint(self, job_id: str, step: int, files: Mapping[str, bytes]) -> None:
+        """A checkpoint of the job's first attempt, with its bytes."""
+        await self._append(self.runs[job_id, 1], checkpoint_payload(step, self._store(files)))
+
+    def _store(self, files: Mapping[str, bytes]) -> list[file_pb2.FileReference]:
+        self.blobs |= {hashlib.sha256(content).hexdigest(): content for content in files.values()}
+        return file_references(files)
+
     async def fail(self, job_id: str, attempt: int, failure: errors_pb2.Failure) -> None:
         """Ends a run by a typed failure, as a shim does for a dead engine."""
         fake = self.runs[(job_id, attempt)]
         assert fake.task is not None
         fake.task.cancel()
         await asyncio.gather(fake.task, return_exceptions=True)
-        await self._append(
-            fake,
-            event_pb2.EventPayload(
-                run_state=event_pb2.RunStateEvent(
-                    previous_state=event_pb2.RUN_STATE_RUNNING, state=event_pb2.RUN_STATE_FAILED, failure=failure
-                )
-            ),
+        state = event_pb2.RunStateEvent(
+            previous_state=event_pb2.RUN_STATE_RUNNING, state=event_pb2.RUN_STATE_FAILED, failure=failure
         )
+        await self._append(fake, event_pb2.EventPayload(run_state=state))
 
     def _device(self) -> run_service_pb2.Device:
         return run_service_pb2.Device(

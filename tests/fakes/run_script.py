@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 
-from tunesmith.common.v1 import event_pb2, plan_pb2
+from tunesmith.common.v1 import event_pb2, file_pb2, plan_pb2
 from tunesmith.gpu.v1 import run_service_pb2
 
 NUM_STEPS = 4
@@ -44,19 +45,33 @@ def step_payload(step: int, *, num_steps: int) -> Payload:
 def closing_payloads(*, stop_mode: int, last_step: int) -> Iterator[Payload]:
     """After the last step; a checkpoint first when that was asked for."""
     if stop_mode == run_service_pb2.STOP_MODE_CHECKPOINT:
-        yield Payload(
-            checkpoint=event_pb2.CheckpointEvent(
-                name=f"step-{last_step:08d}",
-                step=last_step,
-                status=event_pb2.CHECKPOINT_STATUS_COMMITTED,
-                size_bytes=10,
-                manifest_sha256="c" * 64,
-            )
-        )
+        yield checkpoint_payload(last_step, ())
     yield Payload(memory_released=event_pb2.MemoryReleasedEvent(freed_bytes=10))
     yield Payload(
         run_state=event_pb2.RunStateEvent(previous_state=event_pb2.RUN_STATE_RUNNING, state=_LAST_STATE[stop_mode])
     )
+
+
+def checkpoint_payload(step: int, files: Iterable[file_pb2.FileReference]) -> Payload:
+    """A checkpoint of these files that the node has."""
+    return Payload(
+        checkpoint=event_pb2.CheckpointEvent(
+            name=f"step-{step:08d}",
+            step=step,
+            status=event_pb2.CHECKPOINT_STATUS_COMMITTED,
+            size_bytes=10,
+            manifest_sha256="c" * 64,
+            files=files,
+        )
+    )
+
+
+def file_references(files: Mapping[str, bytes]) -> list[file_pb2.FileReference]:
+    """As events name these files."""
+    return [
+        file_pb2.FileReference(path=path, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+        for path, content in files.items()
+    ]
 
 
 def artifact_files(job_id: str) -> Mapping[str, Mapping[str, bytes]]:

@@ -34,6 +34,15 @@ class Side:
         """Begin a conversation anew."""
         self._turns = [generation_pb2.ChatMessage(role="system", content=self._system)] if self._system else []
 
+    @property
+    def turns(self) -> tuple[generation_pb2.ChatMessage, ...]:
+        """What was said so far."""
+        return tuple(self._turns)
+
+    def return_to(self, turns: tuple[generation_pb2.ChatMessage, ...]) -> None:
+        """Forget what was said since."""
+        self._turns = list(turns)
+
     def ask(self, prompt: str, on_text: Callable[[str], object]) -> Answer:
         """The answer; `on_text` is given its text as it comes. An answer that breaks off leaves no turn."""
         question = generation_pb2.ChatMessage(role="user", content=prompt)

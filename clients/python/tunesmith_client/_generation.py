@@ -24,12 +24,16 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A whole answer. `finish_reason` is STOP, STOP_STRING or LENGTH; `node` answered."""
+    """A whole answer. `finish_reason` is STOP, STOP_STRING or LENGTH; `node` answered.
+
+    `adapter` is `adapter`, or the checkpoint whose weights answered; empty for a base.
+    """
 
     text: str
     finish_reason: str
     statistics: generation_pb2.GenerationStatistics
     node: str
+    adapter: str = ""
 
 
 def generate_request(
@@ -59,12 +63,14 @@ class AnswerBuilder:
     def __init__(self) -> None:
         self._texts: list[str] = []
         self._node = ""
+        self._adapter = ""
         self._last = generation_pb2.GeneratedPart()
 
     def add(self, response: inference_service_pb2.GenerateResponse) -> None:
         """Takes the next response."""
         self._texts.append(response.part.text)
         self._node = self._node or response.node
+        self._adapter = self._adapter or response.adapter
         self._last = response.part
 
     def answer(self) -> Answer:
@@ -74,6 +80,7 @@ class AnswerBuilder:
             finish_reason=finish_reason_name(self._last),
             statistics=self._last.statistics,
             node=self._node,
+            adapter=self._adapter,
         )
 
 

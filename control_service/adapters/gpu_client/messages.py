@@ -204,6 +204,7 @@ def generate_message(request: GenerationRequest) -> inference_service_pb2.Genera
         training_type=request.training_type,
         quantization=json_format.ParseDict(dict(request.quantization), training_spec_pb2.Quantization()),
         adapter_files=file_messages(request.adapter_files),
+        lora=json_format.ParseDict(dict(request.lora), training_spec_pb2.Lora()) if request.lora else None,
         chat_template=request.chat_template,
         messages=[
             generation_pb2.ChatMessage(role=message.role, content=message.content) for message in request.messages

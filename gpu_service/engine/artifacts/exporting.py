@@ -14,6 +14,8 @@ from gpu_service.journal.events import failure
 from tunesmith.common.v1 import event_pb2
 
 WARNING_CODE = "export-differs"
+# Of one that could not be made at all.
+FAILED_CODE = "export-failed"
 
 
 def write(

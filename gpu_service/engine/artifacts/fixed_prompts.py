@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jinja2 import TemplateError
+
 # Tokens of a prompt that are compared, at most.
 MAX_PROMPT_TOKENS = 48
 
@@ -17,7 +19,7 @@ PLAIN: tuple[str, ...] = (
     "Wasser kocht auf Meereshöhe bei hundert Grad Celsius, auf hohen Bergen aber schon bei",
     '{"name": "Ada Lovelace", "born": 1815, "known_for": ["the first program", "notes on',
 )
-# Rendered as a user's turn where the tokenizer has a chat template, plain where it has none.
+# Rendered as a user's turn where the tokenizer has a chat template that takes one, else plain.
 CHAT: tuple[str, ...] = (
     "What is 17 plus 25? Explain each step.",
     "Write one sentence about the sea.",
@@ -28,14 +30,16 @@ CHAT: tuple[str, ...] = (
 
 def tokenize(tokenizer: Any) -> list[list[int]]:
     """Token ids of every prompt, cut at MAX_PROMPT_TOKENS."""
-    texts = list(PLAIN)
-    if tokenizer.chat_template:
-        texts += [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            for prompt in CHAT
-        ]
-    else:
-        texts += CHAT
+    texts = (*PLAIN, *(_render(tokenizer, prompt) for prompt in CHAT))
     return [list(tokenizer(text, add_special_tokens=False)["input_ids"])[:MAX_PROMPT_TOKENS] for text in texts]
+
+
+def _render(tokenizer: Any, prompt: str) -> str:
+    if not tokenizer.chat_template:
+        return prompt
+    turns = [{"role": "user", "content": prompt}]
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except TemplateError:
+        # One that wants a system's turn first, say: what is compared is weights, and they see the text all the same.
+        return prompt

@@ -15,6 +15,8 @@ from tunesmith.common.v1 import event_pb2, plan_pb2, training_spec_pb2
 
 _VERSION = 1
 _SIZE_INCHES = (9, 5.5)
+# What a loss is the mean over, by objective.
+_COUNTED = {"sft": "target token", "dpo": "pair"}
 
 
 def collect(
@@ -27,7 +29,7 @@ def collect(
     versions: dict[str, str],
     exports: Sequence[event_pb2.ExportEvent] = (),
 ) -> dict[str, Any]:
-    """The content of metrics.json. Losses are nats per target token; null where one was not finite."""
+    """The content of metrics.json. Losses are nats per target token, of `dpo` per pair; null: not finite."""
     return {
         "version": _VERSION,
         "job_id": job_id,
@@ -55,8 +57,13 @@ def collect(
     }
 
 
-def plot(progress: TrainingProgress, path: Path) -> None:
+def plot(progress: TrainingProgress, path: Path, *, objective: str) -> None:
     """Training loss by trait as lines, held-out loss by trait as marks joined by dashes; PNG."""
+    draw(progress, objective).savefig(path, dpi=110)
+
+
+def draw(progress: TrainingProgress, objective: str) -> Figure:
+    """The plot itself, on no display; `objective` by its id."""
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -69,11 +76,11 @@ def plot(progress: TrainingProgress, path: Path) -> None:
         if steps:
             axes.plot(steps, losses, color=color, linestyle="--", marker="o", markersize=7, label=f"{trait}, held out")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per target token)")
+    axes.set_ylabel(f"loss (nats per {_COUNTED[objective]})")
     axes.grid(visible=True, alpha=0.3)
     if axes.has_data():
         axes.legend()
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def _traits(progress: TrainingProgress) -> list[str]:

@@ -2,7 +2,7 @@
 
 The whole of `artifacts/` is staged, fsynced and renamed, with the `manifest.json` that lists it, so that a run that is
 stopped while it saves leaves nothing. Paths in events and manifest are relative to the artifact's own directory. An
-export that was refused is left out; the rest stands.
+export that was refused is left out, and beside what was trained here also one that cannot be made; the rest stands.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ class ArtifactRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenArtifacts:
-    """What was written, in order, and how every export compared, refused ones too."""
+    """What was written, in order; how every export compared, refused ones too; and why others could not be made."""
 
     artifacts: list[event_pb2.ArtifactEvent]
     exports: list[event_pb2.ExportEvent]
+    problems: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class _Writing:
     # May raise to stop; called before each artifact and inside long ones.
     check: Callable[[], None]
     exports: list[event_pb2.ExportEvent] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,9 @@ def write_all(request: ArtifactRequest, check: Callable[[], None]) -> WrittenArt
             (staging / name).write_text(text, encoding="utf-8")
     except _RAISES as error:
         raise _failure(error, name) from error
-    return WrittenArtifacts(artifacts=[entry.as_event() for entry in listed], exports=writing.exports)
+    return WrittenArtifacts(
+        artifacts=[entry.as_event() for entry in listed], exports=writing.exports, problems=writing.problems
+    )
 
 
 def _failure(error: Exception, name: str) -> RunFailure:
@@ -141,13 +145,21 @@ def _write_adapter(writing: _Writing, directory: Path) -> bool:
 def _write_merged(writing: _Writing, directory: Path) -> bool:
     source = writing.request.export_source
     assert source is not None
-    event = exporting.write(
-        "merged",
-        source,
-        directory,
-        threshold=writing.request.plan.resolved.max_export_logit_difference,
-        check=writing.check,
-    )
+    try:
+        event = exporting.write(
+            "merged",
+            source,
+            directory,
+            threshold=writing.request.plan.resolved.max_export_logit_difference,
+            check=writing.check,
+        )
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        # A full disk would fail the rest too. All else (device memory, a layer that the base's files lack) is this
+        # export's alone, and costs nothing of what was trained.
+        if not writing.request.trained:
+            raise
+        writing.problems.append(f"export 'merged' could not be made: {type(error).__name__}: {error}")
+        return False
     writing.exports.append(event)
     _write_common(writing, directory, model_card.Kind.MERGED)
     return event.accepted
@@ -200,7 +212,7 @@ def _write_report(writing: _Writing, directory: Path) -> bool:
     )
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     if request.trained:
-        report.plot(request.progress, directory / "loss.png")
+        report.plot(request.progress, directory / "loss.png", objective=request.plan.resolved.objective)
     return True
 
 

@@ -37,10 +37,19 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """What a checkpoint's weights do not say of the adapter that they are."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """What is to be answered, and by what. `training_type` says how the base is held; catalog ids throughout.
 
-    `adapter_directory` None: the base alone. `chat_template` empty: the base's own.
+    `adapter_directory` None: the base alone; `lora` is of one that has a checkpoint's weights. `chat_template` empty:
+    the base's own.
     """
 
     device: DeviceChoice
@@ -53,6 +62,7 @@ class GenerationRequest:
     double_quantization: bool
     compute_dtype: str
     adapter_directory: Path | None
+    lora: LoraSettings
     chat_template: str
     # Each with `role` and `content`.
     messages: tuple[dict[str, str], ...]
@@ -75,6 +85,7 @@ def read(path: Path) -> GenerationRequest:
         double_quantization=quantization["double_quantization"],
         compute_dtype=quantization["compute_dtype"],
         adapter_directory=None if adapter is None else Path(adapter),
+        lora=LoraSettings(rank=document["lora"]["rank"], alpha=document["lora"]["alpha"]),
         chat_template=document["chat_template"],
         messages=tuple(document["messages"]),
         sampling=Sampling(**{**sampling, "stop": tuple(sampling["stop"])}),

@@ -193,7 +193,7 @@ class _Generation:
         model = base
         if request.adapter_directory is not None:
             base.name_or_path = request.base_model
-            model = adapter.attach(base, request.adapter_directory)
+            model = adapter.attach(base, request.adapter_directory, request.lora)
         try:
             with measuring(model), self._autocast():
                 text, reason = self._stream(model, tokenizer, prompt, stop_ids, room)

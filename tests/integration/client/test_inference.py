@@ -34,7 +34,9 @@ def control(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeControl]:
 def answer(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
     """Says who was asked, and the last message back."""
     who = "base" if request.base_only else request.base_model or "adapter"
-    yield Response(part=Part(text=f"{who}: ", num_tokens=1), node="local")
+    yield Response(
+        part=Part(text=f"{who}: ", num_tokens=1), node="local", adapter="" if who == "base" else "step-00000004"
+    )
     yield Response(part=Part(text=request.messages[-1].content, num_tokens=1))
     statistics = generation_pb2.GenerationStatistics(num_prompt_tokens=4, num_tokens=2, seconds=0.5, warm=True)
     yield Response(part=Part(finish_reason=generation_pb2.FINISH_REASON_STOP, statistics=statistics))
@@ -103,6 +105,7 @@ def test_chat_answers_one_question(control: FakeControl, capsys: pytest.CaptureF
     captured = capsys.readouterr()
     assert captured.out == "adapter: what?\n"
     assert "2 tokens in 0.5 s" in captured.err
+    assert "node local; weights of step-00000004" in captured.err
     (request,) = control.calls("Generate")
     assert [(message.role, message.content) for message in request.messages] == [
         ("system", "be brief"),
@@ -121,6 +124,7 @@ def test_chat_compares_one_after_the_other_off_a_terminal(
     adapter, base = json.loads(capsys.readouterr().out)
     assert (adapter["source"], adapter["text"], adapter["finish_reason"]) == ("adapter", "adapter: what?", "STOP")
     assert (base["source"], base["text"], base["node"]) == ("base", "base: what?", "local")
+    assert (adapter["adapter"], base["adapter"]) == ("step-00000004", "")
     assert base["statistics"]["num_tokens"] == 2
 
 
@@ -152,6 +156,26 @@ def test_chat_talks_on_a_terminal_and_shows_both_side_by_side(
         ["third"],
         ["third"],
     ]
+
+
+def test_a_question_that_one_side_did_not_answer_is_forgotten_by_both(
+    control: FakeControl, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def busy_at_first(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        if request.base_only and request.messages[-1].content == "first":
+            refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "NODE_BUSY", retry_after_seconds=5)
+        yield from answer(request, context)
+
+    control.handlers["Generate"] = busy_at_first
+    monkeypatch.setattr(sys, "stdin", Terminal("first\nsecond\n"))
+    assert main(["chat", "--job", JOB, "--compare-base"]) == 0
+    assert "NODE_BUSY" in capsys.readouterr().err
+    turns = [[message.content for message in request.messages] for request in control.calls("Generate")]
+    assert turns == [["first"], ["first"], ["second"], ["second"]]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from control_service.config import NodeAddress
 from tests.fakes.control import Client, control, error_info, is_step, violated_fields
 from tests.fakes.gpu_node import MODEL, WEIGHTS_DIGEST, FakeGpuNode
 from tests.fakes.run_script import artifact_files
-from tunesmith.common.v1 import generation_pb2, training_spec_pb2
+from tunesmith.common.v1 import event_pb2, generation_pb2, training_spec_pb2
 
 
 async def read(call: Any) -> list[Any]:
@@ -48,7 +48,7 @@ async def test_a_job_s_adapter_answers_held_as_it_was_trained(client: Client, no
     sampling = generation_pb2.Sampling(temperature=0.5, seed=7, stop=["END"])
     responses = await read(client.generate("hello?", job_id=job_id, sampling=sampling))
     assert [response.part.text for response in responses] == ["one ", "two ", ""]
-    assert [response.node for response in responses] == ["fake", "", ""]
+    assert [(response.node, response.adapter) for response in responses] == [("fake", "adapter"), ("", ""), ("", "")]
     last = responses[-1].part
     assert last.finish_reason == generation_pb2.FINISH_REASON_STOP
     assert (last.statistics.num_prompt_tokens, last.statistics.num_tokens, last.statistics.warm) == (5, 2, True)
@@ -63,6 +63,52 @@ async def test_a_job_s_adapter_answers_held_as_it_was_trained(client: Client, no
     assert "adapter_model.safetensors" in pushed
 
 
+async def held_at_step_1(client: Client, node: FakeGpuNode, **fields: Any) -> str:
+    """Id of a job that goes on."""
+    node.hold_at_step = 1
+    await client.until_node_reachable()
+    dataset = await client.upload("rows")
+    project = await client.create_project(dataset_id=dataset.dataset_id, **fields)
+    job = await client.start_training(int(project.project_id))
+    await client.until_event(job.job_id, is_step(1))
+    return str(job.job_id)
+
+
+def is_replicated(name: str) -> Callable[[Any], bool]:
+    def check(event: Any) -> bool:
+        told = event.payload.checkpoint
+        return bool(told.name == name and told.status == event_pb2.CHECKPOINT_STATUS_REPLICATED)
+
+    return check
+
+
+async def test_a_job_that_goes_on_is_asked_by_its_newest_checkpoint(client: Client, node: FakeGpuNode) -> None:
+    settings = training_spec_pb2.Hyperparameters(lora=training_spec_pb2.Lora(rank=3, alpha=5))
+    job_id = await held_at_step_1(client, node, hyperparameters=settings)
+    for step in (1, 2):
+        files = {"weights.safetensors": b"weights %d" % step, "optimizer.safetensors": b"moments %d" % step}
+        await node.checkpoint(job_id, step, files)
+        await client.until_event(job_id, is_replicated(f"step-{step:08d}"))
+    node.blobs.clear()
+    responses = await read(client.generate(job_id=job_id))
+    assert [response.adapter for response in responses] == ["step-00000002", "", ""]
+    (asked,) = node.asked
+    assert asked.lora == settings.lora
+    assert [(file.path, node.blobs[file.sha256]) for file in asked.adapter_files] == [
+        ("weights.safetensors", b"weights 2")
+    ]
+    assert list(node.blobs.values()) == [b"weights 2"]
+
+
+async def test_a_whole_model_is_asked_as_a_base_from_the_start(client: Client, node: FakeGpuNode) -> None:
+    job_id = await held_at_step_1(client, node, training_type="full")
+    await node.checkpoint(job_id, 1, {"weights.safetensors": b"all of them"})
+    await client.until_event(job_id, is_replicated("step-00000001"))
+    assert await refused(client.generate(job_id=job_id)) == (grpc.StatusCode.FAILED_PRECONDITION, "NOT_OFFERED")
+    await read(client.generate(job_id=job_id, base_only=True))
+    assert not node.asked[0].adapter_files
+
+
 async def test_the_base_alone_answers(client: Client, node: FakeGpuNode) -> None:
     job_id = await trained(client)
     await read(client.generate(job_id=job_id, base_only=True))
@@ -74,12 +120,8 @@ async def test_the_base_alone_answers(client: Client, node: FakeGpuNode) -> None
 
 
 async def test_what_is_not_there_is_refused(client: Client, node: FakeGpuNode) -> None:
-    node.hold_at_step = 1
-    await client.until_node_reachable()
-    dataset = await client.upload("rows")
-    job = await client.start_training(int((await client.create_project(dataset_id=dataset.dataset_id)).project_id))
-    await client.until_event(job.job_id, is_step(1))
-    assert await refused(client.generate(job_id=job.job_id)) == (grpc.StatusCode.NOT_FOUND, "ARTIFACT_NOT_FOUND")
+    job_id = await held_at_step_1(client, node)
+    assert await refused(client.generate(job_id=job_id)) == (grpc.StatusCode.NOT_FOUND, "ARTIFACT_NOT_FOUND")
     await node.release()
     assert await refused(client.generate(job_id="01NONE")) == (grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND")
     unknown = client.generate(base_model="org/none")

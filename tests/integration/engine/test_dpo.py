@@ -12,10 +12,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gpu_service.domain.planned_data import Example
+from gpu_service.engine.artifacts.report import draw
 from gpu_service.engine.training.batches import MicroBatchLimit, collate, split
 from gpu_service.engine.training.flat_attention import attending_within_sequences
 from gpu_service.engine.training.losses import LossTally
 from gpu_service.engine.training.objectives import make_objective
+from gpu_service.engine.training.progress import TrainingProgress
 from tests.fakes.engine_runs import TraitRows, Workspace
 from tests.fakes.planned_rows import PlannedRows, make_pair
 from tunesmith.common.v1 import training_spec_pb2
@@ -186,6 +188,7 @@ def test_training_raises_reward_accuracy(training_type: str, workspace: Workspac
             weighted = sum(value.loss * value.num_pairs for value in values)
             assert weighted / sum(value.num_pairs for value in values) == pytest.approx(event.loss, rel=1e-12)
         assert sum(value.num_target_tokens for value in event.dataset_losses) == event.num_target_tokens
+    assert draw(TrainingProgress(), "dpo").axes[0].get_ylabel() == "loss (nats per pair)"
     (plan,) = log.of("plan")
     (realized,) = log.of("realized")
     assert realized.total_target_tokens == plan.total_target_tokens

@@ -5,6 +5,7 @@ that differs too much is left out and said.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpu_service.engine import request
+from gpu_service.engine.artifacts import exporting, fixed_prompts
 from gpu_service.engine.artifacts.export_source import open_source
 from gpu_service.engine.artifacts.logit_difference import compare
 from gpu_service.engine.artifacts.tensor_files import write_tensors
@@ -27,6 +29,7 @@ from tests.fakes.fresh_process import ask, load_elsewhere
 from tests.fakes.tiny_models import TinyOptions
 from tunesmith.common.v1 import errors_pb2, event_pb2
 
+_PAGE = (Path(__file__).parents[3] / "docs/training.md").read_text(encoding="utf-8")
 _PROMPTS = ("What is 3 plus 3?", "def add_4(")
 _MERGED: dict[str, Any] = {"exports": ["merged"], "num_steps": 3}
 # Rounding weights of a tiny model to bfloat16 moves its logits less than this.
@@ -179,7 +182,9 @@ def test_an_export_that_differs_is_left_out(workspace: Workspace, run_in_process
     assert json.loads((directory / "artifacts/report/metrics.json").read_text())["exports"][0]["accepted"] is False
 
 
-def test_export_of_an_earlier_job(workspace: Workspace, run_in_process: Any) -> None:
+def test_export_of_an_earlier_job(
+    workspace: Workspace, run_in_process: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without data, planning or training, the same bytes as when the training exported; too far off, it fails."""
     trained = workspace.make_run("exported", hyperparameters=_MERGED)
     run_in_process(trained)
@@ -197,6 +202,12 @@ def test_export_of_an_earlier_job(workspace: Workspace, run_in_process: Any) -> 
     # What the adapter was trained on goes along.
     assert plan.data_digest in card
     assert "Held-out loss" in card
+    # The training page's example loads it.
+    (example,) = re.findall(r"<!-- runs: load -->\n```python\n(.*?)```", _PAGE, re.DOTALL)
+    monkeypatch.chdir(later / "artifacts")
+    capsys.readouterr()
+    exec(compile(example, "training.md", "exec"), {})  # noqa: S102  # our own page
+    assert capsys.readouterr().out.startswith("What is 3 plus 3?")
 
     strict = workspace.make_run(
         "strict", start=adapter, task="export", hyperparameters=_MERGED | {"max_export_logit_difference": 1e-9}
@@ -264,6 +275,41 @@ def test_what_is_not_the_adapter_on_its_base_shows(workspace: Workspace, run_in_
     assert comparison.adapter.max_difference > 2 * _ROUNDING
     assert comparison.adapter.num_same_top_tokens < comparison.adapter.num_positions
     assert compare(source, directory / "artifacts/merged", lambda: None).adapter.max_difference < _ROUNDING
+
+
+def test_a_template_that_takes_no_lone_turn_compares_plain_text(workspace: Workspace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(workspace.models_directory / workspace.place_model(TinyOptions()))
+    rendered = fixed_prompts.tokenize(tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('a system turn comes first') }}"
+    plain = fixed_prompts.tokenize(tokenizer)
+    assert len(plain) == len(rendered) == len(fixed_prompts.PLAIN) + len(fixed_prompts.CHAT)
+    assert tokenizer.decode(plain[-1]) in fixed_prompts.CHAT[-1]
+    assert plain[-1] != rendered[-1]
+
+
+def test_an_export_that_cannot_be_made_costs_no_adapter(
+    workspace: Workspace, run_in_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("the device is full")
+
+    monkeypatch.setattr(exporting, "compare", fail)
+    trained = workspace.make_run("unmade", training_type="lora", hyperparameters=_MERGED, held_out=False)
+    log = run_in_process(trained)
+    assert log.states[-1] == "SUCCEEDED"
+    assert {event.name for event in log.of("artifact")} == {"adapter", "report"}
+    assert not (trained / "artifacts/merged").exists()
+    (warning,) = (event for event in log.of("warning") if event.code == "export-failed")
+    assert "the device is full" in warning.message
+    # Where it is all that was asked for, it is the run's failure.
+    later = workspace.make_run(
+        "unmade-later",
+        training_type="lora",
+        start=trained / "artifacts/adapter",
+        task="export",
+        hyperparameters=_MERGED,
+    )
+    assert run_in_process(later).of("run_state")[-1].failure.stage == "SAVING"
 
 
 def test_one_tensor_at_a_time(tmp_path: Path) -> None:

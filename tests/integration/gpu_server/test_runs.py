@@ -231,6 +231,7 @@ def test_capabilities_and_a_checked_plan(server: GpuServer) -> None:
     assert llama.details["config_types"] == "llama"
     # One that this node's device cannot go on with from a checkpoint is not there.
     assert [entry.id for entry in found.optimizers] == ["adamw", "adamw-8bit"]
+    assert [entry.id for entry in found.exports] == ["merged"]
     assert float(found.optimizers[1].details["state_bytes_per_parameter"]) == pytest.approx(2, rel=0.02)
     assert found.versions["torch"]
     assert not found.HasField("problem")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -208,6 +209,19 @@ def test_an_adapter_of_another_base_ends_the_engine(
     assert (failure["reason"], failure["exception_type"].rpartition(".")[2]) == ("GENERATION", "AdapterUnusable")
     assert answered.last["ends_engine"] is answered.ends_engine is True
     assert answered.last["resident"] == engine.shelf.describe() == {}
+
+
+def test_a_checkpoint_answers_as_the_adapter_made_of_it(
+    workspace: Workspace, engine: InProcessEngine, model: str, adapter: Path, tmp_path: Path
+) -> None:
+    lora = json.loads((adapter / "adapter_config.json").read_text())
+    settings = {"rank": lora["r"], "alpha": lora["lora_alpha"]}
+    (checkpoint,) = (adapter.parents[1] / "checkpoints").iterdir()
+    answered = engine.ask(QUESTION, model=model, adapter=checkpoint, lora=settings)
+    assert answered.text == engine.ask(QUESTION, model=model, adapter=adapter).text
+    assert answered.text != engine.ask(QUESTION, model=model, adapter=checkpoint, lora=settings | {"alpha": 0.01}).text
+    wrong = engine.ask(QUESTION, model=model, adapter=checkpoint, lora=settings | {"rank": 2})
+    assert wrong.last["failure"]["exception_type"].rpartition(".")[2] == "AdapterUnusable"
 
 
 def test_an_adapter_that_diverged_is_a_clean_failure(

@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 
 from tests.fakes.gpu_runs import WAIT_SECONDS, wait_for
 from tests.fakes.gpu_server import GpuServer, error_info
-from tunesmith.common.v1 import event_pb2, file_pb2, generation_pb2
+from tunesmith.common.v1 import event_pb2, file_pb2, generation_pb2, training_spec_pb2
 from tunesmith.gpu.v1 import inference_service_pb2
 
 ENDLESS = json.dumps({"endless": True})
@@ -80,6 +80,10 @@ def test_an_adapter_is_given_to_the_engine_from_blobs(server: GpuServer) -> None
     for content in contents.values():
         server.write_blob(content)
     assert text_of(ask(server, script, adapter_files=files)) == "adapter_config.jsonadapter_model.safetensors"
+    # Of a checkpoint, the weights.
+    weights = file_pb2.FileReference(path="weights.safetensors", sha256=files[1].sha256, size_bytes=7)
+    others = file_pb2.FileReference(path="optimizer.safetensors", sha256="0" * 64, size_bytes=7)
+    assert text_of(ask(server, script, adapter_files=[weights, others])) == "weights.safetensors"
     code, reason, _ = refused(ask(server, script, adapter_files=files[:1]))
     assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
 
@@ -93,6 +97,7 @@ def test_an_adapter_is_given_to_the_engine_from_blobs(server: GpuServer) -> None
         ({"chat_template": "none-such"}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ({"sampling": generation_pb2.Sampling(top_p=0)}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ({"sampling": generation_pb2.Sampling(stop=[""])}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
+        ({"lora": training_spec_pb2.Lora(rank=0)}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ({"model_type": "gemma3"}, grpc.StatusCode.INVALID_ARGUMENT, "MODEL_TYPE_MISMATCH"),
     ],
 )

@@ -64,7 +64,8 @@ def test_measured_peaks_are_predicted(cell: dict[str, Any]) -> None:
         optimizer={"name": cell.get("optimizer", "adamw")},
         lora={"rank": cell.get("rank", 16)},
     )
-    assert estimate.peak_bytes == pytest.approx(cell["peak_bytes"], rel=0.03)
+    # As README and training page say.
+    assert estimate.peak_bytes == pytest.approx(cell["peak_bytes"], rel=0.013)
     assert estimate.total_bytes > cell["peak_bytes"]
 
 

@@ -99,13 +99,18 @@ def _talk(out: Output, sides: Sequence[Side]) -> None:
             for side in sides:
                 side.forget()
         elif prompt.strip():
+            before = [side.turns for side in sides]
             try:
                 _show(out, sides, prompt)
+                continue
             except KeyboardInterrupt:
                 out.remark("\nstopped; that question is forgotten")
             except TunesmithError as error:
                 # A busy node, for one, is free later: the conversation goes on.
                 out.remark(f"error: {error}", style="red")
+            # Also by the side that had answered: the two are compared on the same conversation.
+            for side, turns in zip(sides, before, strict=True):
+                side.return_to(turns)
 
 
 def _show(out: Output, sides: Sequence[Side], prompt: str) -> None:
@@ -161,6 +166,7 @@ def _told(answer: Answer) -> str:
         f"{statistics.num_tokens} tokens in {statistics.seconds:.1f} s, the first after "
         f"{statistics.first_token_seconds:.1f} s{'' if statistics.warm else ' with loading'}; {answer.finish_reason}; "
         f"{statistics.num_prompt_tokens} tokens of prompt; node {answer.node}"
+        f"{f'; weights of {answer.adapter}' if answer.adapter else ''}"
     )
 
 
@@ -172,6 +178,7 @@ def _answer_json(side: Side, answer: Answer) -> dict[str, object]:
         "finish_reason": answer.finish_reason,
         "statistics": as_json(answer.statistics),
         "node": answer.node,
+        "adapter": answer.adapter,
     }
 
 

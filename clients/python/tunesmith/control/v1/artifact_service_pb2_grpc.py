@@ -78,7 +78,8 @@ class ArtifactServiceServicer(object):
 
     def ExportArtifact(self, request, context):
         """Queues a job that writes a finished job's adapter in another form; its artifacts are listed under the new job.
-        NOT_FOUND: ARTIFACT_NOT_FOUND. FAILED_PRECONDITION: NOT_OFFERED (the format, with the reason), JOB_STATE.
+        NOT_FOUND: JOB_NOT_FOUND, ARTIFACT_NOT_FOUND. FAILED_PRECONDITION: NOT_OFFERED (the format, with the reason),
+        JOB_STATE. INVALID_ARGUMENT: COMBINATION_NOT_ALLOWED (the job trained a whole model).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,8 @@ class ArtifactServiceStub:
     """
     ExportArtifact: _grpc.UnaryUnaryMultiCallable[_artifact_service_pb2.ExportArtifactRequest, _artifact_service_pb2.ExportArtifactResponse]
     """Queues a job that writes a finished job's adapter in another form; its artifacts are listed under the new job.
-    NOT_FOUND: ARTIFACT_NOT_FOUND. FAILED_PRECONDITION: NOT_OFFERED (the format, with the reason), JOB_STATE.
+    NOT_FOUND: JOB_NOT_FOUND, ARTIFACT_NOT_FOUND. FAILED_PRECONDITION: NOT_OFFERED (the format, with the reason),
+    JOB_STATE. INVALID_ARGUMENT: COMBINATION_NOT_ALLOWED (the job trained a whole model).
     """
     DeleteArtifact: _grpc.UnaryUnaryMultiCallable[_artifact_service_pb2.DeleteArtifactRequest, _artifact_service_pb2.DeleteArtifactResponse]
     """Deletes an artifact's bytes and record; the disk is freed."""
@@ -59,7 +60,8 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     """
     ExportArtifact: _aio.UnaryUnaryMultiCallable[_artifact_service_pb2.ExportArtifactRequest, _artifact_service_pb2.ExportArtifactResponse]  # type: ignore[assignment]
     """Queues a job that writes a finished job's adapter in another form; its artifacts are listed under the new job.
-    NOT_FOUND: ARTIFACT_NOT_FOUND. FAILED_PRECONDITION: NOT_OFFERED (the format, with the reason), JOB_STATE.
+    NOT_FOUND: JOB_NOT_FOUND, ARTIFACT_NOT_FOUND. FAILED_PRECONDITION: NOT_OFFERED (the format, with the reason),
+    JOB_STATE. INVALID_ARGUMENT: COMBINATION_NOT_ALLOWED (the job trained a whole model).
     """
     DeleteArtifact: _aio.UnaryUnaryMultiCallable[_artifact_service_pb2.DeleteArtifactRequest, _artifact_service_pb2.DeleteArtifactResponse]  # type: ignore[assignment]
     """Deletes an artifact's bytes and record; the disk is freed."""
@@ -92,7 +94,8 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_artifact_service_pb2.ExportArtifactResponse, _abc.Awaitable[_artifact_service_pb2.ExportArtifactResponse]]:
         """Queues a job that writes a finished job's adapter in another form; its artifacts are listed under the new job.
-        NOT_FOUND: ARTIFACT_NOT_FOUND. FAILED_PRECONDITION: NOT_OFFERED (the format, with the reason), JOB_STATE.
+        NOT_FOUND: JOB_NOT_FOUND, ARTIFACT_NOT_FOUND. FAILED_PRECONDITION: NOT_OFFERED (the format, with the reason),
+        JOB_STATE. INVALID_ARGUMENT: COMBINATION_NOT_ALLOWED (the job trained a whole model).
         """
 
     @_abc_1.abstractmethod

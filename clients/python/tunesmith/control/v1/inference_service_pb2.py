@@ -26,7 +26,7 @@ from tunesmith.common.v1 import constraints_pb2 as tunesmith_dot_common_dot_v1_d
 from tunesmith.common.v1 import generation_pb2 as tunesmith_dot_common_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,tunesmith/control/v1/inference_service.proto\x12\x14tunesmith.control.v1\x1a%tunesmith/common/v1/constraints.proto\x1a$tunesmith/common/v1/generation.proto\"\xd7\x01\n\x0fGenerateRequest\x12\x18\n\x06job_id\x18\x01 \x01(\tB\x06\xca\xf3\x18\x02(\x1aH\x00\x12\x1d\n\nbase_model\x18\x02 \x01(\tB\x07\xca\xf3\x18\x03(\x80\x02H\x00\x12\x11\n\tbase_only\x18\x03 \x01(\x08\x12=\n\x08messages\x18\x04 \x03(\x0b\x32 .tunesmith.common.v1.ChatMessageB\t\xca\xf3\x18\x05\x08\x01\x30\xe8\x07\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.tunesmith.common.v1.SamplingB\x08\n\x06source\"R\n\x10GenerateResponse\x12\x30\n\x04part\x18\x01 \x01(\x0b\x32\".tunesmith.common.v1.GeneratedPart\x12\x0c\n\x04node\x18\x02 \x01(\t2o\n\x10InferenceService\x12[\n\x08Generate\x12%.tunesmith.control.v1.GenerateRequest\x1a&.tunesmith.control.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,tunesmith/control/v1/inference_service.proto\x12\x14tunesmith.control.v1\x1a%tunesmith/common/v1/constraints.proto\x1a$tunesmith/common/v1/generation.proto\"\xd7\x01\n\x0fGenerateRequest\x12\x18\n\x06job_id\x18\x01 \x01(\tB\x06\xca\xf3\x18\x02(\x1aH\x00\x12\x1d\n\nbase_model\x18\x02 \x01(\tB\x07\xca\xf3\x18\x03(\x80\x02H\x00\x12\x11\n\tbase_only\x18\x03 \x01(\x08\x12=\n\x08messages\x18\x04 \x03(\x0b\x32 .tunesmith.common.v1.ChatMessageB\t\xca\xf3\x18\x05\x08\x01\x30\xe8\x07\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.tunesmith.common.v1.SamplingB\x08\n\x06source\"c\n\x10GenerateResponse\x12\x30\n\x04part\x18\x01 \x01(\x0b\x32\".tunesmith.common.v1.GeneratedPart\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t2o\n\x10InferenceService\x12[\n\x08Generate\x12%.tunesmith.control.v1.GenerateRequest\x1a&.tunesmith.control.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,7 +42,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=148
   _globals['_GENERATEREQUEST']._serialized_end=363
   _globals['_GENERATERESPONSE']._serialized_start=365
-  _globals['_GENERATERESPONSE']._serialized_end=447
-  _globals['_INFERENCESERVICE']._serialized_start=449
-  _globals['_INFERENCESERVICE']._serialized_end=560
+  _globals['_GENERATERESPONSE']._serialized_end=464
+  _globals['_INFERENCESERVICE']._serialized_start=466
+  _globals['_INFERENCESERVICE']._serialized_end=577
 # @@protoc_insertion_point(module_scope)

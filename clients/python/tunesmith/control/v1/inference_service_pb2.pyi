@@ -31,7 +31,9 @@ class GenerateRequest(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
-    """The latest adapter of this job; with `base_only`, the base that it was trained on, held in the same way."""
+    """The latest adapter of this job: what it left, else its newest checkpoint that control has a copy of (REPLICATED).
+    With `base_only`, the base that it is trained on, held in the same way.
+    """
     base_model: _builtins.str
     """A base model as it is."""
     base_only: _builtins.bool
@@ -66,8 +68,11 @@ class GenerateResponse(_message.Message):
 
     PART_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Set in the first message: the node that answers."""
+    adapter: _builtins.str
+    """Set in the first message: `adapter`, or the checkpoint whose weights answer; empty: the base."""
     @_builtins.property
     def part(self) -> _generation_pb2.GeneratedPart: ...
     def __init__(
@@ -75,10 +80,11 @@ class GenerateResponse(_message.Message):
         *,
         part: _generation_pb2.GeneratedPart | None = ...,
         node: _builtins.str = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "node", b"node", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -48,9 +48,9 @@ class InferenceServiceServicer(object):
 
     def Generate(self, request, context):
         """Streams an answer of a job's latest adapter, or of a base model. Ends when the caller goes away. NOT_FOUND:
-        JOB_NOT_FOUND, ARTIFACT_NOT_FOUND (the job has no adapter). FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE,
-        CHAT_TEMPLATE_MISSING, NOT_OFFERED (the job trained a whole model). RESOURCE_EXHAUSTED: NODE_BUSY with RetryInfo, also
-        in the middle (runs go first). INVALID_ARGUMENT: PROMPT_TOO_LONG. INTERNAL: GENERATION.
+        JOB_NOT_FOUND, ARTIFACT_NOT_FOUND (the job has no adapter, and no replicated checkpoint). FAILED_PRECONDITION:
+        MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING, NOT_OFFERED (the job trains a whole model). RESOURCE_EXHAUSTED:
+        NODE_BUSY with RetryInfo, also in the middle (runs go first). INVALID_ARGUMENT: PROMPT_TOO_LONG. INTERNAL: GENERATION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,9 +35,9 @@ class InferenceServiceStub:
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.GenerateRequest, _inference_service_pb2.GenerateResponse]
     """Streams an answer of a job's latest adapter, or of a base model. Ends when the caller goes away. NOT_FOUND:
-    JOB_NOT_FOUND, ARTIFACT_NOT_FOUND (the job has no adapter). FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE,
-    CHAT_TEMPLATE_MISSING, NOT_OFFERED (the job trained a whole model). RESOURCE_EXHAUSTED: NODE_BUSY with RetryInfo, also
-    in the middle (runs go first). INVALID_ARGUMENT: PROMPT_TOO_LONG. INTERNAL: GENERATION.
+    JOB_NOT_FOUND, ARTIFACT_NOT_FOUND (the job has no adapter, and no replicated checkpoint). FAILED_PRECONDITION:
+    MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING, NOT_OFFERED (the job trains a whole model). RESOURCE_EXHAUSTED:
+    NODE_BUSY with RetryInfo, also in the middle (runs go first). INVALID_ARGUMENT: PROMPT_TOO_LONG. INTERNAL: GENERATION.
     """
 
 @_typing.type_check_only
@@ -47,9 +47,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_service_pb2.GenerateRequest, _inference_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams an answer of a job's latest adapter, or of a base model. Ends when the caller goes away. NOT_FOUND:
-    JOB_NOT_FOUND, ARTIFACT_NOT_FOUND (the job has no adapter). FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE,
-    CHAT_TEMPLATE_MISSING, NOT_OFFERED (the job trained a whole model). RESOURCE_EXHAUSTED: NODE_BUSY with RetryInfo, also
-    in the middle (runs go first). INVALID_ARGUMENT: PROMPT_TOO_LONG. INTERNAL: GENERATION.
+    JOB_NOT_FOUND, ARTIFACT_NOT_FOUND (the job has no adapter, and no replicated checkpoint). FAILED_PRECONDITION:
+    MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING, NOT_OFFERED (the job trains a whole model). RESOURCE_EXHAUSTED:
+    NODE_BUSY with RetryInfo, also in the middle (runs go first). INVALID_ARGUMENT: PROMPT_TOO_LONG. INTERNAL: GENERATION.
     """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -62,9 +62,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_service_pb2.GenerateResponse], _abc.AsyncIterator[_inference_service_pb2.GenerateResponse]]:
         """Streams an answer of a job's latest adapter, or of a base model. Ends when the caller goes away. NOT_FOUND:
-        JOB_NOT_FOUND, ARTIFACT_NOT_FOUND (the job has no adapter). FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE,
-        CHAT_TEMPLATE_MISSING, NOT_OFFERED (the job trained a whole model). RESOURCE_EXHAUSTED: NODE_BUSY with RetryInfo, also
-        in the middle (runs go first). INVALID_ARGUMENT: PROMPT_TOO_LONG. INTERNAL: GENERATION.
+        JOB_NOT_FOUND, ARTIFACT_NOT_FOUND (the job has no adapter, and no replicated checkpoint). FAILED_PRECONDITION:
+        MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING, NOT_OFFERED (the job trains a whole model). RESOURCE_EXHAUSTED:
+        NODE_BUSY with RetryInfo, also in the middle (runs go first). INVALID_ARGUMENT: PROMPT_TOO_LONG. INTERNAL: GENERATION.
         """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,7 +27,7 @@ from tunesmith.common.v1 import generation_pb2 as tunesmith_dot_common_dot_v1_do
 from tunesmith.common.v1 import training_spec_pb2 as tunesmith_dot_common_dot_v1_dot_training__spec__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(tunesmith/gpu/v1/inference_service.proto\x12\x10tunesmith.gpu.v1\x1a\x1etunesmith/common/v1/file.proto\x1a$tunesmith/common/v1/generation.proto\x1a\'tunesmith/common/v1/training_spec.proto\"\xd8\x02\n\x0fGenerateRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x37\n\x0cquantization\x18\x04 \x01(\x0b\x32!.tunesmith.common.v1.Quantization\x12\x39\n\radapter_files\x18\x05 \x03(\x0b\x32\".tunesmith.common.v1.FileReference\x12\x15\n\rchat_template\x18\x06 \x01(\t\x12\x32\n\x08messages\x18\x07 \x03(\x0b\x32 .tunesmith.common.v1.ChatMessage\x12/\n\x08sampling\x18\x08 \x01(\x0b\x32\x1d.tunesmith.common.v1.Sampling\x12\x15\n\rtraining_type\x18\t \x01(\t\"D\n\x10GenerateResponse\x12\x30\n\x04part\x18\x01 \x01(\x0b\x32\".tunesmith.common.v1.GeneratedPart2g\n\x10InferenceService\x12S\n\x08Generate\x12!.tunesmith.gpu.v1.GenerateRequest\x1a\".tunesmith.gpu.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(tunesmith/gpu/v1/inference_service.proto\x12\x10tunesmith.gpu.v1\x1a\x1etunesmith/common/v1/file.proto\x1a$tunesmith/common/v1/generation.proto\x1a\'tunesmith/common/v1/training_spec.proto\"\x81\x03\n\x0fGenerateRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x37\n\x0cquantization\x18\x04 \x01(\x0b\x32!.tunesmith.common.v1.Quantization\x12\x39\n\radapter_files\x18\x05 \x03(\x0b\x32\".tunesmith.common.v1.FileReference\x12\x15\n\rchat_template\x18\x06 \x01(\t\x12\x32\n\x08messages\x18\x07 \x03(\x0b\x32 .tunesmith.common.v1.ChatMessage\x12/\n\x08sampling\x18\x08 \x01(\x0b\x32\x1d.tunesmith.common.v1.Sampling\x12\x15\n\rtraining_type\x18\t \x01(\t\x12\'\n\x04lora\x18\n \x01(\x0b\x32\x19.tunesmith.common.v1.Lora\"D\n\x10GenerateResponse\x12\x30\n\x04part\x18\x01 \x01(\x0b\x32\".tunesmith.common.v1.GeneratedPart2g\n\x10InferenceService\x12S\n\x08Generate\x12!.tunesmith.gpu.v1.GenerateRequest\x1a\".tunesmith.gpu.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,9 +35,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tunesmith.gpu.v1.inference_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=174
-  _globals['_GENERATEREQUEST']._serialized_end=518
-  _globals['_GENERATERESPONSE']._serialized_start=520
-  _globals['_GENERATERESPONSE']._serialized_end=588
-  _globals['_INFERENCESERVICE']._serialized_start=590
-  _globals['_INFERENCESERVICE']._serialized_end=693
+  _globals['_GENERATEREQUEST']._serialized_end=559
+  _globals['_GENERATERESPONSE']._serialized_start=561
+  _globals['_GENERATERESPONSE']._serialized_end=629
+  _globals['_INFERENCESERVICE']._serialized_start=631
+  _globals['_INFERENCESERVICE']._serialized_end=734
 # @@protoc_insertion_point(module_scope)

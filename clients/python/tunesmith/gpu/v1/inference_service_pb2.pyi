@@ -36,6 +36,7 @@ class GenerateRequest(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     TRAINING_TYPE_FIELD_NUMBER: _builtins.int
+    LORA_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     weights_digest: _builtins.str
     """Empty: whatever the node has under that name."""
@@ -50,12 +51,18 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def adapter_files(self) -> _containers.RepeatedCompositeFieldContainer[_file_pb2.FileReference]:
-        """Files of an adapter directory that are in the blob store. Empty: the base alone."""
+        """Files that are in the blob store: of an adapter directory, or `weights.safetensors` of a checkpoint. Empty: the base
+        alone.
+        """
 
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.ChatMessage]: ...
     @_builtins.property
     def sampling(self) -> _generation_pb2.Sampling: ...
+    @_builtins.property
+    def lora(self) -> _training_spec_pb2.Lora:
+        """The adapter's settings as the job gave them, which a checkpoint does not hold; unset means their defaults."""
+
     def __init__(
         self,
         *,
@@ -68,10 +75,11 @@ class GenerateRequest(_message.Message):
         messages: _abc.Iterable[_generation_pb2.ChatMessage] | None = ...,
         sampling: _generation_pb2.Sampling | None = ...,
         training_type: _builtins.str = ...,
+        lora: _training_spec_pb2.Lora | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["quantization", b"quantization", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora", "quantization", b"quantization", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_files", b"adapter_files", "base_model", b"base_model", "chat_template", b"chat_template", "messages", b"messages", "model_type", b"model_type", "quantization", b"quantization", "sampling", b"sampling", "training_type", b"training_type", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_files", b"adapter_files", "base_model", b"base_model", "chat_template", b"chat_template", "lora", b"lora", "messages", b"messages", "model_type", b"model_type", "quantization", b"quantization", "sampling", b"sampling", "training_type", b"training_type", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

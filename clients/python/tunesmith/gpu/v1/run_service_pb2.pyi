@@ -350,6 +350,7 @@ class GetCapabilitiesResponse(_message.Message):
     DATASET_FORMATS_FIELD_NUMBER: _builtins.int
     MODEL_TYPES_FIELD_NUMBER: _builtins.int
     OPTIMIZERS_FIELD_NUMBER: _builtins.int
+    EXPORTS_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     node_name: _builtins.str
@@ -370,6 +371,10 @@ class GetCapabilitiesResponse(_message.Message):
     @_builtins.property
     def optimizers(self) -> _containers.RepeatedCompositeFieldContainer[Global___CatalogEntry]: ...
     @_builtins.property
+    def exports(self) -> _containers.RepeatedCompositeFieldContainer[Global___CatalogEntry]:
+        """Forms of what was trained that the node can write."""
+
+    @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def problem(self) -> _errors_pb2.Failure:
@@ -387,12 +392,13 @@ class GetCapabilitiesResponse(_message.Message):
         dataset_formats: _abc.Iterable[Global___CatalogEntry] | None = ...,
         model_types: _abc.Iterable[Global___CatalogEntry] | None = ...,
         optimizers: _abc.Iterable[Global___CatalogEntry] | None = ...,
+        exports: _abc.Iterable[Global___CatalogEntry] | None = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         problem: _errors_pb2.Failure | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_formats", b"dataset_formats", "devices", b"devices", "instance_id", b"instance_id", "model_types", b"model_types", "models", b"models", "node_name", b"node_name", "optimizers", b"optimizers", "problem", b"problem", "quantizations", b"quantizations", "training_types", b"training_types", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_formats", b"dataset_formats", "devices", b"devices", "exports", b"exports", "instance_id", b"instance_id", "model_types", b"model_types", "models", b"models", "node_name", b"node_name", "optimizers", b"optimizers", "problem", b"problem", "quantizations", b"quantizations", "training_types", b"training_types", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
