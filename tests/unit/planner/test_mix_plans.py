@@ -10,6 +10,7 @@ import pytest
 
 from gpu_service.domain.errors import Refusal
 from gpu_service.domain.planned_data import PlannedData
+from gpu_service.planner import selection
 from tests.fakes.datasets import make_spec
 from tests.fakes.plans import PlanningRoom, by_dataset, used_rows, write_rows
 
@@ -152,7 +153,11 @@ def test_sources_of_nothing_are_legal_at_no_share(room: PlanningRoom, references
     assert (caught.value.reason, caught.value.details["dataset_id"]) == ("MIX_INFEASIBLE", "4")
 
 
-def test_duplicates_are_counted_and_repeats_are_none(room: PlanningRoom) -> None:
+@pytest.mark.parametrize("at_once", [500_000, 3])
+def test_duplicates_are_counted_and_repeats_are_none(
+    room: PlanningRoom, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(selection, "_DUPLICATES_AT_ONCE", at_once)
     rows = write_rows(10)
     references = [room.write(1, rows + rows[:3] + rows[:1]), room.write(2, rows)]
     data = room.plan(make_spec(references))
