@@ -222,7 +222,7 @@ class Chooser:
 
         What is cut off rows that are longer than an example may be does not count.
         """
-        most_per_row = _BYTES_PER_TOKEN * self._most_per_row
+        most_per_row = Fraction(_BYTES_PER_TOKEN * self._most_per_row)
 
         def abundance(index: int) -> Fraction:
             source = self._sources[index]

@@ -140,7 +140,7 @@ def test_the_digest_does_not_hang_on_what_is_in_the_cache(room: PlanningRoom, re
     ],
 )
 def test_the_digest_is_this_one_on_every_machine(room: PlanningRoom, unit: str, digest: str) -> None:
-    """Selection, tokens, masks and packed steps at once. When it changes on purpose, a version in it must change too."""
+    """Selection, tokens, masks and packed steps at once. When it changes on purpose, a version in it must change."""
     references = [room.write(1, write_rows(30, seed=1)), room.write(2, write_rows(50, seed=2))]
     hyperparameters = {"batch": {"tokens": "2048"}, "seed": "7"}
     spec = make_spec(references, percentages={1: 75, 2: 25}, mix={"unit": unit}, hyperparameters=hyperparameters)
