@@ -1,6 +1,6 @@
 """The host's side of a step: tokens per second of tokenizing, packing, and milliseconds to build a step, beside TRL's.
 
-    pip install --target /tmp/trl trl datasets
+    pip install --no-deps --target /tmp/trl trl datasets accelerate dill xxhash multiprocess pandas
     PYTHONPATH=.:clients/python:/tmp/trl python -m benchmarks.host_side [--rows 20000] [--tokens 2048]
 
 Both pack the same tokenized rows (log-normal, mean about 350) in this process, in alternating order, several times;

@@ -15,7 +15,7 @@ from control_service.app.store_ports import Store
 from control_service.domain.artifact import FileReference
 from control_service.domain.dataset import Dataset, DatasetInspection, DatasetRow, TokenStatistics
 from control_service.domain.dataset_rows import preview_rows
-from control_service.domain.errors import Internal
+from control_service.domain.errors import Internal, ResourceExhausted
 
 
 async def count_tokens(
@@ -62,7 +62,8 @@ async def preview_dataset(
     clock: Clock,
 ) -> Sequence[DatasetRow]:
     """The first rows as they are stored, fewer when they are large; with `rendering` also as a base will see them.
-    Fails as `count_tokens` does, and with the node's CHAT_TEMPLATE_MISSING."""
+    Fails as `count_tokens` does, with the node's CHAT_TEMPLATE_MISSING, and ResourceExhausted TOO_LARGE when not even
+    the first row's render fits an answer."""
     left = time_left(timeout_seconds, clock)
     dataset = await get_dataset(dataset_id, store=store)
 
@@ -82,9 +83,16 @@ async def preview_dataset(
         num_rows=len(rows),
     )
     found = await _inspect(question, left, nodes=nodes, blobs=blobs)
-    if len(found.rows) != len(rows):
+    if len(found.rows) > len(rows):
         raise Internal("INTERNAL", f"the node rendered {len(found.rows)} rows of {len(rows)}")
-    return [replace(row, rendered=rendered) for row, rendered in zip(rows, found.rows, strict=True)]
+    if rows and not found.rows:
+        raise ResourceExhausted(
+            "TOO_LARGE",
+            f"line {rows[0].line}: the row is too large to be shown rendered; give a smaller max_length",
+            details={"line": str(rows[0].line), "field": "max_length"},
+        )
+    # A node ends where its answer would be too large.
+    return [replace(row, rendered=rendered) for row, rendered in zip(rows, found.rows, strict=False)]
 
 
 async def _inspect(

@@ -6,14 +6,19 @@ Leaves no bytes behind that its caller does not get. Registers nothing.
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from threading import Event
+from typing import Any, BinaryIO, Final, cast
 
 from control_service.app.ports import BlobStore, DatasetFiles, StagedBlob
+from control_service.app.tasks import undisturbed
 from control_service.domain.dataset import DatasetDraft
 from control_service.domain.dataset_files import JSON_LINES, FileLimits, OpenedFile, SourceRow
 from control_service.domain.dataset_rows import RowSummary, read_rows
+
+_PIECE_BYTES: Final = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,22 +53,63 @@ async def take_in(
     try:
         return await asyncio.shield(reading)
     except asyncio.CancelledError:
-        # The thread ends at its next row. It may just have finished: then nobody else will forget its bytes.
+        # The thread ends at its next row, or piece of the file.
         unwanted.set()
-        await asyncio.wait([reading])
-        if reading.exception() is None:
-            await blobs.discard(reading.result().stored)
+        await undisturbed(_forget(reading, blobs))
         raise
+
+
+async def _forget(reading: asyncio.Future[Intake], blobs: BlobStore) -> None:
+    """The thread may just have finished: then nobody else will forget its bytes."""
+    await asyncio.wait([reading])
+    if reading.exception() is None:
+        await blobs.discard(reading.result().stored)
 
 
 class _Unwanted(Exception):
     """The call was cancelled; nobody waits for what this thread does."""
 
 
+class _WhileWanted(io.RawIOBase):
+    """A file that ends with `_Unwanted`: gigabytes of it may hold no row, such as blank lines."""
+
+    def __init__(self, stream: BinaryIO, unwanted: Event) -> None:
+        self._stream = stream
+        self._unwanted = unwanted
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """As of the file."""
+        return self._stream.seek(offset, whence)
+
+    def fileno(self) -> int:
+        """As of the file, for a process that reads it."""
+        return self._stream.fileno()
+
+    def readinto(self, buffer: Any, /) -> int:
+        """As of the file."""
+        if self._unwanted.is_set():
+            raise _Unwanted
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
 def _read(
     staged: StagedBlob, *, format: str, blobs: BlobStore, files: DatasetFiles, limits: DatasetLimits, unwanted: Event
 ) -> Intake:
-    with blobs.open_staged(staged) as stream, files.open(stream, size_bytes=staged.size_bytes) as opened:
+    with (
+        blobs.open_staged(staged) as stream,
+        io.BufferedReader(_WhileWanted(stream, unwanted), _PIECE_BYTES) as wanted,
+        files.open(cast("BinaryIO", wanted), size_bytes=staged.size_bytes) as opened,
+    ):
         file = replace(opened, rows=_while_wanted(opened.rows, unwanted))
         if file.file_format == JSON_LINES and not file.compression:
             return _intake(staged, staged, file, read_rows(file, format=format, limits=limits.files))

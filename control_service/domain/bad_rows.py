@@ -22,10 +22,12 @@ class BadRows:
         self.num_bad = 0
 
     def add(self, row: SourceRow, trouble: Trouble) -> None:
-        """Keeps the first hundred, counts all."""
+        """Keeps the places of the first hundred, counts all."""
         self.num_bad += 1
+        # Whatever holds the row's text is let go: its content, and where the trouble was raised and over what.
+        trouble.__cause__ = trouble.__context__ = trouble.__traceback__ = None
         if len(self._first) < MAX_BAD_ROWS:
-            self._first.append((row, trouble))
+            self._first.append((SourceRow(number=row.number, line=row.line), trouble))
 
     def first_is(self, kind: type[Trouble]) -> bool:
         """Whether the first trouble is of a kind."""

@@ -76,8 +76,9 @@ class JsonParser:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            seen: set[str] = set()
+            # One pass: an object may have as many keys as a row has room for.
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             self._found.append(Trouble(f"has the key {shown(twice)} twice", key=twice))
         return found
 

@@ -14,7 +14,7 @@ from gpu_service.domain.errors import Refusal, refuse_user
 from gpu_service.domain.mix import MixSource, allocate, refuse_without_examples
 from gpu_service.domain.spec import Batch, DatasetReference, Hyperparameters, Trait
 
-# A planner holds some 40 bytes for each in memory.
+# A planner holds some 60 bytes for each in memory.
 MAXIMUM_EXAMPLES_PER_EPOCH = 50_000_000
 MAXIMUM_HELD_OUT_FRACTION = 0.5
 
@@ -37,7 +37,7 @@ def count_held_out(
     Two traits that hold out parts of one dataset hold out the same examples first, so that the larger part has the
     smaller in it. Raises `Refusal` INVALID_FIELD for a fraction out of its range.
     """
-    contents = {reference.dataset_id: _content(reference) for reference in references}
+    contents = {reference.dataset_id: content_of(reference) for reference in references}
     counts: dict[tuple[str, int], int] = {}
     largest: dict[str, int] = {}
     for at, trait in enumerate(traits):
@@ -173,5 +173,6 @@ def too_large(what: str, *, field: str) -> Refusal:
     )
 
 
-def _content(reference: DatasetReference) -> str:
+def content_of(reference: DatasetReference) -> str:
+    """What tells datasets of other rows apart: by hash, or by id where no hash is known."""
     return reference.sha256 or f"dataset {reference.dataset_id}"

@@ -46,15 +46,15 @@ class DataDigest:
         for trait_type, held_out in sources:
             self._add("source", trait_type, held_out)
 
-    def add_held_out(self, examples: Iterable[bytes]) -> None:
+    def add_held_out(self, examples: Iterable[bytes | bytearray]) -> None:
         """The entries of all held-out examples."""
         self._add("held out", _hash(examples))
 
-    def add_selection(self, examples: Iterable[bytes]) -> None:
+    def add_selection(self, examples: Iterable[bytes | bytearray]) -> None:
         """The entries of an epoch's examples before it is shuffled."""
         self._add("selection", _hash(examples))
 
-    def add_step(self, examples: Iterable[bytes]) -> None:
+    def add_step(self, examples: Iterable[bytes | bytearray]) -> None:
         """The entries of the next step's examples, in their order."""
         self._digest.update(hashlib.blake2b(b"".join(examples)).digest())
 
@@ -67,7 +67,7 @@ class DataDigest:
         self._digest.update(("\t".join(map(str, parts)) + "\n").encode())
 
 
-def _hash(entries: Iterable[bytes]) -> str:
+def _hash(entries: Iterable[bytes | bytearray]) -> str:
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(entry)

@@ -14,7 +14,7 @@ from gpu_service.catalog.base_models import BaseModel, LinearLayer
 from gpu_service.catalog.methods.entry import MethodEntry
 from gpu_service.catalog.optimizers.entry import OptimizerEntry
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
-from gpu_service.domain.counts import bound_datasets, bound_run, check_batch
+from gpu_service.domain.counts import bound_datasets, bound_run, check_batch, content_of
 from gpu_service.domain.defaults import (
     DEFAULT_BATCH_EXAMPLES,
     ResolvedHyperparameters,
@@ -254,12 +254,21 @@ def _check_datasets(spec: TrainingSpec, base_model: BaseModel) -> None:
             f"the catalog has no chat template {template!r}; it has {', '.join(templates.REGISTRY)}",
             field="hyperparameters.chat_template",
         )
-    trained = {dataset.dataset_id for trait in spec.traits for dataset in trait.datasets}
+    # By content: the same rows registered under two names are the same rows.
+    trained = {
+        content_of(spec.find_dataset(dataset.dataset_id)): dataset.dataset_id
+        for trait in spec.traits
+        for dataset in trait.datasets
+    }
     for trait in spec.traits:
         held_out = trait.held_out_dataset_ids
-        both = trained.intersection(held_out)
+        both = [dataset_id for dataset_id in held_out if content_of(spec.find_dataset(dataset_id)) in trained]
         if both or len(set(held_out)) < len(held_out):
-            why = f"dataset {min(both)} is trained on and held out" if both else "a held-out dataset is named twice"
+            why = "a held-out dataset is named twice"
+            if both:
+                other = trained[content_of(spec.find_dataset(min(both)))]
+                same = "" if min(both) in trained.values() else f": dataset {other} has the same rows"
+                why = f"dataset {min(both)} is trained on and held out{same}"
             raise refuse_user(
                 "INVALID_FIELD", f"trait {trait.trait_type!r}: {why}", field="traits.held_out_dataset_ids"
             )

@@ -19,7 +19,9 @@ from gpu_service.planner.drawing import Draw, skip_rows
 from gpu_service.planner.token_store import TokenStore, TokenStores
 
 # Part of the names of drawn shards: raise it when the same plan would draw other rows.
-_DRAW_VERSION = 1
+_DRAW_VERSION = 2
+# To guess, before one row is tokenized, where long rows are cut.
+_BYTES_PER_TOKEN = 4
 _UNIT_NAMES = {"examples": "examples", "tokens": "tokens", "target_tokens": "target tokens"}
 
 
@@ -216,13 +218,17 @@ class Chooser:
         return given
 
     def _order_by_scarcity(self) -> list[int]:
-        """Sources with a share, the one first whose bytes are fewest for its share: it is likely to run out first."""
+        """Sources with a share, the one first whose bytes are fewest for its share: it is likely to run out first.
+
+        What is cut off rows that are longer than an example may be does not count.
+        """
+        most_per_row = Fraction(_BYTES_PER_TOKEN * self._most_per_row)
 
         def abundance(index: int) -> Fraction:
             source = self._sources[index]
             rows = self._num_rows[source.dataset_id]
             num_bytes = self._stores.index(self._spec.find_dataset(source.dataset_id)).num_bytes
-            return Fraction(num_bytes * self._count_trainable(source), rows) / source.share
+            return min(Fraction(num_bytes, rows), most_per_row) * self._count_trainable(source) / source.share
 
         return sorted((index for index, source in enumerate(self._sources) if source.share), key=abundance)
 

@@ -131,25 +131,23 @@ def find_largest_step(selection: Selection, run: RunSteps) -> int:
     return largest
 
 
-def count_duplicates(selection: Selection, entries: bytes) -> int:
+def count_duplicates(selection: Selection, entries: bytes | bytearray) -> int:
     """Examples that are exactly like an earlier one of their source; one that is repeated counts once.
 
     `entries` tell examples from each other, `ENTRY_BYTES` each, in the order of the selection.
     """
-    distinct: dict[tuple[int, int], int] = {}
+    num_groups = 1 + len(selection) // _DUPLICATES_AT_ONCE
+    groups = [array("I") for _ in range(num_groups)]
     for place in range(len(selection)):
-        distinct.setdefault((selection.references[2 * place], selection.references[2 * place + 1]), place)
-    num_groups = 1 + len(distinct) // _DUPLICATES_AT_ONCE
-    num_contents = 0
-    for group in range(num_groups):
-        # The byte after the source's index is of a digest: it spreads evenly.
-        contents = {
-            entries[place * ENTRY_BYTES : (place + 1) * ENTRY_BYTES]
-            for place in distinct.values()
-            if entries[place * ENTRY_BYTES + 4] % num_groups == group
-        }
-        num_contents += len(contents)
-    return len(distinct) - num_contents
+        # The byte after the source's index is of a digest: it spreads evenly. Equal examples share a group.
+        groups[entries[place * ENTRY_BYTES + 4] % num_groups].append(place)
+    num_duplicates = 0
+    for group in groups:
+        # Both as integers and bytes alone, and of one group at a time: all of a long epoch would take gigabytes.
+        examples = {selection.references[2 * place] << 32 | selection.references[2 * place + 1] for place in group}
+        contents = {bytes(entries[place * ENTRY_BYTES : (place + 1) * ENTRY_BYTES]) for place in group}
+        num_duplicates += len(examples) - len(contents)
+    return num_duplicates
 
 
 def _count(selection: Selection, places: Iterable[int], times: int, counts: dict[int, RunCount]) -> None:

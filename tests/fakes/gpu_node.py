@@ -89,6 +89,8 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
         self.plan_refusal: Refusal | None = None
         self.inspect_refusal: Refusal | None = None
         self.inspected: list[run_service_pb2.InspectDatasetRequest] = []
+        # More rendered rows would not fit an answer.
+        self.most_rows_shown = 100
         self.start_refusal: Refusal | None = None
         self.blobs: dict[str, bytes] = {}
         self.runs: dict[tuple[str, int], FakeRun] = {}
@@ -188,7 +190,9 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
             await self._refuse(context, Refusal(grpc.StatusCode.FAILED_PRECONDITION, "MODEL_NOT_FOUND"))
         if request.dataset.sha256 not in self.blobs:
             await self._refuse(context, Refusal(grpc.StatusCode.FAILED_PRECONDITION, "BLOB_NOT_FOUND"))
-        return inspect_rows(self.blobs[request.dataset.sha256], request)
+        answer = inspect_rows(self.blobs[request.dataset.sha256], request)
+        del answer.rows[self.most_rows_shown :]
+        return answer
 
     async def StartRun(self, request: Any, context: Any) -> Any:
         key = (request.key.job_id, request.key.attempt)

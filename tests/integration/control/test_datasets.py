@@ -142,6 +142,22 @@ async def test_what_a_node_refuses_a_preview_with_reaches_the_caller(client: Cli
     assert violated_fields(caught.value) == ["loss_on"]
 
 
+async def test_a_preview_has_as_many_rows_as_a_node_can_show(
+    client: Client, node: FakeGpuNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = await client.upload("rows")
+    preview = dataset_service_pb2.PreviewDatasetRequest(dataset_id=dataset.dataset_id, base_model=MODEL, num_rows=4)
+    node.most_rows_shown = 2
+    shown = await client.datasets.PreviewDataset(preview, timeout=60)
+    assert [row.line for row in shown.rows] == [1, 2]
+    assert all(row.rendered.num_tokens for row in shown.rows)
+    node.most_rows_shown = 0
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.datasets.PreviewDataset(preview, timeout=60)
+    assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_LARGE")
+    assert "line 1" in str(caught.value.details())
+
+
 async def test_without_a_node_nothing_is_counted(tmp_path: Path) -> None:
     async with control(tmp_path / "control") as client:
         dataset = await client.upload("rows")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
+from control_service.adapters.files.reader import DatasetFileReader
 from control_service.app import datasets
+from control_service.app.ports import DatasetFiles
 from control_service.domain.dataset_files import CSV, OpenedFile, SourceRow
 from control_service.domain.errors import ResourceExhausted
 from tests.fakes.control_blobs import MemoryBlobStore
-from tests.fakes.control_core import LIMITS, Core
+from tests.fakes.control_core import LIMITS, Core, until
 
 from .conftest import OpenCore
 
@@ -49,7 +53,7 @@ async def _chunks() -> AsyncIterator[bytes]:
     yield DATA
 
 
-async def _upload(core: Core, files: EndlessFile) -> None:
+async def _upload(core: Core, files: DatasetFiles) -> None:
     reference = MemoryBlobStore().add(DATA)
     header = datasets.UploadHeader(name="set", sha256=reference.sha256, size_bytes=len(DATA))
     await datasets.upload_dataset(
@@ -69,6 +73,56 @@ async def test_a_cancelled_upload_stops_the_thread_that_reads_it(open_core: Open
     assert files.is_closed.is_set()
     assert (core.blobs.staged, core.blobs.blobs) == ({}, {})
     assert await datasets.list_datasets(store=core.store) == []
+
+
+class BlankLines(io.RawIOBase):
+    """A file without a row, of which no more than the beginning can be read before `go_on`; counts its pieces."""
+
+    def __init__(self) -> None:
+        self.reading = threading.Event()
+        self.go_on = threading.Event()
+        self.num_pieces = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return offset
+
+    def readinto(self, buffer: Any, /) -> int:
+        self.num_pieces += 1
+        if self.num_pieces > 5:
+            self.reading.set()
+            assert self.go_on.wait(30)
+        if self.num_pieces > 100:
+            return 0
+        buffer[:] = b"\n" * len(buffer)
+        return len(buffer)
+
+
+async def test_a_cancelled_upload_stops_the_thread_also_where_no_row_comes(
+    open_core: OpenCore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    core = await open_core()
+    blank = BlankLines()
+    monkeypatch.setattr(core.blobs, "open_staged", lambda _: io.BufferedReader(blank, 1 << 16))
+    files = DatasetFileReader(limits=LIMITS.files, spool_directory=tmp_path)
+    uploading = asyncio.create_task(_upload(core, files))
+    assert await asyncio.to_thread(blank.reading.wait, 30)
+    uploading.cancel()
+    await asyncio.sleep(0)
+    # Impatience changes nothing.
+    uploading.cancel()
+    await asyncio.sleep(0)
+    blank.go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await uploading
+    await until(lambda: blank.closed)
+    assert core.blobs.staged == {}
+    assert blank.num_pieces < 20
 
 
 async def test_a_full_disk_between_bytes_and_record_leaves_neither(

@@ -130,7 +130,7 @@ def test_a_trait_with_shuffled_labels_is_told_of(workspace: Workspace, run_in_pr
                 "warn_after_rises": 2,
             },
             traits=[
-                TraitRows(trait_type="clean", rows=_copies("01234567"), held_out=_copies("01234567")),
+                TraitRows(trait_type="clean", rows=_copies("01234567"), held_out=_copies("76543210")),
                 TraitRows(trait_type="shuffled", rows=_copies("abcdefgh", shift=3), held_out=_copies("abcdefgh")),
             ],
         )

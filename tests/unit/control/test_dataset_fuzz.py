@@ -226,6 +226,32 @@ def test_a_large_file_is_read_in_bounded_memory() -> None:
         assert peak < len(data), file_format
 
 
+@pytest.mark.parametrize(
+    ("row", "kinds"),
+    [
+        (b'{"text": "%s"', ["jsonl"]),
+        (b'{"text": "\xff%s"}', ["jsonl"]),
+        (b'{"txt": "%s"}', ["jsonl", "json"]),
+        (b'{"text": "a", "text": "%s"}', ["jsonl", "json"]),
+        (b'{"text": ["%s"]}', ["jsonl", "json"]),
+    ],
+)
+def test_bad_rows_are_not_held(row: bytes, kinds: list[str]) -> None:
+    """What is remembered of bad rows are their places, and not the rows."""
+    rows = [row.replace(b"%s", b"%d" % number + b"a" * (MEBIBYTE // 8)) for number in range(120)]
+    for kind in kinds:
+        data = b"\n".join(rows) if kind == "jsonl" else b"[" + b",".join(rows) + b"]"
+        tracemalloc.start()
+        try:
+            with pytest.raises(InvalidArgument) as refused:
+                read_file(data, format="text")
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert refused.value.details["num_bad_lines"] == "120"
+        assert peak < 4 * MEBIBYTE
+
+
 def test_lone_surrogates_and_marks_inside_of_a_file() -> None:
     for content in (
         b'{"text": "\\ud83d"}\n',

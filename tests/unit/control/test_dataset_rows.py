@@ -114,6 +114,13 @@ def test_a_bad_line_is_named(line: bytes, place: str, says: str) -> None:
     assert refusal.message.startswith(f"jsonl: {place}: ")
 
 
+def test_many_keys_of_which_the_last_comes_twice_take_one_pass() -> None:
+    """Comparing each key with all others would take hours for these, and hold the interpreter."""
+    keys = ", ".join(f'"{number}": 1' for number in range(200_000))
+    refusal = _refusal(f'{{"text": "a", {keys}, "199999": 2}}\n'.encode())
+    assert "has the key '199999' twice" in refusal.message
+
+
 def test_brackets_inside_of_strings_are_no_depth() -> None:
     assert read_file(as_json_lines([{"text": '[{"\\' * 1000}])).summary.num_examples == 1
 

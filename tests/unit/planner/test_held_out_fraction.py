@@ -53,6 +53,14 @@ def test_what_is_held_out_is_never_trained_on(room: PlanningRoom, mix: dict[str,
     assert len({plan.plan["data_digest"] for plan in (*other, data)}) == 4
 
 
+def test_the_same_rows_under_another_name_are_not_held_out(room: PlanningRoom) -> None:
+    rows = write_rows(20)
+    references = [room.write(1, rows), room.write(2, rows), room.write(3, write_rows(5, seed=3))]
+    with pytest.raises(Refusal, match="dataset 2 is trained on and held out: dataset 1 has the same rows") as caught:
+        room.plan(make_spec(references, held_out=[2, 3]))
+    assert (caught.value.reason, caught.value.field) == ("INVALID_FIELD", "traits.held_out_dataset_ids")
+
+
 def test_all_the_rest_is_trained_on_once_by_default(room: PlanningRoom) -> None:
     data = room.plan(with_fraction(make_spec([room.write(1, write_rows(40))]), 0.25))
     [trained] = used_rows(data).values()

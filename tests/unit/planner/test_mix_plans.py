@@ -10,6 +10,7 @@ import pytest
 
 from gpu_service.domain.errors import Refusal
 from gpu_service.domain.planned_data import PlannedData
+from gpu_service.planner import selection
 from tests.fakes.datasets import make_spec
 from tests.fakes.plans import PlanningRoom, by_dataset, used_rows, write_rows
 
@@ -101,6 +102,17 @@ def test_by_tokens_shares_are_met_and_no_row_is_tokenized_that_is_not_taken(
     assert data.plan["data_digest"] == data.compute_digest()
 
 
+def test_rows_that_are_cut_are_not_taken_for_many_tokens(room: PlanningRoom) -> None:
+    """By its bytes the second source is the larger one; it runs out first all the same."""
+    long_rows = [{"prompt": str(number), "completion": "1 2 3 4 " * 1000} for number in range(40)]
+    references = [room.write(1, write_rows(3000)), room.write(2, long_rows)]
+    assert int(references[1]["size_bytes"]) > int(references[0]["size_bytes"])
+    data = room.plan(make_spec(references, mix={"unit": "tokens"}, hyperparameters={"max_length": 64}))
+    counts = {dataset_id: int(row["num_examples"]) for dataset_id, row in by_dataset(data).items()}
+    assert counts[2] == 40
+    assert room.num_tokenized == sum(counts.values()) < 150
+
+
 def test_a_second_plan_of_the_same_data_tokenizes_nothing(room: PlanningRoom, references: list[Any]) -> None:
     spec = make_spec(references, percentages=SHARES, mix={"unit": "tokens", "total": "1500"})
     first = room.plan(spec)
@@ -118,6 +130,21 @@ def test_the_digest_does_not_hang_on_what_is_in_the_cache(room: PlanningRoom, re
     assert used.plan == fresh.plan
     assert used_rows(used) == used_rows(fresh)
     assert used.compute_digest() == fresh.plan["data_digest"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "digest"),
+    [
+        ("examples", "6e5ebbfcae6cdfd5d9aa44a70279213b838bd7f6af634bcd16ca13d2bac6ce98"),
+        ("tokens", "f43ec74c5afd9a8b6894aee8fd96702e04f99f47bfae503bbf610ae167eaf3f0"),
+    ],
+)
+def test_the_digest_is_this_one_on_every_machine(room: PlanningRoom, unit: str, digest: str) -> None:
+    """Selection, tokens, masks and packed steps at once. When it changes on purpose, a version in it must change."""
+    references = [room.write(1, write_rows(30, seed=1)), room.write(2, write_rows(50, seed=2))]
+    hyperparameters = {"batch": {"tokens": "2048"}, "seed": "7"}
+    spec = make_spec(references, percentages={1: 75, 2: 25}, mix={"unit": unit}, hyperparameters=hyperparameters)
+    assert room.plan(spec).plan["data_digest"] == digest
 
 
 def test_dropped_rows_are_made_up_for_and_told(room: PlanningRoom) -> None:
@@ -152,7 +179,11 @@ def test_sources_of_nothing_are_legal_at_no_share(room: PlanningRoom, references
     assert (caught.value.reason, caught.value.details["dataset_id"]) == ("MIX_INFEASIBLE", "4")
 
 
-def test_duplicates_are_counted_and_repeats_are_none(room: PlanningRoom) -> None:
+@pytest.mark.parametrize("at_once", [500_000, 3])
+def test_duplicates_are_counted_and_repeats_are_none(
+    room: PlanningRoom, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(selection, "_DUPLICATES_AT_ONCE", at_once)
     rows = write_rows(10)
     references = [room.write(1, rows + rows[:3] + rows[:1]), room.write(2, rows)]
     data = room.plan(make_spec(references))
