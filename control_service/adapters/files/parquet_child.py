@@ -1,4 +1,4 @@
-"""The process that reads one Parquet file: standard input to JSON lines on standard output, within a limit of memory.
+"""The process that reads one Parquet file: standard input to JSON lines on standard output, in limited memory and time.
 
 A line is `{"columns": [...]}` (the first), `{"row": {...}}`, `{"trouble": "...", "column": "..."}` (of one row),
 `{"damage": {...}}` or `{"too_large": {...}}` (nothing follows), `{"end": true}` (the last). Keeps nothing.
@@ -17,9 +17,11 @@ from control_service.domain.dataset_files import FileLimits, Trouble
 from control_service.domain.errors import ResourceExhausted
 
 
-def main(size_bytes: int, max_columns: int, max_bytes: int, memory_bytes: int) -> None:
-    """Reads standard input to its end or to where it can be read no further."""
+def main(size_bytes: int, max_columns: int, max_bytes: int, memory_bytes: int, cpu_seconds: int) -> None:
+    """Reads standard input to its end or to where it can be read no further. The kernel ends it after `cpu_seconds`."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    # Native code that spins is ended too; nobody could cancel it.
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # The library's own pools reserve far more address space than they use.
     os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"

@@ -16,6 +16,9 @@ from control_service.domain.errors import ResourceExhausted
 
 _MODULE: Final = "control_service.adapters.files.parquet_child"
 _MEMORY_BYTES: Final = 4 * 1024**3
+# Time on a processor: a minute, and a second for so many bytes. Real files take a tenth of it.
+_CPU_SECONDS: Final = 60
+_BYTES_PER_CPU_SECOND: Final = 1024**2
 # Of a line, around its row; and how much a row may grow by being written in ASCII.
 _ENVELOPE_BYTES: Final = 1024
 _GROWTH: Final = 6
@@ -27,10 +30,13 @@ def open_table(
 ) -> Iterator[tuple[tuple[str, ...], Iterator[SourceRow]]]:
     """(columns, rows) of a file that has a descriptor. Fails as `parquet_table.open_table` does; the process is gone
     when the context ends."""
-    numbers = (size_bytes, limits.max_columns, limits.decompressed_bytes(size_bytes), _MEMORY_BYTES)
+    max_bytes = limits.decompressed_bytes(size_bytes)
+    cpu_seconds = _CPU_SECONDS + max_bytes // _BYTES_PER_CPU_SECOND
+    numbers = (size_bytes, limits.max_columns, max_bytes, _MEMORY_BYTES, cpu_seconds)
     stream.seek(0)
     with subprocess.Popen(
-        [sys.executable, "-m", _MODULE, *map(str, numbers)],
+        # -P: whatever lies in the service's working directory is no part of it.
+        [sys.executable, "-P", "-m", _MODULE, *map(str, numbers)],
         stdin=stream,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -80,3 +80,16 @@ def test_a_reader_is_gone_when_nobody_wants_more_of_it(stream: BinaryIO) -> None
 
 def _children() -> set[str]:
     return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
+
+
+def test_a_reader_that_spins_is_ended_by_the_kernel(stream: BinaryIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second of a processor is not enough for these rows, nor for a loop in native code that never returns."""
+    monkeypatch.setattr(parquet_process, "_CPU_SECONDS", 1)
+    monkeypatch.setattr(parquet_process, "_BYTES_PER_CPU_SECOND", 1 << 60)
+    size = _write(stream, as_parquet(ROWS * 5000))
+    with (
+        pytest.raises(Trouble, match=r"ended with SIG(XCPU|KILL)"),
+        parquet_process.open_table(stream, FileLimits(), size) as (_, rows),
+    ):
+        for _ in rows:
+            pass

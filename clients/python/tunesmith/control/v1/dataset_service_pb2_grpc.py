@@ -107,7 +107,8 @@ class DatasetServiceServicer(object):
 
     def PreviewDataset(self, request, context):
         """Gives rows as they are; with a base model also as it will see them, with the tokens that carry loss marked.
-        FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING.
+        FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING. RESOURCE_EXHAUSTED: TOO_LARGE, when not even one
+        row can be rendered in an answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

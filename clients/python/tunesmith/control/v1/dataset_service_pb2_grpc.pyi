@@ -52,7 +52,8 @@ class DatasetServiceStub:
     """Lists datasets by id."""
     PreviewDataset: _grpc.UnaryUnaryMultiCallable[_dataset_service_pb2.PreviewDatasetRequest, _dataset_service_pb2.PreviewDatasetResponse]
     """Gives rows as they are; with a base model also as it will see them, with the tokens that carry loss marked.
-    FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING.
+    FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING. RESOURCE_EXHAUSTED: TOO_LARGE, when not even one
+    row can be rendered in an answer.
     """
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_dataset_service_pb2.DeleteDatasetRequest, _dataset_service_pb2.DeleteDatasetResponse]
     """Deletes a dataset that no project names and no live job uses; its bytes are freed when no dataset shares them.
@@ -83,7 +84,8 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     """Lists datasets by id."""
     PreviewDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.PreviewDatasetRequest, _dataset_service_pb2.PreviewDatasetResponse]  # type: ignore[assignment]
     """Gives rows as they are; with a base model also as it will see them, with the tokens that carry loss marked.
-    FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING.
+    FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING. RESOURCE_EXHAUSTED: TOO_LARGE, when not even one
+    row can be rendered in an answer.
     """
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.DeleteDatasetRequest, _dataset_service_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
     """Deletes a dataset that no project names and no live job uses; its bytes are freed when no dataset shares them.
@@ -141,7 +143,8 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_dataset_service_pb2.PreviewDatasetResponse, _abc.Awaitable[_dataset_service_pb2.PreviewDatasetResponse]]:
         """Gives rows as they are; with a base model also as it will see them, with the tokens that carry loss marked.
-        FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING.
+        FAILED_PRECONDITION: MODEL_NOT_FOUND, NO_NODE, CHAT_TEMPLATE_MISSING. RESOURCE_EXHAUSTED: TOO_LARGE, when not even one
+        row can be rendered in an answer.
         """
 
     @_abc_1.abstractmethod
