@@ -154,7 +154,8 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
         make_room=pool.make_room,
         on_release=manager.changed.fire,
     )
-    server = aio.server(interceptors=[CallInterceptor()], options=SERVER_OPTIONS)
+    calls = CallInterceptor(stalled_reader_seconds=settings.stalled_reader_seconds)
+    server = aio.server(interceptors=[calls], options=SERVER_OPTIONS)
     run_servicer = RunServicer(
         manager=manager,
         admission=admission,

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     cache_max_bytes: int = Field(
         20 * 1024**3, ge=0, description="blobs, plans and tokens beyond this are deleted, the longest unused first"
     )
+    stalled_reader_seconds: float = Field(
+        60.0, gt=0, le=3600, description="a caller that takes nothing of a stream for this long is cut off"
+    )
     ready_file: Path | None = Field(None, description="written with address and pid once the service serves")
     engine_command: tuple[str, ...] = Field(
         (sys.executable, "-m", "gpu_service.engine"),

@@ -39,6 +39,7 @@ _CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
         "OFFSET_MISMATCH": grpc.StatusCode.FAILED_PRECONDITION,
         "PICKLE_REFUSED": grpc.StatusCode.FAILED_PRECONDITION,
         "PLANNING": grpc.StatusCode.INTERNAL,
+        "READER_STALLED": grpc.StatusCode.UNAVAILABLE,
         "REMOTE_CODE_REFUSED": grpc.StatusCode.FAILED_PRECONDITION,
         "RESUME_MISMATCH": grpc.StatusCode.FAILED_PRECONDITION,
         "RUN_CONFLICT": grpc.StatusCode.ALREADY_EXISTS,
@@ -60,7 +61,7 @@ _CODES_OF_METHODS: Mapping[tuple[str, str], grpc.StatusCode] = MappingProxyType(
 )
 
 # Seconds after which asking again may help.
-_RETRY_SECONDS: Mapping[str, float] = MappingProxyType({"NODE_BUSY": 5.0, "DISK_FULL": 30.0})
+_RETRY_SECONDS: Mapping[str, float] = MappingProxyType({"NODE_BUSY": 5.0, "DISK_FULL": 30.0, "READER_STALLED": 1.0})
 
 
 def code_of(reason: str, *, method: str = "") -> grpc.StatusCode:

@@ -1,6 +1,7 @@
 """What every call goes through: a request id on every log line, a line for its end, and errors by the one table.
 
-Refuses to swallow anything: a defect is logged with its trace and told as INTERNAL.
+A reader that takes nothing of a stream for too long is cut off. Refuses to swallow anything: a defect is logged with
+its trace and told as INTERNAL.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import structlog
 from grpc import aio
 
 from gpu_service.api.errors import internal_status, status_of
-from gpu_service.domain.errors import Refusal
+from gpu_service.domain.errors import Fault, Refusal
 
 _log = structlog.get_logger(__name__)
 _REQUEST_ID_KEY = "x-request-id"
@@ -31,6 +32,10 @@ _QUIET_SERVICES = ("/grpc.health.", "/grpc.reflection.")
 class CallInterceptor(aio.ServerInterceptor):
     """Wraps every handler of ours."""
 
+    def __init__(self, *, stalled_reader_seconds: float = 60.0) -> None:
+        """`stalled_reader_seconds`: how long a stream's reader may take nothing."""
+        self._stalled_reader_seconds = stalled_reader_seconds
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
@@ -40,7 +45,7 @@ class CallInterceptor(aio.ServerInterceptor):
         method = str(handler_call_details.method)
         if handler is None or method.startswith(_QUIET_SERVICES):
             return handler
-        return _wrap(handler, method, _request_id(handler_call_details))
+        return _wrap(handler, method, _request_id(handler_call_details), self._stalled_reader_seconds)
 
 
 def _request_id(details: grpc.HandlerCallDetails) -> str:
@@ -50,7 +55,7 @@ def _request_id(details: grpc.HandlerCallDetails) -> str:
     return uuid.uuid4().hex
 
 
-def _wrap(handler: Any, method: str, request_id: str) -> grpc.RpcMethodHandler[Any, Any]:
+def _wrap(handler: Any, method: str, request_id: str, stalled_reader_seconds: float) -> grpc.RpcMethodHandler[Any, Any]:
     async def unary(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
         call = handler.stream_unary if handler.request_streaming else handler.unary_unary
         with _Call(method, request_id, request) as log:
@@ -65,13 +70,14 @@ def _wrap(handler: Any, method: str, request_id: str) -> grpc.RpcMethodHandler[A
                 log.failed(defect)
                 await context.abort_with_status(internal_status(request_id))
 
-    async def stream(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+    async def stream(request: Any, context: aio.ServicerContext[Any, Any]) -> None:
         with _Call(method, request_id, request) as log:
             try:
                 # Closed at once when the caller goes away, not when it is garbage.
                 async with aclosing(handler.unary_stream(request, context)) as responses:
                     async for response in responses:
-                        yield response
+                        # Not by yielding: what waits at a yield can neither be timed nor told why it ends.
+                        await _write(context, response, stalled_reader_seconds)
             except Refusal as refusal:
                 log.refused(refusal)
                 await context.abort_with_status(status_of(refusal, method=method.rpartition("/")[2]))
@@ -87,6 +93,20 @@ def _wrap(handler: Any, method: str, request_id: str) -> grpc.RpcMethodHandler[A
     return make(
         unary, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
     )
+
+
+async def _write(context: aio.ServicerContext[Any, Any], response: Any, seconds: float) -> None:
+    """Give the reader a message. Raises `Refusal` READER_STALLED when it takes none for too long."""
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            await context.write(response)
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise Refusal(
+            "READER_STALLED", Fault.USER, f"nothing was taken for {seconds:g} s; go on from the last message"
+        ) from error
 
 
 async def _read_out(requests: AsyncIterator[Any]) -> None:

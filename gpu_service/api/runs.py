@@ -23,6 +23,9 @@ from tunesmith.common.v1 import plan_pb2
 from tunesmith.gpu.v1 import run_service_pb2, run_service_pb2_grpc
 
 _DEFAULT_HEARTBEAT_SECONDS = 5.0
+# A report asks every device how it stands: more often than this would be work for nobody.
+_MIN_HEARTBEAT_SECONDS = 0.2
+_MAX_HEARTBEAT_SECONDS = 600.0
 _STOP_MODES = {
     run_service_pb2.STOP_MODE_CANCEL: "cancel",
     run_service_pb2.STOP_MODE_CHECKPOINT: "checkpoint",
@@ -127,7 +130,8 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
     async def WatchNode(  # noqa: N802
         self, request: run_service_pb2.WatchNodeRequest, context: Context
     ) -> AsyncIterator[run_service_pb2.WatchNodeResponse]:
-        heartbeat_seconds = _seconds(request.heartbeat_seconds, "heartbeat_seconds") or _DEFAULT_HEARTBEAT_SECONDS
+        wanted_seconds = _seconds(request.heartbeat_seconds, "heartbeat_seconds") or _DEFAULT_HEARTBEAT_SECONDS
+        heartbeat_seconds = min(max(wanted_seconds, _MIN_HEARTBEAT_SECONDS), _MAX_HEARTBEAT_SECONDS)
         while True:
             changed = self._manager.changed.current()
             yield await self._report(request.installation_id)

@@ -825,7 +825,7 @@ class WatchNodeRequest(_message.Message):
     HEARTBEAT_SECONDS_FIELD_NUMBER: _builtins.int
     installation_id: _builtins.str
     heartbeat_seconds: _builtins.float
-    """0 means 5."""
+    """0 means 5; less than 0.2 is 0.2, more than 600 is 600."""
     def __init__(
         self,
         *,
