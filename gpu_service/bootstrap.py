@@ -45,6 +45,8 @@ from tunesmith.gpu.v1 import (
 _log = structlog.get_logger(__name__)
 # What a shim needs beyond the grace to reap, record and close.
 _AFTER_GRACE_SECONDS = 30.0
+# A health service's name: whether the process should be restarted, for which a drain is no reason.
+_LIVENESS = "liveness"
 # For streams to take their last message.
 _LAST_CALLS_SECONDS = 5.0
 
@@ -71,12 +73,13 @@ class Application:
         """Take up what a former server left, then serve."""
         await self.manager.open()
         await self.server.start()
-        for service in ("", *self.services):
+        for service in (_LIVENESS, "", *self.services):
             await self.health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self) -> None:
         """Refuse new work, end or leave the engines, let streams take their last message, and stop."""
-        await self.health.enter_graceful_shutdown()
+        for service in ("", *self.services):
+            await self.health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         self.manager.begin_draining()
         self.desk.drain()
         try:

@@ -1,4 +1,5 @@
-"""Says by `grpc.health.v1` whether the service can work: SERVING while the store answers and nothing drains."""
+"""Says by `grpc.health.v1` whether the service can work: SERVING while the store takes reads and writes and nothing
+drains. `liveness` alone is SERVING for as long as anything answers."""
 
 from __future__ import annotations
 
@@ -15,6 +16,10 @@ from control_service.app.store_ports import Store
 
 _log: Final = structlog.get_logger("control.health")
 _CHECK_SECONDS: Final = 5.0
+# A store that hangs does not work either.
+_PATIENCE_SECONDS: Final = 5.0
+# Whether the process should be restarted, which no other process' lock is a reason for.
+LIVENESS: Final = "liveness"
 
 
 class HealthReporter:
@@ -34,16 +39,17 @@ class HealthReporter:
 
     async def start(self) -> None:
         """Looks at the store once, then every few seconds."""
+        await self._servicer.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._look()
         self._task = asyncio.create_task(self._look_again(), name="health")
 
     async def drain(self) -> None:
-        """NOT_SERVING from now on."""
+        """NOT_SERVING from now on, but for `liveness`."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
-        await self._servicer.enter_graceful_shutdown()
+        await self._tell(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def _look_again(self) -> None:
         while True:
@@ -52,11 +58,18 @@ class HealthReporter:
 
     async def _look(self) -> None:
         try:
-            await self._store.read(lambda tx: tx.nodes.list_all())
+            async with asyncio.timeout(_PATIENCE_SECONDS):
+                await self._store.read(lambda tx: tx.nodes.list_all())
+                # Changes nothing; only the lock is taken.
+                await self._store.transact(lambda tx: None)
             serving = True
         except Exception:  # noqa: BLE001  # the outermost boundary of this task: whatever it is, the store does not work
             _log.exception("the store does not answer")
             serving = False
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._tell(
+            health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+
+    async def _tell(self, status: Any) -> None:
         for service in self._services:
             await self._servicer.set(service, status)

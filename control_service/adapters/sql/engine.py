@@ -14,7 +14,8 @@ from control_service.domain.errors import FailedPrecondition
 
 # Versions before this one can corrupt a WAL database when two connections write or checkpoint together.
 MIN_SQLITE_VERSION = (3, 51, 3)
-_BUSY_TIMEOUT_MILLISECONDS = 30_000
+# How long a statement waits for another process' lock. Short: callers are told within their deadlines, and try again.
+BUSY_TIMEOUT_MILLISECONDS = 1_000
 
 
 def sqlite_module() -> ModuleType:
@@ -52,7 +53,7 @@ def connect(engine: sa.Engine, *, read_only: bool) -> sa.Connection:
         "journal_mode": "wal",
         "synchronous": 2,  # FULL: an acknowledged commit survives a power loss
         "foreign_keys": 1,
-        "busy_timeout": _BUSY_TIMEOUT_MILLISECONDS,
+        "busy_timeout": BUSY_TIMEOUT_MILLISECONDS,
         "query_only": 1 if read_only else 0,
     }
     for name, value in wanted.items():

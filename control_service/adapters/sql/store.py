@@ -1,7 +1,8 @@
 """The store over SQLAlchemy Core: one writer thread that commits in groups, readers on connections of their own.
 
 The writer takes every function that waits, runs each in a savepoint of one BEGIN IMMEDIATE, commits once, and then
-answers all. It never retries a function and never commits half of one.
+answers all. It never retries a function and never commits half of one. Whatever the database does, the thread goes on:
+a connection that cannot be rolled back is replaced.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,12 +21,12 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from control_service.adapters.sql import schema
-from control_service.adapters.sql.engine import connect, make_engine
+from control_service.adapters.sql.engine import BUSY_TIMEOUT_MILLISECONDS, connect, make_engine
 from control_service.adapters.sql.migrate import migrate
 from control_service.adapters.sql.touched import Touched
 from control_service.adapters.sql.transaction import SqlTransaction
 from control_service.app.store_ports import CommitNotice, Transaction
-from control_service.domain.errors import Unavailable
+from control_service.domain.errors import FailedPrecondition, Unavailable
 
 T = TypeVar("T")
 
@@ -32,6 +34,8 @@ T = TypeVar("T")
 DATABASE_NAME = "control.sqlite"
 _MAX_GROUP = 256
 _NUM_READERS = 4
+# Nobody waits for an answer yet when the database is opened, and a failure would end the service.
+_OPEN_TIMEOUT_MILLISECONDS = 30_000
 
 
 @dataclass(kw_only=True)
@@ -49,7 +53,8 @@ class SqlStore:
 
     def __init__(self, engine: sa.Engine, writer: sa.Connection, installation_id: str) -> None:
         self._engine = engine
-        self._connection = writer
+        # None: the last one could not be rolled back.
+        self._connection: sa.Connection | None = writer
         self._installation_id = installation_id
         self._loop = asyncio.get_running_loop()
         self._waiting: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
@@ -65,8 +70,11 @@ class SqlStore:
     @classmethod
     async def open(cls, database: Path) -> SqlStore:
         """Opens and migrates the SQLite database file. FailedPrecondition STORE_UNAVAILABLE when SQLite is too old, or
-        a newer version of this service made the database."""
-        engine, writer, installation_id = await asyncio.to_thread(_open, database)
+        a newer version of this service made the database; Unavailable STORE_UNAVAILABLE when it cannot be written."""
+        try:
+            engine, writer, installation_id = await asyncio.to_thread(_open, database)
+        except sa.exc.OperationalError as error:
+            raise _unavailable(error) from error
         return cls(engine, writer, installation_id)
 
     @property
@@ -106,10 +114,10 @@ class SqlStore:
 
     def _read(self, work: Callable[[Transaction], T]) -> T:
         connection: sa.Connection | None = getattr(self._reader_state, "connection", None)
-        if connection is None:
-            connection = self._reader_state.connection = connect(self._engine, read_only=True)
-            self._reader_connections.append(connection)
         try:
+            if connection is None:
+                connection = self._reader_state.connection = connect(self._engine, read_only=True)
+                self._reader_connections.append(connection)
             connection.exec_driver_sql("BEGIN")
             try:
                 return work(SqlTransaction(connection, Touched()))
@@ -138,43 +146,52 @@ class SqlStore:
     def _commit_group(self, group: list[_Work]) -> Touched:
         touched = Touched()
         try:
+            if self._connection is None:
+                self._connection = connect(self._engine, read_only=False)
             self._connection.exec_driver_sql("BEGIN IMMEDIATE")
             for work in group:
-                touched.merge(self._run_in_savepoint(work))
+                touched.merge(self._run_in_savepoint(self._connection, work))
             self._connection.exec_driver_sql("COMMIT")
             self.num_commits += 1
-        except sa.exc.DBAPIError as error:
+        except (sa.exc.SQLAlchemyError, FailedPrecondition) as error:
             self._roll_back()
             for work in group:
                 work.error = _unavailable(error)
             return Touched()
         return touched
 
-    def _run_in_savepoint(self, work: _Work) -> Touched:
+    def _run_in_savepoint(self, connection: sa.Connection, work: _Work) -> Touched:
         touched = Touched()
-        self._connection.exec_driver_sql("SAVEPOINT work")
+        connection.exec_driver_sql("SAVEPOINT work")
         try:
-            work.result = work.function(SqlTransaction(self._connection, touched))
+            work.result = work.function(SqlTransaction(connection, touched))
         except BaseException as error:  # noqa: BLE001 - a thread's boundary: raised again where the caller awaits
             work.error = _unavailable(error) if isinstance(error, sa.exc.OperationalError) else error
             touched = Touched()
-            self._connection.exec_driver_sql("ROLLBACK TO work")
-        self._connection.exec_driver_sql("RELEASE work")
+            connection.exec_driver_sql("ROLLBACK TO work")
+        connection.exec_driver_sql("RELEASE work")
         return touched
 
     def _roll_back(self) -> None:
-        # After a full disk SQLite may have rolled back by itself; then there is nothing to undo.
+        connection = self._connection
+        if connection is None:
+            return
         try:
-            self._connection.exec_driver_sql("ROLLBACK")
-        except sa.exc.OperationalError as error:
+            connection.exec_driver_sql("ROLLBACK")
+        except sa.exc.SQLAlchemyError as error:
+            # After a full disk SQLite may have rolled back by itself; then there is nothing to undo.
             if "no transaction is active" not in str(error):
-                raise
+                self._connection = None
+                # What closing says of a broken connection is nobody's to act on.
+                with suppress(sa.exc.SQLAlchemyError):
+                    connection.close()
 
     def _end(self) -> None:
         self._writer.join()
         self._readers.shutdown()
         for connection in (*self._reader_connections, self._connection):
-            connection.close()
+            if connection is not None:
+                connection.close()
         self._engine.dispose()
 
     # On the event loop.
@@ -203,6 +220,7 @@ def _open(database: Path) -> tuple[sa.Engine, sa.Connection, str]:
     database.parent.mkdir(parents=True, exist_ok=True)
     engine = make_engine(database)
     connection = connect(engine, read_only=False)
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {_OPEN_TIMEOUT_MILLISECONDS}")
     connection.exec_driver_sql("BEGIN IMMEDIATE")
     try:
         migrate(connection)
@@ -212,6 +230,7 @@ def _open(database: Path) -> tuple[sa.Engine, sa.Connection, str]:
         connection.close()
         raise
     connection.exec_driver_sql("COMMIT")
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MILLISECONDS}")
     return engine, connection, installation_id
 
 

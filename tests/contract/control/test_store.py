@@ -176,6 +176,7 @@ async def test_listeners_hear_of_a_commit_before_its_writer(store: SqlStore) -> 
 
 async def test_a_database_that_cannot_be_written_is_unavailable_and_heals(store: SqlStore, tmp_path: Path) -> None:
     module = sql_engine.sqlite_module()
+    assert store._connection is not None
     store._connection.exec_driver_sql("PRAGMA busy_timeout = 1")
     other = module.connect(str(tmp_path / "control.db"))
     other.execute("BEGIN IMMEDIATE")
@@ -214,3 +215,29 @@ async def test_deleting_a_job_deletes_everything_of_it(store: SqlStore) -> None:
     await store.transact(lambda tx: tx.events.append(JOB_ID, attempt=0, events=_events(0)))
     await store.transact(lambda tx: tx.jobs.delete(JOB_ID))
     assert await store.read(lambda tx: tx.events.page(JOB_ID, after_sequence=0, limit=9)) == []
+
+
+async def test_a_connection_that_cannot_be_rolled_back_is_replaced(store: SqlStore) -> None:
+    node = Node(name="n", address="x:1", create_time=NOW)
+    writer = store._connection
+    assert writer is not None
+    writer.connection.close()
+    with pytest.raises(Unavailable, match="STORE_UNAVAILABLE"):
+        await store.transact(lambda tx: tx.nodes.put(node))
+    await store.transact(lambda tx: tx.nodes.put(node))
+    assert store._connection is not writer
+    assert await store.read(lambda tx: tx.nodes.get("n")) == node
+
+
+async def test_a_database_that_is_locked_from_the_start_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("control_service.adapters.sql.store._OPEN_TIMEOUT_MILLISECONDS", 1)
+    store = await SqlStore.open(tmp_path / "control.db")
+    await store.close()
+    other = sql_engine.sqlite_module().connect(str(tmp_path / "control.db"))
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(Unavailable, match="STORE_UNAVAILABLE"):
+        await SqlStore.open(tmp_path / "control.db")
+    other.close()
+    await (await SqlStore.open(tmp_path / "control.db")).close()

@@ -176,6 +176,9 @@ class _Store:
         self.failure: Exception | None = None
 
     async def read(self, work: Any) -> None:
+        """Reads go on when only writes fail."""
+
+    async def transact(self, work: Any) -> None:
         if self.failure is not None:
             raise self.failure
 
@@ -214,6 +217,9 @@ async def test_health_follows_the_store_and_ends_with_the_drain(failure: Excepti
         assert (await watch.read()).status == states.SERVING
         await reporter.drain()
         assert (await watch.read()).status == states.NOT_SERVING
+        # Which is no reason to kill the process.
+        alive = await stub.Check(health_pb2.HealthCheckRequest(service="liveness"), timeout=PATIENCE_SECONDS)
+        assert alive.status == states.SERVING
         watch.cancel()
     await server.stop(None)
 
