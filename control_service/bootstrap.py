@@ -87,6 +87,7 @@ class Application:
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_seconds):
                 await self.calls.until_idle()
+        self.calls.cut()
         # Last answers are still on their way out; health watches of others would stay for ever.
         await self.server.stop(min(grace_seconds, _LAST_ANSWERS_SECONDS))
 

@@ -68,7 +68,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, *, config: CallConfig) -> None:
         self._config = config
-        self._num_open = 0
+        # Tasks of calls that are open.
+        self._open: set[asyncio.Task[Any]] = set()
+        # Those of them that `cut` has ended.
+        self._cut: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -80,6 +83,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def until_idle(self) -> None:
         """Waits until no call of ours is open. Health watches and reflection, which need not end, do not count."""
         await self._idle.wait()
+
+    def cut(self) -> None:
+        """Ends the calls that are open with SHUTTING_DOWN: a server that just stops would tell them CANCELLED, which
+        is no word to call again."""
+        self._cut |= self._open
+        for task in self._open:
+            task.cancel()
 
     async def intercept_service(
         self,
@@ -173,23 +183,29 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         start = time.monotonic()
         code, refusal = grpc.StatusCode.OK, None
-        self._num_open += 1
+        task = asyncio.current_task()
+        assert task is not None, "a call is served in a task"
+        self._open.add(task)
         self._idle.clear()
         try:
             if self._draining:
-                raise Unavailable("SHUTTING_DOWN", "the service is stopping", retry_after_seconds=1.0)
+                raise _shutting_down()
             yield self._seconds(method, context)
         except TunesmithError as error:
             refusal = error
         except (asyncio.CancelledError, GeneratorExit):
-            code = grpc.StatusCode.CANCELLED
-            raise
+            if task not in self._cut:
+                code = grpc.StatusCode.CANCELLED
+                raise
+            task.uncancel()
+            refusal = _shutting_down()
         except Exception:  # noqa: BLE001  # the outermost boundary of a call: a defect must not leak to the caller
             _log.exception("call failed by a defect")
             refusal = internal_error(request_id)
         finally:
-            self._num_open -= 1
-            if not self._num_open:
+            self._open.discard(task)
+            self._cut.discard(task)
+            if not self._open:
                 self._idle.set()
             if refusal is not None:
                 code = status_code(refusal)
@@ -217,6 +233,10 @@ _KINDS: Final[Mapping[str, tuple[Callable[[CallInterceptor, Any, str], Any], Cal
     "unary_stream": (CallInterceptor.unary_stream, grpc.unary_stream_rpc_method_handler),
     "stream_unary": (CallInterceptor.stream_unary, grpc.stream_unary_rpc_method_handler),
 }
+
+
+def _shutting_down() -> Unavailable:
+    return Unavailable("SHUTTING_DOWN", "the service is stopping", retry_after_seconds=1.0)
 
 
 def _request_id(context: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from control_service.app.blob_push import push_missing_blobs
 from control_service.app.inference_source import find_source
+from control_service.app.model_nodes import refuse_while_connecting
 from control_service.app.models import models_by_name
 from control_service.app.ports import BlobStore, NodeClient, NodeDirectory
 from control_service.app.store_ports import Store
@@ -105,8 +106,10 @@ async def _push(
 
 
 async def _candidates(request: GenerationRequest, nodes: NodeDirectory) -> Sequence[tuple[str, NodeClient]]:
-    """Reachable nodes with the base, best first. FailedPrecondition NO_NODE, MODEL_NOT_FOUND."""
+    """Reachable nodes with the base, best first. FailedPrecondition NO_NODE, MODEL_NOT_FOUND; Unavailable
+    NODE_UNREACHABLE when that is not known yet."""
     if not any(view.is_reachable for view in nodes.views()):
+        refuse_while_connecting(nodes.views())
         raise FailedPrecondition("NO_NODE", "no node is reachable")
     having = _having(request, nodes.views())
     if not having:
@@ -114,6 +117,7 @@ async def _candidates(request: GenerationRequest, nodes: NodeDirectory) -> Seque
         await nodes.refresh()
         having = _having(request, nodes.views())
     if not having:
+        refuse_while_connecting(nodes.views())
         available = ",".join(sorted(models_by_name(nodes.views())))
         raise FailedPrecondition(
             "MODEL_NOT_FOUND",

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from control_service.app.models import models_by_name
 from control_service.app.ports import Clock, NodeClient, NodeDirectory
-from control_service.domain.errors import FailedPrecondition
-from control_service.domain.node import NodeView
+from control_service.domain.errors import FailedPrecondition, Unavailable
+from control_service.domain.node import NodeState, NodeView
 from control_service.domain.queue_policy import can_train
 
 
@@ -19,8 +19,8 @@ def time_left(timeout_seconds: float | None, clock: Clock) -> Callable[[], float
 
 
 async def nodes_with_model(base_model: str, nodes: NodeDirectory) -> Sequence[tuple[str, NodeClient]]:
-    """Reachable nodes with the base, best first; none when no node is reachable. FailedPrecondition MODEL_NOT_FOUND
-    (`available_models`, `nodes`)."""
+    """Reachable nodes with the base, best first; none when no node is reachable, or one that was not heard yet may be
+    the one that has it. FailedPrecondition MODEL_NOT_FOUND (`available_models`, `nodes`)."""
     if not any(view.is_reachable for view in nodes.views()):
         return []
     having = _having(base_model, nodes.views())
@@ -28,6 +28,8 @@ async def nodes_with_model(base_model: str, nodes: NodeDirectory) -> Sequence[tu
         # The model may have been put there a moment ago.
         await nodes.refresh()
         having = _having(base_model, nodes.views())
+    if not having and is_connecting(nodes.views()):
+        return []
     if not having:
         details = {"model": base_model, **_nodes_and_models(nodes.views())}
         available = details["available_models"] or "none"
@@ -38,9 +40,11 @@ async def nodes_with_model(base_model: str, nodes: NodeDirectory) -> Sequence[tu
 
 
 async def some_nodes_with_model(base_model: str, nodes: NodeDirectory) -> Sequence[tuple[str, NodeClient]]:
-    """The same, at least one. FailedPrecondition NO_NODE when there is none."""
+    """The same, at least one. FailedPrecondition NO_NODE when there is none, Unavailable NODE_UNREACHABLE when that is
+    not known yet."""
     found = await nodes_with_model(base_model, nodes)
     if not found:
+        refuse_while_connecting(nodes.views())
         raise FailedPrecondition("NO_NODE", "no node is reachable", details=_nodes_and_models(nodes.views()))
     return found
 
@@ -48,6 +52,17 @@ async def some_nodes_with_model(base_model: str, nodes: NodeDirectory) -> Sequen
 async def node_with_model(base_model: str, nodes: NodeDirectory) -> tuple[str, NodeClient]:
     """The best of `some_nodes_with_model`."""
     return (await some_nodes_with_model(base_model, nodes))[0]
+
+
+def is_connecting(views: Sequence[NodeView]) -> bool:
+    """Whether a node was not heard yet since control began, for less than its lease: what there is is not known."""
+    return any(view.state is NodeState.CONNECTING for view in views)
+
+
+def refuse_while_connecting(views: Sequence[NodeView]) -> None:
+    """Unavailable NODE_UNREACHABLE while what nodes there are is not known."""
+    if is_connecting(views):
+        raise Unavailable("NODE_UNREACHABLE", "nodes are still being connected to", retry_after_seconds=1.0)
 
 
 def _having(base_model: str, views: Sequence[NodeView]) -> list[str]:

@@ -43,9 +43,10 @@ async def plan_training(
     clock: Clock,
 ) -> PlanResult:
     """Resolves a project on a node that has its base; pushing its data counts into `timeout_seconds`. NotFound
-    PROJECT_NOT_FOUND; FailedPrecondition NO_NODE, MODEL_NOT_FOUND (`available_models`, `nodes`); DeadlineTooShort
-    DEADLINE_TOO_SHORT; else what the node refuses with. A node whose devices are too small is passed over for the next;
-    so is one that is busy, when memory is to be probed. InvalidArgument INVALID_FIELD for a probe at level CHECK."""
+    PROJECT_NOT_FOUND; FailedPrecondition NO_NODE, MODEL_NOT_FOUND (`available_models`, `nodes`); Unavailable
+    NODE_UNREACHABLE, also just after control began; DeadlineTooShort DEADLINE_TOO_SHORT; else what the node refuses
+    with. A node whose devices are too small is passed over for the next; so is one that is busy, when memory is to be
+    probed. InvalidArgument INVALID_FIELD for a probe at level CHECK."""
     if probe_memory and level is not PlanLevel.EXACT:
         raise invalid_field("probe_memory", "memory is probed at level EXACT only")
     left = time_left(timeout_seconds, clock)

@@ -16,7 +16,7 @@ from control_service.api.health import HealthReporter
 from control_service.api.interceptors import CallConfig, CallInterceptor
 from control_service.api.registration import register
 from control_service.domain.errors import Unavailable
-from tests.fakes.control import reason_of
+from tests.fakes.control import reason_of, until
 from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import job_service_pb2, job_service_pb2_grpc
 
@@ -167,6 +167,22 @@ async def test_a_draining_boundary_refuses_new_calls_and_waits_for_open_ones() -
         watch.cancel()
         async with asyncio.timeout(PATIENCE_SECONDS):
             await waiting
+
+
+async def test_calls_that_outlive_the_grace_are_told_to_call_again() -> None:
+    calls = CallInterceptor(config=CallConfig())
+    async with _served(calls) as (_, jobs):
+        watch = jobs.WatchJob(job_service_pb2.WatchJobRequest(job_id=JOB_ID), timeout=PATIENCE_SECONDS)
+        assert await watch.read()
+        slow = jobs.GetJob(_get("slow"), timeout=PATIENCE_SECONDS)
+        await until(lambda: len(calls._open) == 2)
+        calls.drain()
+        calls.cut()
+        for ended in (watch.read(), slow):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ended
+            assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        await calls.until_idle()
 
 
 class _Store:
