@@ -1,5 +1,6 @@
 """Serves watchers of jobs from encoded pages that all watchers of a job share. Keeps no queue per watcher: each reads
-by its own cursor, after commit, so a slow one holds up nobody."""
+by its own cursor, after commit, so a slow one holds up nobody. Many are woken a few at a time and not for every event,
+so that a crowd leaves the event loop room for everybody else."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from control_service.app.ports import EventCodec
 from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.domain.errors import Unavailable
 
+# Woken before others get their turn of the event loop.
+_WOKEN_TOGETHER = 32
 # What a page takes in memory besides its message: at the tail of a log a page is one small event.
 _PAGE_OVERHEAD_BYTES = 512
 
@@ -26,6 +29,8 @@ class EventHubConfig:
     max_page_events: int = 256
     max_page_bytes: int = 1024**2
     cache_bytes: int = 64 * 1024**2
+    # Messages to all watchers together; with more growth than this allows, each gets several events at a time.
+    max_deliveries_per_second: float = 4000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,13 @@ class _Feed:
     num_watchers: int = 0
     last_sequence: int = 0
     is_over: bool = False
-    grew: asyncio.Event = field(default_factory=asyncio.Event)
+    # A commit may have ended the job; whoever comes to the end of the log looks, once for all.
+    may_be_over: bool = False
+    looking: asyncio.Task[None] | None = None
+    # Those who have read everything.
+    waiting: dict[asyncio.Future[None], None] = field(default_factory=dict)
+    waking: asyncio.TimerHandle | None = None
+    woken_seconds: float = 0.0
 
 
 class EventHub:
@@ -85,8 +96,6 @@ class EventHub:
         feed = self._feeds.setdefault(job_id, _Feed())
         feed.num_watchers += 1
         try:
-            # Taken before every look, so that a commit during the look is not missed.
-            grew = feed.grew
             await self._look(job_id, feed, after_sequence)
             position = after_sequence
             while True:
@@ -97,11 +106,11 @@ class EventHub:
                     yield page.message
                 elif feed.is_over:
                     return
-                elif not await self._is_set(grew):
+                elif feed.may_be_over or feed.looking is not None:
+                    await self._look_for_all(job_id, feed, position)
+                # Nothing is awaited since the last look at the feed, so that no growth is missed.
+                elif not await self._has_grown(feed):
                     yield self._codec.encode_heartbeat(position)
-                else:
-                    grew = feed.grew
-                    await self._look(job_id, feed, position)
         finally:
             feed.num_watchers -= 1
             if feed.num_watchers == 0:
@@ -111,7 +120,7 @@ class EventHub:
         """Ends every watch with Unavailable SHUTTING_DOWN after what it has already been given."""
         self._draining = True
         for feed in self._feeds.values():
-            _tell(feed)
+            self._wake(feed)
 
     def _refuse_if_draining(self) -> None:
         if self._draining:
@@ -120,9 +129,40 @@ class EventHub:
             )
 
     def _on_commit(self, notice: CommitNotice) -> None:
-        for job_id in notice.job_sequences:
-            if (feed := self._feeds.get(job_id)) is not None:
-                _tell(feed)
+        for job_id, last_sequence in notice.job_sequences.items():
+            feed = self._feeds.get(job_id)
+            if feed is None:
+                continue
+            feed.last_sequence = max(feed.last_sequence, last_sequence)
+            feed.may_be_over |= notice.jobs_changed
+            if feed.waking is None:
+                loop = asyncio.get_running_loop()
+                rest_seconds = self.num_watchers / self._config.max_deliveries_per_second
+                feed.waking = loop.call_at(feed.woken_seconds + rest_seconds, self._wake, feed)
+
+    def _wake(self, feed: _Feed) -> None:
+        if feed.waking is not None:
+            feed.waking.cancel()
+        feed.waking = None
+        feed.woken_seconds = asyncio.get_running_loop().time()
+        waiting, feed.waiting = list(feed.waiting), {}
+        _wake_some(waiting)
+
+    async def _look_for_all(self, job_id: str, feed: _Feed, position: int) -> None:
+        """One look for all who have come to the end of the log."""
+        if feed.looking is None:
+            feed.may_be_over = False
+            feed.looking = asyncio.create_task(self._look(job_id, feed, position))
+            feed.looking.add_done_callback(lambda _: self._looked(feed))
+        # One watcher that goes away must not take the look from the others.
+        await asyncio.shield(feed.looking)
+
+    @staticmethod
+    def _looked(feed: _Feed) -> None:
+        looking, feed.looking = feed.looking, None
+        # Also asked for where every watcher is gone: an error that nobody is told is no defect.
+        if looking is not None and not looking.cancelled() and looking.exception() is not None:
+            feed.may_be_over = True
 
     async def _look(self, job_id: str, feed: _Feed, position: int) -> None:
         def read(tx: Transaction) -> tuple[int, bool]:
@@ -134,12 +174,17 @@ class EventHub:
         if last_sequence >= feed.last_sequence:
             feed.last_sequence, feed.is_over = last_sequence, is_over
 
-    async def _is_set(self, grew: asyncio.Event) -> bool:
+    async def _has_grown(self, feed: _Feed) -> bool:
         """Waits for the log to grow; False when a heartbeat is due first."""
+        waiter = asyncio.get_running_loop().create_future()
+        feed.waiting[waiter] = None
         try:
-            await asyncio.wait_for(grew.wait(), self._config.heartbeat_seconds)
+            async with asyncio.timeout(self._config.heartbeat_seconds):
+                await waiter
         except TimeoutError:
             return False
+        finally:
+            feed.waiting.pop(waiter, None)
         return True
 
     # Pages.
@@ -191,7 +236,10 @@ class EventHub:
             self._cached_bytes -= oldest.size_bytes
 
 
-def _tell(feed: _Feed) -> None:
-    # Whoever waits now is woken; whoever comes later waits for the next growth.
-    feed.grew.set()
-    feed.grew = asyncio.Event()
+def _wake_some(waiting: list[asyncio.Future[None]]) -> None:
+    """Wakes the first, and after a turn of the event loop the rest."""
+    for waiter in waiting[:_WOKEN_TOGETHER]:
+        if not waiter.done():
+            waiter.set_result(None)
+    if rest := waiting[_WOKEN_TOGETHER:]:
+        asyncio.get_running_loop().call_soon(_wake_some, rest)

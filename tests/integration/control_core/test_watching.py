@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -81,6 +82,38 @@ async def test_a_watcher_that_reads_nothing_holds_up_nobody(open_core: OpenCore)
         run.step(step)
     run.succeed()
     assert await core.watch(job_id) == await core.log(job_id)
+
+
+async def test_a_crowd_costs_the_store_and_the_loop_little(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    config = quick_config()
+    events = replace(config.events, max_deliveries_per_second=1000.0, heartbeat_seconds=30.0)
+    core = await open_core(node, config=replace(config, events=events))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    run = node.run(job.job_id)
+    watchers = [asyncio.create_task(core.watch(job.job_id)) for _ in range(200)]
+    await until(lambda: core.runtime.hub.num_watchers == 200)
+    looks, pages = 0, core.runtime.hub.num_pages_read
+    look = core.runtime.hub._look
+
+    async def counted(*arguments: Any) -> None:
+        nonlocal looks
+        looks += 1
+        await look(*arguments)
+
+    core.runtime.hub._look = counted  # type: ignore[method-assign]
+    for step in range(1, 41):
+        run.step(step)
+        await core.until_job(job.job_id, lambda j: j.run_cursor == len(run.events))
+    run.succeed()
+    seen = await asyncio.gather(*watchers)
+    log = await core.log(job.job_id)
+    assert all(events == log for events in seen)
+    # One look for all, and only where a commit may have ended the job; woken together, they share their pages.
+    assert looks < 20
+    assert core.runtime.hub.num_pages_read - pages < 400
 
 
 async def test_a_quiet_watch_sends_heartbeats_with_its_position(open_core: OpenCore) -> None:
