@@ -43,8 +43,12 @@ class WorldConfig:
     directory: Path
     seed: int
     nodes: Sequence[str] = ("a",)
+    # Of its evidence: a directory may see several worlds, one after another.
+    name: str = "evidence"
+    # Failpoints that are armed before anything starts.
+    armed: Sequence[str] = ()
     real_engine: bool = False
-    # By flag without its dashes in front; True is a flag without a value.
+    # By flag without its dashes in front; True is a flag without a value, False none.
     control_flags: Mapping[str, Any] = field(default_factory=dict)
     node_flags: Mapping[str, Any] = field(default_factory=dict)
 
@@ -63,8 +67,8 @@ class World:
         self.directory = config.directory.absolute()
         self.control_directory = self.directory / "control"
         self.node_directories = {name: self.directory / f"node-{name}" for name in config.nodes}
-        self.evidence = Evidence(self.directory / "evidence")
-        self.failpoints = Failpoints(self.directory / "failpoints")
+        self.evidence = Evidence(self.directory / config.name)
+        self.failpoints = Failpoints(self.directory / f"{config.name}-failpoints")
         self.services: dict[str, Service] = {}
         self.consumers: list[Consumer] = []
         self.job_ids: list[str] = []
@@ -76,13 +80,17 @@ class World:
 
     def __enter__(self) -> Self:
         models = self.directory / "models"
-        self.base_model = place(models) if self.config.real_engine else place_header_only(models)
+        self.base_model = "tiny/llama"
+        if not models.exists():
+            self.base_model = place(models) if self.config.real_engine else place_header_only(models)
         self.evidence.describe(
             seed=self.config.seed,
             control_directory=self.control_directory,
             output_root=self.control_directory / "output",
             node_directories=self.node_directories,
         )
+        for armed in self.config.armed:
+            self.failpoints.arm(armed)
         try:
             for name in self.config.nodes:
                 self._start(name, "gpu_service", self._node_flags(name))
@@ -342,6 +350,8 @@ class World:
 def _as_arguments(flags: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     for name, value in flags.items():
+        if value is False:
+            continue
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return words
 
