@@ -16,6 +16,9 @@ class FakeClock:
     def utc_now(self) -> datetime:
         return datetime(2030, 1, 1, tzinfo=UTC) + timedelta(seconds=self._seconds)
 
+    def steady_utc_now(self) -> datetime:
+        return self.utc_now()
+
     def monotonic_seconds(self) -> float:
         return self._seconds
 
