@@ -27,6 +27,14 @@ class FakeClock:
         self._sleepers.append((self._seconds + seconds, wakes))
         await wakes
 
+    async def pass_time(self, seconds: float) -> None:
+        """Advances second by second, as time passes for a process that runs; `advance` alone is one that was stopped."""
+        while seconds > 0:
+            self.advance(min(1.0, seconds))
+            seconds -= 1.0
+            for _ in range(3):
+                await asyncio.sleep(0)
+
     def advance(self, seconds: float) -> None:
         self._seconds += seconds
         due = [sleeper for sleeper in self._sleepers if sleeper[0] <= self._seconds]
