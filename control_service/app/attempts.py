@@ -28,7 +28,9 @@ from control_service.domain.run import ObservedRun, ResumeFrom
 _log = structlog.get_logger(__name__)
 
 # The node takes no run just now; the job goes back to the queue and nothing is counted.
-_NOT_NOW: frozenset[str] = frozenset({"NODE_BUSY", "NODE_DRAINING", "STALE_EPOCH"})
+_NOT_NOW: frozenset[str] = frozenset({"NODE_BUSY", "NODE_DRAINING", "STALE_EPOCH", "RUN_CONFLICT"})
+# The node knows attempts that control's record does not: it was restored from a backup. The next one goes above them.
+_KNOWS_MORE: frozenset[str] = frozenset({"STALE_EPOCH", "RUN_CONFLICT"})
 
 # What the attempt was to go on from is not on the node, or not whole.
 _NOT_THERE: frozenset[str] = frozenset({"CHECKPOINT_NOT_FOUND", "RESUME_MISMATCH"})
@@ -100,7 +102,7 @@ class AttemptStarter:
                 keep_failure=current.run_state is not None,
                 # What an earlier attempt had reached is not this one's; RESUMED and steps say where it is.
                 progress=JobProgress(total_steps=current.progress.total_steps),
-                start_time=current.start_time or now,
+                start_time=current.start_time or max(now, current.create_time),
                 weights_digest=current.weights_digest or (run.weights_digest if run else ""),
             )
 
@@ -123,11 +125,15 @@ class AttemptStarter:
     async def _refused(self, job: Job, error: TunesmithError) -> None:
         log = _log.bind(job_id=job.job_id, attempt=job.attempt, node=job.node)
         log.info("attempt-refused", reason=error.reason, message=error.message)
+        if error.reason in _KNOWS_MORE:
+            highest = int(error.details.get("highest_attempt", job.attempt))
+            log.warning("node-knows-later-attempts", highest_attempt=highest)
+            self._nodes.note_attempt(job.job_id, highest)
         if error.reason in _NOT_NOW:
             self._nodes.mark_busy(job.node)
             settle = Settle(state=JobState.QUEUED, message=f"node {job.node}: {error.reason}", keeps_failure=True)
             pause = timedelta(seconds=retry.INITIAL_BACK_OFF_SECONDS)
-            await self._settler.settle(job, settle, not_before=self._clock.utc_now() + pause)
+            await self._settler.settle(job, settle, not_before=self._clock.steady_utc_now() + pause)
             return
         elsewhere = send_elsewhere(self._nodes, job, reason=error.reason, message=error.message)
         await self._settler.settle(job, elsewhere or after_failure(job, failure_of(error)))

@@ -31,7 +31,7 @@ class EventPage:
 
 async def get_job(job_id: str, *, store: Store, nodes: NodeDirectory, clock: Clock) -> JobView:
     """One job with its position and why it waits. NotFound JOB_NOT_FOUND."""
-    return await store.read(lambda tx: views_of(tx, [job_of(tx, job_id)], nodes.views(), clock.utc_now())[0])
+    return await store.read(lambda tx: views_of(tx, [job_of(tx, job_id)], nodes.views(), clock.steady_utc_now())[0])
 
 
 async def list_jobs(
@@ -48,7 +48,7 @@ async def list_jobs(
 
     def read(tx: Transaction) -> Sequence[JobView]:
         jobs = tx.jobs.list_page(before_job_id=before_job_id, limit=limit, project_id=project_id, states=states)
-        return views_of(tx, jobs, nodes.views(), clock.utc_now())
+        return views_of(tx, jobs, nodes.views(), clock.steady_utc_now())
 
     return await store.read(read)
 

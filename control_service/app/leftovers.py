@@ -101,7 +101,7 @@ class LeftoverSweeper:
 
     async def _see_to(self, node: str, run: ObservedRun) -> None:
         job = await self._store.read(lambda tx: tx.jobs.get(run.key.job_id))
-        fate = leftover_fate(run, job)
+        fate = leftover_fate(run, job, node=node)
         client = self._nodes.client(node)
         if fate is LeftoverFate.KEEP or client is None or (node, run.key, run.state) in self._done:
             return

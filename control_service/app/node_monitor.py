@@ -40,6 +40,8 @@ class NodeMonitor:
         self._clients: dict[str, NodeClient] = {}
         self._heard_seconds: dict[str, float] = {}
         self._views: dict[str, NodeView] = {}
+        # Job -> the highest attempt that a refusal told of.
+        self._noted_attempts: dict[str, int] = {}
         self._listeners: list[Callable[[str], None]] = []
         self._tasks = TaskSet()
         self._records_changed = asyncio.Event()
@@ -73,6 +75,17 @@ class NodeMonitor:
         view = self._views.get(name)
         if view is not None:
             self._put(replace(view, unfit_jobs=view.unfit_jobs | {job_id}), tell=False)
+
+    def note_attempt(self, job_id: str, attempt: int) -> None:
+        """A node refused an attempt because it knows this later one, which its reports need not have any more."""
+        self._noted_attempts[job_id] = max(attempt, self._noted_attempts.get(job_id, 0))
+
+    def highest_attempt(self, job_id: str) -> int:
+        """The highest attempt at the job that any node told of; 0: none did."""
+        told = [self._noted_attempts.get(job_id, 0)]
+        for view in self._views.values():
+            told += [run.key.attempt for run in (view.report.runs if view.report else ()) if run.key.job_id == job_id]
+        return max(told)
 
     async def start(self) -> None:
         """Dials every recorded node and keeps following the records."""
@@ -186,7 +199,13 @@ class NodeMonitor:
                 elif self._views[name].state is not NodeState.UNREACHABLE:
                     _log.warning("node-unreachable", node=name, lease_seconds=lease)
                     self._put(replace(self._views[name], state=NodeState.UNREACHABLE))
-            await self._clock.sleep(min(left))
+            pause = min(*left, self._config.heartbeat_seconds)
+            await self._clock.sleep(pause)
+            # Time in which this process was stopped, or its loop blocked, is no silence of a node: what nodes said
+            # meanwhile has yet to be read.
+            late = self._clock.monotonic_seconds() - now - pause
+            if late > 0:
+                self._heard_seconds = {name: heard + late for name, heard in self._heard_seconds.items()}
 
     # Capabilities: models are put on nodes while they run.
 

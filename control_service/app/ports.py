@@ -35,6 +35,10 @@ class Clock(Protocol):
     def utc_now(self) -> datetime:
         """The time of day, aware, in UTC."""
 
+    def steady_utc_now(self) -> datetime:
+        """UTC as it was when the process began, plus the monotonic seconds since: what stored waits are measured by.
+        Setting the machine's clock moves it only at the next start."""
+
     def monotonic_seconds(self) -> float:
         """Seconds that never go back."""
 

@@ -66,7 +66,7 @@ class Scheduler:
         while not self._draining:
             await self._wake.wait()
             self._wake.clear()
-            now = self._clock.utc_now()
+            now = self._clock.steady_utc_now()
             snapshot = await self._store.read(read_queue)
             if snapshot.decide(self._nodes.views(), now).assignments and not self._draining:
                 await self._store.transact(lambda tx: self._assign(tx, self._nodes.views()))
@@ -89,7 +89,7 @@ class Scheduler:
         # Decided again inside the transaction: what was read before it may be old.
         now = self._clock.utc_now()
         by_name = {view.node.name: view for view in views}
-        for job_id, node in read_queue(tx).decide(views, now).assignments:
+        for job_id, node in read_queue(tx).decide(views, self._clock.steady_utc_now()).assignments:
             job = tx.jobs.get(job_id)
             if job is None:
                 continue
@@ -104,7 +104,7 @@ class Scheduler:
                 codec=self._codec,
                 now=now,
                 keep_failure=True,
-                attempt=job.attempt + 1,
+                attempt=max(job.attempt, self._nodes.highest_attempt(job_id)) + 1,
                 node=node,
                 phase=Phase.UNSPECIFIED,
                 run_cursor=0,

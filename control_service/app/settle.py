@@ -45,7 +45,7 @@ class Settler:
             num_retries = current.num_retries + (1 if settle.counts_as_retry else 0)
             wait = not_before
             if settle.counts_as_retry:
-                wait = now + timedelta(seconds=retry.back_off_seconds(num_retries))
+                wait = self._clock.steady_utc_now() + timedelta(seconds=retry.back_off_seconds(num_retries))
             change_state(
                 tx,
                 current,

@@ -74,7 +74,8 @@ def change_state(
     if rests:
         changes = {"phase": Phase.UNSPECIFIED, "node_unreachable": False, **changes}
     if state in TERMINAL:
-        changes = {"end_time": now, **changes}
+        # Never before its beginning, whatever the clock was set to meanwhile.
+        changes = {"end_time": max(now, job.start_time or job.create_time, job.create_time), **changes}
     moved = tx.jobs.update(replace(job.with_state(state), failure=kept, **changes))
     fact = JobStateFact(
         previous_state=job.state,

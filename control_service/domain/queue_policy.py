@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
+from control_service.domain import retry
 from control_service.domain.job import Job, WaitReason
 from control_service.domain.node import NodeView
 
@@ -118,7 +119,9 @@ def _eligible(
     queued: QueuedJob, nodes: Sequence[NodeView], now: datetime
 ) -> tuple[WaitReason, str, Sequence[NodeView]]:
     not_before = queued.job.not_before
-    if not_before is not None and not_before > now:
+    # A time that is farther off than any back-off was written by a clock that has been set back since.
+    longest = timedelta(seconds=retry.MAX_BACK_OFF_SECONDS)
+    if not_before is not None and now < not_before <= now + longest:
         return WaitReason.BACK_OFF, f"tries again after {not_before:%H:%M:%S} UTC", ()
     return eligible_nodes(queued, nodes)
 

@@ -172,13 +172,13 @@ class LeftoverFate(Enum):
     RELEASE = "RELEASE"
 
 
-def leftover_fate(run: ObservedRun, job: Job | None) -> LeftoverFate:
-    """Decides about a run that a node reports. KEEP also for the current attempt, which `reconcile` sees to.
+def leftover_fate(run: ObservedRun, job: Job | None, *, node: str) -> LeftoverFate:
+    """Decides about a run that `node` reports. KEEP also for the current attempt, which `reconcile` sees to.
 
     Runs of a live job stay until it is over: a later attempt may go on from their checkpoints. So do those of a job
     whose artifacts could not be collected: they are all that is left of the training.
     """
-    if job is not None and job.state in ON_NODE and run.key.attempt == job.attempt:
+    if job is not None and job.state in ON_NODE and (run.key.attempt, node) == (job.attempt, job.node):
         return LeftoverFate.KEEP
     if not run.is_over:
         return LeftoverFate.STOP

@@ -16,6 +16,9 @@ class FakeClock:
     def utc_now(self) -> datetime:
         return datetime(2030, 1, 1, tzinfo=UTC) + timedelta(seconds=self._seconds)
 
+    def steady_utc_now(self) -> datetime:
+        return self.utc_now()
+
     def monotonic_seconds(self) -> float:
         return self._seconds
 
@@ -23,6 +26,14 @@ class FakeClock:
         wakes: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._sleepers.append((self._seconds + seconds, wakes))
         await wakes
+
+    async def pass_time(self, seconds: float) -> None:
+        """Advances second by second, as time passes for a process that runs; `advance` alone is one that was stopped."""
+        while seconds > 0:
+            self.advance(min(1.0, seconds))
+            seconds -= 1.0
+            for _ in range(3):
+                await asyncio.sleep(0)
 
     def advance(self, seconds: float) -> None:
         self._seconds += seconds

@@ -28,14 +28,37 @@ async def test_a_node_is_lost_when_its_lease_ends_and_not_before(tmp_path: Path)
         await until(lambda: _state(monitor) is NodeState.REACHABLE)
         node.set_up(False)
         await until(lambda: _accepting(monitor) is False)
-        clock.advance(29.0)
-        await asyncio.sleep(0)
+        await clock.pass_time(29.0)
         assert _state(monitor) is NodeState.REACHABLE
-        clock.advance(2.0)
+        await clock.pass_time(2.0)
         await until(lambda: _state(monitor) is NodeState.UNREACHABLE)
         node.set_up(True)
-        clock.advance(10.0)
+        await clock.pass_time(10.0)
         await until(lambda: _state(monitor) is NodeState.REACHABLE and _accepting(monitor) is True)
+    finally:
+        await monitor.stop()
+        await store.close()
+
+
+async def test_time_in_which_control_itself_was_stopped_is_no_silence_of_a_node(tmp_path: Path) -> None:
+    clock, node = FakeClock(), FakeNode("a")
+    store = await SqlStore.open(tmp_path / "control.db")
+    monitor = NodeMonitor(
+        store=store, dialer=FakeDialer(node), clock=clock, config=NodeMonitorConfig(lease_seconds=30.0)
+    )
+    await register_node("a", "a", store=store, nodes=monitor, clock=clock)
+    await monitor.start()
+    try:
+        await until(lambda: _state(monitor) is NodeState.REACHABLE)
+        node.set_up(False)
+        await until(lambda: _accepting(monitor) is False)
+        for _ in range(3):
+            clock.advance(100.0)
+            await asyncio.sleep(0.01)
+            assert _state(monitor) is NodeState.REACHABLE
+        # It counts on from there.
+        await clock.pass_time(31.0)
+        await until(lambda: _state(monitor) is NodeState.UNREACHABLE)
     finally:
         await monitor.stop()
         await store.close()

@@ -149,7 +149,14 @@ def test_back_off_grows_to_a_limit() -> None:
 def test_leftovers(run_state: RunState, job: Job | None, fate: LeftoverFate) -> None:
     run = _seen(run_state).run
     assert run is not None
-    assert leftover_fate(run, job) is fate
+    assert leftover_fate(run, job, node="a") is fate
+
+
+def test_an_attempt_of_the_same_number_on_another_node_is_a_leftover() -> None:
+    # After a restore from a backup: the attempt was dispatched before, by a control that nobody remembers.
+    run = _seen(RunState.RUNNING).run
+    assert run is not None
+    assert leftover_fate(run, _job(R), node="b") is LeftoverFate.STOP
 
 
 def _checkpoint(step: int, status: CheckpointStatus, node: str = "a") -> Checkpoint:
