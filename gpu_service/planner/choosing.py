@@ -1,7 +1,7 @@
 """Which examples each source gives to an epoch, and which are held out: shares carried out on real rows.
 
-Tokenizes only what is drawn. A mix of examples draws exactly its counts. A mix of tokens draws the source that is
-likely to run out first, then from the others no more than that one allows.
+Tokenizes only what is drawn, and gives all that was drawn. A mix of examples draws exactly its counts; a mix of
+tokens draws each source up to its part of the total, side by side with the others where the total may fall.
 """
 
 from array import array
@@ -16,12 +16,11 @@ from gpu_service.domain.mix import MixSource, allocate, infeasible, refuse_witho
 from gpu_service.domain.order import Permutation
 from gpu_service.domain.spec import DatasetReference, TrainingSpec
 from gpu_service.planner.drawing import Draw, skip_rows
+from gpu_service.planner.lockstep import draw_in_lockstep
 from gpu_service.planner.token_store import TokenStore, TokenStores
 
 # Part of the names of drawn shards: raise it when the same plan would draw other rows.
-_DRAW_VERSION = 2
-# To guess, before one row is tokenized, where long rows are cut.
-_BYTES_PER_TOKEN = 4
+_DRAW_VERSION = 3
 _UNIT_NAMES = {"examples": "examples", "tokens": "tokens", "target_tokens": "target tokens"}
 
 
@@ -124,7 +123,9 @@ class Chooser:
         """Sources of which every row will be drawn, as far as it can be told before one is."""
         mix = self._mix
         if mix.unit != "examples":
-            return {self._order_by_scarcity()[0]} if mix.total is None else set()
+            shared = [index for index, source in enumerate(self._sources) if source.share]
+            # Of several, one alone gives all it has, and which one is not known yet.
+            return set(shared) if mix.total is None and len(shared) == 1 else set()
         counts = allocate(self._sources, there, total=mix.total, policy=mix.policy, max_repeats=mix.max_repeats)
         return {index for index, count in enumerate(counts) if count >= there[index]}
 
@@ -181,56 +182,31 @@ class Chooser:
         ]
 
     def _give_tokens(self, draws: Sequence[Draw | None]) -> list["array[int]"]:
-        """Draws towards each source's part of a total, which falls to what the scarcest allows where it may fall."""
+        """Draws towards each source's part of the total, which falls to what the scarcest allows where it may fall."""
         mix = self._mix
-        total = None if mix.total is None else Fraction(mix.total)
-        may_fall = mix.total is None or mix.policy == "shrink"
         repeats = mix.max_repeats if mix.policy == "repeat" else 1
-        drawn_for: dict[int, Fraction] = {}
-        for index in self._order_by_scarcity() if may_fall else range(len(draws)):
-            source, draw = self._sources[index], draws[index]
-            if draw is None:
-                continue
-            wanted = None if total is None else source.share * total
-            draw.draw_amount(wanted)
-            self._check_left(source, draw)
-            limit = draw.amount * repeats
-            if draw.exhausted and (wanted is None or limit < wanted):
-                if not may_fall:
-                    assert wanted is not None
-                    raise self._too_few(source, wanted, draw.amount)
-                total = limit / source.share
-                wanted = Fraction(limit)
-            assert wanted is not None
-            drawn_for[index] = wanted
-        assert total is not None
-        given = []
-        for index, (source, draw) in enumerate(zip(self._sources, draws, strict=True)):
-            if draw is None:
-                given.append(array("I"))
-                continue
-            wanted = source.share * total
-            if wanted == drawn_for[index] and (wanted <= draw.amount or not draw.exhausted):
-                given.append(_repeat(draw, 1, 0))
-            else:
-                times = int(wanted / draw.amount)
-                given.append(_repeat(draw, times, draw.count_nearest(wanted - times * draw.amount)))
-        return given
+        total = None if mix.total is None else Fraction(mix.total)
+        shared = [(source, draw) for source, draw in zip(self._sources, draws, strict=True) if draw is not None]
+        if total is None or mix.policy == "shrink":
+            total = draw_in_lockstep(
+                [draw for _, draw in shared], [source.share for source, _ in shared], total=total, repeats=repeats
+            )
+            for source, draw in shared:
+                self._check_left(source, draw)
+        else:
+            for source, draw in shared:
+                self._draw_all_wanted(source, draw, source.share * total, repeats)
+        return [
+            array("I") if draw is None else _give_amount(draw, source.share * total)
+            for source, draw in zip(self._sources, draws, strict=True)
+        ]
 
-    def _order_by_scarcity(self) -> list[int]:
-        """Sources with a share, the one first whose bytes are fewest for its share: it is likely to run out first.
-
-        What is cut off rows that are longer than an example may be does not count.
-        """
-        most_per_row = Fraction(_BYTES_PER_TOKEN * self._most_per_row)
-
-        def abundance(index: int) -> Fraction:
-            source = self._sources[index]
-            rows = self._num_rows[source.dataset_id]
-            num_bytes = self._stores.index(self._spec.find_dataset(source.dataset_id)).num_bytes
-            return min(Fraction(num_bytes, rows), most_per_row) * self._count_trainable(source) / source.share
-
-        return sorted((index for index, source in enumerate(self._sources) if source.share), key=abundance)
+    def _draw_all_wanted(self, source: MixSource, draw: Draw, wanted: Fraction, repeats: int) -> None:
+        """Raises `Refusal` MIX_INFEASIBLE when there is less, even repeated."""
+        draw.draw_amount(wanted)
+        self._check_left(source, draw)
+        if draw.exhausted and draw.amount * repeats < wanted:
+            raise self._too_few(source, wanted, draw.amount)
 
     def _count_trainable(self, source: MixSource) -> int:
         left_out = self._left_out.get(self._spec.find_dataset(source.dataset_id).sha256)
@@ -264,6 +240,14 @@ def _repeat(draw: Draw, times: int, rest: int) -> "array[int]":
     positions = array("I", range(len(draw))) * times
     positions.extend(range(rest))
     return positions
+
+
+def _give_amount(draw: Draw, wanted: Fraction) -> "array[int]":
+    """All that was drawn, and where that is too little because there is no more, again from the first."""
+    if not draw.exhausted or wanted <= draw.amount:
+        return _repeat(draw, 1, 0)
+    times = int(wanted / draw.amount)
+    return _repeat(draw, times, draw.count_nearest(wanted - times * draw.amount))
 
 
 def _describe(row: DatasetPlan, draw: Draw, positions: "array[int]") -> ChosenSource:

@@ -12,7 +12,8 @@ from gpu_service.domain.planned_data import TokenShard
 from gpu_service.planner.row_index import RowIndex
 from gpu_service.planner.token_store import TokenStore
 
-_CHUNK_ROWS = 4096
+# Rows that are read at once, at most.
+CHUNK_ROWS = 4096
 # Among so many rows, in their order, the last one is looked for.
 _LAST_ROWS = 64
 
@@ -32,7 +33,7 @@ class Draw:
         self._rows = rows
         # Rows that were not drawn yet.
         self.num_left = num_rows
-        self._most_per_row = most_per_row
+        self.most_per_row = most_per_row
         self._next: list[int] = []
         self._bytes_read = 0
         self.unit = unit
@@ -58,16 +59,25 @@ class Draw:
     def draw_examples(self, count: int) -> None:
         """Until there are `count` examples, or no more rows."""
         while len(self.examples) < count and self.num_left:
-            self._draw(min(count - len(self.examples), _CHUNK_ROWS))
+            self._draw(min(count - len(self.examples), CHUNK_ROWS))
 
-    def draw_amount(self, wanted: Fraction | None) -> None:
-        """Until the amount is as near to `wanted` as can be told without reading one more row; None: all rows."""
-        while self.num_left and (wanted is None or self.amount < wanted):
+    def draw_amount(self, wanted: Fraction) -> None:
+        """Until the amount is as near to `wanted` as can be told without reading one more row."""
+        while self.draw_towards(wanted, most_rows=CHUNK_ROWS):
+            pass
+
+    def draw_towards(self, wanted: Fraction | None, *, most_rows: int) -> bool:
+        """Reads up to so many rows; False when none is left or needed. With `wanted` None all are needed."""
+        if not self.num_left or (wanted is not None and self.amount >= wanted):
+            return False
+        if wanted is not None:
             # So many rows cannot exceed it, whatever they hold.
-            safe = _CHUNK_ROWS if wanted is None else int((wanted - self.amount) / self._most_per_row)
-            if safe < 1 and wanted is not None and not self._bring_last(wanted - self.amount):
-                return
-            self._draw(min(max(safe, 1), _CHUNK_ROWS))
+            safe = int((wanted - self.amount) / self.most_per_row)
+            if safe < 1 and not self._bring_last(wanted - self.amount):
+                return False
+            most_rows = min(max(safe, 1), most_rows)
+        self._draw(most_rows)
+        return True
 
     def amounts(self) -> "array[int]":
         """What each example counts for in the mix's unit."""

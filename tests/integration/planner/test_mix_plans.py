@@ -113,6 +113,23 @@ def test_rows_that_are_cut_are_not_taken_for_many_tokens(room: PlanningRoom) -> 
     assert room.num_tokenized == sum(counts.values()) < 150
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_bytes_that_tell_nothing_of_tokens_mislead_nobody(room: PlanningRoom, turned: bool) -> None:
+    """Tokens of one byte beside tokens of ten: what seems scarce has more than is needed."""
+    dense = [{"text": "zq" * 8 + str(number)} for number in range(300)]
+    sparse = [{"text": "is" + " assistant" * 25 + str(number)} for number in range(60)]
+    references = [room.write(number, rows, "text") for number, rows in enumerate([dense, sparse], 1)]
+    assert int(references[0]["size_bytes"]) < int(references[1]["size_bytes"])
+    if turned:
+        references = [{**references[1], "dataset_id": 1}, {**references[0], "dataset_id": 2}]
+    data = room.plan(make_spec(references, mix={"unit": "tokens"}))
+    planned = by_dataset(data)
+    amounts = [int(row["num_tokens"]) for row in planned.values()]
+    assert abs(200 * amounts[0] / sum(amounts) - 100) <= 1
+    assert int(planned[1 if turned else 2]["num_examples"]) == 60
+    assert room.num_tokenized == sum(int(row["num_examples"]) for row in planned.values()) < 160
+
+
 def test_a_second_plan_of_the_same_data_tokenizes_nothing(room: PlanningRoom, references: list[Any]) -> None:
     spec = make_spec(references, percentages=SHARES, mix={"unit": "tokens", "total": "1500"})
     first = room.plan(spec)
@@ -122,8 +139,11 @@ def test_a_second_plan_of_the_same_data_tokenizes_nothing(room: PlanningRoom, re
     assert other.plan["data_digest"] == first.plan["data_digest"]
 
 
-def test_the_digest_does_not_hang_on_what_is_in_the_cache(room: PlanningRoom, references: list[Any]) -> None:
-    wanted = make_spec(references[:2], percentages={1: 50, 2: 50}, mix={"total": "60"})
+@pytest.mark.parametrize("mix", [{"total": "60"}, {"unit": "tokens"}, {"unit": "tokens", "total": "900"}])
+def test_the_digest_does_not_hang_on_what_is_in_the_cache(
+    room: PlanningRoom, references: list[Any], mix: dict[str, str]
+) -> None:
+    wanted = make_spec(references[:2], percentages={1: 50, 2: 50}, mix=mix)
     fresh = room.plan(wanted, cache="fresh")
     room.plan(make_spec(references[:1]), cache="used")  # tokenizes all of the first dataset
     used = room.plan(wanted, cache="used")

@@ -80,6 +80,6 @@ def test_the_last_row_is_judged_by_its_bytes() -> None:
 
 def test_all_rows_are_drawn_when_no_amount_is_named() -> None:
     draw = Rows([10, 0, 20]).draw("tokens")
-    draw.draw_amount(None)
+    assert draw.draw_towards(None, most_rows=3)
     assert (draw.amount, draw.exhausted, draw.num_available) == (30, True, 2)
     assert [draw.count_nearest(Fraction(amount)) for amount in (0, 4, 6, 19, 20, 21, 99)] == [0, 0, 1, 1, 2, 2, 2]
