@@ -31,7 +31,7 @@ from control_service.api.paging import PageTokens
 from control_service.api.projects import ProjectServicer
 from control_service.api.registration import register
 from control_service.api.server_options import MAX_CONCURRENT_CALLS, SERVER_OPTIONS
-from control_service.app.dataset_intake import DatasetLimits
+from control_service.app.dataset_intake import DatasetLimits, ReadTurns
 from control_service.app.event_hub import EventHubConfig
 from control_service.app.node_monitor import NodeMonitorConfig
 from control_service.app.runtime import RetentionConfig, Runtime, RuntimeConfig
@@ -128,6 +128,7 @@ async def build(settings: Settings) -> Application:
             limits=dataset_limits.files, spool_directory=settings.data_directory / "blobs" / "staging"
         ),
         dataset_limits=dataset_limits,
+        turns=ReadTurns(max_reads=settings.max_dataset_reads),
         config=EdgeConfig(upload_idle_seconds=settings.upload_idle_seconds, max_watches=settings.max_watches),
     )
     health = HealthReporter(store=store, clock=clock)

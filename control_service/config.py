@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     )
     log_level: str = Field("info", pattern="debug|info|warning|error", description="debug, info, warning or error")
     max_dataset_bytes: int = Field(16 * _GIBIBYTE, ge=1, description="largest dataset that is taken in")
+    max_dataset_reads: int = Field(
+        2, ge=1, le=64, description="most dataset files that are read at once; others wait in order"
+    )
     max_watches: int = Field(4096, ge=1, le=4096, description="most watches of jobs at once")
     heartbeat_seconds: float = Field(15.0, gt=0, le=3600, description="a quiet watch gets a heartbeat this often")
     upload_idle_seconds: float = Field(60.0, gt=0, le=3600, description="a silent upload is cut off after this long")

@@ -38,6 +38,7 @@ class DatasetServicer(dataset_service_pb2_grpc.DatasetServiceServicer):
             files=self._on.files,
             clock=self._on.clock,
             limits=self._on.dataset_limits,
+            turns=self._on.turns,
         )
         return messages.UploadDatasetResponse(dataset=dataset_message(dataset))
 
@@ -53,6 +54,7 @@ class DatasetServicer(dataset_service_pb2_grpc.DatasetServiceServicer):
             files=self._on.files,
             clock=self._on.clock,
             limits=self._on.dataset_limits,
+            turns=self._on.turns,
         )
         return messages.RegisterDatasetResponse(dataset=dataset_message(dataset))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from control_service.api.paging import PageTokens
-from control_service.app.dataset_intake import DatasetLimits
+from control_service.app.dataset_intake import DatasetLimits, ReadTurns
 from control_service.app.event_hub import EventHub
 from control_service.app.ports import BlobStore, Clock, DatasetFiles, EventCodec, IdSource, ImportRoot, NodeDirectory
 from control_service.app.store_ports import Store
@@ -35,5 +35,6 @@ class Dependencies:
     clock: Clock
     ids: IdSource
     pages: PageTokens
+    turns: ReadTurns
     dataset_limits: DatasetLimits = field(default_factory=DatasetLimits)
     config: EdgeConfig = field(default_factory=EdgeConfig)

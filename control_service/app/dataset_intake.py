@@ -1,6 +1,7 @@
 """Turns an uploaded file into stored JSON lines: reads and checks every row in a thread that a cancelled call stops.
 
-Leaves no bytes behind that its caller does not get. Registers nothing.
+Reads no more files at once than it may; the next ones wait in the order in which they came. Leaves no bytes behind that
+its caller does not get. Registers nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +34,22 @@ class DatasetLimits:
         return min(self.max_dataset_bytes, self.files.decompressed_bytes(file_size_bytes))
 
 
+class ReadTurns:
+    """Places for files that are read at the same time: each takes memory for finding duplicates, a thread, and, for
+    Parquet, a process."""
+
+    def __init__(self, *, max_reads: int) -> None:
+        self._free = asyncio.Semaphore(max_reads)
+
+    async def take(self) -> None:
+        """Waits for a place, in the order of asking. Cancelling it takes none, and gives none back."""
+        await self._free.acquire()
+
+    def give_back(self) -> None:
+        """Lets the next one read."""
+        self._free.release()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Intake:
     """What a valid file became. `stored` is the upload itself when that is plain JSON lines."""
@@ -42,18 +59,27 @@ class Intake:
 
 
 async def take_in(
-    staged: StagedBlob, *, format: str, blobs: BlobStore, files: DatasetFiles, limits: DatasetLimits
+    staged: StagedBlob,
+    *,
+    format: str,
+    blobs: BlobStore,
+    files: DatasetFiles,
+    limits: DatasetLimits,
+    turns: ReadTurns,
 ) -> Intake:
-    """Reads every row; the caller commits or discards what it is given. InvalidArgument DATASET_MALFORMED,
-    DATASET_EMPTY, DATASET_FORMAT_UNKNOWN; ResourceExhausted TOO_LARGE, DISK_FULL."""
+    """Reads every row once it is this file's turn; the caller commits or discards what it is given. InvalidArgument
+    DATASET_MALFORMED, DATASET_EMPTY, DATASET_FORMAT_UNKNOWN; ResourceExhausted TOO_LARGE, DISK_FULL."""
+    await turns.take()
     unwanted = Event()
     reading = asyncio.ensure_future(
         asyncio.to_thread(_read, staged, format=format, blobs=blobs, files=files, limits=limits, unwanted=unwanted)
     )
+    # When the thread is over, not when its caller is: a thread that nobody waits for still takes what it takes.
+    reading.add_done_callback(lambda _: turns.give_back())
     try:
         return await asyncio.shield(reading)
     except asyncio.CancelledError:
-        # The thread ends at its next row, or piece of the file.
+        # The thread ends at its next row, or piece of the file; a process that reads for it is ended.
         unwanted.set()
         await undisturbed(_forget(reading, blobs))
         raise
@@ -108,7 +134,7 @@ def _read(
     with (
         blobs.open_staged(staged) as stream,
         io.BufferedReader(_WhileWanted(stream, unwanted), _PIECE_BYTES) as wanted,
-        files.open(cast("BinaryIO", wanted), size_bytes=staged.size_bytes) as opened,
+        files.open(cast("BinaryIO", wanted), size_bytes=staged.size_bytes, unwanted=unwanted) as opened,
     ):
         file = replace(opened, rows=_while_wanted(opened.rows, unwanted))
         if file.file_format == JSON_LINES and not file.compression:

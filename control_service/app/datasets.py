@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from control_service.app.content import free_unnamed, naming
-from control_service.app.dataset_intake import DatasetLimits, Intake, take_in
+from control_service.app.dataset_intake import DatasetLimits, Intake, ReadTurns, take_in
 from control_service.app.idempotency import RequestKey, once
 from control_service.app.lookups import dataset_of
 from control_service.app.ports import (
@@ -50,6 +50,7 @@ async def upload_dataset(
     files: DatasetFiles,
     clock: Clock,
     limits: DatasetLimits,
+    turns: ReadTurns,
 ) -> Dataset:
     """Takes a file in, reads every row, registers it; the same name with the same file again is the same dataset.
     InvalidArgument CHECKSUM_MISMATCH, DATASET_MALFORMED (bad rows as violations), DATASET_EMPTY,
@@ -72,7 +73,15 @@ async def upload_dataset(
                 violations=(FieldViolation("header.sha256", "is not that of the bytes that arrived"),),
             )
         return await _register(
-            header.name, header.format, staged, store=store, blobs=blobs, files=files, clock=clock, limits=limits
+            header.name,
+            header.format,
+            staged,
+            store=store,
+            blobs=blobs,
+            files=files,
+            clock=clock,
+            limits=limits,
+            turns=turns,
         )
     finally:
         await blobs.discard(staged)
@@ -89,12 +98,15 @@ async def register_dataset(
     files: DatasetFiles,
     clock: Clock,
     limits: DatasetLimits,
+    turns: ReadTurns,
 ) -> Dataset:
     """Registers a file below the import root. Fails as `upload_dataset` and `ImportRoot.read` do."""
     check_format(format)
     staged = await blobs.stage(imports.read(path), max_bytes=limits.max_dataset_bytes)
     try:
-        return await _register(name, format, staged, store=store, blobs=blobs, files=files, clock=clock, limits=limits)
+        return await _register(
+            name, format, staged, store=store, blobs=blobs, files=files, clock=clock, limits=limits, turns=turns
+        )
     finally:
         await blobs.discard(staged)
 
@@ -109,11 +121,12 @@ async def _register(
     files: DatasetFiles,
     clock: Clock,
     limits: DatasetLimits,
+    turns: ReadTurns,
 ) -> Dataset:
     earlier = await store.read(lambda tx: _same_dataset(tx, name, format, staged.sha256))
     if earlier is not None:
         return earlier
-    intake = await take_in(staged, format=format, blobs=blobs, files=files, limits=limits)
+    intake = await take_in(staged, format=format, blobs=blobs, files=files, limits=limits, turns=turns)
     # A caller who goes away now would leave bytes that no record names, or a record of which nobody knows.
     return await undisturbed(_store(name, format, intake, store=store, blobs=blobs, now=clock.utc_now()))
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from threading import Event
 from typing import Any, BinaryIO, Protocol
 
 from control_service.domain.artifact import FileReference
@@ -247,9 +248,10 @@ class BlobStore(Protocol):
 class DatasetFiles(Protocol):
     """Readers of datasets' files."""
 
-    def open(self, stream: BinaryIO, *, size_bytes: int) -> AbstractContextManager[OpenedFile]:
+    def open(self, stream: BinaryIO, *, size_bytes: int, unwanted: Event) -> AbstractContextManager[OpenedFile]:
         """Finds out by its bytes what a seekable stream of `size_bytes` is. Blocking, for use in a thread; rows are
-        read as they are asked for and only inside the context. Reading rows raises Trouble where the file can be read
+        read as they are asked for and only inside the context. Once `unwanted` is set, what waits for another process
+        ends soon, whatever it ends with. Reading rows raises Trouble where the file can be read
         no further, ResourceExhausted TOO_LARGE where it becomes too large."""
 
 

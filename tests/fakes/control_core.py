@@ -14,7 +14,7 @@ from control_service.adapters.sql.store import SqlStore
 from control_service.app import datasets, exports, jobs, projects, training
 from control_service.app.back_off import BackOffConfig
 from control_service.app.collector import CollectorConfig
-from control_service.app.dataset_intake import DatasetLimits
+from control_service.app.dataset_intake import DatasetLimits, ReadTurns
 from control_service.app.event_hub import EventHubConfig
 from control_service.app.idempotency import RequestKey
 from control_service.app.node_monitor import NodeMonitorConfig
@@ -64,6 +64,7 @@ class Core:
     codec: PickleCodec = field(default_factory=PickleCodec)
     # False: no node is in the settings.
     configure: bool = True
+    turns: ReadTurns = field(default_factory=lambda: ReadTurns(max_reads=2))
     # Nodes that can be dialed and are not in the settings.
     not_configured: set[str] = field(default_factory=set)
 
@@ -110,6 +111,7 @@ class Core:
             files=DatasetFileReader(limits=LIMITS.files, spool_directory=self.database.parent),
             clock=self.clock,
             limits=LIMITS,
+            turns=self.turns,
         )
 
     async def project(self, name: str = "project", *, base_model: str = "org/base") -> Project:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO, cast
 
 from control_service.adapters.files.reader import DatasetFileReader
@@ -33,7 +34,7 @@ class Read:
 
 
 @contextmanager
-def open_parquet_here(stream: BinaryIO, limits: FileLimits, size_bytes: int) -> Iterator[Any]:
+def open_parquet_here(stream: BinaryIO, limits: FileLimits, size_bytes: int, unwanted: Event) -> Iterator[Any]:
     """Reads Parquet in this process: quicker, and what the reading process does inside."""
     from control_service.adapters.files import parquet_table
 
@@ -47,7 +48,8 @@ def read_file(data: bytes | BinaryIO, *, format: str = "", limits: FileLimits | 
     stored: list[bytes] = []
     directory = Path(tempfile.gettempdir())
     reader = DatasetFileReader(limits=limits, spool_directory=directory, open_parquet=open_parquet_here)
-    with reader.open(stream, size_bytes=len(data) if isinstance(data, bytes) else size) as file:
+    size = len(data) if isinstance(data, bytes) else size
+    with reader.open(stream, size_bytes=size, unwanted=Event()) as file:
         summary = read_rows(file, format=format, limits=limits, store=stored.append)
     return Read(
         file_format=file.file_format,

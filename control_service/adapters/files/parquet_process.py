@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
 from typing import IO, Any, BinaryIO, Final
 
 from control_service.domain.dataset_files import FileLimits, SourceRow, Trouble
@@ -21,15 +22,16 @@ _CPU_SECONDS: Final = 60
 _BYTES_PER_CPU_SECOND: Final = 1024**2
 # Of a line, around its row; and how much a row may grow by being written in ASCII.
 _ENVELOPE_BYTES: Final = 1024
+_LOOK_SECONDS: Final = 0.1
 _GROWTH: Final = 6
 
 
 @contextmanager
 def open_table(
-    stream: BinaryIO, limits: FileLimits, size_bytes: int
+    stream: BinaryIO, limits: FileLimits, size_bytes: int, unwanted: Event
 ) -> Iterator[tuple[tuple[str, ...], Iterator[SourceRow]]]:
     """(columns, rows) of a file that has a descriptor. Fails as `parquet_table.open_table` does; the process is gone
-    when the context ends."""
+    when the context ends, and soon after `unwanted` is set, which reads like a reader that died."""
     max_bytes = limits.decompressed_bytes(size_bytes)
     cpu_seconds = _CPU_SECONDS + max_bytes // _BYTES_PER_CPU_SECOND
     numbers = (size_bytes, limits.max_columns, max_bytes, _MEMORY_BYTES, cpu_seconds)
@@ -45,11 +47,31 @@ def open_table(
     ) as process:
         assert process.stdout is not None
         lines = _lines(process, process.stdout, limits)
-        try:
+        with _ended_when(unwanted, process):
             first = next(lines)
             yield tuple(first["columns"]), _rows(lines)
-        finally:
-            process.kill()
+
+
+@contextmanager
+def _ended_when(unwanted: Event, process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kills the process at the end of the context, or before, when nobody wants what it reads: it may work for minutes
+    between two lines, and whoever waits for a line looks at nothing else."""
+    is_over = Event()
+
+    def watch() -> None:
+        while not is_over.wait(_LOOK_SECONDS):
+            if unwanted.is_set():
+                process.kill()
+                return
+
+    watcher = Thread(target=watch, name="parquet-reader-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+        process.kill()
 
 
 def _rows(lines: Iterator[Any]) -> Iterator[SourceRow]:

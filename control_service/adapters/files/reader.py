@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from threading import Event
 from typing import BinaryIO, Final, cast
 
 from control_service.adapters.blobs.disk_errors import disk_errors
@@ -17,7 +18,7 @@ from control_service.domain.dataset_files import CSV, JSON, PARQUET, FileLimits,
 
 _COPY_BYTES: Final = 1024**2
 _Table = tuple[tuple[str, ...], Iterator[SourceRow]]
-OpenParquet = Callable[[BinaryIO, FileLimits, int], AbstractContextManager[_Table]]
+OpenParquet = Callable[[BinaryIO, FileLimits, int, Event], AbstractContextManager[_Table]]
 
 
 class DatasetFileReader:
@@ -32,7 +33,7 @@ class DatasetFileReader:
         self._open_parquet = open_parquet
 
     @contextmanager
-    def open(self, stream: BinaryIO, *, size_bytes: int) -> Iterator[OpenedFile]:
+    def open(self, stream: BinaryIO, *, size_bytes: int, unwanted: Event) -> Iterator[OpenedFile]:
         """See the port."""
         with ExitStack() as stack:
             compression = detect_compression(stream.read(8))
@@ -44,10 +45,15 @@ class DatasetFileReader:
                     return stream
                 return decompressed(stream, compression=compression, size_bytes=size_bytes, limits=self._limits)
 
-            yield self._opened(content, compression, size_bytes, stack)
+            yield self._opened(content, compression, size_bytes, unwanted, stack)
 
     def _opened(
-        self, content: Callable[[], BinaryIO], compression: str, size_bytes: int, stack: ExitStack
+        self,
+        content: Callable[[], BinaryIO],
+        compression: str,
+        size_bytes: int,
+        unwanted: Event,
+        stack: ExitStack,
     ) -> OpenedFile:
         try:
             file_format = detect_format(content().read(HEAD_BYTES))
@@ -56,7 +62,7 @@ class DatasetFileReader:
         try:
             if file_format == PARQUET:
                 whole = stack.enter_context(self._spooled(content())) if compression else content()
-                columns, rows = stack.enter_context(self._open_parquet(whole, self._limits, size_bytes))
+                columns, rows = stack.enter_context(self._open_parquet(whole, self._limits, size_bytes, unwanted))
             elif file_format == CSV:
                 columns, rows = csv_table.open_table(content(), self._limits)
             else:

@@ -6,6 +6,7 @@ import io
 import json
 import tracemalloc
 from collections.abc import Callable
+from threading import Event
 from typing import Any, BinaryIO, cast
 
 import pytest
@@ -218,7 +219,7 @@ def test_a_large_file_is_read_in_bounded_memory() -> None:
         tracemalloc.start()
         try:
             reader = DatasetFileReader(limits=FileLimits(), spool_directory=cast("Any", None))
-            with reader.open(io.BytesIO(data), size_bytes=len(data)) as file:
+            with reader.open(io.BytesIO(data), size_bytes=len(data), unwanted=Event()) as file:
                 assert read_rows(file, limits=FileLimits()).num_examples == 1500
             _, peak = tracemalloc.get_traced_memory()
         finally:

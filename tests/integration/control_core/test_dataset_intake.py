@@ -14,6 +14,7 @@ import pytest
 
 from control_service.adapters.files.reader import DatasetFileReader
 from control_service.app import datasets
+from control_service.app.dataset_intake import ReadTurns
 from control_service.app.ports import DatasetFiles
 from control_service.domain.dataset_files import CSV, OpenedFile, SourceRow
 from control_service.domain.errors import ResourceExhausted
@@ -34,7 +35,7 @@ class EndlessFile:
         self.is_closed = threading.Event()
 
     @contextmanager
-    def open(self, stream: BinaryIO, *, size_bytes: int) -> Iterator[OpenedFile]:
+    def open(self, stream: BinaryIO, *, size_bytes: int, unwanted: threading.Event) -> Iterator[OpenedFile]:
         try:
             yield OpenedFile(file_format=CSV, compression="", columns=("text",), rows=self._rows())
         finally:
@@ -57,7 +58,14 @@ async def _upload(core: Core, files: DatasetFiles) -> None:
     reference = MemoryBlobStore().add(DATA)
     header = datasets.UploadHeader(name="set", sha256=reference.sha256, size_bytes=len(DATA))
     await datasets.upload_dataset(
-        header, _chunks(), store=core.store, blobs=core.blobs, files=files, clock=core.clock, limits=LIMITS
+        header,
+        _chunks(),
+        store=core.store,
+        blobs=core.blobs,
+        files=files,
+        clock=core.clock,
+        limits=LIMITS,
+        turns=core.turns,
     )
 
 
@@ -73,6 +81,53 @@ async def test_a_cancelled_upload_stops_the_thread_that_reads_it(open_core: Open
     assert files.is_closed.is_set()
     assert (core.blobs.staged, core.blobs.blobs) == ({}, {})
     assert await datasets.list_datasets(store=core.store) == []
+
+
+async def test_no_more_files_are_read_at_once_than_may_be_and_the_next_waits(open_core: OpenCore) -> None:
+    core = await open_core()
+    core.turns = ReadTurns(max_reads=2)
+    files = [EndlessFile() for _ in range(4)]
+    uploading = [asyncio.create_task(_upload(core, file)) for file in files]
+    for file in files[:2]:
+        assert await asyncio.to_thread(file.reading.wait, 30)
+    await until(lambda: len(core.blobs.staged) >= 4)
+
+    # One that waits goes: its bytes go with it, and nobody gets a place for it.
+    uploading[2].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await uploading[2]
+    await asyncio.sleep(0)
+    assert [file.reading.is_set() for file in files] == [True, True, False, False]
+
+    # One that reads goes: its place is free when its thread is over, not when its caller is.
+    uploading[0].cancel()
+    await asyncio.sleep(0)
+    uploading[0].cancel()
+    await asyncio.sleep(0)
+    assert not files[3].reading.is_set()
+    files[0].go_on.set()
+    assert await asyncio.to_thread(files[3].reading.wait, 30)
+    assert files[0].is_closed.is_set()
+
+    for task, file in zip(uploading, files, strict=True):
+        task.cancel()
+        file.go_on.set()
+    await asyncio.gather(*uploading, return_exceptions=True)
+    await until(lambda: core.blobs.staged == {})
+    assert (await core.upload("set", DATA)).num_examples == 1
+
+
+async def test_one_that_waits_past_its_deadline_takes_no_place(open_core: OpenCore) -> None:
+    core = await open_core()
+    core.turns = ReadTurns(max_reads=1)
+    await core.turns.take()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await core.upload("late", DATA)
+    assert core.blobs.staged == {}
+    core.turns.give_back()
+    assert (await core.upload("set", DATA)).num_examples == 1
+    assert (await core.upload("other", DATA + b"b\n")).num_examples == 2
 
 
 class BlankLines(io.RawIOBase):

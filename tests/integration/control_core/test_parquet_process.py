@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import BinaryIO, cast
 
 import pytest
@@ -32,7 +34,7 @@ def _write(stream: BinaryIO, data: bytes) -> int:
 
 def test_rows_and_the_troubles_of_rows_cross_over(stream: BinaryIO) -> None:
     size = _write(stream, as_parquet([*ROWS, {"text": "a", "score": float("nan")}, {"text": "b", "turns": []}]))
-    with parquet_process.open_table(stream, FileLimits(), size) as (columns, rows):
+    with parquet_process.open_table(stream, FileLimits(), size, Event()) as (columns, rows):
         assert set(columns) == {"text", "turns", "score"}
         found = list(rows)
     assert [row.content for row in found[:100]] == ROWS
@@ -45,7 +47,7 @@ def test_a_damaged_file_and_one_that_is_too_large_are_told_apart(stream: BinaryI
     size = _write(stream, as_parquet(ROWS)[:-9])
     with (
         pytest.raises(Trouble, match="cannot be read as Parquet"),
-        parquet_process.open_table(stream, FileLimits(), size),
+        parquet_process.open_table(stream, FileLimits(), size, Event()),
     ):
         pass
     stream.seek(0)
@@ -53,7 +55,7 @@ def test_a_damaged_file_and_one_that_is_too_large_are_told_apart(stream: BinaryI
     limits = FileLimits(max_ratio=1, ratio_floor_bytes=100)
     with (
         pytest.raises(ResourceExhausted, match="the parquet file becomes"),
-        parquet_process.open_table(stream, limits, size // 100),
+        parquet_process.open_table(stream, limits, size // 100, Event()),
     ):
         pass
 
@@ -64,7 +66,7 @@ def test_a_reader_that_dies_is_the_files_trouble(stream: BinaryIO, monkeypatch: 
     monkeypatch.setattr(parquet_process, "_MEMORY_BYTES", 60 * 1024**2)
     with (
         pytest.raises(Trouble, match=r"its reader ended with|memory"),
-        parquet_process.open_table(stream, FileLimits(), size) as (_, rows),
+        parquet_process.open_table(stream, FileLimits(), size, Event()) as (_, rows),
     ):
         list(rows)
 
@@ -72,10 +74,24 @@ def test_a_reader_that_dies_is_the_files_trouble(stream: BinaryIO, monkeypatch: 
 def test_a_reader_is_gone_when_nobody_wants_more_of_it(stream: BinaryIO) -> None:
     size = _write(stream, as_parquet(ROWS * 200, row_group_size=1000))
     before = _children()
-    with parquet_process.open_table(stream, FileLimits(), size) as (_, rows):
+    with parquet_process.open_table(stream, FileLimits(), size, Event()) as (_, rows):
         assert next(rows).content == ROWS[0]
         assert len(_children() - before) == 1
     assert _children() <= before
+
+
+def test_a_reader_that_is_between_two_lines_ends_when_nobody_wants_them(stream: BinaryIO) -> None:
+    size = _write(stream, as_parquet(ROWS * 200))
+    unwanted = Event()
+    before = _children()
+    with parquet_process.open_table(stream, FileLimits(), size, unwanted) as (_, rows):
+        assert next(rows).content == ROWS[0]
+        (reader,) = _children() - before
+        # It says nothing more, as one does that works.
+        os.kill(int(reader), signal.SIGSTOP)
+        unwanted.set()
+        with pytest.raises(Trouble, match="ended with SIGKILL"):
+            list(rows)
 
 
 def _children() -> set[str]:
@@ -89,7 +105,7 @@ def test_a_reader_that_spins_is_ended_by_the_kernel(stream: BinaryIO, monkeypatc
     size = _write(stream, as_parquet(ROWS * 5000))
     with (
         pytest.raises(Trouble, match=r"ended with SIG(XCPU|KILL)"),
-        parquet_process.open_table(stream, FileLimits(), size) as (_, rows),
+        parquet_process.open_table(stream, FileLimits(), size, Event()) as (_, rows),
     ):
         for _ in rows:
             pass

@@ -15,18 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from gpu_service.catalog import base_models
 from gpu_service.engine import durable
-from tests.fakes.engine_runs import RunLog, StopAfterStep, TraitRows, Workspace, read_log
+from tests.fakes.engine_runs import RunLog, TraitRows, Workspace, read_log
 from tests.fakes.tiny_models import TinyOptions
 from tunesmith.common.v1 import errors_pb2
 
-# Thirty-two examples, four a step: three epochs.
-_NUM_STEPS = 24
-# What is equal after a step in weights, moments and generators cannot part later.
-_COMPARED_STEPS = 1
+# Thirty-two examples, four a step.
 _STEPS_PER_EPOCH = 8
+# Into the third epoch; of those that are gone on from a few times only, to the end of the second.
+_NUM_STEPS = {"qlora": 21, "lora": 21, "full": 21, "lora-dpo": 16, "full-adamw-8bit": 16}
 _NUM_RESUMED = {"qlora": 20, "lora": 20, "full": 20, "lora-dpo": 4, "full-adamw-8bit": 4}
-# Of those with few, the second epoch is enough.
-_LAST_STEP = {"lora-dpo": 15, "full-adamw-8bit": 15}
 _METHODS: dict[str, dict[str, Any]] = {
     # Dropout draws from the generators whose state is kept.
     "qlora": {"lora": {"rank": 4, "dropout": 0.2}},
@@ -49,18 +46,35 @@ _SHORT: dict[str, Any] = {"num_steps": 3, "save_every_steps": 2}
 
 def _hyperparameters(method: str) -> dict[str, Any]:
     return {
-        "num_steps": _NUM_STEPS,
+        "num_steps": _NUM_STEPS[method],
         "save_every_steps": 1,
         "keep_checkpoints": 1000,
         **_METHODS[method],
     }
 
 
+def _planner(plan_directory: Path) -> list[str]:
+    """A planner that gives this plan at once."""
+    answer = json.dumps({"type": "planned", "plan_directory": str(plan_directory)})
+    return ["sh", "-c", 'printf "%s\\n" "$0"', answer]
+
+
 def _planned(log: RunLog, workspace: Workspace) -> list[str]:
     """A planner that gives the plan of an earlier run at once."""
     (plan,) = log.of("plan")
-    answer = json.dumps({"type": "planned", "plan_directory": str(workspace.find_plan(plan))})
-    return ["sh", "-c", 'printf "%s\\n" "$0"', answer]
+    return _planner(workspace.find_plan(plan))
+
+
+def _planned_without_saves(log: RunLog, workspace: Workspace) -> list[str]:
+    """The same with no checkpoint but the last: most of the time of so short a training goes into them."""
+    (plan,) = log.of("plan")
+    directory = workspace.find_plan(plan)
+    # Plans lie side by side: each names its tokens relative to itself.
+    copy = Path(shutil.copytree(directory, directory.with_name(f"{directory.name}-without-saves")))
+    content = json.loads((copy / "plan.json").read_text())
+    content["resolved"]["save_every_steps"] = 0
+    (copy / "plan.json").write_text(json.dumps(content))
+    return _planner(copy)
 
 
 def _state_of(run: Path, step: int) -> dict[str, str]:
@@ -68,18 +82,35 @@ def _state_of(run: Path, step: int) -> dict[str, str]:
     return {file["path"]: file["sha256"] for file in manifest["files"] if file["path"] in _STATE_FILES}
 
 
-@pytest.mark.parametrize("method", _METHODS)
-def test_any_step_can_be_gone_on_from(method: str, workspace: Workspace, run_in_process: Callable[..., RunLog]) -> None:
-    """Steps drawn by a seed, each gone on from with everything made anew.
+def _trained_files(run: Path) -> dict[str, bytes]:
+    """The tensor files of the artifact that the run was for: its adapter, or the whole model."""
+    files = {
+        path.relative_to(run).as_posix(): path.read_bytes()
+        for name in ("adapter", "model")
+        for path in (run / "artifacts" / name).rglob("*.safetensors")
+    }
+    assert files, "no trained weights were written"
+    return files
 
-    What is trained on from there is compared with what the uninterrupted training had: losses, weights, optimizer and
-    generators. The whole way to the artifacts is `test_process`'s, in other processes.
+
+@pytest.mark.parametrize("method", _METHODS)
+def test_any_step_can_be_gone_on_from(
+    method: str, workspace: Workspace, run_in_process: Callable[..., RunLog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps drawn by a seed, each gone on from to the training's end with everything made anew.
+
+    Every loss on the way, the last checkpoint's weights, moments and generators, and the artifact's bytes are those of
+    the uninterrupted training. The same in other processes is `test_process`'s.
     """
+    from gpu_service.engine.artifacts import report
     from gpu_service.engine.resident import BaseShelf
 
+    # A picture takes as long as a few steps, and nothing here looks at it.
+    monkeypatch.setattr(report, "plot", lambda progress, path, *, objective: path.touch())
     training_type = method.partition("-")[0]
+    num_steps = _NUM_STEPS[method]
 
-    def train(attempt: int, resume: dict[str, Any] | None, until: int, **options: Any) -> tuple[Path, RunLog]:
+    def train(attempt: int, resume: dict[str, Any] | None, **options: Any) -> tuple[Path, RunLog]:
         directory = workspace.make_run(
             method,
             training_type=training_type,
@@ -89,24 +120,25 @@ def test_any_step_can_be_gone_on_from(method: str, workspace: Workspace, run_in_
             attempt=attempt,
             resume=resume,
         )
-        stop = StopAfterStep(directory, until)
-        return directory, run_in_process(directory, switch=stop.switch, notify=stop, shelf=BaseShelf(), **options)
+        log = run_in_process(directory, shelf=BaseShelf(), **options)
+        assert log.states[-1] == "SUCCEEDED", log.payloads[-1]
+        return directory, log
 
-    last_step = _LAST_STEP.get(method, _NUM_STEPS - 1)
-    whole, uninterrupted = train(1, None, last_step)
-    assert uninterrupted.states[-1] == "INTERRUPTED", uninterrupted.payloads[-1]
-    assert sorted(uninterrupted.losses) == list(range(1, last_step + 1))
-    planner = _planned(uninterrupted, workspace)
-    steps = sorted(random.Random(7).sample(range(1, last_step - _COMPARED_STEPS + 1), _NUM_RESUMED[method]))
+    whole, uninterrupted = train(1, None)
+    assert sorted(uninterrupted.losses) == list(range(1, num_steps + 1))
+    # That checkpoints on the way change nothing is `test_certifying_changes_no_training`'s.
+    planner = _planned_without_saves(uninterrupted, workspace)
+    steps = sorted(random.Random(7).sample(range(1, num_steps), _NUM_RESUMED[method]))
     assert any(step > _STEPS_PER_EPOCH and step % _STEPS_PER_EPOCH for step in steps)
+    last, weights = _state_of(whole, num_steps), _trained_files(whole)
 
     for attempt, step in enumerate(steps, start=2):
-        until = step + _COMPARED_STEPS
-        rest, resumed = train(attempt, workspace.resume_point(whole, step), until, planner_command=planner)
+        rest, resumed = train(attempt, workspace.resume_point(whole, step), planner_command=planner)
         (event,) = resumed.of("resumed")
         assert event.saved_probe_loss == event.measured_probe_loss
-        assert resumed.losses == {n: loss for n, loss in uninterrupted.losses.items() if step < n <= until}
-        assert _state_of(rest, until) == _state_of(whole, until)
+        assert resumed.losses == {n: loss for n, loss in uninterrupted.losses.items() if n > step}
+        assert _state_of(rest, num_steps) == last
+        assert _trained_files(rest) == weights
 
 
 @dataclass(frozen=True, kw_only=True)
