@@ -218,6 +218,10 @@ class World:
             self.consumers.append(Consumer(name, job_id, address=self.control.address, evidence=self.evidence))
         return job_id
 
+    def cancel(self, job_id: str) -> None:
+        """Asks for its end."""
+        self.client.call("CancelJob", job_service_pb2.CancelJobRequest(job_id=job_id))
+
     def get_job(self, job_id: str) -> Any:
         """The job as control has it now."""
         return self.client.call("GetJob", job_service_pb2.GetJobRequest(job_id=job_id)).job

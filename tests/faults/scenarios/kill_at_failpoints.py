@@ -92,7 +92,7 @@ def kill_everywhere(trial: Trial, sites: Collection[Site]) -> list[Finding]:
         missed = world.heal()
         states = world.wait_until_over()
         _back_up(world, trial.directory / "backup", _BACKUPS & names)
-        missed += sorted(names - set(world.failpoints.taken()) - _AFTERWARDS - set(missed))
+        missed += sorted(names - {name for name, _ in world.failpoints.taken()} - _AFTERWARDS - set(missed))
         assert not missed, f"nobody came by {missed}"
         world.stop()
         findings = [*judge(world), ended_as_asked(states, asked)]
