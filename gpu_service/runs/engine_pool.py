@@ -22,6 +22,7 @@ from typing import Any
 import structlog
 
 from gpu_service.devices import Device
+from gpu_service.journal.failpoints import failpoint
 from gpu_service.runs.engine import Engine
 from gpu_service.runs.inference_stream import Generation, draining, lost
 from gpu_service.runs.run import Run
@@ -216,6 +217,7 @@ class EnginePool:
             grace_seconds=self._settings.grace_seconds,
         )
         process = await asyncio.to_thread(_make, directory, configuration)
+        failpoint("spawn.after-shim")
         engine = Engine(
             directory=directory,
             device_id=device.id,
@@ -375,6 +377,7 @@ def _nobody_listens(run: Run, ending: ExitRecord) -> None:
 def _make(directory: Path, configuration: EngineConfiguration) -> subprocess.Popen[bytes]:
     directory.mkdir(parents=True)
     configuration.write(directory)
+    failpoint("spawn.before-shim")
     return spawn(directory)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from gpu_service.journal.failpoints import failpoint
 from gpu_service.shim import process_tree
 from gpu_service.shim.closing import close_run
 from gpu_service.shim.configuration import EngineConfiguration
@@ -62,6 +63,7 @@ class Shim:
             self._configuration, directory=self._directory, working_directory=working_directory
         )
         self._selector.register(self._engine.channel.connection, selectors.EVENT_READ, self._engine_ready)
+        failpoint("shim.before-record")
         self._write_record()
         self._log("started", engine_pid=self._engine.pid)
         while not self._all_ended():
@@ -181,6 +183,7 @@ class Shim:
         self._state = "busy"
         # On the disk first: whoever buries this engine must know the run.
         self._write_record()
+        failpoint("shim.before-forward")
         self._to_engine(message)
 
     def _generate(self, message: Message) -> None:
@@ -300,10 +303,13 @@ class Shim:
             freed_bytes=stop.freed_bytes(self._tree_bytes()) if stop else 0,
             seconds=stop.seconds() if stop else 0.0,
         )
+        failpoint("shim.before-exit-record")
         ending.write(self._directory)
+        failpoint("shim.after-exit-record")
         self._log("ended", status=status, signal=signal_number)
         if self._run_directory is not None:
             sequence = close_run(Path(self._run_directory), ending)
+            failpoint("shim.after-close")
             if sequence is not None:
                 self._servers.send_all(
                     {"type": "journal", "run_directory": self._run_directory, "run_sequence": sequence}

@@ -12,6 +12,7 @@ spawn_setsid_child            start a long-lived process in a session of its own
 fail_at_step                  end the run FAILED with TRAINING at this step
 exit_at_step, exit_code       leave without a word at this step, with this status
 ballast_bytes                 memory to hold while a run goes on
+keep_checkpoints              delete all but so many (0: keep all)
 survive_shim                  go on when the shim is gone
 """
 
@@ -30,7 +31,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpu_service.engine import durable
 from gpu_service.journal import Writer, events
+from gpu_service.journal.failpoints import failpoint
 from tests.fakes import stub_generation
 from tunesmith.common.v1 import event_pb2, file_pb2, plan_pb2
 
@@ -225,7 +228,9 @@ class StubRun:
                 files = [file_pb2.FileReference(**file) for file in artifact["files"]]
                 self._append(event_pb2.ArtifactEvent(name=artifact["name"], kind=kind, files=files))
         self._append(event_pb2.MemoryReleasedEvent(freed_bytes=len(self._ballast), resident_bytes=1, seconds=0.01))
+        failpoint("ending.before-terminal")
         self._state(event_pb2.RUN_STATE_RUNNING, state, failure)
+        failpoint("ending.after-terminal")
         return event_pb2.RunState.Name(state).removeprefix("RUN_STATE_")
 
     def _write_checkpoint(self) -> None:
@@ -234,11 +239,13 @@ class StubRun:
         directory = self._directory / "checkpoints" / name
         if directory.exists():
             return
-        files = [write_file(staging := directory.with_name(f".staging-{name}"), "adapter.safetensors", content)]
-        manifest = {"name": name, "step": self._step, "files": files, "plan_digest": "p" * 64, "created": "2026-01-01"}
-        raw = json.dumps(manifest).encode()
-        (staging / "manifest.json").write_bytes(raw)
-        staging.rename(directory)
+        with durable.staged(directory) as staging:
+            files = [write_file(staging, "adapter.safetensors", content)]
+            manifest = {"name": name, "step": self._step, "files": files, "plan_digest": "p" * 64}
+            raw = json.dumps(manifest).encode()
+            failpoint("checkpoint.before-manifest")
+            (staging / "manifest.json").write_bytes(raw)
+        failpoint("checkpoint.before-event")
         self._append(
             event_pb2.CheckpointEvent(
                 name=name,
@@ -250,18 +257,31 @@ class StubRun:
             )
         )
 
+        self._delete_old_checkpoints()
+
+    def _delete_old_checkpoints(self) -> None:
+        keep = int(self._script.get("keep_checkpoints", 0))
+        for old in sorted((self._directory / "checkpoints").glob("step-*"))[:-keep] if keep else []:
+            durable.delete(old)
+            step = int(old.name.removeprefix("step-"))
+            self._append(
+                event_pb2.CheckpointEvent(name=old.name, step=step, status=event_pb2.CHECKPOINT_STATUS_DELETED)
+            )
+
     def _write_artifacts(self) -> None:
-        root = self._directory / "artifacts"
         content = f"adapter of {self._run['job_id']} after {self._step} steps".encode()
-        adapter = [write_file(root / "adapter", "adapter_model.safetensors", content)]
-        report = [write_file(root / "report", "metrics.json", b'{"steps": %d}' % self._step)]
-        manifest = {
-            "artifacts": [
-                {"name": "adapter", "kind": "ADAPTER", "files": adapter},
-                {"name": "report", "kind": "REPORT", "files": report},
-            ]
-        }
-        (root / "manifest.json").write_text(json.dumps(manifest))
+        with durable.staged(self._directory / "artifacts") as root:
+            adapter = [write_file(root / "adapter", "adapter_model.safetensors", content)]
+            report = [write_file(root / "report", "metrics.json", b'{"steps": %d}' % self._step)]
+            manifest = {
+                "artifacts": [
+                    {"name": "adapter", "kind": "ADAPTER", "files": adapter},
+                    {"name": "report", "kind": "REPORT", "files": report},
+                ]
+            }
+            failpoint("artifacts.before-manifest")
+            (root / "manifest.json").write_text(json.dumps(manifest))
+        failpoint("artifacts.before-event")
 
     def _reach(self, place: str | int) -> None:
         if self._script.get("freeze_at") == place:

@@ -1,0 +1,183 @@
+"""A service as a real process that is kept alive: whatever ends it, it is started again at its address.
+
+Refuses to restart what ended by itself and in order: a service that leaves is a finding, not something to paper over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.faults.driver.evidence import Evidence
+from tests.faults.driver.failpoints import Failpoints
+
+CONTROL = "control"
+READY_SECONDS = 120.0
+_STOP_SECONDS = 90.0
+_LOOK_SECONDS = 0.02
+_ROOT = Path(__file__).resolve().parents[3]
+
+
+def environment(added: Mapping[str, str]) -> dict[str, str]:
+    """For a process of ours, started from a checkout; settings from outside stay outside."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("TUNESMITH_")}
+    return {**kept, "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'clients' / 'python'}", **added}
+
+
+class Service:
+    """One service: `control`, or a node by its name."""
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        flags: Sequence[str],
+        *,
+        directory: Path,
+        variables: Mapping[str, str],
+        evidence: Evidence,
+        failpoints: Failpoints,
+    ) -> None:
+        self.name = name
+        self.address = ""
+        # Seconds from each start to the ready file.
+        self.start_seconds: list[float] = []
+        # Why it could not be kept alive; empty when it could.
+        self.problems: list[str] = []
+        self._module = module
+        self._flags = list(flags)
+        self._ready_file = directory / f"{name}.ready.json"
+        self.log_file = directory / f"{name}.log"
+        self._variables = dict(variables)
+        self._evidence = evidence
+        self._failpoints = failpoints
+        self._stopping = threading.Event()
+        self._may_run = threading.Event()
+        self._may_run.set()
+        self._ready = threading.Event()
+        self._changing = threading.Lock()
+        self._process = self._spawn()
+        self._keeper = threading.Thread(target=self._keep, name=f"keep-{name}", daemon=True)
+        self._keeper.start()
+
+    @property
+    def kind(self) -> str:
+        """`control` or `gpu`, as faults name it."""
+        return CONTROL if self.name == CONTROL else "gpu"
+
+    @property
+    def pid(self) -> int:
+        """Of the process that was started last."""
+        return self._process.pid
+
+    def set_flags(self, flags: Sequence[str]) -> None:
+        """From the next start on."""
+        self._flags = list(flags)
+
+    def wait_ready(self) -> None:
+        """Until it serves. AssertionError when it does not come up."""
+        deadline = time.monotonic() + READY_SECONDS
+        while not self._ready.wait(_LOOK_SECONDS * 10):
+            assert not self.problems, f"{self.problems}\n{self.log_tail()}"
+            assert time.monotonic() < deadline, f"{self.name} is not ready\n{self.log_tail()}"
+
+    def kill(self, *, hold: bool = False) -> None:
+        """SIGKILL. With `hold` it stays down until `release`."""
+        if hold:
+            self._may_run.clear()
+        self._ready.clear()
+        self.signal(signal.SIGKILL, "kill")
+
+    def release(self) -> None:
+        """Lets it be started again."""
+        self._may_run.set()
+
+    def signal(self, number: signal.Signals, kind: str) -> None:
+        """Sends a signal and writes it down as a fault."""
+        with self._changing:
+            pid = self._process.pid
+            if self._process.poll() is None:
+                self._process.send_signal(number)
+                self._evidence.fault(kind=kind, target=self.kind, pid=pid)
+
+    def stop(self) -> int:
+        """Ends it in order; gives the exit status."""
+        self._stopping.set()
+        self._may_run.set()
+        with self._changing:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGCONT)
+                self._process.send_signal(signal.SIGTERM)
+        try:
+            status = self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.problems.append(f"{self.name} did not stop within {_STOP_SECONDS:.0f} s")
+            self._process.kill()
+            status = self._process.wait()
+        self._keeper.join()
+        return status
+
+    def log_tail(self) -> str:
+        """The end of what it printed."""
+        return self.log_file.read_text(errors="replace")[-4000:]
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        # Left by one that was killed: it must not pass for this one.
+        self._ready_file.unlink(missing_ok=True)
+        command = [sys.executable, "-m", self._module, *self._flags]
+        command += ["--address", self.address or "127.0.0.1:0", "--ready-file", str(self._ready_file)]
+        with self.log_file.open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                process_group=0,
+                env=environment(self._variables),
+            )
+
+    def _keep(self) -> None:
+        started = time.monotonic()
+        while True:
+            self._watch_start(started)
+            status = self._process.wait()
+            self._ready.clear()
+            if self._stopping.is_set():
+                return
+            taken = self._failpoints.taken_by(self._process.pid)
+            if taken:
+                self._evidence.fault(kind="failpoint", target=self.kind, failpoint=taken, pid=self._process.pid)
+            elif status != -signal.SIGKILL:
+                self.problems.append(f"{self.name} ended by itself with status {status}")
+                return
+            self._may_run.wait()
+            with self._changing:
+                if self._stopping.is_set():
+                    return
+                started = time.monotonic()
+                self._process = self._spawn()
+
+    def _watch_start(self, started: float) -> None:
+        """Until it serves or has ended."""
+        while self._process.poll() is None:
+            content = self._read_ready()
+            if content is not None:
+                self.address = content
+                self.start_seconds.append(time.monotonic() - started)
+                self._ready.set()
+                return
+            time.sleep(_LOOK_SECONDS)
+
+    def _read_ready(self) -> str | None:
+        try:
+            content = json.loads(self._ready_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return str(content["address"]) if content["pid"] == self._process.pid else None

@@ -1,0 +1,52 @@
+"""What the evidence of a world amounts to: the offline checker's findings, and what only the driver has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tests.faults.checker import check
+from tests.faults.driver.services import CONTROL
+from tests.faults.driver.world import World
+from tests.faults.scenario import Finding
+from tunesmith.common.v1 import event_pb2
+
+ADOPTION_LIMIT_SECONDS = 10.0
+
+
+def judge(world: World) -> list[Finding]:
+    """The checker's findings. The services are stopped."""
+    return list(check(world.evidence.directory))
+
+
+def ended_as_asked(states: Mapping[str, int], asked: Mapping[str, int]) -> Finding:
+    """R4: no fault made a job end in another way than its owner wanted."""
+    wrong = [
+        f"job {job_id} is {event_pb2.JobState.Name(states[job_id])}, not {event_pb2.JobState.Name(state)}"  # type: ignore[arg-type]
+        for job_id, state in asked.items()
+        if states[job_id] != state
+    ]
+    return Finding(promise="R4", tried=len(asked), held=len(asked) - len(wrong), violations=tuple(wrong))
+
+
+def came_back(world: World) -> list[Finding]:
+    """R6: every GPU server that was killed served again, with its runs, within the limit."""
+    seconds = [
+        took
+        for service in world.services.values()
+        if service.name != CONTROL
+        for took in service.start_seconds[1:]
+    ]
+    if not seconds:
+        return []
+    late = [f"a GPU server needed {took:.1f} s" for took in seconds if took > ADOPTION_LIMIT_SECONDS]
+    return [
+        Finding(
+            promise="R6",
+            tried=len(seconds),
+            held=len(seconds) - len(late),
+            violations=tuple(late),
+            worst=max(seconds),
+            unit="s",
+            what="from a GPU server's restart until it serves, with its live runs adopted",
+        )
+    ]
