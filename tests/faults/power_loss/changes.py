@@ -1,4 +1,4 @@
-"""What a file system was told, one change at a time. Inodes are numbered by the recorder; nothing here does anything."""
+"""What a file system was told, one change at a time. Inodes are numbered by the recorder; nothing is done here."""
 
 from __future__ import annotations
 

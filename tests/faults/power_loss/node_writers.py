@@ -1,5 +1,5 @@
-"""What a node writes, as writers whose every moment the power may go: runs, facts, journals, checkpoints, artifacts, blobs,
-plans. Recovery is the product's own."""
+"""What a node writes, as writers whose every moment the power may go: runs, facts, journals, checkpoints, artifacts,
+blobs, plans. Recovery is the product's own."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from tunesmith.common.v1 import event_pb2
 
 JOB = "01JOB"
 INSTALLATION = "f" * 32
+_ENDED_JOURNAL = "ended-journal"
 _CONTENT = b"rows\n" * 40
 
 
@@ -55,7 +56,9 @@ def _json_problems(root: Path, acknowledged: frozenset[str]) -> Iterator[str]:
 
 def _write_engine(root: Path, acknowledge: Acknowledged) -> None:
     directory = root / "engines" / "one"
-    directory.mkdir(parents=True, exist_ok=True)
+    # The first by the server's start.
+    durable_json.make_directory(directory.parent)
+    durable_json.make_directory(directory)
     EngineConfiguration(
         argv=("python",),
         environment={},
@@ -92,7 +95,7 @@ def _files(root: Path) -> NodeFiles:
 
 def _accept_runs(root: Path, acknowledge: Acknowledged) -> None:
     files = _files(root)
-    files.root.mkdir(parents=True, exist_ok=True)
+    durable_json.make_directory(files.root)
     files.prepare()
     facts = files.read_facts("gpu")
     known = {int(content["attempt"]) for _, content in files.read_runs()}
@@ -117,9 +120,13 @@ def _accept_runs(root: Path, acknowledge: Acknowledged) -> None:
 def _train(directory: Path) -> None:
     if not (directory / "checkpoints" / "step-00000002").exists():
         _save(directory, 2)
-    with JournalWriter.open(directory / "journal", 1) as journal:
-        if journal.last_sequence == 0:
-            journal.append(events.wrap(event_pb2.RunStateEvent(state=event_pb2.RUN_STATE_RUNNING)))
+    # As an engine left it; `journal` below is about how it is written.
+    (directory / "journal").write_bytes((directory.parents[3] / _ENDED_JOURNAL).read_bytes())
+    durable_json.sync_tree(directory)
+
+
+def _prepare_journal(root: Path) -> None:
+    with JournalWriter.open(root / _ENDED_JOURNAL, 1) as journal:
         journal.append(events.wrap(event_pb2.RunStateEvent(state=event_pb2.RUN_STATE_INTERRUPTED)))
 
 
@@ -277,7 +284,7 @@ async def _chunks(data: bytes) -> AsyncIterator[bytes]:
 
 def _push_blobs(root: Path, acknowledge: Acknowledged) -> None:
     for number, data in enumerate((_CONTENT, _CONTENT[1:]), start=1):
-        (root / "blobs").mkdir(exist_ok=True)
+        durable_json.make_directory(root / "blobs")
         digest = hashlib.sha256(data).hexdigest()
         store = BlobStore(root / "blobs")
         asyncio.run(store.write(sha256=digest, size_bytes=len(data), offset=0, chunks=_chunks(data)))
@@ -324,15 +331,14 @@ def _plan(root: Path, acknowledge: Acknowledged) -> None:
     acknowledge("planned:1")
 
 
-def _plan_problems(root: Path, acknowledged: frozenset[str]) -> Iterator[str]:
+def _plan_problems(root: Path, _acknowledged: frozenset[str]) -> Iterator[str]:
+    # One that is gone is planned again.
     directory = root / "plans" / "digest"
     if _is_whole_plan(directory):
         if durable_json.read(directory / "plan.json") != {"num_steps": 3}:
             yield "the plan is not whole"
         if (directory / "selection.bin").read_bytes() != bytes(range(200)):
             yield "the selection is not whole"
-    elif acknowledged:
-        yield "the plan is gone"
 
 
 # What was measured of memory.
@@ -354,6 +360,7 @@ def _measured_problems(root: Path, acknowledged: frozenset[str]) -> Iterator[str
 def _from_blobs(root: Path, acknowledge: Acknowledged) -> None:
     """A run that goes on from control's copy of a checkpoint."""
     files = _files(root)
+    durable_json.make_directory(files.root)
     files.prepare()
     manifest = json.dumps({"step": 2, "best": False, "files": []}).encode()
     digest = hashlib.sha256(manifest).hexdigest()
@@ -389,15 +396,17 @@ def _from_blobs_problems(root: Path, acknowledged: frozenset[str]) -> Iterator[s
 
 
 NODE_WRITERS: tuple[Writer, ...] = (
-    Writer(name="json", promise="R1", act=_write_json, problems=_json_problems),
+    # What a process finds it believes only where it synced the directory: `runs` does that.
+    Writer(name="json", promise="R1", act=_write_json, problems=_json_problems, can_be_killed=False),
     Writer(name="engine-records", promise="R7", act=_write_engine, problems=_engine_problems),
-    Writer(name="runs", promise="R3", act=_accept_runs, problems=_run_problems, can_be_killed=False),
+    Writer(name="runs", promise="R3", act=_accept_runs, problems=_run_problems, prepare=_prepare_journal),
     Writer(name="run-from-blobs", promise="R4", act=_from_blobs, problems=_from_blobs_problems),
     # A killed writer's lock is let go by its process' death, which no recorder in the process can play.
     Writer(name="journal", promise="R8", act=_append, problems=_journal_problems, can_be_killed=False),
     Writer(name="checkpoints", promise="R19", act=_save_and_prune, problems=_checkpoint_problems, can_be_killed=False),
     Writer(name="artifacts", promise="R7", act=_write_artifacts, problems=_artifact_problems, can_be_killed=False),
-    Writer(name="node-blobs", promise="R19", act=_push_blobs, problems=_blob_problems),
+    # One that a killed server had not synced is found missing and pushed again.
+    Writer(name="node-blobs", promise="R19", act=_push_blobs, problems=_blob_problems, can_be_killed=False),
     Writer(name="plans", promise="R19", act=_plan, problems=_plan_problems),
     Writer(name="memory-records", promise="R1", act=_measure, problems=_measured_problems),
 )

@@ -1,8 +1,8 @@
 """Records what this process does to the files below a directory, in order.
 
-The functions of `os` that change or sync something are replaced while it records; before and after each the directory is
-looked through, so that what native code wrote meanwhile (safetensors, buffered files) is recorded as well, unsynced until
-somebody syncs it. What happens between two such calls is one change for each file.
+The functions of `os` that change or sync something are replaced while it records; before and after each the directory
+is looked through, so that what native code wrote meanwhile (safetensors, buffered files) is recorded as well, unsynced
+until somebody syncs it. What happens between two such calls is one change for each file.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Recorder:
         self.contents: dict[int, bytes] = {}
 
     def __enter__(self) -> Self:
-        status = os.stat(self._root)
+        status = Path(self._root).stat()
         self._inodes[status.st_dev, status.st_ino] = ROOT
         self._look()
         # What is there at the start has been there for long.
@@ -126,7 +126,7 @@ class Recorder:
             text = os.path.join(os.readlink(f"/proc/self/fd/{directory}"), text)  # noqa: PTH115, PTH118 - as os gets it
         parent, name = os.path.split(os.path.abspath(text))  # noqa: PTH100
         try:
-            status = os.stat(parent)
+            status = Path(parent).stat()
         except FileNotFoundError:
             return None, name
         return self._inodes.get((status.st_dev, status.st_ino)), name

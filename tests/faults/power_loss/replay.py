@@ -1,8 +1,8 @@
 """What may be on the disk when the power goes after some changes: synced ones are, each other one may be or not.
 
-A model stricter than any one file system: bytes that were not synced may be lost, cut or zero, names of a directory that
-was not synced may be missing or still there, in any combination; a rename is one change, done once its target's directory
-is synced.
+A model stricter than any one file system: bytes that were not synced may be lost, cut or zero, names of a directory
+that was not synced may be missing or still there, in any combination; a rename is one change, done once its target's
+directory is synced.
 """
 
 from __future__ import annotations
