@@ -14,7 +14,6 @@ from tests.faults.power_loss.replay import (
     Disk,
     Fate,
     after_power_loss,
-    at_random,
     bytes_survive,
     everything_survives,
     names_survive,
@@ -46,6 +45,8 @@ class Outcome:
     """What came of a writer."""
 
     num_states: int = 0
+    # States with at least one problem.
+    num_broken: int = 0
     num_changes: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -92,9 +93,10 @@ def lose_power(writer: Writer, root: Path, recording: Recording, fates: Iterable
             outcome.num_states += 1
             last = type(told[-1]).__name__ if told else "start"
             name = getattr(fate, "__name__", "at_random")
+            found = list(_problems(writer, root, acknowledged))
+            outcome.num_broken += bool(found)
             outcome.problems += [
-                f"{writer.name}: power lost after change {end} ({last}), {name}: {problem}"
-                for problem in _problems(writer, root, acknowledged)
+                f"{writer.name}: power lost after change {end} ({last}), {name}: {problem}" for problem in found
             ]
     outcome.num_changes += len(recording.changes)
 
@@ -104,22 +106,3 @@ def _problems(writer: Writer, root: Path, acknowledged: frozenset[str]) -> Itera
         yield from writer.problems(root, acknowledged)
     except Exception as error:  # noqa: BLE001 - recovery must get through whatever it finds: that it did not is the finding
         yield f"recovery raised {type(error).__name__}: {error}"
-
-
-def try_all(writer: Writer, directory: Path, *, fates: Iterable[Fate] = SURE_FATES) -> Outcome:
-    """Every moment of the writer's work, for these fates."""
-    root, outcome = directory / "root", Outcome()
-    lose_power(writer, root, record(writer, root), fates, outcome)
-    return outcome
-
-
-def try_killed(writer: Writer, directory: Path, *, kill_at: int, fates: Iterable[Fate] = SURE_FATES) -> Outcome:
-    """The same for a writer that was killed at a call of `os` before, and begun again."""
-    root, outcome = directory / "root", Outcome()
-    lose_power(writer, root, record(writer, root, kill_at=kill_at), fates, outcome)
-    return outcome
-
-
-def try_at_random(writer: Writer, directory: Path, *, seed: int, num_fates: int) -> Outcome:
-    """Every moment of the writer's work, with what was not synced surviving at random."""
-    return try_all(writer, directory, fates=[at_random(seed + number) for number in range(num_fates)])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from tests.faults.scenario import Scenario
+from tests.faults.scenarios import power_loss, power_loss_engine
 
 # One line a scenario; `python -m tests.faults` runs them in this order.
-SCENARIOS: tuple[Scenario, ...] = ()
+SCENARIOS: tuple[Scenario, ...] = (
+    power_loss.SCENARIO,
+    power_loss_engine.SCENARIO,
+)
