@@ -1,16 +1,13 @@
-"""The fault scenarios: one module each with a `SCENARIO`, and the list of all of them."""
+"""The fault scenarios: every module here has a `SCENARIO`, and being here is all that it takes to be run."""
 
 from __future__ import annotations
 
-from tests.faults.scenario import Scenario
-from tests.faults.scenarios import adoption, create, kill_at_failpoints, kill_random, kill_real_engine, outage
+import importlib
+import pkgutil
 
-# One line a scenario; `python -m tests.faults` runs them in this order.
-SCENARIOS: tuple[Scenario, ...] = (
-    kill_at_failpoints.SCENARIO,
-    kill_random.SCENARIO,
-    kill_real_engine.SCENARIO,
-    create.SCENARIO,
-    outage.SCENARIO,
-    adoption.SCENARIO,
+from tests.faults.scenario import Scenario
+
+SCENARIOS: tuple[Scenario, ...] = tuple(
+    importlib.import_module(f"{__name__}.{found.name}").SCENARIO
+    for found in sorted(pkgutil.iter_modules(__path__), key=lambda found: found.name)
 )

@@ -19,7 +19,7 @@ _NUM_KILLS = 12
 _NUM_JOB_REQUEST_IDS = 3
 # Of a body; one call in so many has another than the rest of its request id.
 _OTHER_BODY = 9
-_FAILPOINTS = ("store.before-commit", "store.after-commit", "store.before-wake", "reply.before-send")
+_FAILPOINTS = ("store.before-commit", "store.after-commit", "reply.before-send")
 
 
 def run(trial: Trial) -> list[Finding]:
