@@ -9,12 +9,16 @@ from tests.faults.driver.verdict import came_back, ended_as_asked, judge
 from tests.faults.scenario import Finding, Scenario, Trial
 from tunesmith.common.v1 import event_pb2
 
-_NUM_KILLS = 6
 # Between two kills the run is looked at, before and after.
 _BETWEEN_SECONDS = 2.0
 
 
 def run(trial: Trial) -> list[Finding]:
+    """At the full number of kills."""
+    return kill_servers(trial)
+
+
+def kill_servers(trial: Trial, *, num_kills: int = 6) -> list[Finding]:
     """One job, many servers."""
     with World(WorldConfig(directory=trial.directory, seed=trial.seed)) as world:
         gate = trial.directory / "gate"
@@ -25,7 +29,7 @@ def run(trial: Trial) -> list[Finding]:
         job_id = world.start_job(project_id)
         world.wait_for_step(job_id, 3)
         (before,) = world.engines()
-        for _ in range(_NUM_KILLS):
+        for _ in range(num_kills):
             time.sleep(_BETWEEN_SECONDS)
             world.node.kill()
             world.node.wait_ready()

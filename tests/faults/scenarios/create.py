@@ -13,9 +13,7 @@ from tests.faults.scenario import Finding, Scenario, Trial
 from tunesmith.common.v1 import training_spec_pb2
 from tunesmith.control.v1 import job_service_pb2, project_service_pb2
 
-_NUM_CLIENTS = 64
 _NUM_REQUEST_IDS = 8
-_NUM_KILLS = 12
 _NUM_JOB_REQUEST_IDS = 3
 # Of a body; one call in so many has another than the rest of its request id.
 _OTHER_BODY = 9
@@ -23,6 +21,11 @@ _FAILPOINTS = ("store.before-commit", "store.after-commit", "reply.before-send")
 
 
 def run(trial: Trial) -> list[Finding]:
+    """At the full numbers."""
+    return create_at_once(trial)
+
+
+def create_at_once(trial: Trial, *, num_clients: int = 64, num_kills: int = 12) -> list[Finding]:
     """Creates go on until control was killed often enough, and every one of them was answered."""
     with World(WorldConfig(directory=trial.directory, seed=trial.seed)) as world:
         dataset_id = world.upload("rows")
@@ -32,12 +35,12 @@ def run(trial: Trial) -> list[Finding]:
         enough = threading.Event()
         creators = [
             _Creator(world.new_client(f"client-{number}"), number, base, project_id, enough)
-            for number in range(_NUM_CLIENTS)
+            for number in range(num_clients)
         ]
-        with ThreadPoolExecutor(_NUM_CLIENTS) as pool:
+        with ThreadPoolExecutor(num_clients) as pool:
             running = [pool.submit(creator.run) for creator in creators]
             try:
-                for _ in range(_NUM_KILLS):
+                for _ in range(num_kills):
                     name = world.random.choice(_FAILPOINTS)
                     world.failpoints.arm(name, after=world.random.randint(1, 40))
                     world.wait_for("a kill", lambda: not world.failpoints.armed())

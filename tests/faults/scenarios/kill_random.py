@@ -21,13 +21,17 @@ SUCCEEDED, CANCELLED, FAILED = (
 _NODES = ("a", "b")
 _NUM_JOBS = 4
 _NUM_CONSUMERS = 2
-_NUM_FAULTS = 20
 _LEASE_SECONDS = 5.0
 _MAX_PAUSE_SECONDS = 1.0
 _MAX_STOP_SECONDS = 1.5
 
 
 def run(trial: Trial) -> list[Finding]:
+    """At the full number of faults."""
+    return kill_at_random(trial)
+
+
+def kill_at_random(trial: Trial, *, num_faults: int = 20, num_steps: int = 120) -> list[Finding]:
     """Everything that is random is the seed's; what it meets is the machine's."""
     config = WorldConfig(
         directory=trial.directory,
@@ -41,18 +45,18 @@ def run(trial: Trial) -> list[Finding]:
         jobs = []
         for number in range(_NUM_JOBS):
             project_id = world.create_project(
-                f"job-{number}", [dataset_id], script=script, num_steps=120, save_every_steps=10
+                f"job-{number}", [dataset_id], script=script, num_steps=num_steps, save_every_steps=10
             )
             jobs.append(world.start_job(project_id, num_consumers=_NUM_CONSUMERS))
         asked: dict[str, set[int]] = {job_id: {SUCCEEDED} for job_id in jobs}
-        for number in range(_NUM_FAULTS):
+        for number in range(num_faults):
             time.sleep(world.random.uniform(0.05, _MAX_PAUSE_SECONDS))
             world.random.choice(_FAULTS)(world)
-            if number == _NUM_FAULTS // 2:
+            if number == num_faults // 2:
                 # A cancel in the midst of it all; an engine that dies first has failed, and what succeeded has.
                 world.client.call("CancelJob", job_service_pb2.CancelJobRequest(job_id=jobs[-1]))
                 asked[jobs[-1]] = {CANCELLED, FAILED, SUCCEEDED}
-            if number == _NUM_FAULTS // 3:
+            if number == num_faults // 3:
                 _pause_and_resume(world, jobs[-2])
         world.heal()
         _resume_if_paused(world, jobs)
