@@ -93,10 +93,12 @@ class Recorder:
                     raise Killed
                 self._look()
                 move = self._move(*arguments, **options) if name in _MOVES else None
-                answer = real(*arguments, **options)
                 if name in _SYNCS:
+                    # Noted, not done: nothing here depends on the disk, and waiting for it is most of the time.
                     self._note_sync(arguments[0])
-                elif move is not None:
+                    return None
+                answer = real(*arguments, **options)
+                if move is not None:
                     self._apply_move(move)
                 self._look()
                 return answer
