@@ -118,7 +118,7 @@ SCENARIO = Scenario(
     name="kill_real_engine",
     promises=("R4", "R6", "R7", "R8", "R9", "R19", "R20"),
     num_trials=9,
-    trial_seconds=150.0,
+    trial_seconds=180.0,
     run=run,
     real_engine=True,
 )
