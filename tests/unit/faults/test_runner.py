@@ -1,4 +1,4 @@
-"""Shards are the same for everybody, trials that were carried out are not run again, and a promise's line adds them all up."""
+"""Shards are the same for everybody, what was carried out is not run again, and a promise's line adds it all up."""
 
 from __future__ import annotations
 
