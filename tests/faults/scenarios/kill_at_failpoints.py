@@ -1,5 +1,5 @@
-"""Kills, or stops, whoever comes by a failpoint, at each of them, during everything that jobs go through. A failpoint that nobody
-came by is a failure of the trial.
+"""Kills or stops whoever comes by a failpoint, at each of them, during all that jobs go through. A failpoint that
+nobody came by is a failure of the trial.
 
 A trial arms one of them; `kill_everywhere` arms many in one world, which is what the quick test does.
 """
