@@ -27,6 +27,7 @@ from gpu_service.runs.engine import Engine
 from gpu_service.runs.inference_stream import Generation, draining, lost
 from gpu_service.runs.run import Run
 from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, kill_shim, spawn
+from gpu_service.shim import durable_json
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
 from gpu_service.shim.records import ExitRecord
 
@@ -43,7 +44,7 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = {
 _log = structlog.get_logger(__name__)
 # Directories of engines that ended, kept for their logs.
 _KEPT_ENDED_ENGINES = 8
-_BURY_AGAIN_SECONDS = 5.0
+_BURY_AGAIN_SECONDS = 2.0
 _LOG_TAIL_BYTES = 2000
 _NO_IDS: Mapping[str, Any] = {}
 # Of a device whose engine generates: all that it holds can be had for a run. More than any device has.
@@ -375,7 +376,7 @@ def _nobody_listens(run: Run, ending: ExitRecord) -> None:
 
 
 def _make(directory: Path, configuration: EngineConfiguration) -> subprocess.Popen[bytes]:
-    directory.mkdir(parents=True)
+    durable_json.make_directory(directory)
     configuration.write(directory)
     failpoint("spawn.before-shim")
     return spawn(directory)

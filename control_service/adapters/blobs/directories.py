@@ -54,10 +54,19 @@ def open_below(root: int, parts: tuple[str, ...], *, create: bool) -> Iterator[i
 
 
 def make_directory(name: str, parent: int) -> None:
-    """Makes a directory durable, or finds it there."""
+    """Makes a directory durable, also one that is there: who made it may have died before it was."""
     with suppress(FileExistsError):
         os.mkdir(name, dir_fd=parent)
-        os.fsync(parent)
+    os.fsync(parent)
+
+
+def make_directories(path: Path) -> None:
+    """Makes a directory and those above it durable, also one that is there."""
+    made = [path, *(parent for parent in path.parents if not parent.exists())]
+    path.mkdir(parents=True, exist_ok=True)
+    for directory in made:
+        with open_root(directory.parent) as parent:
+            os.fsync(parent)
 
 
 def remove_tree(name: str, parent: int) -> None:

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from control_service.adapters.blobs.directories import make_directories
 from control_service.adapters.blobs.disk_errors import disk_errors
 from control_service.domain.errors import NotFound, ResourceExhausted
 from control_service.domain.failpoints import failpoint
@@ -68,8 +69,12 @@ class BlobDirectory:
     def open(self) -> None:
         """Makes the directory, and deletes what an earlier process staged and did not finish."""
         with disk_errors("the blob store"):
+            make_directories(self._directory)
             shutil.rmtree(self._directory / _STAGING, ignore_errors=True)
-            (self._directory / _STAGING).mkdir(parents=True, exist_ok=True)
+            (self._directory / _STAGING).mkdir(exist_ok=True)
+            # What is found is believed from now on; a process that was killed may not have come to that.
+            for directory in (*self._directory.glob("[0-9a-f][0-9a-f]"), self._directory):
+                _fsync_directory(directory)
 
     def path(self, sha256: str) -> Path:
         """Where a blob is, or would be."""

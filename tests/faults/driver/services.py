@@ -26,9 +26,15 @@ _ROOT = Path(__file__).resolve().parents[3]
 
 
 def environment(added: Mapping[str, str]) -> dict[str, str]:
-    """For a process of ours, started from a checkout; settings from outside stay outside."""
+    """For a process of ours, started from a checkout; settings from outside stay outside, and so do GPUs: what is
+    tried here is processes, and results that are compared to the bit are a CPU's."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("TUNESMITH_")}
-    return {**kept, "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'clients' / 'python'}", **added}
+    return {
+        **kept,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'clients' / 'python'}",
+        **added,
+    }
 
 
 class Service:
@@ -51,6 +57,8 @@ class Service:
         self.start_seconds: list[float] = []
         # Why it could not be kept alive; empty when it could.
         self.problems: list[str] = []
+        # Of every process that it ever was.
+        self.pids: set[int] = set()
         self._module = module
         self._flags = list(flags)
         self._ready_file = directory / f"{name}.ready.json"
@@ -134,7 +142,7 @@ class Service:
         command = [sys.executable, "-m", self._module, *self._flags]
         command += ["--address", self.address or "127.0.0.1:0", "--ready-file", str(self._ready_file)]
         with self.log_file.open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -142,6 +150,8 @@ class Service:
                 process_group=0,
                 env=environment(self._variables),
             )
+        self.pids.add(process.pid)
+        return process
 
     def _keep(self) -> None:
         started = time.monotonic()
@@ -151,10 +161,7 @@ class Service:
             self._ready.clear()
             if self._stopping.is_set():
                 return
-            taken = self._failpoints.taken_by(self._process.pid)
-            if taken:
-                self._evidence.fault(kind="failpoint", target=self.kind, failpoint=taken, pid=self._process.pid)
-            elif status != -signal.SIGKILL:
+            if status != -signal.SIGKILL and not self._failpoints.taken_by(self._process.pid):
                 self.problems.append(f"{self.name} ended by itself with status {status}")
                 return
             self._may_run.wait()
