@@ -17,7 +17,7 @@ _ENGINE_MARK = b"TUNESMITH_ENGINE_DIRECTORY="
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineProcesses:
-    """A shim that lives, and its engine."""
+    """A shim and an engine that live."""
 
     node: str
     directory: Path
@@ -31,11 +31,11 @@ class EngineProcesses:
 
 
 def living(node: str, node_directory: Path) -> Iterator[EngineProcesses]:
-    """Every shim of the node that lives."""
+    """Every shim of the node that lives with its engine: one of two is on its way out."""
     for path in node_directory.glob("engines/*/shim.json"):
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
             record = json.loads(path.read_text(encoding="utf-8"))
-            if _start_time(record["shim_pid"]) != record["shim_start_time"]:
+            if any(_start_time(record[f"{one}_pid"]) != record[f"{one}_start_time"] for one in ("shim", "engine")):
                 continue
             run = Path(record["run_directory"]) if record["run_directory"] else None
             yield EngineProcesses(

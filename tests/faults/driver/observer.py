@@ -18,6 +18,8 @@ from tests.faults.driver.failpoints import Failpoints
 _LOOK_SECONDS = 0.2
 # A run is written down again after this long though nothing changed: a look before a fault, and one after it.
 _AGAIN_SECONDS = 0.8
+# Times of files are as coarse as this, or less.
+_CLOCK_TICK_SECONDS = 0.02
 # One that stopped itself at a failpoint goes on after this long.
 _STOP_SECONDS = 1.0
 # What an action at a failpoint is among the faults.
@@ -84,7 +86,8 @@ class Observer:
             if (name, pid) not in self._noted:
                 self._noted.add((name, pid))
                 target = self._service_of(pid) or _TARGETS.get(name.partition(".")[0], "engine")
-                ago = time.time() - self._failpoints.taken_time(name, pid)
+                # Never before it happened: a look at what still lived would then count as one after it.
+                ago = max(0.0, time.time() - self._failpoints.taken_time(name, pid) - _CLOCK_TICK_SECONDS)
                 kind = _KINDS[self._failpoints.action_of(name, pid)]
                 self._evidence.fault(kind=kind, target=target, failpoint=name, pid=pid, seconds_ago=ago)
                 if kind == "stop":
