@@ -152,17 +152,21 @@ class EventHub:
         """One look for all who have come to the end of the log."""
         if feed.looking is None:
             feed.may_be_over = False
-            feed.looking = asyncio.create_task(self._look(job_id, feed, position))
-            feed.looking.add_done_callback(lambda _: self._looked(feed))
+            feed.looking = asyncio.create_task(self._look_once(job_id, feed, position))
+            # An error that nobody waits for any more is nobody's defect.
+            feed.looking.add_done_callback(lambda task: task.cancelled() or task.exception())
         # One watcher that goes away must not take the look from the others.
         await asyncio.shield(feed.looking)
 
-    @staticmethod
-    def _looked(feed: _Feed) -> None:
-        looking, feed.looking = feed.looking, None
-        # Also asked for where every watcher is gone: an error that nobody is told is no defect.
-        if looking is not None and not looking.cancelled() and looking.exception() is not None:
-            feed.may_be_over = True
+    async def _look_once(self, job_id: str, feed: _Feed, position: int) -> None:
+        failed = True
+        try:
+            await self._look(job_id, feed, position)
+            failed = False
+        finally:
+            # Here and not in a callback: who comes while the task is over but its callbacks wait would look for ever.
+            feed.looking = None
+            feed.may_be_over |= failed
 
     async def _look(self, job_id: str, feed: _Feed, position: int) -> None:
         def read(tx: Transaction) -> tuple[int, bool]:
@@ -224,7 +228,8 @@ class EventHub:
 
         page = await self._store.read(read)
         self.num_pages_read += 1
-        self._keep(key, page)
+        if page.last_sequence > after_sequence:
+            self._keep(key, page)
         return page
 
     def _keep(self, key: tuple[str, int], page: _Page) -> None:

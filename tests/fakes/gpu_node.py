@@ -143,6 +143,11 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
         self.hold_at_step = None
         await self._wake()
 
+    async def let_on(self, step: int) -> None:
+        """Holds runs at this step from now on."""
+        self.hold_at_step = step
+        await self._wake()
+
     async def until_unwatched(self) -> None:
         """Waits until nobody has a stream of reports."""
         await self._unwatched.wait()

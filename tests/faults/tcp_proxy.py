@@ -115,7 +115,7 @@ class TcpProxy:
         ]
         self._connections.add(connection)
         try:
-            await asyncio.gather(*connection.pipes)
+            await asyncio.gather(*connection.pipes, return_exceptions=True)
         finally:
             for pipe in connection.pipes:
                 pipe.cancel()

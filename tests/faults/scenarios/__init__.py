@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from tests.faults.scenario import Scenario
+from tests.faults.scenarios import (
+    cut_consumers,
+    sender_kills,
+)
 
 # One line a scenario; `python -m tests.faults` runs them in this order.
-SCENARIOS: tuple[Scenario, ...] = ()
+SCENARIOS: tuple[Scenario, ...] = (
+    sender_kills.SCENARIO,
+    cut_consumers.SCENARIO,
+)
