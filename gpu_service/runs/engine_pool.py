@@ -43,7 +43,7 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = {
 _log = structlog.get_logger(__name__)
 # Directories of engines that ended, kept for their logs.
 _KEPT_ENDED_ENGINES = 8
-_BURY_AGAIN_SECONDS = 5.0
+_BURY_AGAIN_SECONDS = 2.0
 _LOG_TAIL_BYTES = 2000
 _NO_IDS: Mapping[str, Any] = {}
 # Of a device whose engine generates: all that it holds can be had for a run. More than any device has.

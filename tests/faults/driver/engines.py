@@ -1,4 +1,4 @@
-"""The processes of a node's engines as its files name them: found, observed, killed, stopped. Starts none."""
+"""The processes of a node's engines as its files name them: found, signalled, ended. Starts none."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import contextlib
 import json
 import os
 import signal
-import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from tests.faults.driver.evidence import Evidence
-
-_LOOK_SECONDS = 0.25
 _ENGINE_MARK = b"TUNESMITH_ENGINE_DIRECTORY="
 
 
@@ -61,37 +56,6 @@ def _start_time(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in ("Z", "X") else int(fields[19])
-
-
-class EngineObserver:
-    """A thread that writes down which process has which run, whenever that changes."""
-
-    def __init__(self, node_directories: Mapping[str, Path], evidence: Evidence) -> None:
-        self._node_directories = dict(node_directories)
-        self._evidence = evidence
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._observe, name="observer", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ends it."""
-        self._stopping.set()
-        self._thread.join()
-
-    def _observe(self) -> None:
-        seen: set[EngineProcesses] = set()
-        while not self._stopping.wait(_LOOK_SECONDS):
-            now = {
-                found
-                for node, directory in self._node_directories.items()
-                for found in living(node, directory)
-                if found.job_id
-            }
-            for found in now - seen:
-                line = {"at": time.monotonic(), "node": found.node, "shim_pid": found.shim_pid}
-                line |= {"engine_pid": found.engine_pid, "start_time": found.start_time}
-                self._evidence.append("processes", line | {"job_id": found.job_id, "attempt": found.attempt})
-            seen = now
 
 
 def send(pid: int, number: signal.Signals) -> bool:

@@ -32,17 +32,30 @@ class Evidence:
             text = (self.directory / f"{name}.jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
-    def fault(self, *, kind: str, target: str, pid: int = 0, failpoint: str = "") -> None:
-        """Something was broken, or mended, just now."""
-        line = {"at": time.monotonic(), "kind": kind, "target": target, "failpoint": failpoint, "pid": pid}
+    def fault(self, *, kind: str, target: str, pid: int = 0, failpoint: str = "", seconds_ago: float = 0.0) -> None:
+        """Something was broken, or mended."""
+        line = {
+            "at": time.monotonic() - seconds_ago,
+            "kind": kind,
+            "target": target,
+            "failpoint": failpoint,
+            "pid": pid,
+        }
         self.append("faults", line)
 
     def describe(
-        self, *, seed: int, control_directory: Path, output_root: Path, node_directories: Mapping[str, Path]
+        self,
+        *,
+        seed: int,
+        control_directory: Path,
+        output_root: Path,
+        node_directories: Mapping[str, Path],
+        all_over: bool = False,
     ) -> None:
-        """Writes `scenario.json`: where the services' own files lie."""
+        """Writes `scenario.json`: where the services' own files lie, and whether every job was waited for."""
         facts = {
             "seed": seed,
+            "all_over": all_over,
             "control_directory": str(control_directory),
             "output_root": str(output_root),
             "node_directories": {name: str(path) for name, path in node_directories.items()},

@@ -45,6 +45,10 @@ class Failpoints:
         found = (path.name.rpartition(".") for path in (self.directory / "taken").iterdir())
         return {name: int(pid) for name, _, pid in found}
 
+    def taken_time(self, name: str, pid: int) -> float:
+        """When it was taken, by the wall clock."""
+        return (self.directory / "taken" / f"{name}.{pid}").stat().st_ctime
+
     def taken_by(self, pid: int) -> str:
         """What a process died of; empty when it was something else."""
         return next((name for name, taker in self.taken().items() if taker == pid), "")

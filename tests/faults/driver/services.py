@@ -51,6 +51,8 @@ class Service:
         self.start_seconds: list[float] = []
         # Why it could not be kept alive; empty when it could.
         self.problems: list[str] = []
+        # Of every process that it ever was.
+        self.pids: set[int] = set()
         self._module = module
         self._flags = list(flags)
         self._ready_file = directory / f"{name}.ready.json"
@@ -134,7 +136,7 @@ class Service:
         command = [sys.executable, "-m", self._module, *self._flags]
         command += ["--address", self.address or "127.0.0.1:0", "--ready-file", str(self._ready_file)]
         with self.log_file.open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -142,6 +144,8 @@ class Service:
                 process_group=0,
                 env=environment(self._variables),
             )
+        self.pids.add(process.pid)
+        return process
 
     def _keep(self) -> None:
         started = time.monotonic()
@@ -151,10 +155,7 @@ class Service:
             self._ready.clear()
             if self._stopping.is_set():
                 return
-            taken = self._failpoints.taken_by(self._process.pid)
-            if taken:
-                self._evidence.fault(kind="failpoint", target=self.kind, failpoint=taken, pid=self._process.pid)
-            elif status != -signal.SIGKILL:
+            if status != -signal.SIGKILL and not self._failpoints.taken_by(self._process.pid):
                 self.problems.append(f"{self.name} ended by itself with status {status}")
                 return
             self._may_run.wait()

@@ -20,9 +20,10 @@ from typing import Any, Self, TypeVar
 from tests.fakes.tiny_models import place, place_header_only
 from tests.faults.driver import engines
 from tests.faults.driver.consumers import Consumer
-from tests.faults.driver.engines import EngineObserver, EngineProcesses
+from tests.faults.driver.engines import EngineProcesses
 from tests.faults.driver.evidence import Evidence
 from tests.faults.driver.failpoints import ENVIRONMENT_VARIABLE, Failpoints
+from tests.faults.driver.observer import Observer
 from tests.faults.driver.operations import LoggedClient, Refused
 from tests.faults.driver.services import CONTROL, Service, environment
 from tunesmith.common.v1 import event_pb2, training_spec_pb2
@@ -74,7 +75,7 @@ class World:
         self.job_ids: list[str] = []
         self._clients: list[LoggedClient] = []
         self._stopped: set[int] = set()
-        self._observer: EngineObserver | None = None
+        self._observer: Observer | None = None
 
     # Start and end.
 
@@ -83,12 +84,7 @@ class World:
         self.base_model = "tiny/llama"
         if not models.exists():
             self.base_model = place(models) if self.config.real_engine else place_header_only(models)
-        self.evidence.describe(
-            seed=self.config.seed,
-            control_directory=self.control_directory,
-            output_root=self.control_directory / "output",
-            node_directories=self.node_directories,
-        )
+        self._describe(all_over=False)
         for armed in self.config.armed:
             self.failpoints.arm(armed)
         try:
@@ -98,7 +94,7 @@ class World:
                 self.services[name].wait_ready()
             self._start(CONTROL, "control_service", self.control_flags())
             self.control.wait_ready()
-            self._observer = EngineObserver(self.node_directories, self.evidence)
+            self._observer = self._observe()
             self.client = self.new_client("client")
             self.wait_for_nodes()
         except BaseException:
@@ -125,6 +121,23 @@ class World:
             self._observer.stop()
         for directory in self.node_directories.values():
             engines.end_all(directory)
+
+    def _describe(self, *, all_over: bool) -> None:
+        self.evidence.describe(
+            seed=self.config.seed,
+            control_directory=self.control_directory,
+            output_root=self.control_directory / "output",
+            node_directories=self.node_directories,
+            all_over=all_over,
+        )
+
+    def _observe(self) -> Observer:
+        return Observer(
+            node_directories=self.node_directories,
+            evidence=self.evidence,
+            failpoints=self.failpoints,
+            service_of=lambda pid: next((one.kind for one in self.services.values() if pid in one.pids), ""),
+        )
 
     def _start(self, name: str, module: str, flags: Sequence[str]) -> None:
         variables = {ENVIRONMENT_VARIABLE: str(self.failpoints.directory), "OMP_NUM_THREADS": "1"}
@@ -311,21 +324,12 @@ class World:
     def heal(self) -> list[str]:
         """Everything may run again; gives the failpoints that nobody took."""
         left = self.failpoints.disarm_all()
-        self._note_failpoints()
         self.continue_all()
         for service in self.services.values():
             service.release()
         for service in self.services.values():
             service.wait_ready()
         return left
-
-    def _note_failpoints(self) -> None:
-        """Writes down the deaths at failpoints that no service's keeper saw."""
-        known = {line["pid"] for line in self.evidence.read("faults") if line["kind"] == "failpoint"}
-        for name, pid in self.failpoints.taken().items():
-            if pid not in known:
-                target = "shim" if name.startswith(("shim.", "bury.")) else "engine"
-                self.evidence.fault(kind="failpoint", target=target, failpoint=name, pid=pid)
 
     def wait_until_over(self, *, seconds: float = WAIT_SECONDS) -> dict[str, int]:
         """Until every job is over and every consumer has heard all of it; gives the jobs' states."""
@@ -340,6 +344,9 @@ class World:
             status = service.stop()
             assert status == 0, f"{service.name} stopped with status {status}\n{service.log_tail()}"
         assert not self.problems(), self.problems()
+        if self._observer is not None:
+            self._observer.stop()
+        self._describe(all_over=True)
 
     @property
     def num_kills(self) -> int:
