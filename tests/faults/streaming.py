@@ -13,8 +13,10 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gpu_service.api.server_options import SERVER_OPTIONS
 from tests.fakes.control import PATIENCE_SECONDS, Client, ControlProcess
 from tests.fakes.gpu_node import FakeGpuNode
+from tests.faults.tcp_proxy import TcpProxy
 from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import job_service_pb2
 from tunesmith_client import AsyncClient, ClientConfig, RetryPolicy
@@ -29,8 +31,10 @@ HEARTBEAT_SECONDS = 1.0
 class Streaming:
     """Control's process, started again at its address, and one job that goes on until it is cancelled."""
 
-    def __init__(self, directory: Path, node: FakeGpuNode, flags: tuple[str, ...]) -> None:
+    def __init__(self, directory: Path, node: FakeGpuNode, link: TcpProxy, flags: tuple[str, ...]) -> None:
         self.node = node
+        # Between control and the node.
+        self.link = link
         self.address = ""
         self.job_id = ""
         self._directory = directory
@@ -46,18 +50,18 @@ class Streaming:
         assert self.process is not None
         return self.process.process.pid
 
-    async def start_control(self, node_address: str) -> None:
+    async def start_control(self) -> None:
         """Starts control, at the address that it had."""
         address = ("--address", self.address) if self.address else ()
-        flags = (*self._flags, "--node", f"{self.node.name}={node_address}", *address)
+        flags = (*self._flags, "--node", f"{self.node.name}={self.link.address}", *address)
         self.process = await ControlProcess.start(self._directory, *flags)
         self.address = await self.process.until_ready()
 
-    async def restart_control(self, number: signal.Signals, *, node_address: str = "") -> int:
+    async def restart_control(self, number: signal.Signals) -> int:
         """Ends control by a signal and starts it again; the exit status."""
         assert self.process is not None
         status = await self.process.end(number)
-        await self.start_control(node_address or self.node.address)
+        await self.start_control()
         return status
 
     async def start_job(self, name: str = "rows") -> str:
@@ -102,21 +106,25 @@ class Streaming:
 
 @asynccontextmanager
 async def streaming(
-    directory: Path, *, steps_per_second: float, flags: tuple[str, ...] = (), node_address: str = ""
+    directory: Path, *, steps_per_second: float, flags: tuple[str, ...] = ()
 ) -> AsyncIterator[Streaming]:
-    """Control and node, started, with nothing on them. `node_address`: where control is to find the node."""
+    """Control and node, started, with a link between them that can be broken, and nothing on them."""
     node = FakeGpuNode(num_steps=NUM_STEPS)
     node.hold_at_step = 0
+    node.server_options = SERVER_OPTIONS
     await node.start()
     pacing = asyncio.create_task(_pace(node, steps_per_second))
-    world = Streaming(directory, node, flags)
     try:
-        await world.start_control(node_address or node.address)
-        yield world
+        async with TcpProxy.to(node.address) as link:
+            world = Streaming(directory, node, link, flags)
+            try:
+                await world.start_control()
+                yield world
+            finally:
+                if world.process is not None:
+                    await world.process.end(signal.SIGKILL)
     finally:
         pacing.cancel()
-        if world.process is not None:
-            await world.process.end(signal.SIGKILL)
         await node.close()
         with suppress(asyncio.CancelledError):
             await pacing

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.faults.scenario import Scenario
 from tests.faults.scenarios import (
     cut_consumers,
+    deadlines,
     sender_kills,
 )
 
@@ -12,4 +13,5 @@ from tests.faults.scenarios import (
 SCENARIOS: tuple[Scenario, ...] = (
     sender_kills.SCENARIO,
     cut_consumers.SCENARIO,
+    deadlines.SCENARIO,
 )
