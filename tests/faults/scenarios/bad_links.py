@@ -1,5 +1,5 @@
 """Every trouble that a link has (late, reset, swallowed, half-closed, slow), between client and control and between
-control and a node, while a job trains: a consumer is given the log, once and in order, and the job stays where it is."""
+control and a node, while a job trains: a consumer is given the log, once and in order, and the job is not moved."""
 
 from __future__ import annotations
 

@@ -70,9 +70,11 @@ def _end_job(tx: Transaction, job_id: str) -> None:
 async def _compact(store: SqlStore, job_id: str, seeded: random.Random) -> str:
     """As the compactor does, in pieces of any size and at any distance."""
     await asyncio.sleep(seeded.uniform(0.0, 0.02))
-    while await store.transact(
-        lambda tx: tx.events.compact(job_id, before_sequence=_NUM_EVENTS, limit=seeded.randint(1, 100))
-    ):
+
+    def compact(tx: Transaction) -> int:
+        return tx.events.compact(job_id, before_sequence=_NUM_EVENTS, limit=seeded.randint(1, 100))
+
+    while await store.transact(compact):  # noqa: ASYNC110 - it is not waited for
         await asyncio.sleep(seeded.choice((0.0, 0.0, 0.002)))
     return ""
 
@@ -81,7 +83,7 @@ _TOLD = "told"
 
 
 async def _watch(hub: EventHub, store: SqlStore, job_id: str, seeded: random.Random) -> str:
-    """What is wrong with what it was given; empty when it was given all, `told` when it was told where history begins."""
+    """What is wrong with what it was given; empty when it was given all, `told` when it was told of the oldest."""
     position = seeded.choice((0, seeded.randrange(_NUM_EVENTS)))
     await asyncio.sleep(seeded.uniform(0.0, 0.03))
     try:

@@ -111,9 +111,7 @@ class _Writer:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._write, name=f"writer-{number}", daemon=True)
         self._project = project_service_pb2.Project()
-        self._project.CopyFrom(
-            world.client.call("ListProjects", project_service_pb2.ListProjectsRequest()).projects[0]
-        )
+        self._project.CopyFrom(world.client.call("ListProjects", project_service_pb2.ListProjectsRequest()).projects[0])
 
     def start(self) -> None:
         self._thread.start()

@@ -1,4 +1,4 @@
-"""R8: the GPU server is killed again and again just after it sent events of a run, before it can know that they arrived;
+"""R8: the GPU server is killed again and again just after it sent events of a run, before it knows that they arrived;
 control is killed between reading them and storing them. The log stays 1..n, each event once, as the journal has it."""
 
 from __future__ import annotations
