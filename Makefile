@@ -9,11 +9,13 @@ TORCH ?= $(or $(INSTALLED),$(shell if nvidia-smi >/dev/null 2>&1 || [ -e /proc/d
 TORCH_INDEX ?=
 # Said at set-up, not at the first training step.
 SEES_CUDA := import sys, torch; torch.cuda.is_available() or sys.exit("this torch sees no CUDA device: use TORCH=cpu, or TORCH_INDEX= with a CUDA build")
+# Which part of the fault trials `make faults` runs; six parts take about 25 minutes each on two cores.
+SHARD ?= 1/6
 STAMP := $(VENV)/.installed-$(TORCH)
 SOURCES := clients/python/tunesmith_client clients/python/tunesmith_cli clients/python/examples control_service gpu_service tests docs examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo test test-gpu lint types proto proto-check proto-image docs clean
+.PHONY: help setup up demo test test-gpu faults lint types proto proto-check proto-image docs clean
 
 help: ## Lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +46,9 @@ test: $(STAMP) ## Runs every test that needs no GPU
 
 test-gpu: $(STAMP) ## Runs the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests
+
+faults: $(STAMP) ## Runs the fault trials at full counts, one part of them (SHARD=i/n); goes on where it was stopped
+	$(BIN)/python -m tests.faults --shard $(SHARD)
 
 lint: $(STAMP) proto-check ## Checks style, import contracts, protos and generated code
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from control_service.adapters.blobs.directories import make_directories
 from control_service.adapters.blobs.disk import BlobDirectory
 from control_service.adapters.blobs.output import OutputTree
 from control_service.adapters.sql.engine import sqlite_module
@@ -56,7 +57,7 @@ def make_backup(*, data_directory: Path, target: Path) -> BackupSummary:
     database = data_directory / DATABASE_NAME
     if not database.is_file():
         raise BackupError(f"{data_directory} holds no {DATABASE_NAME}: it is no control service's data directory")
-    target.mkdir(parents=True, exist_ok=True)
+    make_directories(target)
     if any(target.iterdir()) and not (target / _SUMMARY).exists():
         raise BackupError(f"{target} is not empty and has no {_SUMMARY}: nothing is written among other files")
     if not (target / _SUMMARY).exists():
@@ -75,6 +76,8 @@ def make_backup(*, data_directory: Path, target: Path) -> BackupSummary:
     _write_durably(target / _SUMMARY, _UNFINISHED)
     failpoint("backup.before-rename")
     staged.rename(target / DATABASE_NAME)
+    # Before the summary says that it is finished.
+    _fsync(target)
     failpoint("backup.after-rename")
     for sha256 in set(blobs.list_all()).difference(named):
         blobs.delete(sha256)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from control_service.adapters.blobs.directories import make_directories
+
 
 class Taken(Exception):
     """Another process has what this one needs: the data directory or the port."""
@@ -17,7 +19,7 @@ class Taken(Exception):
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Holds the directory's lock. Taken: another process has it. The kernel frees it however this process ends."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directories(directory)
     descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:

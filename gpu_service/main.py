@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_BAD_SETTINGS
     logs.configure("gpu")
     try:
-        settings.data_directory.mkdir(parents=True, exist_ok=True)
+        durable_json.make_directory(settings.data_directory)
         with hold(settings.data_directory / "lock"):
             asyncio.run(_serve(settings))
     except AlreadyHeld:

@@ -84,6 +84,8 @@ def delete(directory: Path) -> None:
     if doomed.exists():
         shutil.rmtree(doomed)
     directory.rename(doomed)
+    # Else a power loss might leave the name to what is half deleted.
+    sync(directory.parent)
     failpoint("deleted.after-rename")
     shutil.rmtree(doomed)
 

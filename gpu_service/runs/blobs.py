@@ -128,7 +128,9 @@ class BlobStore:
                 raise refuse_user("CHECKSUM_MISMATCH", f"the bytes have SHA-256 {found}, not {sha256}")
             os.fsync(stream.fileno())
         path = self.path(sha256)
-        path.parent.mkdir(exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(exist_ok=True)
+            sync_directory(self._directory)
         failpoint("node-blob.before-rename")
         partial.rename(path)
         failpoint("node-blob.after-rename")

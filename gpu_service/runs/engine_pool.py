@@ -27,6 +27,7 @@ from gpu_service.runs.engine import Engine
 from gpu_service.runs.inference_stream import Generation, draining, lost
 from gpu_service.runs.run import Run
 from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, kill_shim, spawn
+from gpu_service.shim import durable_json
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
 from gpu_service.shim.records import ExitRecord
 
@@ -375,7 +376,7 @@ def _nobody_listens(run: Run, ending: ExitRecord) -> None:
 
 
 def _make(directory: Path, configuration: EngineConfiguration) -> subprocess.Popen[bytes]:
-    directory.mkdir(parents=True)
+    durable_json.make_directory(directory)
     configuration.write(directory)
     failpoint("spawn.before-shim")
     return spawn(directory)

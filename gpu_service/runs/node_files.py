@@ -88,7 +88,7 @@ class NodeFiles:
     def prepare(self) -> None:
         """Make the directories and clear what a crash left of things that outlive no process. Raises OSError."""
         for directory in (self.blobs, self.cache / "plans", self.engines, self.runs):
-            directory.mkdir(parents=True, exist_ok=True)
+            durable_json.make_directory(directory)
         for directory in (self.requests, self.trash):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True, exist_ok=True)
@@ -96,6 +96,9 @@ class NodeFiles:
             if not (directory / "run.json").exists():
                 # Never accepted: a crash left it, perhaps with links that keep a checkpoint's bytes on the disk.
                 self._remove(directory)
+        # What is found is answered for from now on; a server that was killed may not have come to that.
+        for directory in (*self.runs.glob("*/*"), *self.runs.glob("*"), self.runs):
+            durable_json.sync_directory(directory)
 
     def run_directory(self, key: RunKey) -> Path:
         return self.runs / key.job_id / str(key.attempt)
@@ -125,6 +128,8 @@ class NodeFiles:
         """Make the run's directory with its `run.json`, durable when this returns. Raises OSError."""
         directory = self.run_directory(key)
         directory.mkdir(parents=True, exist_ok=True)
+        # What the run goes on from is linked there already.
+        durable_json.sync_tree(directory)
         durable_json.write(directory / "run.json", content)
         durable_json.sync_directory(directory.parent)
         durable_json.sync_directory(self.runs)
@@ -137,6 +142,9 @@ class NodeFiles:
         directory = self.run_directory(key)
         failpoint("discard.before-rename")
         directory.rename(doomed)
+        # Before anything of it is deleted: half of a run that is there again would be begun again.
+        durable_json.sync_directory(self.trash)
+        durable_json.sync_directory(directory.parent)
         failpoint("discard.after-rename")
         with contextlib.suppress(OSError):
             # Stays while the job has other attempts here.

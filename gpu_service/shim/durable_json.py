@@ -32,9 +32,32 @@ def read(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it, so that it survives a crash; one that is there is made durable. Raises
+    OSError.
+    """
+    made = [path, *(parent for parent in path.parents if not parent.exists())]
+    path.mkdir(parents=True, exist_ok=True)
+    # Also where somebody else made it: who did may have died before its name was on the disk.
+    for directory in made:
+        sync_directory(directory.parent)
+
+
+def sync_tree(path: Path) -> None:
+    """Make every file and every name below a directory durable, and the directory itself. Raises OSError."""
+    for directory, _, names in os.walk(path, topdown=False):
+        for name in names:
+            _sync(Path(directory) / name, os.O_RDONLY)
+        sync_directory(Path(directory))
+
+
 def sync_directory(path: Path) -> None:
     """Make renames and creations in a directory durable. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

@@ -54,10 +54,27 @@ def open_below(root: int, parts: tuple[str, ...], *, create: bool) -> Iterator[i
 
 
 def make_directory(name: str, parent: int) -> None:
-    """Makes a directory durable, or finds it there."""
+    """Makes a directory durable, also one that is there: who made it may have died before it was."""
     with suppress(FileExistsError):
         os.mkdir(name, dir_fd=parent)
-        os.fsync(parent)
+    os.fsync(parent)
+
+
+def make_directories(path: Path) -> None:
+    """Makes a directory and those above it durable, also one that is there."""
+    made = [path, *(parent for parent in path.parents if not parent.exists())]
+    path.mkdir(parents=True, exist_ok=True)
+    for directory in made:
+        fsync_directory(directory.parent)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Makes the names in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_tree(name: str, parent: int) -> None:

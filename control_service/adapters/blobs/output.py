@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from control_service.adapters.blobs.directories import (
+    make_directories,
     open_below,
     open_root,
     parts_of,
@@ -41,7 +42,7 @@ class OutputTree:
     def open(self) -> None:
         """Makes the root."""
         with disk_errors("the output root"):
-            self._root.mkdir(parents=True, exist_ok=True)
+            make_directories(self._root)
 
     def materialize(self, path: str, files: Sequence[FileReference]) -> None:
         """Makes `<root>/<path>/` hold exactly these files; replaces what is there."""

@@ -52,6 +52,7 @@ def connect(engine: sa.Engine, *, read_only: bool) -> sa.Connection:
     wanted: dict[str, int | str] = {
         "journal_mode": "wal",
         "synchronous": 2,  # FULL: an acknowledged commit survives a power loss
+        "mmap_size": 0,  # a failing disk is an error of a call, not the death of the process
         "foreign_keys": 1,
         "busy_timeout": BUSY_TIMEOUT_MILLISECONDS,
         "query_only": 1 if read_only else 0,

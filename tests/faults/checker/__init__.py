@@ -2,6 +2,10 @@
 
 Imports nothing of either service, so that a mistake of theirs is not its own too: it has its own reader of journals,
 its own table of states, and plain SQL. `python -m tests.faults.checker <evidence directory>` prints what it found.
+
+`scenario.json` may say of a trial: `all_over` (every job must have ended), `compacted` (logs may begin after 1),
+`watches_end_early` (consumers left on purpose). A fault of kind `twin` tells `status` and `first_alive`. All times are
+of one monotonic clock. Journals are there to be compared only where control does not release runs.
 """
 
 from __future__ import annotations

@@ -102,10 +102,10 @@ def check_attempts(evidence: Evidence, tally: Tally) -> None:
             )
             highest = max(highest, event.attempt)
         dispatched = [event.attempt for event in log if event.payload.job_state.state == _DISPATCHING]
-        start = dispatched[0] if dispatched and evidence.scenario.get("compacted") else 1
+        # Numbers may be left out: one that a node had seen before control was put back to an older backup.
         tally.expect(
             "R3",
-            dispatched == list(range(start, row["attempt"] + 1)),
+            dispatched == sorted(set(dispatched)) and (dispatched or [0])[-1] == row["attempt"],
             f"job {job_id}: attempts {dispatched} were dispatched, the job counts {row['attempt']}",
         )
         _check_run_events(job_id, log, tally)

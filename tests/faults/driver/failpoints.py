@@ -40,10 +40,14 @@ class Failpoints:
         """What waits for a process."""
         return {path.name for path in (self.directory / "armed").iterdir()}
 
-    def taken(self) -> dict[str, int]:
-        """Pid of the process that took it, by name."""
+    def taken(self) -> set[tuple[str, int]]:
+        """Names, each with the pid of a process that took it."""
         found = (path.name.rpartition(".") for path in (self.directory / "taken").iterdir())
-        return {name: int(pid) for name, _, pid in found}
+        return {(name, int(pid)) for name, _, pid in found}
+
+    def taken_paths(self, name: str) -> set[str]:
+        """One name a process that took it."""
+        return {path.name for path in (self.directory / "taken").glob(f"{name}.*")}
 
     def taken_time(self, name: str, pid: int) -> float:
         """When it was taken, by the wall clock."""
@@ -51,4 +55,4 @@ class Failpoints:
 
     def taken_by(self, pid: int) -> str:
         """What a process died of; empty when it was something else."""
-        return next((name for name, taker in self.taken().items() if taker == pid), "")
+        return next((name for name, taker in self.taken() if taker == pid), "")

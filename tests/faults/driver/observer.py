@@ -35,7 +35,7 @@ class Observer:
         self._failpoints = failpoints
         self._service_of = service_of
         self._written: dict[EngineProcesses, float] = {}
-        self._noted: set[str] = set()
+        self._noted: set[tuple[str, int]] = set()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._observe, name="observer", daemon=True)
         self._thread.start()
@@ -62,9 +62,9 @@ class Observer:
                     self._evidence.append("processes", line)
 
     def _note_deaths(self) -> None:
-        for name, pid in self._failpoints.taken().items():
-            if name not in self._noted:
-                self._noted.add(name)
+        for name, pid in self._failpoints.taken():
+            if (name, pid) not in self._noted:
+                self._noted.add((name, pid))
                 target = self._service_of(pid) or _TARGETS.get(name.partition(".")[0], "engine")
                 ago = time.time() - self._failpoints.taken_time(name, pid)
                 self._evidence.fault(kind="failpoint", target=target, failpoint=name, pid=pid, seconds_ago=ago)

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,9 @@ Value = TypeVar("Value")
 
 STUB_COMMAND = (sys.executable, "-m", "tests.fakes.stub_engine")
 WAIT_SECONDS = 150.0
-_LOOK_SECONDS = 0.05
+_LOOK_SECONDS = 0.1
+# What makes tiny models keeps them for the process, and may be asked by one thread at a time.
+_placing = threading.Lock()
 OVER = frozenset({event_pb2.JOB_STATE_SUCCEEDED, event_pb2.JOB_STATE_FAILED, event_pb2.JOB_STATE_CANCELLED})
 
 
@@ -82,8 +85,9 @@ class World:
     def __enter__(self) -> Self:
         models = self.directory / "models"
         self.base_model = "tiny/llama"
-        if not models.exists():
-            self.base_model = place(models) if self.config.real_engine else place_header_only(models)
+        with _placing:
+            if not models.exists():
+                self.base_model = place(models) if self.config.real_engine else place_header_only(models)
         self._describe(all_over=False)
         for armed in self.config.armed:
             self.failpoints.arm(armed)
@@ -217,6 +221,10 @@ class World:
             name = f"consumer-{len(self.consumers) + 1}"
             self.consumers.append(Consumer(name, job_id, address=self.control.address, evidence=self.evidence))
         return job_id
+
+    def cancel(self, job_id: str) -> None:
+        """Asks for its end."""
+        self.client.call("CancelJob", job_service_pb2.CancelJobRequest(job_id=job_id))
 
     def get_job(self, job_id: str) -> Any:
         """The job as control has it now."""

@@ -59,7 +59,8 @@ class Site:
     armed_for_end_of: str = ""
 
 
-_ROLES = [
+# Others than engines write journals, too.
+ROLES: Sequence[Site] = [
     Site(name=name, armed_for_end_of=end)
     for name in ("journal.before-append", "journal.before-fsync", "journal.after-append")
     for end in ("engine", "shim")
@@ -67,7 +68,7 @@ _ROLES = [
 SITES: Sequence[Site] = (
     *(Site(name=name) for name in sorted(DECLARED)),
     *(Site(name=name, after=_DEEP) for name in sorted(set(DECLARED) - _ONCE)),
-    *_ROLES,
+    *ROLES,
 )
 
 
@@ -92,7 +93,7 @@ def kill_everywhere(trial: Trial, sites: Collection[Site]) -> list[Finding]:
         missed = world.heal()
         states = world.wait_until_over()
         _back_up(world, trial.directory / "backup", _BACKUPS & names)
-        missed += sorted(names - set(world.failpoints.taken()) - _AFTERWARDS - set(missed))
+        missed += sorted(names - {name for name, _ in world.failpoints.taken()} - _AFTERWARDS - set(missed))
         assert not missed, f"nobody came by {missed}"
         world.stop()
         findings = [*judge(world), ended_as_asked(states, asked)]
