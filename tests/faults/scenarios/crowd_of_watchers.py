@@ -123,4 +123,4 @@ async def _probe_on(address: str, seconds: float) -> list[float]:
     return took
 
 
-SCENARIO = Scenario(name="crowd_of_watchers", promises=("R13",), num_trials=2, trial_seconds=110.0, run=run)
+SCENARIO = Scenario(name="crowd_of_watchers", promises=("R13",), num_trials=2, trial_seconds=110.0, run=run, alone=True)

@@ -3,8 +3,6 @@ control is killed between reading them and storing them. The log stays 1..n, eac
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tests.faults.driver import World, WorldConfig
 from tests.faults.driver.services import Service
 from tests.faults.driver.verdict import judge
@@ -59,7 +57,9 @@ def _kill_at(world: World, name: str) -> None:
     world.wait_for(f"a death at {name}", taken.exists)
     world.wait_for(f"another {service.name}", lambda: service.pid != pid)
     service.wait_ready()
-    Path(taken).unlink()
+    # The next one at the same place is another fault.
+    world.evidence.fault(kind="failpoint", target=service.kind, failpoint=name, pid=pid)
+    taken.unlink()
 
 
 SCENARIO = Scenario(name="sender_kills", promises=("R8", "R9", "R5", "R6"), num_trials=20, trial_seconds=110.0, run=run)

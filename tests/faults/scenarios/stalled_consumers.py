@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import psutil
 
-from tests.faults.crowd import Crowd, CrowdConfig, percentile
+from tests.faults.crowd import Crowd, CrowdConfig, Seen, percentile
 from tests.faults.driver import World, WorldConfig
 from tests.faults.driver.services import environment
 from tests.faults.scenario import Finding, Scenario, Trial
@@ -113,7 +113,7 @@ async def _watch(
     num_stalled: int,
     num_reading: int,
     stalled_seconds: float,
-):  # type: ignore[no-untyped-def]
+) -> tuple[list[Seen], int]:
     """What both crowds saw, and the most memory that control had meanwhile."""
     variables = environment({})
     address = world.control.address
@@ -150,4 +150,4 @@ def _paces(log: list[event_pb2.Event], began: float, crowds_came: float, crowds_
     return statistics.median(quiet), statistics.median(crowded)
 
 
-SCENARIO = Scenario(name="stalled_consumers", promises=("R12",), num_trials=2, trial_seconds=150.0, run=run)
+SCENARIO = Scenario(name="stalled_consumers", promises=("R12",), num_trials=2, trial_seconds=150.0, run=run, alone=True)
