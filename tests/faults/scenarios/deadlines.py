@@ -18,6 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 from tests.faults.driver import CONTROL, World, WorldConfig
 from tests.faults.scenario import Finding, Scenario, Trial
 from tests.faults.tcp_proxy import TcpProxy
+from tunesmith.common.v1 import plan_pb2
 from tunesmith.control.v1 import (
     artifact_service_pb2,
     dataset_service_pb2,
@@ -71,6 +72,9 @@ def stand_still(trial: Trial, *, num_rounds: int, slack_seconds: float) -> list[
                 if not pulled:
                     world.stop_service(name)
                 ended = asyncio.run(_call_all(service.address, files, deadline, pulled=pulled))
+                if name != CONTROL and not pulled:
+                    # Control answers itself, and waits for the node no longer than its caller does.
+                    ended += asyncio.run(_plan(world.control.address, project_id, deadline))
                 world.continue_all()
                 for method, seconds, code in ended:
                     took.append(seconds - deadline)
@@ -103,9 +107,22 @@ async def _call_all(
             return await asyncio.gather(*(_call(channel, method, deadline) for method in methods(files)))
 
 
-async def _call(channel: Any, method: MethodDescriptor, deadline: float) -> tuple[str, float, grpc.StatusCode]:
-    """A call of any kind with an empty request; what would be refused is not answered either."""
-    request = GetMessageClass(method.input_type)()
+async def _plan(address: str, project_id: int, deadline: float) -> list[tuple[str, float, grpc.StatusCode]]:
+    """Plans of both levels, by way of a node."""
+    method = job_service_pb2.DESCRIPTOR.services_by_name["JobService"].methods_by_name["PlanTraining"]
+    requests = [
+        job_service_pb2.PlanTrainingRequest(project_id=project_id, level=level)
+        for level in (plan_pb2.PLAN_LEVEL_CHECK, plan_pb2.PLAN_LEVEL_EXACT)
+    ]
+    async with grpc.aio.insecure_channel(address) as channel:
+        return await asyncio.gather(*(_call(channel, method, deadline, request) for request in requests))
+
+
+async def _call(
+    channel: Any, method: MethodDescriptor, deadline: float, request: Any = None
+) -> tuple[str, float, grpc.StatusCode]:
+    """A call of any kind, with an empty request by default; what would be refused is not answered either."""
+    request = request or GetMessageClass(method.input_type)()
     kind = ("stream" if method.client_streaming else "unary") + "_" + ("stream" if method.server_streaming else "unary")
     make = getattr(channel, kind)(
         f"/{method.containing_service.full_name}/{method.name}",
