@@ -57,9 +57,6 @@ def _kill_at(world: World, name: str) -> None:
     world.wait_for(f"a death at {name}", taken.exists)
     world.wait_for(f"another {service.name}", lambda: service.pid != pid)
     service.wait_ready()
-    # The next one at the same place is another fault.
-    world.evidence.fault(kind="failpoint", target=service.kind, failpoint=name, pid=pid)
-    taken.unlink()
 
 
 SCENARIO = Scenario(name="sender_kills", promises=("R8", "R9", "R5", "R6"), num_trials=20, trial_seconds=110.0, run=run)
