@@ -89,6 +89,10 @@ class NodeFiles:
         """Make the directories and clear what a crash left of things that outlive no process. Raises OSError."""
         for directory in (self.blobs, self.cache / "plans", self.engines, self.runs):
             durable_json.make_directory(directory)
+        # What is found is answered for, or deleted, from now on; a server that was killed may not have synced it.
+        for directory in (self.trash, *self.runs.glob("*/*"), *self.runs.glob("*"), self.runs):
+            if directory.is_dir():
+                durable_json.sync_directory(directory)
         for directory in (self.requests, self.trash):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True, exist_ok=True)
@@ -96,9 +100,6 @@ class NodeFiles:
             if not (directory / "run.json").exists():
                 # Never accepted: a crash left it, perhaps with links that keep a checkpoint's bytes on the disk.
                 self._remove(directory)
-        # What is found is answered for from now on; a server that was killed may not have come to that.
-        for directory in (*self.runs.glob("*/*"), *self.runs.glob("*"), self.runs):
-            durable_json.sync_directory(directory)
 
     def run_directory(self, key: RunKey) -> Path:
         return self.runs / key.job_id / str(key.attempt)

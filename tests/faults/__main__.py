@@ -1,7 +1,7 @@
 """`python -m tests.faults --shard i/n`: the fault trials at their full counts, with one line a promise at the end.
 
-Resumable: what went well under this commit is not run again. Status 1 when a promise did not hold or a trial could not
-be carried out, 2 when called wrongly.
+Resumable: what was carried out under this commit is not run again. Status 1: a promise did not hold, or a trial could
+not be carried out; 2: called wrongly.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class TrialResult:
 
 
 class Progress:
-    """The results so far, in a file: a trial that went well is not run again."""
+    """The results so far, in a file: a trial that was carried out is not run again, whatever it found."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -75,12 +75,12 @@ class Progress:
 def run_trials(
     trials: Sequence[PlannedTrial], *, work_directory: Path, num_at_once: int, keep: bool = False
 ) -> list[TrialResult]:
-    """Runs those that did not go well yet; gives the results of all. Says each on standard output."""
+    """Runs those that were not carried out yet; gives the results of all. Says each on standard output."""
     progress = Progress(work_directory / "progress.jsonl")
-    done = {name for name, result in progress.results().items() if result.is_good}
+    done = {name for name, result in progress.results().items() if not result.error}
     left = [trial for trial in trials if trial.name not in done]
     if len(left) < len(trials):
-        sys.stdout.write(f"{len(trials) - len(left)} of {len(trials)} trials went well before\n")
+        sys.stdout.write(f"{len(trials) - len(left)} of {len(trials)} trials were carried out before\n")
     number = 0
     # Those that need the machine to themselves come last, one after the other.
     for alone, at_once in ((False, num_at_once), (True, 1)):

@@ -65,16 +65,8 @@ def make_directories(path: Path) -> None:
     made = [path, *(parent for parent in path.parents if not parent.exists())]
     path.mkdir(parents=True, exist_ok=True)
     for directory in made:
-        fsync_directory(directory.parent)
-
-
-def fsync_directory(directory: Path) -> None:
-    """Makes the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with open_root(directory.parent) as parent:
+            os.fsync(parent)
 
 
 def remove_tree(name: str, parent: int) -> None:

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from control_service.adapters.blobs.directories import fsync_directory, make_directories
+from control_service.adapters.blobs.directories import make_directories
 from control_service.adapters.blobs.disk_errors import disk_errors
 from control_service.domain.errors import NotFound, ResourceExhausted
 from control_service.domain.failpoints import failpoint
@@ -74,7 +74,7 @@ class BlobDirectory:
             (self._directory / _STAGING).mkdir(exist_ok=True)
             # What is found is believed from now on; a process that was killed may not have come to that.
             for directory in (*self._directory.glob("[0-9a-f][0-9a-f]"), self._directory):
-                fsync_directory(directory)
+                _fsync_directory(directory)
 
     def path(self, sha256: str) -> Path:
         """Where a blob is, or would be."""
@@ -102,13 +102,13 @@ class BlobDirectory:
                 return
             if not target.parent.exists():
                 target.parent.mkdir(exist_ok=True)
-                fsync_directory(self._directory)
+                _fsync_directory(self._directory)
             # Output trees link to blobs: nobody is to change one in place.
             source.chmod(0o444)
             failpoint("blob.before-rename")
             source.rename(target)
             failpoint("blob.after-rename")
-            fsync_directory(target.parent)
+            _fsync_directory(target.parent)
 
     def discard(self, token: str) -> None:
         """Deletes staged bytes if they are still there."""
@@ -138,7 +138,7 @@ class BlobDirectory:
                 path.unlink()
             except FileNotFoundError:
                 return 0
-            fsync_directory(path.parent)
+            _fsync_directory(path.parent)
             return size_bytes
 
     def list_all(self) -> list[str]:
@@ -149,3 +149,11 @@ class BlobDirectory:
                 for path in self._directory.glob("[0-9a-f][0-9a-f]/*")
                 if _SHA256.fullmatch(path.name) and path.parent.name == path.name[:2] and path.is_file()
             )
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -53,6 +53,10 @@ class Failpoints:
         """When it was taken, by the wall clock."""
         return (self.directory / "taken" / f"{name}.{pid}").stat().st_ctime
 
+    def action_of(self, name: str, pid: int) -> str:
+        """What the process that took it was told to do."""
+        return str(json.loads((self.directory / "taken" / f"{name}.{pid}").read_text(encoding="utf-8"))["action"])
+
     def taken_by(self, pid: int) -> str:
         """What a process died of; empty when it was something else."""
         return next((name for name, taker in self.taken() if taker == pid), "")

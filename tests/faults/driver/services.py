@@ -26,9 +26,15 @@ _ROOT = Path(__file__).resolve().parents[3]
 
 
 def environment(added: Mapping[str, str]) -> dict[str, str]:
-    """For a process of ours, started from a checkout; settings from outside stay outside."""
+    """For a process of ours, started from a checkout; settings from outside stay outside, and so do GPUs: what is
+    tried here is processes, and results that are compared to the bit are a CPU's."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("TUNESMITH_")}
-    return {**kept, "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'clients' / 'python'}", **added}
+    return {
+        **kept,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'clients' / 'python'}",
+        **added,
+    }
 
 
 class Service:

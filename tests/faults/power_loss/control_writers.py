@@ -82,7 +82,11 @@ def _materialize(root: Path, acknowledge: Acknowledged) -> None:
     outputs = OutputTree(root=root / "output", blobs=BlobDirectory(root / "control" / "blobs"))
     outputs.open()
     for job in ("one", "two"):
-        outputs.materialize(f"some/where/{job}/adapter", _FILES)
+        # Played as the record: once it is there, the output is not made again.
+        recorded = root / "control" / f"{job}.recorded"
+        if not recorded.exists():
+            outputs.materialize(f"some/where/{job}/adapter", _FILES)
+            recorded.touch()
         acknowledge(job)
 
 

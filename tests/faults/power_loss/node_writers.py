@@ -367,21 +367,26 @@ def _from_blobs(root: Path, acknowledge: Acknowledged) -> None:
     (files.blobs / digest[:2]).mkdir(exist_ok=True)
     write = BlobStore(files.blobs).write(sha256=digest, size_bytes=len(manifest), offset=0, chunks=_chunks(manifest))
     asyncio.run(write)
+    key = RunKey(installation_id=INSTALLATION, job_id=JOB, attempt=2)
+    if not files.read_runs():
+        _accept_from_blobs(files, key, digest, len(manifest))
+    files.write_facts(files.read_facts("gpu").with_attempt(key))
+    acknowledge("accepted:2")
+
+
+def _accept_from_blobs(files: NodeFiles, key: RunKey, digest: str, size_bytes: int) -> None:
     resume = prepare_resume(
         ResumeRequest(
             checkpoint="step-00000002",
             step=2,
             attempt=1,
-            files=[FileReference(path="manifest.json", sha256=digest, size_bytes=len(manifest))],
+            files=[FileReference(path="manifest.json", sha256=digest, size_bytes=size_bytes)],
         ),
         job_directory=files.runs / JOB,
         target=files.runs / JOB / "2" / "resume",
         blob_path=BlobStore(files.blobs).path,
     )
-    key = RunKey(installation_id=INSTALLATION, job_id=JOB, attempt=2)
     files.write_run(key, {"job_id": JOB, "attempt": 2, "resume": resume})
-    files.write_facts(files.read_facts("gpu").with_attempt(key))
-    acknowledge("accepted:2")
 
 
 def _from_blobs_problems(root: Path, acknowledged: frozenset[str]) -> Iterator[str]:

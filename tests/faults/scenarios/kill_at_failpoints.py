@@ -1,5 +1,5 @@
-"""Kills whoever comes by a failpoint, at each of them, during everything that jobs go through. A failpoint that nobody
-came by is a failure of the trial.
+"""Kills or stops whoever comes by a failpoint, at each of them, during all that jobs go through. A failpoint that
+nobody came by is a failure of the trial.
 
 A trial arms one of them; `kill_everywhere` arms many in one world, which is what the quick test does.
 """
@@ -57,6 +57,8 @@ class Site:
     after: int = 1
     # Armed only when this is about to be killed, so that whoever cleans up after it is the next to come by.
     armed_for_end_of: str = ""
+    # `kill`, or `stop` for a second.
+    action: str = "kill"
 
 
 # Others than engines write journals, too.
@@ -72,9 +74,16 @@ SITES: Sequence[Site] = (
 )
 
 
+# Stopping loses nobody, so that several are tried in one world.
+_STOPS = [Site(name=name, action="stop") for name in sorted(set(DECLARED) - _AFTERWARDS - _BACKUPS)]
+_NUM_STOP_TRIALS = 8
+
+
 def run(trial: Trial) -> list[Finding]:
-    """One site, by the seed."""
-    return kill_everywhere(trial, [SITES[trial.seed % len(SITES)]])
+    """One site to die at, or some to stop at, by the seed."""
+    number = trial.seed % (len(SITES) + _NUM_STOP_TRIALS)
+    sites = [SITES[number]] if number < len(SITES) else _STOPS[number - len(SITES) :: _NUM_STOP_TRIALS]
+    return kill_everywhere(trial, sites)
 
 
 def kill_everywhere(trial: Trial, sites: Collection[Site]) -> list[Finding]:
@@ -84,7 +93,7 @@ def kill_everywhere(trial: Trial, sites: Collection[Site]) -> list[Finding]:
         datasets = [world.upload("first"), world.upload("second")]
         for site in sites:
             if site.name not in _AFTERWARDS | _BACKUPS and not site.armed_for_end_of:
-                world.failpoints.arm(site.name, after=site.after)
+                world.failpoints.arm(site.name, action=site.action, after=site.after)
         asked: dict[str, set[int]] = {}
         for number in range(_MAX_ROUNDS):
             asked |= _live_through_all(world, number, datasets, sites)
@@ -236,7 +245,7 @@ def _is_compacted(world: World, job_id: str) -> bool:
 SCENARIO = Scenario(
     name="kill_at_failpoints",
     promises=("R1", "R2", "R4", "R6", "R7", "R8", "R9", "R11", "R19"),
-    num_trials=len(SITES),
+    num_trials=len(SITES) + _NUM_STOP_TRIALS,
     trial_seconds=12.0,
     run=run,
 )

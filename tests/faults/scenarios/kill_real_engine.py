@@ -15,7 +15,9 @@ from tests.faults.driver.world import OVER
 from tests.faults.scenario import Finding, Scenario, Trial
 from tunesmith.common.v1 import event_pb2, training_spec_pb2
 
-_NUM_STEPS = 60
+_NUM_STEPS = 100
+# The last step that a kill waits for: behind it the run must still last long enough to be hit.
+_LAST_KILL_STEP = 60
 _SAVE_EVERY_STEPS = 10
 _NUM_JOBS = 3
 # Of each job: at random steps, and then once at one of the places below.
@@ -75,9 +77,10 @@ def _kill_often(world: World, job_id: str, number: int) -> None:
     taken = world.failpoints.taken_paths(failpoint)
     if failpoint.startswith("planned."):
         world.failpoints.arm(failpoint)
+    attempt = 0
     for kill in range(_NUM_ENGINE_KILLS):
-        step = world.random.randint(1, _NUM_STEPS - 10)
-        world.wait_for_step(job_id, step, seconds=_TRAINING_SECONDS)
+        step = world.random.randint(1, _LAST_KILL_STEP)
+        attempt = _wait_for_training(world, job_id, step, after_attempt=attempt)
         if world.random.random() < 0.5:
             world.control.kill()
         if world.random.random() < 0.5:
@@ -87,6 +90,19 @@ def _kill_often(world: World, job_id: str, number: int) -> None:
     if world.failpoints.taken_paths(failpoint) == taken and failpoint not in world.failpoints.armed():
         world.failpoints.arm(failpoint)
     world.wait_for_state(job_id, *OVER, seconds=_TRAINING_SECONDS)
+
+
+def _wait_for_training(world: World, job_id: str, step: int, *, after_attempt: int) -> int:
+    """Until a later attempt trains and is at the step, or the job is over; gives the attempt."""
+
+    def trains() -> int:
+        job = world.get_job(job_id)
+        if job.state in OVER:
+            return int(job.attempt)
+        has_engine = any(one.job_id == job_id and one.attempt == job.attempt for one in world.engines())
+        return int(job.attempt) if job.attempt > after_attempt and job.progress.step >= step and has_engine else 0
+
+    return world.wait_for(f"step {step}", trains, seconds=_TRAINING_SECONDS)
 
 
 def _result(world: World, job_id: str, training_type: str) -> Mapping[str, Any]:
