@@ -1,11 +1,11 @@
 """Serves watchers of jobs from encoded pages that all watchers of a job share. Keeps no queue per watcher: each reads
-by its own cursor, after commit, so a slow one holds up nobody. Many are woken a few at a time and not for every event,
-so that a crowd leaves the event loop room for everybody else."""
+by its own cursor, after commit, so a slow one holds up nobody. A crowd is woken at a pace, which leaves the event loop
+room for everybody else; who is woken later gets more events at a time."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -15,8 +15,8 @@ from control_service.app.ports import EventCodec
 from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.domain.errors import Unavailable
 
-# Woken before others get their turn of the event loop.
-_WOKEN_TOGETHER = 32
+# Watchers that are woken in one turn of the event loop. Between two turns a call that has just come is taken up.
+_WOKEN_TOGETHER = 8
 # What a page takes in memory besides its message: at the tail of a log a page is one small event.
 _PAGE_OVERHEAD_BYTES = 512
 
@@ -29,8 +29,8 @@ class EventHubConfig:
     max_page_events: int = 256
     max_page_bytes: int = 1024**2
     cache_bytes: int = 64 * 1024**2
-    # Messages to all watchers together; with more growth than this allows, each gets several events at a time.
-    max_deliveries_per_second: float = 4000.0
+    # Of those who wait for their logs to grow, all together.
+    max_woken_per_second: float = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,6 @@ class _Feed:
     looking: asyncio.Task[None] | None = None
     # Those who have read everything.
     waiting: dict[asyncio.Future[None], None] = field(default_factory=dict)
-    waking: asyncio.TimerHandle | None = None
-    woken_seconds: float = 0.0
 
 
 class EventHub:
@@ -73,6 +71,10 @@ class EventHub:
         self._pages: OrderedDict[tuple[str, int], _Page] = OrderedDict()
         self._cached_bytes = 0
         self._reading: dict[tuple[str, int], asyncio.Task[_Page]] = {}
+        # Those whose log has grown, in the order in which they are woken.
+        self._to_wake: deque[asyncio.Future[None]] = deque()
+        self._waking: asyncio.TimerHandle | None = None
+        self._woken_seconds = 0.0
         self._draining = False
         self.num_pages_read = 0
         store.subscribe(self._on_commit)
@@ -120,7 +122,9 @@ class EventHub:
         """Ends every watch with Unavailable SHUTTING_DOWN after what it has already been given."""
         self._draining = True
         for feed in self._feeds.values():
-            self._wake(feed)
+            self._to_wake.extend(feed.waiting)
+        while self._to_wake:
+            self._wake_next()
 
     def _refuse_if_draining(self) -> None:
         if self._draining:
@@ -135,34 +139,51 @@ class EventHub:
                 continue
             feed.last_sequence = max(feed.last_sequence, last_sequence)
             feed.may_be_over |= notice.jobs_changed
-            if feed.waking is None:
-                loop = asyncio.get_running_loop()
-                rest_seconds = self.num_watchers / self._config.max_deliveries_per_second
-                feed.waking = loop.call_at(feed.woken_seconds + rest_seconds, self._wake, feed)
+            self._to_wake.extend(feed.waiting)
+            feed.waiting = {}
+        if self._to_wake and self._waking is None:
+            self._wake_soon()
 
-    def _wake(self, feed: _Feed) -> None:
-        if feed.waking is not None:
-            feed.waking.cancel()
-        feed.waking = None
-        feed.woken_seconds = asyncio.get_running_loop().time()
-        waiting, feed.waiting = list(feed.waiting), {}
-        _wake_some(waiting)
+    def _wake_soon(self) -> None:
+        """Some, as soon as the pace allows."""
+        pause_seconds = _WOKEN_TOGETHER / self._config.max_woken_per_second
+        self._waking = asyncio.get_running_loop().call_at(self._woken_seconds + pause_seconds, self._wake_some)
+
+    def _wake_some(self) -> None:
+        self._waking = None
+        self._woken_seconds = asyncio.get_running_loop().time()
+        for _ in range(_WOKEN_TOGETHER):
+            self._wake_next()
+        if self._to_wake:
+            self._wake_soon()
+
+    def _wake_next(self) -> None:
+        """The next one that has not had a heartbeat, or left, meanwhile."""
+        while self._to_wake:
+            waiter = self._to_wake.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
 
     async def _look_for_all(self, job_id: str, feed: _Feed, position: int) -> None:
         """One look for all who have come to the end of the log."""
         if feed.looking is None:
             feed.may_be_over = False
-            feed.looking = asyncio.create_task(self._look(job_id, feed, position))
-            feed.looking.add_done_callback(lambda _: self._looked(feed))
+            feed.looking = asyncio.create_task(self._look_once(job_id, feed, position))
+            # An error that nobody waits for any more is nobody's defect.
+            feed.looking.add_done_callback(lambda task: task.cancelled() or task.exception())
         # One watcher that goes away must not take the look from the others.
         await asyncio.shield(feed.looking)
 
-    @staticmethod
-    def _looked(feed: _Feed) -> None:
-        looking, feed.looking = feed.looking, None
-        # Also asked for where every watcher is gone: an error that nobody is told is no defect.
-        if looking is not None and not looking.cancelled() and looking.exception() is not None:
-            feed.may_be_over = True
+    async def _look_once(self, job_id: str, feed: _Feed, position: int) -> None:
+        failed = True
+        try:
+            await self._look(job_id, feed, position)
+            failed = False
+        finally:
+            # Here and not in a callback: who comes while the task is over but its callbacks wait would look for ever.
+            feed.looking = None
+            feed.may_be_over |= failed
 
     async def _look(self, job_id: str, feed: _Feed, position: int) -> None:
         def read(tx: Transaction) -> tuple[int, bool]:
@@ -224,7 +245,8 @@ class EventHub:
 
         page = await self._store.read(read)
         self.num_pages_read += 1
-        self._keep(key, page)
+        if page.last_sequence > after_sequence:
+            self._keep(key, page)
         return page
 
     def _keep(self, key: tuple[str, int], page: _Page) -> None:
@@ -234,12 +256,3 @@ class EventHub:
         while self._cached_bytes > self._config.cache_bytes:
             _, oldest = self._pages.popitem(last=False)
             self._cached_bytes -= oldest.size_bytes
-
-
-def _wake_some(waiting: list[asyncio.Future[None]]) -> None:
-    """Wakes the first, and after a turn of the event loop the rest."""
-    for waiter in waiting[:_WOKEN_TOGETHER]:
-        if not waiter.done():
-            waiter.set_result(None)
-    if rest := waiting[_WOKEN_TOGETHER:]:
-        asyncio.get_running_loop().call_soon(_wake_some, rest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -96,6 +96,11 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
         self.runs: dict[tuple[str, int], FakeRun] = {}
         self.started: list[run_service_pb2.StartRunRequest] = []
         self.released: list[tuple[str, int]] = []
+        self.server_options: Sequence[tuple[str, int]] = (
+            ("grpc.so_reuseport", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        )
         self.port = 0
         self.num_node_watchers = 0
         self._changed = asyncio.Condition()
@@ -112,13 +117,7 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
     async def start(self) -> None:
         """Serves, on the same port as before if there was one."""
         self._instance += 1
-        self._server = grpc.aio.server(
-            options=(
-                ("grpc.so_reuseport", 0),
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            )
-        )
+        self._server = grpc.aio.server(options=self.server_options)
         run_service_pb2_grpc.add_RunServiceServicer_to_server(self, self._server)
         blob_service_pb2_grpc.add_BlobServiceServicer_to_server(self, self._server)
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
@@ -141,6 +140,11 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
     async def release(self) -> None:
         """Lets held runs go on."""
         self.hold_at_step = None
+        await self._wake()
+
+    async def let_on(self, step: int) -> None:
+        """Holds runs at this step from now on."""
+        self.hold_at_step = step
         await self._wake()
 
     async def until_unwatched(self) -> None:

@@ -15,6 +15,8 @@ class PlannedTrial:
     scenario: str
     number: int
     seconds: float
+    # See `Scenario`.
+    alone: bool = False
 
     @property
     def name(self) -> str:
@@ -32,7 +34,7 @@ def plan_trials(
     known = {scenario.name: scenario for scenario in scenarios}
     wanted = [known[name] for name in only] or list(scenarios)
     return [
-        PlannedTrial(scenario=scenario.name, number=number, seconds=scenario.trial_seconds)
+        PlannedTrial(scenario=scenario.name, number=number, seconds=scenario.trial_seconds, alone=scenario.alone)
         for scenario in wanted
         for number in range(scenario.num_trials if count is None else count)
     ]

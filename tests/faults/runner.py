@@ -81,10 +81,16 @@ def run_trials(
     left = [trial for trial in trials if trial.name not in done]
     if len(left) < len(trials):
         sys.stdout.write(f"{len(trials) - len(left)} of {len(trials)} trials were carried out before\n")
-    with ThreadPoolExecutor(num_at_once) as pool:
-        running = [pool.submit(_run_one, trial, work_directory, progress, keep) for trial in left]
-        for number, future in enumerate(running, 1):
-            _say(future.result(), number, len(left))
+    number = 0
+    # Those that need the machine to themselves come last, one after the other.
+    for alone, at_once in ((False, num_at_once), (True, 1)):
+        with ThreadPoolExecutor(at_once) as pool:
+            running = [
+                pool.submit(_run_one, trial, work_directory, progress, keep) for trial in left if trial.alone is alone
+            ]
+            for future in running:
+                number += 1
+                _say(future.result(), number, len(left))
     results = progress.results()
     return [results[trial.name] for trial in trials]
 

@@ -52,3 +52,5 @@ class Scenario:
     run: Callable[[Trial], list[Finding]]
     # Whether the engine trains a real model (torch on the CPU); needed to be counted among the real kills.
     real_engine: bool = False
+    # Whether its figures are times that other trials beside it would spoil: it has the machine to itself.
+    alone: bool = False

@@ -43,10 +43,14 @@ class TcpProxy:
         self._upstream = (host, int(port))
         self._server: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
+        self._serving: set[asyncio.Task[None]] = set()
         self.link = Link()
         # False: who connects is closed at once.
         self.accepting = True
         self.num_accepted = 0
+        # Connections that a side ended, with or without a word.
+        self.num_ended_by_client = 0
+        self.num_ended_by_upstream = 0
         self.address = ""
 
     @classmethod
@@ -61,6 +65,12 @@ class TcpProxy:
         finally:
             proxy._server.close()
             await proxy.close_all()
+            for connection in proxy._connections:
+                for writer in (connection.client, connection.upstream):
+                    # One that will never take what it was sent is not waited for.
+                    writer.transport.abort()
+            if proxy._serving:
+                await asyncio.wait(proxy._serving)
 
     @property
     def num_open(self) -> int:
@@ -99,6 +109,10 @@ class TcpProxy:
             self.reset_all()
 
     async def _serve(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "a connection is served in a task"
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
         self.num_accepted += 1
         if not self.accepting:
             client.close()
@@ -113,9 +127,11 @@ class TcpProxy:
             asyncio.create_task(self._pipe(reader, upstream)),
             asyncio.create_task(self._pipe(from_upstream, client)),
         ]
+        connection.pipes[0].add_done_callback(self._count_client)
+        connection.pipes[1].add_done_callback(self._count_upstream)
         self._connections.add(connection)
         try:
-            await asyncio.gather(*connection.pipes)
+            await asyncio.gather(*connection.pipes, return_exceptions=True)
         finally:
             for pipe in connection.pipes:
                 pipe.cancel()
@@ -124,6 +140,12 @@ class TcpProxy:
                 writer.close()
                 with suppress(OSError):
                     await writer.wait_closed()
+
+    def _count_client(self, pipe: asyncio.Task[None]) -> None:
+        self.num_ended_by_client += not pipe.cancelled()
+
+    def _count_upstream(self, pipe: asyncio.Task[None]) -> None:
+        self.num_ended_by_upstream += not pipe.cancelled()
 
     async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):

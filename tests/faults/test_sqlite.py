@@ -12,7 +12,7 @@ from control_service.app.store_ports import Transaction
 
 NUM_READS = 8
 # FULL is 2; no memory map, so that a failing disk is an error and not SIGBUS.
-EVERYWHERE = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000, "mmap_size": 0}
+EVERYWHERE = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 1_000, "mmap_size": 0}
 
 
 def _pragmas(connection: Any) -> dict[str, Any]:

@@ -8,7 +8,11 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from tunesmith_cli.output import Format, Output
-from tunesmith_client import Client
+from tunesmith_client import Client, ClientConfig, RetryPolicy
+
+# Somebody waits in front of a screen: where nothing serves, that is said sooner than a program wants to hear it.
+_RETRY = RetryPolicy(max_attempts=4)
+DEFAULT_ADDRESS = ClientConfig().address
 
 Parameters = ParamSpec("Parameters")
 
@@ -33,7 +37,8 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*, address: str | None, output: Format, **arguments: Any) -> None:
-            with Client(address) as client:
+            config = ClientConfig(address=address or DEFAULT_ADDRESS, retry=_RETRY)
+            with Client(config=config) as client:
                 function(Session(client=client, out=Output(output)), **arguments)
 
         own = list(inspect.signature(function).parameters.values())[1:]

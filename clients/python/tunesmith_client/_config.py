@@ -38,8 +38,9 @@ UPLOAD_BASE_SECONDS = 120.0
 class RetryPolicy:
     """How a call that met UNAVAILABLE is repeated, and how a watch reconnects."""
 
-    # Calls in all, the first one counted.
-    max_attempts: int = 4
+    # Calls in all, the first one counted. With the pauses between them enough for a service that is started again;
+    # a call's deadline ends it sooner.
+    max_attempts: int = 10
     initial_backoff_seconds: float = 0.2
     max_backoff_seconds: float = 5.0
     # Each pause is drawn from [1 - jitter, 1] of the back-off, so that many clients do not return together.

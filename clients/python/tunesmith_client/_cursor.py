@@ -12,7 +12,7 @@ import grpc
 from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import job_service_pb2
 from tunesmith_client._config import ClientConfig
-from tunesmith_client._errors import CallCancelled, ServiceDefect, TunesmithError, Unavailable
+from tunesmith_client._errors import CallCancelled, ResourceExhausted, ServiceDefect, TunesmithError, Unavailable
 from tunesmith_client._retry import pause_after, pauses
 
 
@@ -34,6 +34,7 @@ class Cursor:
         self._random = random_source or random.Random()
         self._monotonic = monotonic
         self._failing_since: float | None = None
+        self._was_heard = False
         self._pauses = pauses(config.retry, self._random)
 
     def request(self) -> job_service_pb2.WatchJobRequest:
@@ -43,6 +44,7 @@ class Cursor:
     def take(self, response: job_service_pb2.WatchJobResponse) -> Iterator[event_pb2.Event]:
         """The events of a response that are new. Raises ServiceDefect on a gap: one lost event is worse than an end."""
         self._failing_since = None
+        self._was_heard = True
         for event in response.events:
             if event.sequence <= self.position:
                 continue
@@ -58,6 +60,11 @@ class Cursor:
         """Seconds to wait before the next stream. Raises `error` when another stream cannot help or time is up."""
         # A CANCELLED that this side did not ask for is a server that stopped without saying so.
         lost = Unavailable(error.message, code=error.code) if isinstance(error, CallCancelled) else error
+        # Too many watches, one of which may be this one's own, on a link that the service has not yet found broken.
+        if isinstance(error, ResourceExhausted) and self._was_heard and error.retry_after_seconds is not None:
+            lost = Unavailable(
+                error.message, reason=error.reason, code=error.code, retry_after_seconds=error.retry_after_seconds
+            )
         now = self._monotonic()
         if self._failing_since is None:
             self._failing_since = now

@@ -69,6 +69,10 @@ class Service:
         self._stopping = threading.Event()
         self._may_run = threading.Event()
         self._may_run.set()
+        # Asked to end in order, and to come back.
+        self._restarting = threading.Event()
+        # How it ended when it was asked to.
+        self.statuses: list[int] = []
         self._ready = threading.Event()
         self._changing = threading.Lock()
         self._process = self._spawn()
@@ -102,6 +106,18 @@ class Service:
             self._may_run.clear()
         self._ready.clear()
         self.signal(signal.SIGKILL, "kill")
+
+    def restart(self) -> float:
+        """SIGTERM, and a successor at its address; gives the seconds until that serves. `statuses` has how it ended."""
+        started, count = time.monotonic(), len(self.statuses)
+        self._restarting.set()
+        self._ready.clear()
+        self.signal(signal.SIGTERM, "term")
+        while len(self.statuses) == count:
+            assert time.monotonic() < started + _STOP_SECONDS, f"{self.name} does not stop\n{self.log_tail()}"
+            time.sleep(_LOOK_SECONDS)
+        self.wait_ready()
+        return time.monotonic() - started
 
     def release(self) -> None:
         """Lets it be started again."""
@@ -161,7 +177,10 @@ class Service:
             self._ready.clear()
             if self._stopping.is_set():
                 return
-            if status != -signal.SIGKILL and not self._failpoints.taken_by(self._process.pid):
+            if self._restarting.is_set():
+                self._restarting.clear()
+                self.statuses.append(status)
+            elif status != -signal.SIGKILL and not self._failpoints.taken_by(self._process.pid):
                 self.problems.append(f"{self.name} ended by itself with status {status}")
                 return
             self._may_run.wait()

@@ -87,7 +87,7 @@ async def test_a_watcher_that_reads_nothing_holds_up_nobody(open_core: OpenCore)
 async def test_a_crowd_costs_the_store_and_the_loop_little(open_core: OpenCore) -> None:
     node = FakeNode("a")
     config = quick_config()
-    events = replace(config.events, max_deliveries_per_second=1000.0, heartbeat_seconds=30.0)
+    events = replace(config.events, max_woken_per_second=20_000.0, heartbeat_seconds=30.0)
     core = await open_core(node, config=replace(config, events=events))
     await core.reachable()
     job = await core.start((await core.project()).project_id)

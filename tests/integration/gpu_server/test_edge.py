@@ -29,7 +29,7 @@ def test_health_and_reflection_answer(server: GpuServer) -> None:
     with grpc.insecure_channel(server.address) as channel:
         # These two stubs are only partly typed.
         health: Any = health_pb2_grpc.HealthStub(channel)
-        for service in ("", "tunesmith.gpu.v1.RunService", "tunesmith.gpu.v1.BlobService"):
+        for service in ("", "liveness", "tunesmith.gpu.v1.RunService", "tunesmith.gpu.v1.BlobService"):
             request = health_pb2.HealthCheckRequest(service=service)
             assert health.Check(request, timeout=WAIT_SECONDS).status == health_pb2.HealthCheckResponse.SERVING
         request_class: Any = reflection_pb2.ServerReflectionRequest

@@ -13,6 +13,7 @@ from tunesmith_client import (
     ClientConfig,
     NotFound,
     OutOfRange,
+    ResourceExhausted,
     RetryPolicy,
     ServiceDefect,
     Unavailable,
@@ -109,6 +110,15 @@ def test_a_lost_stream_is_opened_again_and_a_refusal_is_not() -> None:
     assert watch.pause_before_reopening(CallCancelled("x", code=grpc.StatusCode.CANCELLED)) > 0
     with pytest.raises(OutOfRange):
         watch.pause_before_reopening(OutOfRange("gone", reason="HISTORY_COMPACTED"))
+
+
+def test_a_place_that_its_own_lost_stream_may_hold_is_waited_for() -> None:
+    full = ResourceExhausted("full", reason="TOO_MANY_REQUESTS", retry_after_seconds=5.0)
+    watch = cursor()
+    with pytest.raises(ResourceExhausted):
+        watch.pause_before_reopening(full)
+    list(watch.take(response(1)))
+    assert watch.pause_before_reopening(full) == 5.0
 
 
 def test_a_watch_gives_up_only_after_hearing_nothing_for_its_limit() -> None:
