@@ -3,12 +3,13 @@ journals; takes nothing from control's own rules but the table of states."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from control_service.domain.artifact import CheckpointStatus
-from control_service.domain.event import EventKind, JobStateFact, StoredEvent
+from control_service.domain.event import EventKind, JobStateFact, NodeReachabilityFact, StoredEvent
 from control_service.domain.job import Job
 from control_service.domain.job_state import ON_NODE, TERMINAL, TRANSITIONS, JobState
 from control_service.domain.run import RunState
@@ -36,8 +37,17 @@ class Watch:
     num_devices: Mapping[str, int]
     jobs: dict[str, Job] = field(default_factory=dict)
     log_lengths: dict[str, int] = field(default_factory=dict)
-    # Steps that a replicated checkpoint of a job once reached.
+    # Node -> seconds of control's own waking time since its last report.
+    silence_seconds: Callable[[str], float] = lambda _: 0.0
+    lease_seconds: float = 30.0
+    # Node -> jobs that it said to be too small for, which may be given elsewhere first.
+    too_small_for: Mapping[str, set[str]] = field(default_factory=dict)
     num_commits: int = 0
+
+    def begin_anew(self, tables: Tables) -> None:
+        """The store was put back from a backup: what was later is no promise any more."""
+        self.jobs = dict(tables.jobs)
+        self.log_lengths = {job_id: len(log) for job_id, log in tables.events.items()}
 
     def committed(self, tables: Tables, *, steady_now: datetime) -> None:
         """To be called after every commit."""
@@ -59,7 +69,12 @@ class Watch:
         for number, event in enumerate(fresh, start=len(log) - len(fresh) + 1):
             hold(event.sequence == number, f"log of {job.job_id} has {event.sequence} at {number}")
         self.log_lengths[job.job_id] = len(log)
-        states = [fact for event in fresh if isinstance(fact := _decoded(event), JobStateFact)]
+        facts = [_decoded(event) for event in fresh]
+        states = [fact for fact in facts if isinstance(fact, JobStateFact)]
+        for fact in facts:
+            if isinstance(fact, NodeReachabilityFact) and not fact.reachable:
+                silence = self.silence_seconds(fact.node)
+                hold(silence >= self.lease_seconds - 6.0, f"{fact.node} was given up after {silence:.1f} s")
         if before is None:
             hold([fact.state for fact in states][:1] == [JobState.QUEUED], "a new job is not queued")
             return
@@ -82,7 +97,7 @@ class Watch:
             hold(job.end_time >= max(begun, job.create_time), f"{job.job_id} ended before it began")
 
     def _check_attempts(self, job: Job, fresh: Sequence[StoredEvent]) -> None:
-        for earlier, event in zip(fresh, fresh[1:], strict=False):
+        for earlier, event in itertools.pairwise(fresh):
             hold(earlier.attempt <= event.attempt, f"{job.job_id}: attempt {event.attempt} after {earlier.attempt}")
         runs = [event for event in fresh if event.run_sequence]
         hold(all(e.attempt == job.attempt for e in runs), f"{job.job_id}: events of an attempt that is over")
@@ -99,6 +114,7 @@ class Watch:
         for other in self.jobs.values():
             if other.state is JobState.QUEUED and other.job_id != job.job_id and _goes_before(other, before):
                 waits = other.not_before is not None and other.not_before > steady_now - timedelta(seconds=0.01)
+                waits |= other.job_id in self.too_small_for.get(job.node, ())
                 still_waits = tables.jobs[other.job_id].state is JobState.QUEUED
                 hold(
                     waits or not still_waits or _bound_elsewhere(other, job.node, tables),
@@ -167,4 +183,5 @@ def _check_log(job: Job, log: Sequence[StoredEvent], nodes: Sequence[SimNode]) -
 
 
 def _decoded(event: StoredEvent) -> object:
-    return _CODEC.decode(event.kind, event.payload) if event.kind == EventKind.JOB_STATE else None
+    kinds = (EventKind.JOB_STATE, EventKind.NODE_REACHABILITY)
+    return _CODEC.decode(event.kind, event.payload) if event.kind in kinds else None

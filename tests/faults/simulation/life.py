@@ -107,8 +107,10 @@ class Life:
         self.alive = False
         self.died.set()
 
-    def dial(self, *, name: str, address: str, installation_id: str) -> SimClient:
+    def dial(self, *, name: str, address: str, installation_id: str) -> Any:
         """Implements `NodeDialer`."""
+        # A lease begins anew with every connection.
+        self._weather[name].heard()
         return SimClient(self._nodes[name], self._weather[name], installation_id=installation_id, life=self.check)
 
 

@@ -35,6 +35,8 @@ class Weather:
     stream_dropped: float = 0.0
     batch_repeated: float = 0.0
     trace: Callable[[str], None] = field(default=lambda _: None)
+    # The node's report has just reached control.
+    heard: Callable[[], None] = field(default=lambda: None)
 
     def calm(self) -> None:
         """Nothing is lost any more."""
@@ -144,7 +146,9 @@ class SimClient:
 
     async def watch_node(self, *, heartbeat_seconds: float) -> AsyncIterator[NodeReport]:
         while True:
-            yield await self._call("watch_node", SimNode.report)
+            report = await self._call("watch_node", SimNode.report)
+            self._weather.heard()
+            yield report
             if self._weather.dice.random() < self._weather.stream_dropped:
                 raise self._lost("stream of reports")
             await self._quiet(heartbeat_seconds)

@@ -1,4 +1,4 @@
-"""One schedule: users, nodes, network, clocks, disk and crashes, all drawn from a seed; then calm, until all is over."""
+"""One schedule: users, nodes, network, clocks, disk and crashes, drawn from a seed; then calm, until all is over."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -58,6 +59,7 @@ class Outcome:
     broken: str
     num_commits: int
     num_crashes: int
+    num_restores: int
     num_attempts: int
     virtual_seconds: float
     digest: str
@@ -88,15 +90,32 @@ class World:
             for name in "abc"[: dice.choice((1, 2, 2, 3))]
         ]
         self._weather = {node.name: Weather(dice=dice, trace=self.trace) for node in self.nodes}
-        self.watch = Watch(num_devices={node.name: node.num_devices for node in self.nodes})
+        self._heard_at: dict[str, float] = {}
+        for node in self.nodes:
+            self._weather[node.name].heard = partial(self._heard, node.name)
+        self.watch = Watch(
+            num_devices={node.name: node.num_devices for node in self.nodes},
+            too_small_for={node.name: node.too_small_for for node in self.nodes},
+            silence_seconds=lambda name: self._awake_seconds() - self._heard_at.get(name, 0.0),
+        )
+        self._backup: tuple[Tables, dict[str, bytes], dict[str, Any]] | None = None
+        self._restores = False
         self._poison: set[str] = set()
         self._broken: Broken | None = None
         self._is_calm = False
         self.num_crashes = 0
+        self.num_restores = 0
         self._acknowledged: set[str] = set()
         self._requests: set[str] = set()
+        self._traced: dict[str, int] = {}
         self._own: set[asyncio.Task[Any]] = set()
         self._life: Life | None = None
+
+    def _awake_seconds(self) -> float:
+        return self._loop.time() - self._loop.stopped_seconds
+
+    def _heard(self, name: str) -> None:
+        self._heard_at[name] = self._awake_seconds()
 
     @property
     def lines(self) -> list[str]:
@@ -173,6 +192,8 @@ class World:
             self.trace("control is dead")
             await self._clear(starting)
             await asyncio.sleep(self._dice.choice((0.1, 1.0, 5.0, 40.0)))
+            if self._restores:
+                self._restore()
             self.trace("control starts")
 
     async def _clear(self, starting: asyncio.Task[Any]) -> None:
@@ -207,8 +228,6 @@ class World:
                 self.trace(f"  log {job_id} {event.sequence} attempt {event.attempt}: {fact}"[:200])
             self._traced[job_id] = len(events)
 
-    _traced: dict[str, int] = {}  # noqa: RUF012 - replaced in `simulate`, for traces only
-
     def _raise_if_broken(self) -> None:
         if self._broken is not None:
             raise self._broken
@@ -240,7 +259,7 @@ class World:
                 priority=priority,
                 max_retries=max_retries,
                 timeout_seconds=5.0,
-                store=life.store,  # type: ignore[arg-type]
+                store=life.store,
                 nodes=life.runtime.nodes,
                 clock=life.clock,
                 ids=self._ids,
@@ -250,7 +269,7 @@ class World:
             return view.job.job_id
 
         # A client of ours: the same request until it is answered.
-        while (job_id := await self._ask(start)) is None:
+        while (job_id := await self._ask(start)) is None:  # noqa: ASYNC110 - nothing tells a client
             await asyncio.sleep(0.5)
         self.trace(f"user: started {job_id}")
         self._acknowledged.add(job_id)
@@ -293,7 +312,7 @@ class World:
                 name,
                 undo=undo,
                 interrupt=interrupts,
-                store=life.store,  # type: ignore[arg-type]
+                store=life.store,
                 nodes=life.runtime.nodes,
                 clock=life.clock,
             )
@@ -310,7 +329,7 @@ class World:
                     return await nodes.drain_node(
                         name,
                         undo=True,
-                        store=life.store,  # type: ignore[arg-type]
+                        store=life.store,
                         nodes=life.runtime.nodes,
                         clock=life.clock,
                     )
@@ -322,7 +341,7 @@ class World:
                 async def resume(life: Life, job_id: str = job.job_id) -> Any:
                     return await jobs.resume_job(
                         job_id,
-                        store=life.store,  # type: ignore[arg-type]
+                        store=life.store,
                         nodes=life.runtime.nodes,
                         clock=life.clock,
                         codec=life.codec,
@@ -362,6 +381,8 @@ class World:
             self._crash,
             self._crash,
             self._crash,
+            self._back_up,
+            self._lose_control,
             self._disk_refuses,
             self._wall_clock_jumps,
             self._stall,
@@ -414,6 +435,28 @@ class World:
         self.disk.dies_before = self._dice.random() < 0.5
         self.disk.dies_after_commits = self._dice.randint(1, 6)
 
+    async def _back_up(self, node: SimNode) -> None:
+        blobs = self.disk.blobs
+        self._backup = (self.disk.tables.copy(), dict(blobs.blobs), dict(blobs.outputs))
+
+    async def _lose_control(self, node: SimNode) -> None:
+        """Control's machine is lost, and begins again from the backup, if there is one."""
+        self._restores = self._backup is not None
+        await self._crash(node)
+
+    def _restore(self) -> None:
+        self._restores = False
+        assert self._backup is not None
+        tables, blobs, outputs = self._backup
+        self.disk.tables = tables.copy()
+        self.disk.blobs.blobs, self.disk.blobs.outputs = dict(blobs), dict(outputs)
+        self.trace(f"restored: {[f'{job.job_id} {job.state} {job.attempt}' for job in tables.jobs.values()]}")
+        self.watch.begin_anew(self.disk.tables)
+        # What was asked for since is lost, and so are the answers to it.
+        self._acknowledged &= self.disk.tables.jobs.keys()
+        self._traced = {job_id: len(log) for job_id, log in tables.events.items()}
+        self.num_restores += 1
+
     async def _disk_refuses(self, node: SimNode) -> None:
         self.disk.refuses = True
         await asyncio.sleep(self._dice.choice((0.5, 5.0, 35.0)))
@@ -440,17 +483,16 @@ class World:
     def _script(self, request: StartRun) -> Script:
         dice = self._dice
         num_steps = dice.randint(3, 10)
+        begins = request.resume_from.step if request.resume_from else 0
         script = Script(
-            num_steps=max(num_steps, 1 + (request.resume_from.step if request.resume_from else 0)),
+            num_steps=max(num_steps, begins + 1),
             step_seconds=dice.choice((0.1, 1.0, 3.0)),
             save_every=dice.choice((0, 2, 3)),
             stop_seconds=dice.choice((0.0, 0.0, 5.0)),
         )
         if request.key.job_id in self._poison:
             poison = Failure(reason="ENGINE_KILLED", fault=Fault.PLATFORM, message="poison", signal=11)
-            return replace(
-                script, fail_at_step=1 + (request.resume_from.step if request.resume_from else 0), failure=poison
-            )
+            return replace(script, fail_at_step=begins + 1, failure=poison)
         if self._is_calm or dice.random() < 0.8:
             return script
         reason, fault = dice.choice(_FAILURES)
@@ -465,7 +507,6 @@ class World:
         self._id_source = UlidSource(
             lambda: int(self.disk.clock.utc_now().timestamp() * 1000), random_bits=self._dice.getrandbits
         )
-        self._traced = {}
 
     def digest(self) -> str:
         """Of every log, so that two runs of a seed can be compared."""
@@ -522,6 +563,7 @@ def simulate(seed: int, *, traced: bool = False) -> Outcome:
         broken=broken,
         num_commits=world.watch.num_commits,
         num_crashes=world.num_crashes,
+        num_restores=world.num_restores,
         num_attempts=sum(job.attempt for job in tables.jobs.values()),
         virtual_seconds=loop.time(),
         digest=world.digest(),
