@@ -42,7 +42,16 @@ class Watch:
     lease_seconds: float = 30.0
     # Node -> jobs that it said to be too small for, which may be given elsewhere first.
     too_small_for: Mapping[str, set[str]] = field(default_factory=dict)
+    # The simulation's own time, and how many lives control has had: what the product's clocks are held to.
+    now_seconds: Callable[[], float] = lambda: 0.0
+    num_lives: Callable[[], int] = lambda: 0
+    # A job was given a new attempt.
+    on_dispatch: Callable[[], None] = lambda: None
     num_commits: int = 0
+    # Jobs in the order in which they were made.
+    _born: dict[str, int] = field(default_factory=dict)
+    # Job -> when, and in which life, its retry was decided.
+    _failed_at: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def begin_anew(self, tables: Tables) -> None:
         """The store was put back from a backup: what was later is no promise any more."""
@@ -53,6 +62,8 @@ class Watch:
         """To be called after every commit."""
         self.num_commits += 1
         hold(self.jobs.keys() <= tables.jobs.keys(), "a job that was acknowledged is gone")
+        for job_id in tables.jobs:
+            self._born.setdefault(job_id, len(self._born))
         for job_id, job in tables.jobs.items():
             before = self.jobs.get(job_id)
             if before is job:
@@ -90,6 +101,8 @@ class Watch:
             hold(
                 any(fact.state is JobState.DISPATCHING for fact in states), f"the epoch of {job.job_id} rose by itself"
             )
+        if job.num_retries > before.num_retries:
+            self._failed_at[job.job_id] = (self.now_seconds(), self.num_lives())
         hold(before.num_retries <= job.num_retries <= job.max_retries, f"{job.job_id}: {job.num_retries} retries")
         self._check_attempts(job, fresh)
         if job.end_time is not None:
@@ -105,14 +118,13 @@ class Watch:
     def _check_dispatch(self, before: Job | None, job: Job, tables: Tables, steady_now: datetime) -> None:
         if before is None or job.attempt == before.attempt:
             return
-        if before.not_before is not None:
-            # What a retry waits for is never longer than a minute, so a later time is another clock's.
-            early = steady_now < before.not_before <= steady_now + timedelta(seconds=60)
-            hold(
-                not early, f"{job.job_id} was dispatched {before.not_before - steady_now} before its back-off was over"
-            )
+        self.on_dispatch()
+        failed_at, life = self._failed_at.pop(job.job_id, (0.0, -1))
+        if life == self.num_lives():
+            waited, due = self.now_seconds() - failed_at, min(60.0, 2.0 ** (job.num_retries - 1))
+            hold(waited > due - 0.05, f"{job.job_id} was tried again after {waited:.2f} s, not {due:.2f} s")
         for other in self.jobs.values():
-            if other.state is JobState.QUEUED and other.job_id != job.job_id and _goes_before(other, before):
+            if other.state is JobState.QUEUED and other.job_id != job.job_id and self._goes_before(other, before):
                 waits = other.not_before is not None and other.not_before > steady_now - timedelta(seconds=0.01)
                 waits |= other.job_id in self.too_small_for.get(job.node, ())
                 still_waits = tables.jobs[other.job_id].state is JobState.QUEUED
@@ -121,6 +133,10 @@ class Watch:
                     f"{job.job_id} was dispatched to {job.node} before {other.job_id}",
                 )
 
+    def _goes_before(self, other: Job, job: Job) -> bool:
+        moves = job.state is not JobState.QUEUED
+        return moves or (-other.priority, self._born[other.job_id]) < (-job.priority, self._born[job.job_id])
+
     def _check_places(self, tables: Tables) -> None:
         taken: dict[str, int] = {}
         for job in tables.jobs.values():
@@ -128,11 +144,6 @@ class Watch:
                 taken[job.node] = taken.get(job.node, 0) + 1
         for node, count in taken.items():
             hold(count <= self.num_devices[node], f"{count} jobs on {node}, which has {self.num_devices[node]} devices")
-
-
-def _goes_before(other: Job, job: Job) -> bool:
-    moves = job.state is not JobState.QUEUED
-    return moves or (-other.priority, other.job_id) < (-job.priority, job.job_id)
 
 
 def _bound_elsewhere(job: Job, node: str, tables: Tables) -> bool:
@@ -160,8 +171,6 @@ def check_end(tables: Tables, nodes: Sequence[SimNode], outputs: Mapping[str, Ma
             hold(run.state is RunState.SUCCEEDED, f"{job_id} SUCCEEDED, its run is {run.state}")
         if job.state is JobState.FAILED:
             hold(job.failure is not None, f"{job_id} FAILED without a reason")
-    for node in nodes:
-        hold(all(run.is_over for run in node.runs.values()), f"a run is left on {node.name}")
 
 
 def _check_log(job: Job, log: Sequence[StoredEvent], nodes: Sequence[SimNode]) -> None:

@@ -17,6 +17,7 @@ from control_service.app.node_monitor import NodeMonitorConfig
 from control_service.app.runtime import Runtime, RuntimeConfig
 from control_service.app.store_ports import CommitNotice
 from control_service.domain.errors import Unavailable
+from control_service.domain.ids import UlidSource
 from tests.fakes.control_blobs import MemoryBlobStore
 from tests.fakes.control_codec import PickleCodec
 from tests.faults.simulation.link import SimClient, Weather
@@ -91,6 +92,11 @@ class Life:
         self.clock = disk.clock
         self.clock.begin_process()
         self.codec = codec
+        self.ids = UlidSource(
+            lambda: int(disk.clock.utc_now().timestamp() * 1000),
+            newest=max(disk.tables.jobs, default=""),
+            random_bits=disk.dice.getrandbits,
+        )
         self._nodes = {node.name: node for node in nodes}
         self._weather = weather
         self.runtime = Runtime(

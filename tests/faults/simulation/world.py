@@ -19,9 +19,9 @@ from control_service.app.ports import StartRun
 from control_service.domain.dataset import Dataset
 from control_service.domain.errors import ResourceExhausted, TunesmithError, Unavailable
 from control_service.domain.failure import Failure, Fault
-from control_service.domain.ids import UlidSource
 from control_service.domain.job_state import JobState
 from control_service.domain.project import Project
+from control_service.domain.run import RunState
 from tests.fakes.control_blobs import MemoryBlobStore
 from tests.fakes.control_codec import PickleCodec
 from tests.fakes.control_core import draft
@@ -29,7 +29,7 @@ from tests.faults.simulation.invariants import Broken, Watch, check_end, hold
 from tests.faults.simulation.life import Disk, Life, WallClock
 from tests.faults.simulation.link import Weather
 from tests.faults.simulation.memory_store import Tables
-from tests.faults.simulation.node import Script, SimNode
+from tests.faults.simulation.node import Script, SimNode, SimRun
 from tests.faults.simulation.virtual_loop import NothingWillHappen, VirtualLoop
 
 _DATA = b'{"text": "row"}\n'
@@ -95,6 +95,9 @@ class World:
             self._weather[node.name].heard = partial(self._heard, node.name)
         self.watch = Watch(
             num_devices={node.name: node.num_devices for node in self.nodes},
+            now_seconds=loop.time,
+            num_lives=lambda: self.num_crashes,
+            on_dispatch=self._let_go,
             too_small_for={node.name: node.too_small_for for node in self.nodes},
             silence_seconds=lambda name: self._awake_seconds() - self._heard_at.get(name, 0.0),
         )
@@ -113,6 +116,10 @@ class World:
 
     def _awake_seconds(self) -> float:
         return self._loop.time() - self._loop.stopped_seconds
+
+    def _let_go(self) -> None:
+        for weather in self._weather.values():
+            weather.let_go()
 
     def _heard(self, name: str) -> None:
         self._heard_at[name] = self._awake_seconds()
@@ -152,16 +159,23 @@ class World:
         check_end(self.disk.tables, self.nodes, self.disk.blobs.outputs)
 
     def _is_settled(self) -> bool:
-        runs = [run for node in self.nodes for run in node.runs.values()]
-        return all(job.is_over for job in self.disk.tables.jobs.values()) and all(run.is_over for run in runs)
+        jobs_left = [job for job in self.disk.tables.jobs.values() if not job.is_over]
+        return not jobs_left and not any(self._is_leftover(run) for node in self.nodes for run in node.runs.values())
+
+    def _is_leftover(self, run: SimRun) -> bool:
+        """Nodes keep only runs whose artifacts could not be collected."""
+        job = self.disk.tables.jobs.get(run.request.key.job_id)
+        return not (job and job.state is JobState.FAILED and job.run_state is RunState.SUCCEEDED and run.is_over)
 
     def _waiting(self) -> str:
-        return "; ".join(
+        runs = [f"run {run.name} is {run.state} on {node.name}" for node in self.nodes for run in node.runs.values()]
+        jobs_left = [
             f"{job.job_id} is {job.state} attempt {job.attempt} on {job.node!r}, run {job.run_state},"
             f" unreachable {job.node_unreachable}, not before {job.not_before}"
             for job in self.disk.tables.jobs.values()
             if not job.is_over
-        )
+        ]
+        return "; ".join([*runs, *jobs_left])
 
     def _calm(self) -> None:
         self.trace("--- calm")
@@ -262,7 +276,7 @@ class World:
                 store=life.store,
                 nodes=life.runtime.nodes,
                 clock=life.clock,
-                ids=self._ids,
+                ids=life.ids,
                 codec=life.codec,
                 request=request,
             )
@@ -275,10 +289,6 @@ class World:
         self._acknowledged.add(job_id)
         if is_poison:
             self._poison.add(job_id)
-
-    @property
-    def _ids(self) -> UlidSource:
-        return self._id_source
 
     async def _ask_for_something(self) -> None:
         dice = self._dice
@@ -373,6 +383,8 @@ class World:
             self._cut,
             self._black_hole,
             self._bad_weather,
+            self._hold_back,
+            self._hold_back,
             self._server_restarts,
             self._power_loss,
             self._power_loss,
@@ -404,6 +416,13 @@ class World:
         self._weather[node.name].is_black_hole = True
         await asyncio.sleep(self._dice.choice((5.0, 25.0, 60.0)))
         self._weather[node.name].is_black_hole = False
+
+    async def _hold_back(self, node: SimNode) -> None:
+        weather = self._weather[node.name]
+        weather.is_held = True
+        await asyncio.sleep(self._dice.choice((5.0, 40.0, 80.0)))
+        weather.is_held = False
+        weather.let_go()
 
     async def _bad_weather(self, node: SimNode) -> None:
         weather = self._weather[node.name]
@@ -502,12 +521,6 @@ class World:
         failure = Failure(reason=reason, fault=fault, message="scripted", details=details)
         return replace(script, fail_at_step=dice.randint(1, num_steps), failure=failure)
 
-    def begin(self) -> None:
-        """Ids by the wall clock, as the product makes them, with the dice's own randomness."""
-        self._id_source = UlidSource(
-            lambda: int(self.disk.clock.utc_now().timestamp() * 1000), random_bits=self._dice.getrandbits
-        )
-
     def digest(self) -> str:
         """Of every log, so that two runs of a seed can be compared."""
         total = hashlib.sha256()
@@ -542,13 +555,13 @@ def _tables(clock: WallClock) -> Tables:
 def simulate(seed: int, *, traced: bool = False) -> Outcome:
     """Carries out the schedule of a seed."""
     # What the core says would drown the trace and cost most of the time.
+    logging_before = structlog.get_config() if structlog.is_configured() else None
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     loop = VirtualLoop()
     loop.set_exception_handler(lambda _loop, _context: None)
     world = World(seed, loop, traced=traced)
     broken = ""
     try:
-        world.begin()
         loop.run_until_complete(world.run())
     except (Broken, NothingWillHappen) as error:
         broken = str(error)
@@ -557,6 +570,9 @@ def simulate(seed: int, *, traced: bool = False) -> Outcome:
             task.cancel()
         loop.run_until_complete(asyncio.sleep(0.1))
         loop.close()
+        structlog.reset_defaults()
+        if logging_before is not None:
+            structlog.configure(**logging_before)
     tables = world.disk.tables
     return Outcome(
         seed=seed,
