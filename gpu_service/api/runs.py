@@ -130,6 +130,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         heartbeat_seconds = _seconds(request.heartbeat_seconds, "heartbeat_seconds") or _DEFAULT_HEARTBEAT_SECONDS
         while True:
             changed = self._manager.changed.current()
+            self._manager.check_owner(request.installation_id)
             yield await self._report(request.installation_id)
             if self._manager.finished:
                 return
