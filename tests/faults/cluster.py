@@ -64,8 +64,10 @@ class Cluster:
     # Processes.
 
     def start(self) -> None:
-        for server in self.nodes.values():
+        for name, server in self.nodes.items():
             server.start()
+            # Control knows it by this address, also after a restart.
+            self.nodes[name].settings["address"] = server.address
         self.start_control()
         self.wait_for_nodes(*self.nodes)
 
