@@ -187,7 +187,8 @@ class Cluster:
     def node_of(self, job_id: str) -> str:
         """The node that has the job's run, once it has one."""
         running = event_pb2.JOB_STATE_RUNNING
-        return wait_for(f"{job_id} to run", lambda: self.job(job_id).state == running and self.job(job_id).node)
+        wait_for(f"{job_id} to run", lambda: self.job(job_id).state == running)
+        return str(self.job(job_id).node)
 
     def wait_for_state(self, job_id: str, state: event_pb2.JobState.ValueType) -> job_service_pb2.Job:
         """Waits until the job is in a state."""

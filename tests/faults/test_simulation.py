@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,13 @@ _SHARD = 40
 def test_whatever_happens_every_invariant_holds(shard: int) -> None:
     found = findings(first_seed=shard * _SHARD, count=_SHARD)
     assert not found[0].violations, "\n".join(found[0].violations)
+
+
+@pytest.mark.parametrize("seed", [1, 4])
+def test_the_store_in_memory_is_as_the_database(seed: int, tmp_path: Path) -> None:
+    outcome = simulate(seed, database=tmp_path / "control.sqlite")
+    assert not outcome.broken
+    assert outcome.num_commits > 50
 
 
 def test_a_seed_is_a_schedule() -> None:

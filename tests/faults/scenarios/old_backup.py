@@ -55,14 +55,12 @@ def _wipe(cluster: Cluster) -> list[str]:
     cluster.control_directory = cluster.root / "wiped"
     cluster.start_control()
     new_job = cluster.start_job(num_steps=5)
-    node = wait_for("the node's refusal", lambda: next((n for n in cluster.client.nodes.list() if n.problem), None))
+    problem = wait_for("the node's refusal", lambda: "".join(node.problem for node in cluster.client.nodes.list()))
     violations = []
-    if "WRONG_INSTALLATION" not in node.problem:
-        violations.append(f"wiped: the node's problem is {node.problem!r}")
+    if "WRONG_INSTALLATION" not in problem:
+        violations.append(f"wiped: the node's problem is {problem!r}")
     reached = len(payloads(cluster.nodes["a"].run_directory(old_job)))
-    wait_for(
-        "the old run to go on", lambda: len(payloads(cluster.nodes["a"].run_directory(old_job))) > reached
-    )
+    wait_for("the old run to go on", lambda: len(payloads(cluster.nodes["a"].run_directory(old_job))) > reached)
     job = cluster.job(new_job)
     if job.state != event_pb2.JOB_STATE_QUEUED or job.attempt:
         violations.append(f"wiped: the new job is {event_pb2.JobState.Name(job.state)}, attempt {job.attempt}")

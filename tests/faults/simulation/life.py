@@ -20,9 +20,11 @@ from control_service.domain.errors import Unavailable
 from control_service.domain.ids import UlidSource
 from tests.fakes.control_blobs import MemoryBlobStore
 from tests.fakes.control_codec import PickleCodec
+from tests.faults.simulation.invariants import Broken, hold
 from tests.faults.simulation.link import SimClient, Weather
 from tests.faults.simulation.memory_store import MemoryTransaction, Tables
 from tests.faults.simulation.node import SimNode
+from tests.faults.simulation.sql_shadow import SqlShadow
 from tests.faults.simulation.virtual_loop import VirtualLoop
 
 T = TypeVar("T")
@@ -74,8 +76,11 @@ class Disk:
     clock: WallClock
     dice: random.Random
     on_commit: Callable[[], None]
+    on_broken: Callable[[Broken], None]
     trace: Callable[[str], None]
     refuses: bool = False
+    # Does all transactions a second time in the real database.
+    shadow: SqlShadow | None = None
     # Commits until control dies, before (True) or after it; 0: it does not.
     dies_after_commits: int = 0
     dies_before: bool = False
@@ -161,9 +166,12 @@ class LifeStore:
         tx = MemoryTransaction(disk.tables)
         try:
             self._refuse()
+            before = self._dice_state()
             result = work(tx)
         except Exception as error:  # noqa: BLE001 - a store's boundary: raised again where the caller awaits
             tx.roll_back()
+            if not disk.refuses:
+                self._repeat(work, before, refused=getattr(error, "reason", ""))
             if not answer.done():
                 answer.set_exception(error)
             return
@@ -176,6 +184,7 @@ class LifeStore:
             tx.roll_back()
             self._life.die()
             return
+        self._repeat(work, before)
         disk.on_commit()
         if dies:
             self._life.die()
@@ -188,6 +197,28 @@ class LifeStore:
                 listener(notice)
         if not answer.done():
             answer.set_result(result)
+
+    def _dice_state(self) -> Any:
+        # Only a shadow needs it: ids that are made in a transaction are to be the same in both stores.
+        return None if self._disk.shadow is None else (self._disk.dice.getstate(), dict(vars(self._life.ids)))
+
+    def _repeat(self, work: Callable[[Any], Any], before: Any, *, refused: str = "") -> None:
+        shadow = self._disk.shadow
+        if shadow is None:
+            return
+        after = self._dice_state()
+        self._set_dice(before)
+        found = shadow.repeat(work)
+        self._set_dice(after)
+        try:
+            hold(found == refused, f"the database said {found!r}, the store in memory {refused!r}")
+            shadow.compare(self._disk.tables)
+        except Broken as broken:
+            self._disk.on_broken(broken)
+
+    def _set_dice(self, state: Any) -> None:
+        self._disk.dice.setstate(state[0])
+        vars(self._life.ids).update(state[1])
 
 
 class _Guarded:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -30,6 +31,7 @@ from tests.faults.simulation.life import Disk, Life, WallClock
 from tests.faults.simulation.link import Weather
 from tests.faults.simulation.memory_store import Tables
 from tests.faults.simulation.node import Script, SimNode, SimRun
+from tests.faults.simulation.sql_shadow import SqlShadow
 from tests.faults.simulation.virtual_loop import NothingWillHappen, VirtualLoop
 
 _DATA = b'{"text": "row"}\n'
@@ -81,6 +83,7 @@ class World:
             clock=clock,
             dice=self._dice,
             on_commit=self._committed,
+            on_broken=self._note_broken,
             trace=self.trace,
         )
         self.disk.blobs.add(_DATA)
@@ -227,9 +230,12 @@ class World:
         try:
             self.watch.committed(self.disk.tables, steady_now=self._steady_now())
         except Broken as broken:
-            self._broken = self._broken or broken
+            self._note_broken(broken)
         if self._lines is not None:
             self._trace_commit()
+
+    def _note_broken(self, broken: Broken) -> None:
+        self._broken = self._broken or broken
 
     def _steady_now(self) -> Any:
         return self.disk.clock.steady_utc_now()
@@ -460,7 +466,7 @@ class World:
 
     async def _lose_control(self, node: SimNode) -> None:
         """Control's machine is lost, and begins again from the backup, if there is one."""
-        self._restores = self._backup is not None
+        self._restores = self._backup is not None and self.disk.shadow is None
         await self._crash(node)
 
     def _restore(self) -> None:
@@ -552,14 +558,17 @@ def _tables(clock: WallClock) -> Tables:
     return tables
 
 
-def simulate(seed: int, *, traced: bool = False) -> Outcome:
-    """Carries out the schedule of a seed."""
+def simulate(seed: int, *, traced: bool = False, database: Path | None = None) -> Outcome:
+    """Carries out the schedule of a seed. With `database`, every transaction is also done in a real one there, whose
+    records must be the same; then nothing is restored from a backup."""
     # What the core says would drown the trace and cost most of the time.
     logging_before = structlog.get_config() if structlog.is_configured() else None
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     loop = VirtualLoop()
     loop.set_exception_handler(lambda _loop, _context: None)
     world = World(seed, loop, traced=traced)
+    shadow = None if database is None else SqlShadow(database, world.disk.tables)
+    world.disk.shadow = shadow
     broken = ""
     try:
         loop.run_until_complete(world.run())
@@ -570,6 +579,8 @@ def simulate(seed: int, *, traced: bool = False) -> Outcome:
             task.cancel()
         loop.run_until_complete(asyncio.sleep(0.1))
         loop.close()
+        if shadow is not None:
+            shadow.close()
         structlog.reset_defaults()
         if logging_before is not None:
             structlog.configure(**logging_before)

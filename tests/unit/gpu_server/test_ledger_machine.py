@@ -58,9 +58,7 @@ class NodeMachine(RuleBasedStateMachine):
         older = [f"{j}/{a}" for (j, a), state in self.states.items() if j == job and state not in TERMINAL_STATES]
         self._place(key, digest, num_bytes, older, fails_after)
 
-    def _place(
-        self, key: tuple[str, int], digest: str, num_bytes: int, older: list[str], fails_after: bool
-    ) -> None:
+    def _place(self, key: tuple[str, int], digest: str, num_bytes: int, older: list[str], fails_after: bool) -> None:
         name = f"{key[0]}/{key[1]}"
         free = [device for device in self.devices if self.ledger.holder_of(device) is None]
         leaving = [device for device in self.devices if self.ledger.holder_of(device) in older]
