@@ -124,7 +124,8 @@ class QueueMachine(RuleBasedStateMachine):
         for name in getattr(self, "views", ()):
             count = sum(1 for _, node in self.placed.values() if node == name)
             report = self.views[name].report
-            assert report is not None and count <= len(report.devices)
+            assert report is not None
+            assert count <= len(report.devices)
 
     def _may_go(self, queued: QueuedJob, name: str) -> bool:
         view, job = self.views[name], queued.job

@@ -40,15 +40,19 @@ class NodeMachine(RuleBasedStateMachine):
     def start(self, job: str, attempt: int, digest: str, num_bytes: int, fails_after: bool) -> None:
         key, before = (job, attempt), dict(self.states)
         highest = self.highest.get(job, 0)
+        admission: fencing.Admission | None
         try:
             admission = fencing.admit(
                 attempt=attempt, spec_digest=digest, highest_attempt=highest, known_digest=self.digests.get(key)
             )
         except Refusal as refusal:
-            assert refusal.reason in ("STALE_EPOCH", "RUN_CONFLICT")
+            reason, details = refusal.reason, refusal.details
+            admission = None
+        if admission is None:
+            assert reason in ("STALE_EPOCH", "RUN_CONFLICT")
             assert attempt <= highest
             # Control learns from it where to go on.
-            assert refusal.reason == "RUN_CONFLICT" or refusal.details["highest_attempt"] == str(highest)
+            assert reason == "RUN_CONFLICT" or details["highest_attempt"] == str(highest)
             return
         if admission is fencing.Admission.SAME_RUN:
             assert self.digests[key] == digest
