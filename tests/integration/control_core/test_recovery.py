@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from control_service.app.ingest import ingest
+from control_service.app.jobs import list_checkpoints
 from control_service.app.runtime import RetentionConfig
 from control_service.domain.artifact import CheckpointStatus
 from control_service.domain.errors import FailedPrecondition, ResourceExhausted
@@ -491,3 +493,25 @@ async def test_an_attempt_rises_above_the_runs_that_nodes_report(open_core: Open
     a.run(job_id).fail("ENGINE_KILLED")
     job = await core.until_job(job_id, lambda job: job.attempt > 1 and job.state is JobState.RUNNING)
     assert job.attempt == 5
+
+
+async def test_a_checkpoint_that_came_while_another_was_copied_is_copied_next(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job_id = (await core.start((await core.project()).project_id)).job_id
+    await core.running(job_id)
+    node.read_gate = asyncio.Event()
+    for step in (10, 20):
+        node.run(job_id).checkpoint(step)
+        cursor = len(node.run(job_id).events)
+        await core.until_job(job_id, lambda job, cursor=cursor: job.run_cursor >= cursor)  # type: ignore[misc]
+    node.read_gate.set()
+
+    async def replicated() -> list[int]:
+        found = await list_checkpoints(job_id, store=core.store)
+        return [checkpoint.step for checkpoint in found if checkpoint.status is CheckpointStatus.REPLICATED]
+
+    async with asyncio.timeout(30):
+        while await replicated() != [20]:  # noqa: ASYNC110 - nothing tells a test of it
+            await asyncio.sleep(0.01)
