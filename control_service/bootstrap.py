@@ -33,6 +33,7 @@ from control_service.api.registration import register
 from control_service.api.server_options import MAX_CONCURRENT_CALLS, SERVER_OPTIONS
 from control_service.app.dataset_intake import DatasetLimits, ReadTurns
 from control_service.app.event_hub import EventHubConfig
+from control_service.app.lookups import newest_job_id
 from control_service.app.node_monitor import NodeMonitorConfig
 from control_service.app.runtime import RetentionConfig, Runtime, RuntimeConfig
 from control_service.config import Settings
@@ -122,7 +123,7 @@ async def build(settings: Settings) -> Application:
         hub=runtime.hub,
         codec=codec,
         clock=clock,
-        ids=system_ids(newest=await _newest_job_id(store)),
+        ids=system_ids(newest=await newest_job_id(store)),
         pages=PageTokens(secret=store.installation_id),
         files=DatasetFileReader(
             limits=dataset_limits.files, spool_directory=settings.data_directory / "blobs" / "staging"
@@ -160,12 +161,6 @@ def register_services(server: grpc.aio.Server, dependencies: Dependencies) -> tu
         (inference_service_pb2_grpc.add_InferenceServiceServicer_to_server, InferenceServicer(dependencies)),
     )
     return tuple(handlers)
-
-
-async def _newest_job_id(store: SqlStore) -> str:
-    # First in, first out goes by the ids: a clock that was set back must not put new jobs before those that wait.
-    newest = await store.read(lambda tx: tx.jobs.list_page(before_job_id="", limit=1, project_id=0, states=()))
-    return newest[0].job_id if newest else ""
 
 
 def _runtime_config(settings: Settings) -> RuntimeConfig:

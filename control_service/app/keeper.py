@@ -61,6 +61,8 @@ class JobKeeper:
         self._doing = Activity.NONE
         self._activity: asyncio.Task[None] | None = None
         self._replication: asyncio.Task[None] | None = None
+        # The job as it was when it had a checkpoint that nobody has begun to copy.
+        self._unreplicated: Job | None = None
         self._seen_run: ObservedRun | None = None
         self._agreed_stop: StopMode | None = None
         # The run's events were followed to the end of the run.
@@ -90,7 +92,7 @@ class JobKeeper:
         if job.attempt != self._attempt:
             await self._end_activity()
             self._attempt, self.node = job.attempt, job.node
-            self._agreed_stop = self._seen_run = None
+            self._agreed_stop = self._seen_run = self._unreplicated = None
             self._heard_all = False
             self._log = _log.bind(job_id=job.job_id, attempt=job.attempt, node=job.node)
         if self._is_active() and not _fits(self._doing, job):
@@ -177,13 +179,19 @@ class JobKeeper:
         async for batch in client.watch_run(key, after_run_sequence=job.run_cursor):
             brought = await ingest(job.job_id, job.attempt, batch, store=self._ports.store, codec=self._ports.codec)
             self._back_off.reset()
-            if brought.has_new_checkpoint and (self._replication is None or self._replication.done()):
-                self._replication = asyncio.create_task(
-                    self._ports.replicator.replicate_newest(brought.job, client), name=f"replicate-{job.job_id}"
-                )
+            if brought.has_new_checkpoint:
+                self._unreplicated = brought.job
+                if self._replication is None or self._replication.done():
+                    self._replication = asyncio.create_task(self._replicate(client), name=f"replicate-{job.job_id}")
             if brought.job.run_state in RUN_OVER:
                 return
         self._heard_all = True
+
+    async def _replicate(self, client: NodeClient) -> None:
+        """Also what was committed while an earlier checkpoint was being copied: no later one may come for long."""
+        while (job := self._unreplicated) is not None:
+            self._unreplicated = None
+            await self._ports.replicator.replicate_newest(job, client)
 
     async def _take_outcome(self, job: Job, run: ObservedRun) -> None:
         """The log is whole and does not say how the run ended, or not so that it can be read: the node's word counts.

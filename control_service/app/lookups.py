@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from control_service.app.store_ports import Transaction
+from control_service.app.store_ports import Store, Transaction
 from control_service.domain.dataset import Dataset
 from control_service.domain.errors import NotFound
 from control_service.domain.job import Job
@@ -32,6 +32,12 @@ def datasets_of(tx: Transaction, dataset_ids: Sequence[int]) -> list[Dataset]:
         names = ", ".join(missing)
         raise NotFound("DATASET_NOT_FOUND", f"no dataset {names}", details={"dataset_id": names})
     return [found[dataset_id] for dataset_id in dataset_ids]
+
+
+async def newest_job_id(store: Store) -> str:
+    """Empty when there is no job. First in, first out goes by the ids, so a new process goes on above it."""
+    newest = await store.read(lambda tx: tx.jobs.list_page(before_job_id="", limit=1, project_id=0, states=()))
+    return newest[0].job_id if newest else ""
 
 
 def job_of(tx: Transaction, job_id: str) -> Job:

@@ -88,7 +88,8 @@ def eligible_nodes(queued: QueuedJob, nodes: Sequence[NodeView]) -> tuple[WaitRe
     lost_node = job.node if queued.moving else ""
     reachable = [view for view in nodes if view.is_reachable and view.node.name != lost_node]
     if not reachable:
-        return WaitReason.NO_NODE, "no node is reachable", []
+        problems = [f"node {view.node.name}: {view.problem}" for view in nodes if view.problem]
+        return WaitReason.NO_NODE, "; ".join(["no node is reachable", *problems]), []
     if queued.bound_node:
         reachable = [view for view in reachable if view.node.name == queued.bound_node]
         if not reachable:

@@ -136,6 +136,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         heartbeat_seconds = min(max(wanted_seconds, _MIN_HEARTBEAT_SECONDS), _MAX_HEARTBEAT_SECONDS)
         while True:
             changed = self._manager.changed.current()
+            self._manager.check_owner(request.installation_id)
             yield await self._report(request.installation_id)
             if self._manager.finished:
                 return

@@ -158,15 +158,19 @@ class RunManager:
 
     # What the API asks for.
 
+    def check_owner(self, installation_id: str) -> None:
+        """A node is its first installation's for good. Raises `Refusal` WRONG_INSTALLATION."""
+        if self._facts.installation_id not in ("", installation_id):
+            raise Refusal(
+                "WRONG_INSTALLATION", Fault.PLATFORM, "this node belongs to another installation's control service"
+            )
+
     async def start(self, request: StartRequest) -> Run:
         """Accept an attempt, or find it here already. Raises `Refusal`."""
         request.key.check()
         async with self._starting:
             key = request.key
-            if self._facts.installation_id not in ("", key.installation_id):
-                raise Refusal(
-                    "WRONG_INSTALLATION", Fault.PLATFORM, "this node belongs to another installation's control service"
-                )
+            self.check_owner(key.installation_id)
             known = self._runs.get(key.id)
             admission = fencing.admit(
                 attempt=key.attempt,

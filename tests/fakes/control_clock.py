@@ -28,7 +28,7 @@ class FakeClock:
         await wakes
 
     async def pass_time(self, seconds: float) -> None:
-        """Advances second by second, as time passes for a process that runs; `advance` alone is one that was stopped."""
+        """Advances second by second, as for a process that runs; `advance` alone is as for one that was stopped."""
         while seconds > 0:
             self.advance(min(1.0, seconds))
             seconds -= 1.0

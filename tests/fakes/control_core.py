@@ -17,6 +17,7 @@ from control_service.app.collector import CollectorConfig
 from control_service.app.dataset_intake import DatasetLimits, ReadTurns
 from control_service.app.event_hub import EventHubConfig
 from control_service.app.idempotency import RequestKey
+from control_service.app.lookups import newest_job_id
 from control_service.app.node_monitor import NodeMonitorConfig
 from control_service.app.ports import Clock
 from control_service.app.runtime import RetentionConfig, Runtime, RuntimeConfig
@@ -70,7 +71,7 @@ class Core:
 
     async def open(self) -> None:
         self.store = await SqlStore.open(self.database)
-        self.ids = system_ids()
+        self.ids = system_ids(newest=await newest_job_id(self.store))
         self.runtime = Runtime(
             store=self.store,
             dialer=FakeDialer(*self.nodes),

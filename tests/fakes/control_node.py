@@ -152,6 +152,8 @@ class FakeNode:
         self.obeys_stop = True
         # False: its bytes cannot be had just now.
         self.reads_blobs = True
+        # They come once it is set.
+        self.read_gate: asyncio.Event | None = None
         self.resident = ""
         self.runs: dict[tuple[str, int], FakeRun] = {}
         self.blobs: dict[str, bytes] = {}
@@ -351,6 +353,8 @@ class FakeNodeClient:
 
     async def read_blob(self, sha256: str, *, offset: int = 0) -> AsyncIterator[bytes]:
         node = self._answer()
+        if node.read_gate is not None:
+            await node.read_gate.wait()
         if not node.reads_blobs:
             raise Unavailable("NODE_UNREACHABLE", "no bytes now")
         if sha256 not in node.blobs:

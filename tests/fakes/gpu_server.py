@@ -41,7 +41,7 @@ class GpuServer:
         self.root = root
         self.data_directory = root / "node"
         self.models_directory = root / "models"
-        self._settings = {"grace_seconds": 20, "orphan_limit_seconds": 300, **settings}
+        self.settings = {"grace_seconds": 20, "orphan_limit_seconds": 300, **settings}
         self.engine_command: tuple[str, ...] = STUB_COMMAND
         # What Python runs: the service, or something around it.
         self.module: tuple[str, ...] = ("gpu_service",)
@@ -61,7 +61,7 @@ class GpuServer:
             "data_directory": self.data_directory,
             "models_directory": self.models_directory,
             "ready_file": ready_file or self.root / "ready.json",
-            **self._settings,
+            **self.settings,
             **settings,
         }
         for name, value in flags.items():

@@ -251,9 +251,10 @@ class StubRun:
                 name=name,
                 step=self._step,
                 status=event_pb2.CHECKPOINT_STATUS_COMMITTED,
-                size_bytes=len(content),
+                size_bytes=len(content) + len(raw),
                 manifest_sha256=hashlib.sha256(raw).hexdigest(),
-                files=[file_pb2.FileReference(**file) for file in files],
+                # With its manifest, as a real one's: without it no other node could go on from it.
+                files=[file_pb2.FileReference(**file) for file in [*files, reference_of("manifest.json", raw)]],
             )
         )
 
@@ -309,6 +310,11 @@ def write_file(directory: Path, path: str, content: bytes) -> dict[str, Any]:
     """Write a file and say what it is, as a manifest does."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / path).write_bytes(content)
+    return reference_of(path, content)
+
+
+def reference_of(path: str, content: bytes) -> dict[str, Any]:
+    """What a manifest says of a file."""
     return {"path": path, "sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
 
 

@@ -24,14 +24,14 @@ def main() -> int:
     for seed in range(arguments.seed, arguments.seed + arguments.count):
         outcome = simulate(seed, traced=arguments.count == 1)
         for line in outcome.trace:
-            print(line)
+            sys.stdout.write(line + "\n")
         if outcome.broken:
             num_broken += 1
-            print(f"seed {seed}: {outcome.broken}")
+            sys.stdout.write(f"seed {seed}: {outcome.broken}\n")
         elif arguments.count == 1:
-            print(f"seed {seed}: all held; {outcome}"[:300])
+            sys.stdout.write(f"seed {seed}: all held; {outcome}"[:300] + "\n")
     seconds = time.monotonic() - began
-    print(f"{arguments.count} schedules in {seconds:.1f} s, {num_broken} broken")
+    sys.stdout.write(f"{arguments.count} schedules in {seconds:.1f} s, {num_broken} broken\n")
     return 1 if num_broken else 0
 
 

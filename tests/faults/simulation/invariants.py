@@ -3,12 +3,13 @@ journals; takes nothing from control's own rules but the table of states."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from control_service.domain.artifact import CheckpointStatus
-from control_service.domain.event import EventKind, JobStateFact, StoredEvent
+from control_service.domain.event import EventKind, JobStateFact, NodeReachabilityFact, StoredEvent
 from control_service.domain.job import Job
 from control_service.domain.job_state import ON_NODE, TERMINAL, TRANSITIONS, JobState
 from control_service.domain.run import RunState
@@ -36,13 +37,33 @@ class Watch:
     num_devices: Mapping[str, int]
     jobs: dict[str, Job] = field(default_factory=dict)
     log_lengths: dict[str, int] = field(default_factory=dict)
-    # Steps that a replicated checkpoint of a job once reached.
+    # Node -> seconds of control's own waking time since its last report.
+    silence_seconds: Callable[[str], float] = lambda _: 0.0
+    lease_seconds: float = 30.0
+    # Node -> jobs that it said to be too small for, which may be given elsewhere first.
+    too_small_for: Mapping[str, set[str]] = field(default_factory=dict)
+    # The simulation's own time, and how many lives control has had: what the product's clocks are held to.
+    now_seconds: Callable[[], float] = lambda: 0.0
+    num_lives: Callable[[], int] = lambda: 0
+    # A job was given a new attempt.
+    on_dispatch: Callable[[], None] = lambda: None
     num_commits: int = 0
+    # Jobs in the order in which they were made.
+    _born: dict[str, int] = field(default_factory=dict)
+    # Job -> when, and in which life, its retry was decided.
+    _failed_at: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def begin_anew(self, tables: Tables) -> None:
+        """The store was put back from a backup: what was later is no promise any more."""
+        self.jobs = dict(tables.jobs)
+        self.log_lengths = {job_id: len(log) for job_id, log in tables.events.items()}
 
     def committed(self, tables: Tables, *, steady_now: datetime) -> None:
         """To be called after every commit."""
         self.num_commits += 1
         hold(self.jobs.keys() <= tables.jobs.keys(), "a job that was acknowledged is gone")
+        for job_id in tables.jobs:
+            self._born.setdefault(job_id, len(self._born))
         for job_id, job in tables.jobs.items():
             before = self.jobs.get(job_id)
             if before is job:
@@ -59,7 +80,12 @@ class Watch:
         for number, event in enumerate(fresh, start=len(log) - len(fresh) + 1):
             hold(event.sequence == number, f"log of {job.job_id} has {event.sequence} at {number}")
         self.log_lengths[job.job_id] = len(log)
-        states = [fact for event in fresh if isinstance(fact := _decoded(event), JobStateFact)]
+        facts = [_decoded(event) for event in fresh]
+        states = [fact for fact in facts if isinstance(fact, JobStateFact)]
+        for fact in facts:
+            if isinstance(fact, NodeReachabilityFact) and not fact.reachable:
+                silence = self.silence_seconds(fact.node)
+                hold(silence >= self.lease_seconds - 6.0, f"{fact.node} was given up after {silence:.1f} s")
         if before is None:
             hold([fact.state for fact in states][:1] == [JobState.QUEUED], "a new job is not queued")
             return
@@ -75,6 +101,8 @@ class Watch:
             hold(
                 any(fact.state is JobState.DISPATCHING for fact in states), f"the epoch of {job.job_id} rose by itself"
             )
+        if job.num_retries > before.num_retries:
+            self._failed_at[job.job_id] = (self.now_seconds(), self.num_lives())
         hold(before.num_retries <= job.num_retries <= job.max_retries, f"{job.job_id}: {job.num_retries} retries")
         self._check_attempts(job, fresh)
         if job.end_time is not None:
@@ -82,7 +110,7 @@ class Watch:
             hold(job.end_time >= max(begun, job.create_time), f"{job.job_id} ended before it began")
 
     def _check_attempts(self, job: Job, fresh: Sequence[StoredEvent]) -> None:
-        for earlier, event in zip(fresh, fresh[1:], strict=False):
+        for earlier, event in itertools.pairwise(fresh):
             hold(earlier.attempt <= event.attempt, f"{job.job_id}: attempt {event.attempt} after {earlier.attempt}")
         runs = [event for event in fresh if event.run_sequence]
         hold(all(e.attempt == job.attempt for e in runs), f"{job.job_id}: events of an attempt that is over")
@@ -90,20 +118,24 @@ class Watch:
     def _check_dispatch(self, before: Job | None, job: Job, tables: Tables, steady_now: datetime) -> None:
         if before is None or job.attempt == before.attempt:
             return
-        if before.not_before is not None:
-            # What a retry waits for is never longer than a minute, so a later time is another clock's.
-            early = steady_now < before.not_before <= steady_now + timedelta(seconds=60)
-            hold(
-                not early, f"{job.job_id} was dispatched {before.not_before - steady_now} before its back-off was over"
-            )
+        self.on_dispatch()
+        failed_at, life = self._failed_at.pop(job.job_id, (0.0, -1))
+        if life == self.num_lives():
+            waited, due = self.now_seconds() - failed_at, min(60.0, 2.0 ** (job.num_retries - 1))
+            hold(waited > due - 0.05, f"{job.job_id} was tried again after {waited:.2f} s, not {due:.2f} s")
         for other in self.jobs.values():
-            if other.state is JobState.QUEUED and other.job_id != job.job_id and _goes_before(other, before):
+            if other.state is JobState.QUEUED and other.job_id != job.job_id and self._goes_before(other, before):
                 waits = other.not_before is not None and other.not_before > steady_now - timedelta(seconds=0.01)
+                waits |= other.job_id in self.too_small_for.get(job.node, ())
                 still_waits = tables.jobs[other.job_id].state is JobState.QUEUED
                 hold(
                     waits or not still_waits or _bound_elsewhere(other, job.node, tables),
                     f"{job.job_id} was dispatched to {job.node} before {other.job_id}",
                 )
+
+    def _goes_before(self, other: Job, job: Job) -> bool:
+        moves = job.state is not JobState.QUEUED
+        return moves or (-other.priority, self._born[other.job_id]) < (-job.priority, self._born[job.job_id])
 
     def _check_places(self, tables: Tables) -> None:
         taken: dict[str, int] = {}
@@ -112,11 +144,6 @@ class Watch:
                 taken[job.node] = taken.get(job.node, 0) + 1
         for node, count in taken.items():
             hold(count <= self.num_devices[node], f"{count} jobs on {node}, which has {self.num_devices[node]} devices")
-
-
-def _goes_before(other: Job, job: Job) -> bool:
-    moves = job.state is not JobState.QUEUED
-    return moves or (-other.priority, other.job_id) < (-job.priority, job.job_id)
 
 
 def _bound_elsewhere(job: Job, node: str, tables: Tables) -> bool:
@@ -144,8 +171,6 @@ def check_end(tables: Tables, nodes: Sequence[SimNode], outputs: Mapping[str, Ma
             hold(run.state is RunState.SUCCEEDED, f"{job_id} SUCCEEDED, its run is {run.state}")
         if job.state is JobState.FAILED:
             hold(job.failure is not None, f"{job_id} FAILED without a reason")
-    for node in nodes:
-        hold(all(run.is_over for run in node.runs.values()), f"a run is left on {node.name}")
 
 
 def _check_log(job: Job, log: Sequence[StoredEvent], nodes: Sequence[SimNode]) -> None:
@@ -167,4 +192,5 @@ def _check_log(job: Job, log: Sequence[StoredEvent], nodes: Sequence[SimNode]) -
 
 
 def _decoded(event: StoredEvent) -> object:
-    return _CODEC.decode(event.kind, event.payload) if event.kind == EventKind.JOB_STATE else None
+    kinds = (EventKind.JOB_STATE, EventKind.NODE_REACHABILITY)
+    return _CODEC.decode(event.kind, event.payload) if event.kind in kinds else None

@@ -17,11 +17,14 @@ from control_service.app.node_monitor import NodeMonitorConfig
 from control_service.app.runtime import Runtime, RuntimeConfig
 from control_service.app.store_ports import CommitNotice
 from control_service.domain.errors import Unavailable
+from control_service.domain.ids import UlidSource
 from tests.fakes.control_blobs import MemoryBlobStore
 from tests.fakes.control_codec import PickleCodec
+from tests.faults.simulation.invariants import Broken, hold
 from tests.faults.simulation.link import SimClient, Weather
 from tests.faults.simulation.memory_store import MemoryTransaction, Tables
 from tests.faults.simulation.node import SimNode
+from tests.faults.simulation.sql_shadow import SqlShadow
 from tests.faults.simulation.virtual_loop import VirtualLoop
 
 T = TypeVar("T")
@@ -73,8 +76,11 @@ class Disk:
     clock: WallClock
     dice: random.Random
     on_commit: Callable[[], None]
+    on_broken: Callable[[Broken], None]
     trace: Callable[[str], None]
     refuses: bool = False
+    # Does all transactions a second time in the real database.
+    shadow: SqlShadow | None = None
     # Commits until control dies, before (True) or after it; 0: it does not.
     dies_after_commits: int = 0
     dies_before: bool = False
@@ -91,6 +97,11 @@ class Life:
         self.clock = disk.clock
         self.clock.begin_process()
         self.codec = codec
+        self.ids = UlidSource(
+            lambda: int(disk.clock.utc_now().timestamp() * 1000),
+            newest=max(disk.tables.jobs, default=""),
+            random_bits=disk.dice.getrandbits,
+        )
         self._nodes = {node.name: node for node in nodes}
         self._weather = weather
         self.runtime = Runtime(
@@ -107,8 +118,10 @@ class Life:
         self.alive = False
         self.died.set()
 
-    def dial(self, *, name: str, address: str, installation_id: str) -> SimClient:
+    def dial(self, *, name: str, address: str, installation_id: str) -> Any:
         """Implements `NodeDialer`."""
+        # A lease begins anew with every connection.
+        self._weather[name].heard()
         return SimClient(self._nodes[name], self._weather[name], installation_id=installation_id, life=self.check)
 
 
@@ -153,9 +166,12 @@ class LifeStore:
         tx = MemoryTransaction(disk.tables)
         try:
             self._refuse()
+            before = self._dice_state()
             result = work(tx)
         except Exception as error:  # noqa: BLE001 - a store's boundary: raised again where the caller awaits
             tx.roll_back()
+            if not disk.refuses:
+                self._repeat(work, before, refused=getattr(error, "reason", ""))
             if not answer.done():
                 answer.set_exception(error)
             return
@@ -168,6 +184,7 @@ class LifeStore:
             tx.roll_back()
             self._life.die()
             return
+        self._repeat(work, before)
         disk.on_commit()
         if dies:
             self._life.die()
@@ -180,6 +197,28 @@ class LifeStore:
                 listener(notice)
         if not answer.done():
             answer.set_result(result)
+
+    def _dice_state(self) -> Any:
+        # Only a shadow needs it: ids that are made in a transaction are to be the same in both stores.
+        return None if self._disk.shadow is None else (self._disk.dice.getstate(), dict(vars(self._life.ids)))
+
+    def _repeat(self, work: Callable[[Any], Any], before: Any, *, refused: str = "") -> None:
+        shadow = self._disk.shadow
+        if shadow is None:
+            return
+        after = self._dice_state()
+        self._set_dice(before)
+        found = shadow.repeat(work)
+        self._set_dice(after)
+        try:
+            hold(found == refused, f"the database said {found!r}, the store in memory {refused!r}")
+            shadow.compare(self._disk.tables)
+        except Broken as broken:
+            self._disk.on_broken(broken)
+
+    def _set_dice(self, state: Any) -> None:
+        self._disk.dice.setstate(state[0])
+        vars(self._life.ids).update(state[1])
 
 
 class _Guarded:

@@ -29,15 +29,34 @@ class Weather:
     is_cut: bool = False
     # Open connections, and nothing passes.
     is_black_hole: bool = False
+    # What streams bring is held back, and comes at the worst moment.
+    is_held: bool = False
     request_lost: float = 0.0
     answer_lost: float = 0.0
     start_repeated: float = 0.0
     stream_dropped: float = 0.0
     batch_repeated: float = 0.0
     trace: Callable[[str], None] = field(default=lambda _: None)
+    # The node's report has just reached control.
+    heard: Callable[[], None] = field(default=lambda: None)
+
+    def __post_init__(self) -> None:
+        self._let_go = asyncio.Event()
+
+    def let_go(self) -> None:
+        """What was held back comes now, all at once."""
+        self._let_go.set()
+        self._let_go = asyncio.Event()
+
+    async def pass_stream(self) -> None:
+        """Waits while streams are held back."""
+        if self.is_held:
+            await self._let_go.wait()
 
     def calm(self) -> None:
         """Nothing is lost any more."""
+        self.is_held = False
+        self.let_go()
         self.is_cut = self.is_black_hole = False
         self.request_lost = self.answer_lost = self.start_repeated = 0.0
         self.stream_dropped = self.batch_repeated = 0.0
@@ -134,6 +153,8 @@ class SimClient:
                     first = max(0, position - 2)
                 sent = run.journal[first:]
                 position = first + len(sent)
+                await self._weather.pass_stream()
+                self._life()
                 yield sent
                 if self._weather.dice.random() < self._weather.stream_dropped:
                     raise self._lost("stream of a run")
@@ -144,7 +165,11 @@ class SimClient:
 
     async def watch_node(self, *, heartbeat_seconds: float) -> AsyncIterator[NodeReport]:
         while True:
-            yield await self._call("watch_node", SimNode.report)
+            report = await self._call("watch_node", SimNode.report)
+            await self._weather.pass_stream()
+            self._life()
+            self._weather.heard()
+            yield report
             if self._weather.dice.random() < self._weather.stream_dropped:
                 raise self._lost("stream of reports")
             await self._quiet(heartbeat_seconds)

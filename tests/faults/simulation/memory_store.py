@@ -39,6 +39,11 @@ class Tables:
     nodes: dict[str, Node] = field(default_factory=dict)
     requests: dict[tuple[str, str], RequestRecord] = field(default_factory=dict)
 
+    def copy(self) -> Tables:
+        """As it is now; values are immutable."""
+        kept = {name: dict(getattr(self, name)) for name in self.__dataclass_fields__ if name != "events"}
+        return Tables(**kept, events={job_id: list(log) for job_id, log in self.events.items()})
+
 
 class MemoryTransaction:
     """Implements `Transaction` over tables; every repository is this object, so that one undo log serves all."""

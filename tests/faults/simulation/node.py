@@ -114,6 +114,8 @@ class SimNode:
         self.blobs: dict[str, bytes] = {}
         self.ledger = MemoryLedger()
         self.start_error: TunesmithError | None = None
+        # Jobs that it once said to be too small for.
+        self.too_small_for: set[str] = set()
         self._change = asyncio.Event()
 
     # What control asks.
@@ -148,6 +150,8 @@ class SimNode:
         if self.installation_id not in ("", request.key.installation_id):
             raise FailedPrecondition("WRONG_INSTALLATION", "another installation's")
         if self.start_error is not None:
+            if self.start_error.reason == "DOES_NOT_FIT":
+                self.too_small_for.add(request.key.job_id)
             raise self.start_error
         key = (request.key.job_id, request.key.attempt)
         known = self.runs.get(key)
@@ -331,6 +335,8 @@ class SimNode:
 
     def _fail(self, run: SimRun, failure: Failure) -> None:
         run.failure = failure
+        if failure.reason == "DOES_NOT_FIT":
+            self.too_small_for.add(run.request.key.job_id)
         self._end(run, RunState.FAILED)
 
     def _end(self, run: SimRun, state: RunState) -> None:

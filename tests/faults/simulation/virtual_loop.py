@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-
 # Rounds of the loop in which no time passes; more is a task that never waits.
 _MAX_ROUNDS_AT_ONE_TIME = 20_000
 
@@ -30,7 +29,7 @@ class _NoSelector:
             raise NothingWillHappen(f"everything waits for ever at {self._loop.time():.3f} s")
         self._num_rounds += 1
         # Whatever runs takes a moment: no time is so short that it never passes.
-        self._loop.stall(max(timeout, 1e-7))
+        self._loop.pass_time(max(timeout, 1e-7))
         if timeout > 0:
             self._num_rounds = 0
         if self._num_rounds > _MAX_ROUNDS_AT_ONE_TIME:
@@ -45,6 +44,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def __init__(self) -> None:
         super().__init__()
         self._now_seconds = 0.0
+        # Of it, the time in which nothing could run.
+        self.stopped_seconds = 0.0
         # What `BaseEventLoop` asks for and waits with.
         self._selector = _NoSelector(self)
         self._clock_resolution = 1e-9
@@ -58,9 +59,14 @@ class VirtualLoop(asyncio.BaseEventLoop):
         tasks = asyncio.all_tasks(self)
         return "; ".join(repr(task)[:400] for task in tasks if "finished" in repr(task._fut_waiter))  # type: ignore[attr-defined]
 
+    def pass_time(self, seconds: float) -> None:
+        """It is later; timers that are due run next."""
+        self._now_seconds += seconds
+
     def stall(self, seconds: float) -> None:
         """Lets time pass in which nothing runs, as in a process that was stopped."""
-        self._now_seconds += seconds
+        self.pass_time(seconds)
+        self.stopped_seconds += seconds
 
     def _process_events(self, event_list: list[Any]) -> None:
         return None

@@ -1,4 +1,4 @@
-"""One schedule: users, nodes, network, clocks, disk and crashes, all drawn from a seed; then calm, until all is over."""
+"""One schedule: users, nodes, network, clocks, disk and crashes, drawn from a seed; then calm, until all is over."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import logging
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -18,9 +20,9 @@ from control_service.app.ports import StartRun
 from control_service.domain.dataset import Dataset
 from control_service.domain.errors import ResourceExhausted, TunesmithError, Unavailable
 from control_service.domain.failure import Failure, Fault
-from control_service.domain.ids import UlidSource
 from control_service.domain.job_state import JobState
 from control_service.domain.project import Project
+from control_service.domain.run import RunState
 from tests.fakes.control_blobs import MemoryBlobStore
 from tests.fakes.control_codec import PickleCodec
 from tests.fakes.control_core import draft
@@ -28,7 +30,8 @@ from tests.faults.simulation.invariants import Broken, Watch, check_end, hold
 from tests.faults.simulation.life import Disk, Life, WallClock
 from tests.faults.simulation.link import Weather
 from tests.faults.simulation.memory_store import Tables
-from tests.faults.simulation.node import Script, SimNode
+from tests.faults.simulation.node import Script, SimNode, SimRun
+from tests.faults.simulation.sql_shadow import SqlShadow
 from tests.faults.simulation.virtual_loop import NothingWillHappen, VirtualLoop
 
 _DATA = b'{"text": "row"}\n'
@@ -58,6 +61,7 @@ class Outcome:
     broken: str
     num_commits: int
     num_crashes: int
+    num_restores: int
     num_attempts: int
     virtual_seconds: float
     digest: str
@@ -79,6 +83,7 @@ class World:
             clock=clock,
             dice=self._dice,
             on_commit=self._committed,
+            on_broken=self._note_broken,
             trace=self.trace,
         )
         self.disk.blobs.add(_DATA)
@@ -88,15 +93,39 @@ class World:
             for name in "abc"[: dice.choice((1, 2, 2, 3))]
         ]
         self._weather = {node.name: Weather(dice=dice, trace=self.trace) for node in self.nodes}
-        self.watch = Watch(num_devices={node.name: node.num_devices for node in self.nodes})
+        self._heard_at: dict[str, float] = {}
+        for node in self.nodes:
+            self._weather[node.name].heard = partial(self._heard, node.name)
+        self.watch = Watch(
+            num_devices={node.name: node.num_devices for node in self.nodes},
+            now_seconds=loop.time,
+            num_lives=lambda: self.num_crashes,
+            on_dispatch=self._let_go,
+            too_small_for={node.name: node.too_small_for for node in self.nodes},
+            silence_seconds=lambda name: self._awake_seconds() - self._heard_at.get(name, 0.0),
+        )
+        self._backup: tuple[Tables, dict[str, bytes], dict[str, Any]] | None = None
+        self._restores = False
         self._poison: set[str] = set()
         self._broken: Broken | None = None
         self._is_calm = False
         self.num_crashes = 0
+        self.num_restores = 0
         self._acknowledged: set[str] = set()
         self._requests: set[str] = set()
+        self._traced: dict[str, int] = {}
         self._own: set[asyncio.Task[Any]] = set()
         self._life: Life | None = None
+
+    def _awake_seconds(self) -> float:
+        return self._loop.time() - self._loop.stopped_seconds
+
+    def _let_go(self) -> None:
+        for weather in self._weather.values():
+            weather.let_go()
+
+    def _heard(self, name: str) -> None:
+        self._heard_at[name] = self._awake_seconds()
 
     @property
     def lines(self) -> list[str]:
@@ -133,16 +162,23 @@ class World:
         check_end(self.disk.tables, self.nodes, self.disk.blobs.outputs)
 
     def _is_settled(self) -> bool:
-        runs = [run for node in self.nodes for run in node.runs.values()]
-        return all(job.is_over for job in self.disk.tables.jobs.values()) and all(run.is_over for run in runs)
+        jobs_left = [job for job in self.disk.tables.jobs.values() if not job.is_over]
+        return not jobs_left and not any(self._is_leftover(run) for node in self.nodes for run in node.runs.values())
+
+    def _is_leftover(self, run: SimRun) -> bool:
+        """Nodes keep only runs whose artifacts could not be collected."""
+        job = self.disk.tables.jobs.get(run.request.key.job_id)
+        return not (job and job.state is JobState.FAILED and job.run_state is RunState.SUCCEEDED and run.is_over)
 
     def _waiting(self) -> str:
-        return "; ".join(
+        runs = [f"run {run.name} is {run.state} on {node.name}" for node in self.nodes for run in node.runs.values()]
+        jobs_left = [
             f"{job.job_id} is {job.state} attempt {job.attempt} on {job.node!r}, run {job.run_state},"
             f" unreachable {job.node_unreachable}, not before {job.not_before}"
             for job in self.disk.tables.jobs.values()
             if not job.is_over
-        )
+        ]
+        return "; ".join([*runs, *jobs_left])
 
     def _calm(self) -> None:
         self.trace("--- calm")
@@ -173,6 +209,8 @@ class World:
             self.trace("control is dead")
             await self._clear(starting)
             await asyncio.sleep(self._dice.choice((0.1, 1.0, 5.0, 40.0)))
+            if self._restores:
+                self._restore()
             self.trace("control starts")
 
     async def _clear(self, starting: asyncio.Task[Any]) -> None:
@@ -192,9 +230,12 @@ class World:
         try:
             self.watch.committed(self.disk.tables, steady_now=self._steady_now())
         except Broken as broken:
-            self._broken = self._broken or broken
+            self._note_broken(broken)
         if self._lines is not None:
             self._trace_commit()
+
+    def _note_broken(self, broken: Broken) -> None:
+        self._broken = self._broken or broken
 
     def _steady_now(self) -> Any:
         return self.disk.clock.steady_utc_now()
@@ -206,8 +247,6 @@ class World:
                 fact = self._codec.decode(event.kind, event.payload)
                 self.trace(f"  log {job_id} {event.sequence} attempt {event.attempt}: {fact}"[:200])
             self._traced[job_id] = len(events)
-
-    _traced: dict[str, int] = {}  # noqa: RUF012 - replaced in `simulate`, for traces only
 
     def _raise_if_broken(self) -> None:
         if self._broken is not None:
@@ -240,26 +279,22 @@ class World:
                 priority=priority,
                 max_retries=max_retries,
                 timeout_seconds=5.0,
-                store=life.store,  # type: ignore[arg-type]
+                store=life.store,
                 nodes=life.runtime.nodes,
                 clock=life.clock,
-                ids=self._ids,
+                ids=life.ids,
                 codec=life.codec,
                 request=request,
             )
             return view.job.job_id
 
         # A client of ours: the same request until it is answered.
-        while (job_id := await self._ask(start)) is None:
+        while (job_id := await self._ask(start)) is None:  # noqa: ASYNC110 - nothing tells a client
             await asyncio.sleep(0.5)
         self.trace(f"user: started {job_id}")
         self._acknowledged.add(job_id)
         if is_poison:
             self._poison.add(job_id)
-
-    @property
-    def _ids(self) -> UlidSource:
-        return self._id_source
 
     async def _ask_for_something(self) -> None:
         dice = self._dice
@@ -293,7 +328,7 @@ class World:
                 name,
                 undo=undo,
                 interrupt=interrupts,
-                store=life.store,  # type: ignore[arg-type]
+                store=life.store,
                 nodes=life.runtime.nodes,
                 clock=life.clock,
             )
@@ -310,7 +345,7 @@ class World:
                     return await nodes.drain_node(
                         name,
                         undo=True,
-                        store=life.store,  # type: ignore[arg-type]
+                        store=life.store,
                         nodes=life.runtime.nodes,
                         clock=life.clock,
                     )
@@ -322,7 +357,7 @@ class World:
                 async def resume(life: Life, job_id: str = job.job_id) -> Any:
                     return await jobs.resume_job(
                         job_id,
-                        store=life.store,  # type: ignore[arg-type]
+                        store=life.store,
                         nodes=life.runtime.nodes,
                         clock=life.clock,
                         codec=life.codec,
@@ -354,6 +389,8 @@ class World:
             self._cut,
             self._black_hole,
             self._bad_weather,
+            self._hold_back,
+            self._hold_back,
             self._server_restarts,
             self._power_loss,
             self._power_loss,
@@ -362,6 +399,8 @@ class World:
             self._crash,
             self._crash,
             self._crash,
+            self._back_up,
+            self._lose_control,
             self._disk_refuses,
             self._wall_clock_jumps,
             self._stall,
@@ -383,6 +422,13 @@ class World:
         self._weather[node.name].is_black_hole = True
         await asyncio.sleep(self._dice.choice((5.0, 25.0, 60.0)))
         self._weather[node.name].is_black_hole = False
+
+    async def _hold_back(self, node: SimNode) -> None:
+        weather = self._weather[node.name]
+        weather.is_held = True
+        await asyncio.sleep(self._dice.choice((5.0, 40.0, 80.0)))
+        weather.is_held = False
+        weather.let_go()
 
     async def _bad_weather(self, node: SimNode) -> None:
         weather = self._weather[node.name]
@@ -414,6 +460,28 @@ class World:
         self.disk.dies_before = self._dice.random() < 0.5
         self.disk.dies_after_commits = self._dice.randint(1, 6)
 
+    async def _back_up(self, node: SimNode) -> None:
+        blobs = self.disk.blobs
+        self._backup = (self.disk.tables.copy(), dict(blobs.blobs), dict(blobs.outputs))
+
+    async def _lose_control(self, node: SimNode) -> None:
+        """Control's machine is lost, and begins again from the backup, if there is one."""
+        self._restores = self._backup is not None and self.disk.shadow is None
+        await self._crash(node)
+
+    def _restore(self) -> None:
+        self._restores = False
+        assert self._backup is not None
+        tables, blobs, outputs = self._backup
+        self.disk.tables = tables.copy()
+        self.disk.blobs.blobs, self.disk.blobs.outputs = dict(blobs), dict(outputs)
+        self.trace(f"restored: {[f'{job.job_id} {job.state} {job.attempt}' for job in tables.jobs.values()]}")
+        self.watch.begin_anew(self.disk.tables)
+        # What was asked for since is lost, and so are the answers to it.
+        self._acknowledged &= self.disk.tables.jobs.keys()
+        self._traced = {job_id: len(log) for job_id, log in tables.events.items()}
+        self.num_restores += 1
+
     async def _disk_refuses(self, node: SimNode) -> None:
         self.disk.refuses = True
         await asyncio.sleep(self._dice.choice((0.5, 5.0, 35.0)))
@@ -440,17 +508,16 @@ class World:
     def _script(self, request: StartRun) -> Script:
         dice = self._dice
         num_steps = dice.randint(3, 10)
+        begins = request.resume_from.step if request.resume_from else 0
         script = Script(
-            num_steps=max(num_steps, 1 + (request.resume_from.step if request.resume_from else 0)),
+            num_steps=max(num_steps, begins + 1),
             step_seconds=dice.choice((0.1, 1.0, 3.0)),
             save_every=dice.choice((0, 2, 3)),
             stop_seconds=dice.choice((0.0, 0.0, 5.0)),
         )
         if request.key.job_id in self._poison:
             poison = Failure(reason="ENGINE_KILLED", fault=Fault.PLATFORM, message="poison", signal=11)
-            return replace(
-                script, fail_at_step=1 + (request.resume_from.step if request.resume_from else 0), failure=poison
-            )
+            return replace(script, fail_at_step=begins + 1, failure=poison)
         if self._is_calm or dice.random() < 0.8:
             return script
         reason, fault = dice.choice(_FAILURES)
@@ -459,13 +526,6 @@ class World:
             details = {"checkpoint": request.resume_from.checkpoint}
         failure = Failure(reason=reason, fault=fault, message="scripted", details=details)
         return replace(script, fail_at_step=dice.randint(1, num_steps), failure=failure)
-
-    def begin(self) -> None:
-        """Ids by the wall clock, as the product makes them, with the dice's own randomness."""
-        self._id_source = UlidSource(
-            lambda: int(self.disk.clock.utc_now().timestamp() * 1000), random_bits=self._dice.getrandbits
-        )
-        self._traced = {}
 
     def digest(self) -> str:
         """Of every log, so that two runs of a seed can be compared."""
@@ -498,16 +558,19 @@ def _tables(clock: WallClock) -> Tables:
     return tables
 
 
-def simulate(seed: int, *, traced: bool = False) -> Outcome:
-    """Carries out the schedule of a seed."""
+def simulate(seed: int, *, traced: bool = False, database: Path | None = None) -> Outcome:
+    """Carries out the schedule of a seed. With `database`, every transaction is also done in a real one there, whose
+    records must be the same; then nothing is restored from a backup."""
     # What the core says would drown the trace and cost most of the time.
+    logging_before = structlog.get_config() if structlog.is_configured() else None
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     loop = VirtualLoop()
     loop.set_exception_handler(lambda _loop, _context: None)
     world = World(seed, loop, traced=traced)
+    shadow = None if database is None else SqlShadow(database, world.disk.tables)
+    world.disk.shadow = shadow
     broken = ""
     try:
-        world.begin()
         loop.run_until_complete(world.run())
     except (Broken, NothingWillHappen) as error:
         broken = str(error)
@@ -516,12 +579,18 @@ def simulate(seed: int, *, traced: bool = False) -> Outcome:
             task.cancel()
         loop.run_until_complete(asyncio.sleep(0.1))
         loop.close()
+        if shadow is not None:
+            shadow.close()
+        structlog.reset_defaults()
+        if logging_before is not None:
+            structlog.configure(**logging_before)
     tables = world.disk.tables
     return Outcome(
         seed=seed,
         broken=broken,
         num_commits=world.watch.num_commits,
         num_crashes=world.num_crashes,
+        num_restores=world.num_restores,
         num_attempts=sum(job.attempt for job in tables.jobs.values()),
         virtual_seconds=loop.time(),
         digest=world.digest(),

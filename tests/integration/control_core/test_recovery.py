@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,13 +10,14 @@ from dataclasses import replace
 import pytest
 
 from control_service.app.ingest import ingest
+from control_service.app.jobs import list_checkpoints
 from control_service.app.runtime import RetentionConfig
 from control_service.domain.artifact import CheckpointStatus
 from control_service.domain.errors import FailedPrecondition, ResourceExhausted
 from control_service.domain.event import CheckpointFact, JobStateFact, NodeReachabilityFact, StoredEvent, WarningFact
 from control_service.domain.failure import Fault
 from control_service.domain.job_state import JobState
-from control_service.domain.run import RunState
+from control_service.domain.run import RunState, StopMode
 from tests.fakes.control_core import quick_config, until
 from tests.fakes.control_node import FakeNode, FakeRun
 from tests.integration.control_core.conftest import OpenCore
@@ -459,3 +461,57 @@ async def test_a_paused_job_goes_on_on_another_node(open_core: OpenCore) -> None
     assert resume is not None
     assert (resume.step, resume.files) == (saved.step, saved.files)
     assert {file.sha256 for file in saved.files} <= second.blobs.keys()
+
+
+@pytest.mark.parametrize("reason", ["STALE_EPOCH", "RUN_CONFLICT"])
+async def test_attempts_go_on_above_those_that_only_the_node_remembers(open_core: OpenCore, reason: str) -> None:
+    # Control was restored from a backup; the node has had, and released, later attempts.
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    node.start_error = FailedPrecondition(reason, "attempt 7 is known", details={"highest_attempt": "7"})
+    job_id = (await core.start((await core.project()).project_id)).job_id
+    await core.until_job(job_id, lambda job: len(node.start_calls) == 1 and job.state is JobState.QUEUED)
+    node.start_error = None
+    job = await core.until_state(job_id, JobState.RUNNING)
+    assert job.attempt == 8
+    assert [call.key.attempt for call in node.start_calls] == [1, 8]
+    assert job.num_retries == 0
+
+
+async def test_an_attempt_rises_above_the_runs_that_nodes_report(open_core: OpenCore) -> None:
+    a, b = FakeNode("a"), FakeNode("b")
+    core = await open_core(a, b)
+    await core.reachable()
+    job_id = (await core.start((await core.project()).project_id)).job_id
+    await core.running(job_id)
+    # A later attempt, dispatched by a control that nobody remembers, goes on elsewhere.
+    request = a.run(job_id).request
+    b.runs[job_id, 4] = FakeRun(b, replace(request, key=replace(request.key, attempt=4)))
+    b.runs[job_id, 4].begin()
+    await until(lambda: b.runs[job_id, 4].stops == [StopMode.CANCEL])
+    a.run(job_id).fail("ENGINE_KILLED")
+    job = await core.until_job(job_id, lambda job: job.attempt > 1 and job.state is JobState.RUNNING)
+    assert job.attempt == 5
+
+
+async def test_a_checkpoint_that_came_while_another_was_copied_is_copied_next(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job_id = (await core.start((await core.project()).project_id)).job_id
+    await core.running(job_id)
+    node.read_gate = asyncio.Event()
+    for step in (10, 20):
+        node.run(job_id).checkpoint(step)
+        cursor = len(node.run(job_id).events)
+        await core.until_job(job_id, lambda job, cursor=cursor: job.run_cursor >= cursor)  # type: ignore[misc]
+    node.read_gate.set()
+
+    async def replicated() -> list[int]:
+        found = await list_checkpoints(job_id, store=core.store)
+        return [checkpoint.step for checkpoint in found if checkpoint.status is CheckpointStatus.REPLICATED]
+
+    async with asyncio.timeout(30):
+        while await replicated() != [20]:  # noqa: ASYNC110 - nothing tells a test of it
+            await asyncio.sleep(0.01)

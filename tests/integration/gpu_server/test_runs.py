@@ -69,6 +69,9 @@ def test_start_is_idempotent_and_fenced(server: GpuServer, tmp_path: Path) -> No
     foreign.key.installation_id = "installation-2"
     code, reason, _ = refusal(lambda: server.runs.StartRun(foreign, timeout=WAIT_SECONDS))
     assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_INSTALLATION")
+    watch = run_service_pb2.WatchNodeRequest(installation_id="installation-2")
+    code, reason, _ = refusal(lambda: next(server.runs.WatchNode(watch, timeout=WAIT_SECONDS)))
+    assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_INSTALLATION")
     # A higher attempt stops the older first.
     server.wait_for_step(1, attempt=2)
     server.start_run(attempt=3)

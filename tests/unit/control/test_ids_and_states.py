@@ -19,6 +19,13 @@ def test_ids_rise_even_when_the_clock_stands_or_goes_back() -> None:
     assert made[-1].startswith("7ZZZZZZZZZ")
 
 
+def test_ids_rise_above_an_earlier_process_whose_clock_was_ahead() -> None:
+    earlier = UlidSource(lambda: 5_000_000).new_id()
+    later = UlidSource(lambda: 1_400_000, newest=earlier)
+    first, second = later.new_id(), later.new_id()
+    assert earlier < first < second
+
+
 def test_every_state_is_in_the_table_and_reachable_and_terminal_means_terminal() -> None:
     assert set(TRANSITIONS) == set(JobState)
     reached = {JobState.QUEUED}

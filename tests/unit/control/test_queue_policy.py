@@ -96,6 +96,21 @@ def test_a_job_that_must_wait_does_not_hold_up_one_that_need_not() -> None:
     ]
 
 
+def test_a_back_off_that_another_clock_wrote_is_over() -> None:
+    assert _reasons([_job(1, not_before=NOW + timedelta(seconds=59))], [_node("a", "org/base")]) == [
+        (1, WaitReason.BACK_OFF)
+    ]
+    # No back-off is an hour long: the clock has been set back since.
+    assert _assigned([_job(1, not_before=NOW + timedelta(hours=1))], [_node("a", "org/base")]) == [(1, "a")]
+
+
+def test_a_node_of_another_installation_is_told_of() -> None:
+    foreign = replace(_node("a", "org/base", state=NodeState.UNREACHABLE), problem="WRONG_INSTALLATION: not ours")
+    place = decide([_job(1)], [foreign], jobs_on_node={}, now=NOW).places[_job(1).job.job_id]
+    assert place.reason is WaitReason.NO_NODE
+    assert "node a: WRONG_INSTALLATION" in place.message
+
+
 def test_why_a_job_waits() -> None:
     one = [_job(1)]
     assert _reasons(one, []) == [(1, WaitReason.NO_NODE)]

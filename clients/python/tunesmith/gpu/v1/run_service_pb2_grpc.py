@@ -156,6 +156,7 @@ class RunServiceServicer(object):
 
     def WatchNode(self, request, context):
         """Streams the node's report: at once, on every change of a run's state, and every heartbeat_seconds.
+        FAILED_PRECONDITION: WRONG_INSTALLATION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -62,7 +62,9 @@ class RunServiceStub:
     over.
     """
     WatchNode: _grpc.UnaryStreamMultiCallable[_run_service_pb2.WatchNodeRequest, _run_service_pb2.WatchNodeResponse]
-    """Streams the node's report: at once, on every change of a run's state, and every heartbeat_seconds."""
+    """Streams the node's report: at once, on every change of a run's state, and every heartbeat_seconds.
+    FAILED_PRECONDITION: WRONG_INSTALLATION.
+    """
     ReleaseRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ReleaseRunRequest, _run_service_pb2.ReleaseRunResponse]
     """Lets the node delete a run that is over, with its journal, checkpoints and artifacts. FAILED_PRECONDITION when it is
     not over. A run that is not there is answered OK: the disk is free.
@@ -102,7 +104,9 @@ class RunServiceAsyncStub(RunServiceStub):
     over.
     """
     WatchNode: _aio.UnaryStreamMultiCallable[_run_service_pb2.WatchNodeRequest, _run_service_pb2.WatchNodeResponse]  # type: ignore[assignment]
-    """Streams the node's report: at once, on every change of a run's state, and every heartbeat_seconds."""
+    """Streams the node's report: at once, on every change of a run's state, and every heartbeat_seconds.
+    FAILED_PRECONDITION: WRONG_INSTALLATION.
+    """
     ReleaseRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ReleaseRunRequest, _run_service_pb2.ReleaseRunResponse]  # type: ignore[assignment]
     """Lets the node delete a run that is over, with its journal, checkpoints and artifacts. FAILED_PRECONDITION when it is
     not over. A run that is not there is answered OK: the disk is free.
@@ -193,7 +197,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.WatchNodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_run_service_pb2.WatchNodeResponse], _abc.AsyncIterator[_run_service_pb2.WatchNodeResponse]]:
-        """Streams the node's report: at once, on every change of a run's state, and every heartbeat_seconds."""
+        """Streams the node's report: at once, on every change of a run's state, and every heartbeat_seconds.
+        FAILED_PRECONDITION: WRONG_INSTALLATION.
+        """
 
     @_abc_1.abstractmethod
     def ReleaseRun(
