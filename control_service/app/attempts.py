@@ -27,7 +27,7 @@ from control_service.domain.run import ObservedRun, ResumeFrom
 _log = structlog.get_logger(__name__)
 
 # The node takes no run just now; the job goes back to the queue and nothing is counted.
-_NOT_NOW: frozenset[str] = frozenset({"NODE_BUSY", "NODE_DRAINING", "STALE_EPOCH"})
+_NOT_NOW: frozenset[str] = frozenset({"NODE_BUSY", "NODE_DRAINING", "STALE_EPOCH", "DISK_FULL"})
 
 # What the attempt was to go on from is not on the node, or not whole.
 _NOT_THERE: frozenset[str] = frozenset({"CHECKPOINT_NOT_FOUND", "RESUME_MISMATCH"})
@@ -122,8 +122,13 @@ class AttemptStarter:
         log.info("attempt-refused", reason=error.reason, message=error.message)
         if error.reason in _NOT_NOW:
             self._nodes.mark_busy(job.node)
-            settle = Settle(state=JobState.QUEUED, message=f"node {job.node}: {error.reason}", keeps_failure=True)
-            pause = timedelta(seconds=retry.INITIAL_BACK_OFF_SECONDS)
+            message = f"node {job.node}: {error.reason}"
+            if error.reason == "DISK_FULL":
+                message += f": {error.message}"
+            settle = Settle(state=JobState.QUEUED, message=message, keeps_failure=True)
+            # A node knows how soon asking again may help: a disk does not get empty in a second.
+            seconds = error.retry_after_seconds if error.reason == "DISK_FULL" else None
+            pause = timedelta(seconds=seconds or retry.INITIAL_BACK_OFF_SECONDS)
             await self._settler.settle(job, settle, not_before=self._clock.utc_now() + pause)
             return
         elsewhere = send_elsewhere(self._nodes, job, reason=error.reason, message=error.message)

@@ -7,7 +7,6 @@ that a half-dead connection never blocks an upload. Refuses names: content is th
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.runs.node_files import check_sha256
+from gpu_service.runs.room import FULL, disk_full
 from gpu_service.runs.threads import finish_in_thread
 from gpu_service.shim.durable_json import sync_directory
 
@@ -78,13 +78,19 @@ class BlobStore:
             self._check_writer(sha256, number, end)
             await finish_in_thread(self._commit, sha256, size_bytes)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _disk_full(str(error)) from error
-            raise
+            if error.errno not in FULL:
+                raise
+            # What cannot be gone on with would only keep the disk full.
+            await asyncio.to_thread(self._forget_partial, sha256, number)
+            raise disk_full(f"{size_bytes} bytes of a blob: {error.strerror}") from error
         finally:
             if self._newest_writer.get(sha256) == number:
                 del self._newest_writer[sha256]
         return size_bytes
+
+    def _forget_partial(self, sha256: str, number: int) -> None:
+        if self._newest_writer.get(sha256) == number:
+            (self._partial / sha256).unlink(missing_ok=True)
 
     def _check_writer(self, sha256: str, number: int, end: int) -> None:
         """The bytes are the newest writer's: to go on with, and to judge."""
@@ -98,7 +104,7 @@ class BlobStore:
         if offset not in (0, stored):
             raise _offset_mismatch(sha256, stored, f"the write starts at {offset}, but {stored} bytes are stored")
         if size_bytes - offset > shutil.disk_usage(self._directory).free:
-            raise _disk_full(f"{size_bytes - offset} bytes do not fit the disk")
+            raise disk_full(f"{size_bytes - offset} bytes do not fit the disk")
         descriptor = os.open(self._partial / sha256, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         partial = FileIO(descriptor, "w")
         partial.truncate(offset)
@@ -141,7 +147,3 @@ def _write_whole(descriptor: int, chunk: bytes, offset: int) -> None:
 def _offset_mismatch(sha256: str, stored: int, message: str) -> Refusal:
     details = {"sha256": sha256, "stored_bytes": str(stored)}
     return Refusal("OFFSET_MISMATCH", Fault.PLATFORM, message, field="offset", details=details)
-
-
-def _disk_full(message: str) -> Refusal:
-    return Refusal("DISK_FULL", Fault.PLATFORM, message)

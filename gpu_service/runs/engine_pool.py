@@ -374,8 +374,12 @@ def _nobody_listens(run: Run, ending: ExitRecord) -> None:
 
 def _make(directory: Path, configuration: EngineConfiguration) -> subprocess.Popen[bytes]:
     directory.mkdir(parents=True)
-    configuration.write(directory)
-    return spawn(directory)
+    try:
+        configuration.write(directory)
+        return spawn(directory)
+    except OSError:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def _needs_burial(directory: Path, runs: Mapping[str, Run]) -> bool:

@@ -26,6 +26,7 @@ from gpu_service.runs.launcher import Launcher
 from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
 from gpu_service.runs.planning import Planning
+from gpu_service.runs.room import full_disk_is_a_refusal
 from gpu_service.runs.run import Run
 from gpu_service.runs.run_files import ResumeRequest, find_file, prepare_resume, prepare_start, remove_tree
 from gpu_service.runs.signal import Signal
@@ -188,7 +189,8 @@ class RunManager:
             try:
                 # Reading weights for the first time may take minutes, in which a drain may have begun.
                 self._refuse_when_draining()
-                run = await self._accept(request, admitted)
+                with full_disk_is_a_refusal("the run's files"):
+                    run = await self._accept(request, admitted)
             except BaseException:
                 # Whatever kept it from the disk, the device is as it was before; the error goes on to the caller.
                 self._ledger.release(key.id)

@@ -6,6 +6,7 @@ between record and journal has said the truth already.
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -40,7 +41,11 @@ def bury(directory: Path) -> None:
             freed_bytes=freed_bytes,
             seconds=time.monotonic() - started,
         )
-        ending.write(directory)
+        try:
+            ending.write(directory)
+        except OSError as error:
+            # The run's journal has room of its own, and is what counts; without a record the engine is buried again.
+            sys.stderr.write(f"no exit record: {error}\n")
     if ending.run_directory is None:
         return
     run_directory = Path(ending.run_directory)

@@ -24,7 +24,7 @@ from control_service.adapters.sql.migrate import migrate
 from control_service.adapters.sql.touched import Touched
 from control_service.adapters.sql.transaction import SqlTransaction
 from control_service.app.store_ports import CommitNotice, Transaction
-from control_service.domain.errors import Unavailable
+from control_service.domain.errors import StoreFull, Unavailable
 
 T = TypeVar("T")
 
@@ -32,6 +32,9 @@ T = TypeVar("T")
 DATABASE_NAME = "control.sqlite"
 _MAX_GROUP = 256
 _NUM_READERS = 4
+# SQLite's result code.
+_SQLITE_FULL = 13
+_FULL_RETRY_SECONDS = 10.0
 
 
 @dataclass(kw_only=True)
@@ -196,6 +199,8 @@ class SqlStore:
 
 
 def _unavailable(error: BaseException) -> Unavailable:
+    if getattr(getattr(error, "orig", None), "sqlite_errorcode", None) == _SQLITE_FULL:
+        return StoreFull("DISK_FULL", "the database's disk is full", retry_after_seconds=_FULL_RETRY_SECONDS)
     return Unavailable("STORE_UNAVAILABLE", f"the database cannot be used just now: {error}", retry_after_seconds=1.0)
 
 
