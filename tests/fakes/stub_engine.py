@@ -172,7 +172,14 @@ class StubRun:
                 reason="TRAINING", fault="PLATFORM", message=str(error), exception_type=type(error).__qualname__
             )
             return self._end(event_pb2.RUN_STATE_FAILED, failure=failure)
-        self._write_artifacts()
+        try:
+            self._write_artifacts()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            shutil.rmtree(self._directory / "artifacts", ignore_errors=True)
+            failure = events.failure(reason="DISK_FULL", fault="PLATFORM", message=str(error), stage="SAVING")
+            return self._end(event_pb2.RUN_STATE_FAILED, failure=failure)
         return self._end(event_pb2.RUN_STATE_SUCCEEDED)
 
     def _prepare(self) -> None:

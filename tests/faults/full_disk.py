@@ -69,8 +69,8 @@ class Volume:
         found = os.statvfs(self.directory)
         return found.f_bavail * found.f_frsize
 
-    def fill(self) -> None:
-        """Takes every byte that is left, at once."""
+    def fill(self, *, leave_bytes: int = 0) -> None:
+        """Takes every byte that is left, at once, and gives back `leave_bytes` of them."""
         descriptor = os.open(self._ballast, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             size = _MEBIBYTE
@@ -81,6 +81,7 @@ class Volume:
                     if error.errno != errno.ENOSPC:
                         raise
                     size //= 2
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - leave_bytes)
         finally:
             os.close(descriptor)
 

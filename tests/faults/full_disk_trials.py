@@ -15,16 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
-from tunesmith_client.errors import TunesmithError
 
 from tests.fakes.pair import STUB_ENGINE, PairUnderTest, running_pair
 from tests.fakes.tiny_models import place, place_header_only
 from tests.faults.full_disk import Ledger, Volume
 from tunesmith.common.v1 import event_pb2, training_spec_pb2
-from tunesmith.control.v1 import job_service_pb2
+from tunesmith_client import TunesmithError
 
 _MEBIBYTE = 1024**2
-_SUCCEEDED = job_service_pb2.JOB_STATE_SUCCEEDED
+_SUCCEEDED = event_pb2.JOB_STATE_SUCCEEDED
 
 
 @contextmanager
@@ -89,7 +88,7 @@ def _blobs(directory: Path, ledger: Ledger) -> None:
                     f"the log says that the artifacts wait for room ({name})",
                     lambda job=job: "collecting-waits-for-room" in _warnings(pair, job.job_id),
                 )
-                ledger.hold("the job is not over", _state(pair, job.job_id) == job_service_pb2.JOB_STATE_RUNNING)
+                ledger.hold("the job is not over", _state(pair, job.job_id) == event_pb2.JOB_STATE_RUNNING)
             ledger.comes_true(
                 f"the job ends well once there is room ({name})",
                 lambda job=job: _state(pair, job.job_id) == _SUCCEEDED,
@@ -100,16 +99,16 @@ def _blobs(directory: Path, ledger: Ledger) -> None:
     _hold_integrity(data / "control/control.sqlite", ledger)
 
 
-def _node(directory: Path, ledger: Ledger) -> None:
-    """The node's disk has no room: saves are left out and said, events wait, and a new run waits in the queue."""
+def _save(directory: Path, ledger: Ledger) -> None:
+    """The node's disk has no room for a checkpoint: it is left out and said, and training goes on."""
     data = directory / "data"
     volume = Volume(data / "node-local", size_bytes=48 * _MEBIBYTE)
     with _stub_pair(directory) as pair:
         pids = _pids(pair)
-        full, go = directory / "full", directory / "go"
-        job = pair.start("trains", num_steps=40, save_every_steps=5, script={"hold_at": 12, "until_file": str(full)})
+        full = directory / "full"
+        script = {"hold_at": 12, "until_file": str(full), "step_seconds": 0.1}
+        job = pair.start("trains", num_steps=40, save_every_steps=5, script=script)
         pair.wait_for_step(job.job_id, 11)
-        waiting = pair.project("waits", script={"hold_at": "TRAINING", "until_file": str(go)})
         with volume.full():
             full.touch()
             ledger.comes_true(
@@ -117,18 +116,42 @@ def _node(directory: Path, ledger: Ledger) -> None:
                 lambda: "checkpoint-failed" in _warnings(pair, job.job_id),
             )
             ledger.hold("earlier checkpoints are whole", _checkpoints_are_whole(data, job.job_id))
+        ledger.comes_true("a later save succeeds", lambda: _last_checkpoint(pair, job.job_id) > 15)
+        ledger.comes_true("the job ends well", lambda: _state(pair, job.job_id) == _SUCCEEDED)
+        ledger.hold("it needed one attempt", pair.client.jobs.get(job.job_id).attempt == 1)
+        _hold_log(pair, job.job_id, ledger)
+        ledger.hold("no service was restarted", _pids(pair) == pids)
+    _hold_integrity(data / "control/control.sqlite", ledger)
+
+
+def _start(directory: Path, ledger: Ledger) -> None:
+    """The node's disk has no room for what a run would leave: the run waits in the queue until there is."""
+    data = directory / "data"
+    volume = Volume(data / "node-local", size_bytes=48 * _MEBIBYTE)
+    with _stub_pair(directory) as pair:
+        pids = _pids(pair)
+        waiting = pair.project("waits")
+        with volume.full():
             queued = pair.client.jobs.start(waiting.project_id)
             ledger.comes_true(
                 "a run for which the node has no room waits, and says why",
                 lambda: any("DISK_FULL" in text for text in _messages(pair, queued.job_id)),
             )
-            ledger.hold("it is no failed attempt", pair.client.jobs.get(queued.job_id).num_retries == 0)
-        go.touch()
-        ledger.comes_true("the job ends well", lambda: _state(pair, job.job_id) == _SUCCEEDED)
-        ledger.hold("it needed one attempt", pair.client.jobs.get(job.job_id).attempt == 1)
-        _hold_log(pair, job.job_id, ledger)
+            ledger.hold("it is no failed attempt", not any("retry" in text for text in _messages(pair, queued.job_id)))
         ledger.comes_true("the one that waited ends well", lambda: _state(pair, queued.job_id) == _SUCCEEDED)
         _hold_log(pair, queued.job_id, ledger)
+        # Room for its data, and not for a checkpoint and the artifacts.
+        small = pair.project("small")
+        volume.fill(leave_bytes=_MEBIBYTE)
+        try:
+            queued = pair.client.jobs.start(small.project_id)
+            ledger.comes_true(
+                "a node tells how much a run needs and how much is free",
+                lambda: any("bytes; " in text for text in _messages(pair, queued.job_id)),
+            )
+        finally:
+            volume.empty()
+        ledger.comes_true("it ends well", lambda: _state(pair, queued.job_id) == _SUCCEEDED)
         ledger.hold("no service was restarted", _pids(pair) == pids)
     _hold_integrity(data / "control/control.sqlite", ledger)
 
@@ -145,7 +168,7 @@ def _journal(directory: Path, ledger: Ledger) -> None:
         journal = data / "node-local/runs" / job.job_id / "1/journal"
         with volume.full():
             ledger.comes_true("training stands still when its events find no room", lambda: _stands_still(journal))
-            ledger.hold("the job is not over", _state(pair, job.job_id) == job_service_pb2.JOB_STATE_RUNNING)
+            ledger.hold("the job is not over", _state(pair, job.job_id) == event_pb2.JOB_STATE_RUNNING)
         ledger.comes_true("the job ends well", lambda: _state(pair, job.job_id) == _SUCCEEDED, seconds=150)
         events = _hold_log(pair, job.job_id, ledger)
         steps = [event.payload.step.step for event in events if event.payload.HasField("step")]
@@ -165,7 +188,7 @@ def _cancel(directory: Path, ledger: Ledger) -> None:
             pair.client.jobs.cancel(job.job_id)
             ledger.comes_true(
                 "a cancel is carried out on a full disk",
-                lambda: _state(pair, job.job_id) == job_service_pb2.JOB_STATE_CANCELLED,
+                lambda: _state(pair, job.job_id) == event_pb2.JOB_STATE_CANCELLED,
             )
             _hold_log(pair, job.job_id, ledger)
         after = pair.start("after", num_steps=3)
@@ -245,7 +268,8 @@ def _training(directory: Path, ledger: Ledger) -> None:
 TRIALS: Mapping[str, Callable[[Path, Ledger], None]] = {
     "database": _database,
     "blobs": _blobs,
-    "node": _node,
+    "save": _save,
+    "start": _start,
     "journal": _journal,
     "cancel": _cancel,
     "killed": _killed,
@@ -260,7 +284,7 @@ def _pids(pair: PairUnderTest) -> tuple[int, int]:
     return pair.pair.control.pid, pair.pair.gpu.pid
 
 
-def _state(pair: PairUnderTest, job_id: str) -> job_service_pb2.JobState.ValueType:
+def _state(pair: PairUnderTest, job_id: str) -> event_pb2.JobState.ValueType:
     return pair.client.jobs.get(job_id).state
 
 
