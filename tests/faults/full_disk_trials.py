@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -47,7 +48,7 @@ def _database(directory: Path, ledger: Ledger) -> None:
         pair.wait_for_step(job.job_id, 9)
         project = pair.project("second")
         with volume.full():
-            refusals = [error for n in range(60) if (error := _refusal(lambda n=n: pair.project(f"more-{n}")))]
+            refusals = [error for n in range(60) if (error := _refusal(partial(pair.project, f"more-{n}")))]
             ledger.hold("a call that finds no room in the database is refused", refusals)
             ledger.hold(
                 f"the refusal is RESOURCE_EXHAUSTED with DISK_FULL, not {refusals[:1]}",
@@ -86,12 +87,12 @@ def _blobs(directory: Path, ledger: Ledger) -> None:
                 held.touch()
                 ledger.comes_true(
                     f"the log says that the artifacts wait for room ({name})",
-                    lambda job=job: "collecting-waits-for-room" in _warnings(pair, job.job_id),
+                    partial(_has_warned, pair, job.job_id, "collecting-waits-for-room"),
                 )
                 ledger.hold("the job is not over", _state(pair, job.job_id) == event_pb2.JOB_STATE_RUNNING)
             ledger.comes_true(
                 f"the job ends well once there is room ({name})",
-                lambda job=job: _state(pair, job.job_id) == _SUCCEEDED,
+                partial(_has_succeeded, pair, job.job_id),
             )
             _hold_log(pair, job.job_id, ledger)
             ledger.hold("its adapter is whole", _adapter_is_whole(data / "control/output", job.job_id))
@@ -288,7 +289,7 @@ def _state(pair: PairUnderTest, job_id: str) -> event_pb2.JobState.ValueType:
     return pair.client.jobs.get(job_id).state
 
 
-def _refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode, str] | None:
+def _refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode | None, str] | None:
     try:
         call()
     except TunesmithError as error:
@@ -298,6 +299,14 @@ def _refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode, str] | None:
 
 def _events(pair: PairUnderTest, job_id: str) -> list[event_pb2.Event]:
     return list(pair.client.jobs.events(job_id))
+
+
+def _has_succeeded(pair: PairUnderTest, job_id: str) -> bool:
+    return _state(pair, job_id) == _SUCCEEDED
+
+
+def _has_warned(pair: PairUnderTest, job_id: str, code: str) -> bool:
+    return code in _warnings(pair, job_id)
 
 
 def _warnings(pair: PairUnderTest, job_id: str) -> set[str]:
