@@ -5,6 +5,7 @@ the output root, and only then lets the job succeed. Waits for a node that is si
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import structlog
@@ -16,7 +17,7 @@ from control_service.app.settle import Settler
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import append_facts, change_state
 from control_service.domain.artifact import Artifact
-from control_service.domain.errors import NotFound, TunesmithError, Unavailable
+from control_service.domain.errors import Internal, NotFound, TunesmithError, Unavailable
 from control_service.domain.event import ArtifactFact, EventKind, PhaseFact, WarningFact
 from control_service.domain.failure import Failure, Fault
 from control_service.domain.job import Job
@@ -102,14 +103,22 @@ class Collector:
             current = tx.jobs.get(job.job_id)
             if current is None or not _is_same(current, job):
                 return
-            for event in tx.events.of_kind(job.job_id, attempt=job.attempt, kind=EventKind.WARNING):
-                fact = self._codec.decode(event.kind, event.payload)
-                if isinstance(fact, WarningFact) and fact.code == COLLECTING_WAITS:
-                    return
+            if COLLECTING_WAITS in self._warned(tx, job):
+                return
             message = f"the artifacts wait on their node for room: {error.message}"
             append_facts(tx, current, [WarningFact(code=COLLECTING_WAITS, message=message)], codec=self._codec, now=now)
 
         await self._store.transact(work)
+
+    def _warned(self, tx: Transaction, job: Job) -> set[str]:
+        """Codes of the attempt's warnings; one that cannot be read warned of nothing."""
+        codes: set[str] = set()
+        for event in tx.events.of_kind(job.job_id, attempt=job.attempt, kind=EventKind.WARNING):
+            with suppress(Internal):
+                fact = self._codec.decode(event.kind, event.payload)
+                if isinstance(fact, WarningFact):
+                    codes.add(fact.code)
+        return codes
 
     async def _copy(self, job: Job, client: NodeClient, artifacts: Sequence[ArtifactFact]) -> None:
         for fact in artifacts:
