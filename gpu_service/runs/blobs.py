@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from io import FileIO
 from pathlib import Path
 
@@ -29,6 +29,8 @@ class BlobStore:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._partial = directory / "partial"
+        # Called when a blob found no room.
+        self.on_full: Callable[[], None] = lambda: None
         # Number of the newest writer of each blob that is being written.
         self._newest_writer: dict[str, int] = {}
 
@@ -77,9 +79,14 @@ class BlobStore:
                     end += len(chunk)
             self._check_writer(sha256, number, end)
             await finish_in_thread(self._commit, sha256, size_bytes)
+        except Refusal as refusal:
+            if refusal.reason == "DISK_FULL":
+                self.on_full()
+            raise
         except OSError as error:
             if error.errno not in FULL:
                 raise
+            self.on_full()
             # What cannot be gone on with would only keep the disk full.
             await asyncio.to_thread(self._forget_partial, sha256, number)
             raise disk_full(f"{size_bytes} bytes of a blob: {error.strerror}") from error
