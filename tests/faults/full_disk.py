@@ -50,7 +50,8 @@ def run_trial(trial: str, directory: Path) -> list[Finding]:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=_LIMIT_SECONDS, text=True
     )
     assert ended.returncode == 0, f"trial {trial} ended with {ended.returncode}:\n{ended.stdout[-12000:]}"
-    return [Finding(**one) for one in json.loads((directory / _FINDINGS).read_text())]
+    found = json.loads((directory / _FINDINGS).read_text())
+    return [Finding(**{**one, "violations": tuple(one["violations"])}) for one in found]
 
 
 class Volume:
