@@ -83,7 +83,8 @@ def _blobs(directory: Path, ledger: Ledger) -> None:
                     refusal = _refusal(lambda: pair.project("refused"))
                     expected = (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL")
                     ledger.hold(f"an upload is refused with DISK_FULL, not {refusal}", refusal == expected)
-                    ledger.hold("nothing of it stays", not list((data / "control/blobs/staging").iterdir()))
+                    staging = data / "control/blobs/staging"
+                    ledger.comes_true("nothing of it stays", partial(_is_empty, staging))
                 held.touch()
                 ledger.comes_true(
                     f"the log says that the artifacts wait for room ({name})",
@@ -299,6 +300,10 @@ def _refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode | None, str] |
 
 def _events(pair: PairUnderTest, job_id: str) -> list[event_pb2.Event]:
     return list(pair.client.jobs.events(job_id))
+
+
+def _is_empty(directory: Path) -> bool:
+    return not list(directory.iterdir())
 
 
 def _has_succeeded(pair: PairUnderTest, job_id: str) -> bool:

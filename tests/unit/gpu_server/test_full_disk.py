@@ -16,6 +16,7 @@ import pytest
 from gpu_service.domain.errors import Refusal
 from gpu_service.runs import launcher
 from gpu_service.runs.blobs import BlobStore
+from gpu_service.runs.engine_pool import NO_ENDING
 from gpu_service.runs.node_files import NodeFiles
 from gpu_service.runs.room import full_disk_is_a_refusal
 from gpu_service.shim import durable_json
@@ -156,7 +157,7 @@ async def test_a_run_without_engine_is_closed_as_soon_as_there_is_room(
 
     made: Any = launcher.Launcher.__new__(launcher.Launcher)
     monkeypatch.setattr(made, "_left", lambda run: None, raising=False)
-    await made._close_without_engine(Closed(), launcher.NO_ENDING)
+    await made._close_without_engine(Closed(), NO_ENDING)
     assert closed.is_set()
     assert [ending.stop_mode for ending in tries] == ["cancel"] * 3
 
