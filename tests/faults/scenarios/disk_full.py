@@ -29,7 +29,7 @@ REAL_SCENARIO = Scenario(
     name="disk-full-real",
     promises=("R21",),
     num_trials=4,
-    trial_seconds=50.0,
+    trial_seconds=60.0,
     run=_run_real,
     real_engine=True,
 )
