@@ -20,6 +20,7 @@ from control_service.domain.errors import (
     NotFound,
     OutOfRange,
     ResourceExhausted,
+    StoreFull,
     TunesmithError,
     Unavailable,
 )
@@ -45,6 +46,7 @@ STATUS_CODES: Final[Mapping[type[TunesmithError], grpc.StatusCode]] = {
     OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
     ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
+    StoreFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Internal: grpc.StatusCode.INTERNAL,
     DeadlineTooShort: grpc.StatusCode.DEADLINE_EXCEEDED,
 }

@@ -28,7 +28,7 @@ from control_service.domain.run import ObservedRun, ResumeFrom
 _log = structlog.get_logger(__name__)
 
 # The node takes no run just now; the job goes back to the queue and nothing is counted.
-_NOT_NOW: frozenset[str] = frozenset({"NODE_BUSY", "NODE_DRAINING", "STALE_EPOCH", "RUN_CONFLICT"})
+_NOT_NOW: frozenset[str] = frozenset({"NODE_BUSY", "NODE_DRAINING", "STALE_EPOCH", "RUN_CONFLICT", "DISK_FULL"})
 # The node knows attempts that control's record does not: it was restored from a backup. The next one goes above them.
 _KNOWS_MORE: frozenset[str] = frozenset({"STALE_EPOCH", "RUN_CONFLICT"})
 
@@ -131,8 +131,13 @@ class AttemptStarter:
             self._nodes.note_attempt(job.job_id, highest)
         if error.reason in _NOT_NOW:
             self._nodes.mark_busy(job.node)
-            settle = Settle(state=JobState.QUEUED, message=f"node {job.node}: {error.reason}", keeps_failure=True)
-            pause = timedelta(seconds=retry.INITIAL_BACK_OFF_SECONDS)
+            message = f"node {job.node}: {error.reason}"
+            if error.reason == "DISK_FULL":
+                message += f": {error.message}"
+            settle = Settle(state=JobState.QUEUED, message=message, keeps_failure=True)
+            # A node knows how soon asking again may help: a disk does not get empty in a second.
+            seconds = error.retry_after_seconds if error.reason == "DISK_FULL" else None
+            pause = timedelta(seconds=seconds or retry.INITIAL_BACK_OFF_SECONDS)
             await self._settler.settle(job, settle, not_before=self._clock.steady_utc_now() + pause)
             return
         elsewhere = send_elsewhere(self._nodes, job, reason=error.reason, message=error.message)

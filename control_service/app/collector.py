@@ -5,6 +5,7 @@ the output root, and only then lets the job succeed. Waits for a node that is si
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import structlog
@@ -16,8 +17,8 @@ from control_service.app.settle import Settler
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import append_facts, change_state
 from control_service.domain.artifact import Artifact
-from control_service.domain.errors import NotFound, TunesmithError, Unavailable
-from control_service.domain.event import ArtifactFact, EventKind, PhaseFact
+from control_service.domain.errors import Internal, NotFound, TunesmithError, Unavailable
+from control_service.domain.event import ArtifactFact, EventKind, PhaseFact, WarningFact
 from control_service.domain.failpoints import failpoint
 from control_service.domain.failure import Failure, Fault
 from control_service.domain.job import Job
@@ -26,6 +27,8 @@ from control_service.domain.reconcile import Settle
 from control_service.domain.run import Phase, RunState
 
 _log = structlog.get_logger(__name__)
+# The code of the warning that control's disk is full.
+COLLECTING_WAITS = "collecting-waits-for-room"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,9 @@ class Collector:
         self._config = config
 
     async def collect(self, job: Job, client: NodeClient) -> None:
-        """Ends the job SUCCEEDED, or FAILED with COLLECTING or DISK_FULL. Unavailable: the node did not answer."""
+        """Ends the job SUCCEEDED, or FAILED with COLLECTING. Unavailable: the node did not answer; ResourceExhausted
+        DISK_FULL: control has no room, which the log says once. Both are to be tried again: the node keeps everything.
+        """
         for tries_left in reversed(range(self._config.num_tries)):
             try:
                 artifacts = await self._begin(job)
@@ -66,6 +71,9 @@ class Collector:
             except Unavailable:
                 raise
             except TunesmithError as error:
+                if error.reason == "DISK_FULL":
+                    await self._warn_full(job, error)
+                    raise
                 _log.warning("collecting-failed", job_id=job.job_id, reason=error.reason, tries_left=tries_left)
                 if tries_left:
                     await self._clock.sleep(self._config.pause_seconds)
@@ -88,6 +96,30 @@ class Collector:
         payloads = await self._store.transact(work)
         facts = [self._codec.decode(EventKind.ARTIFACT, payload) for payload in payloads]
         return [fact for fact in facts if isinstance(fact, ArtifactFact) and not fact.collected]
+
+    async def _warn_full(self, job: Job, error: TunesmithError) -> None:
+        now = self._clock.utc_now()
+
+        def work(tx: Transaction) -> None:
+            current = tx.jobs.get(job.job_id)
+            if current is None or not _is_same(current, job):
+                return
+            if COLLECTING_WAITS in self._warned(tx, job):
+                return
+            message = f"the artifacts wait on their node for room: {error.message}"
+            append_facts(tx, current, [WarningFact(code=COLLECTING_WAITS, message=message)], codec=self._codec, now=now)
+
+        await self._store.transact(work)
+
+    def _warned(self, tx: Transaction, job: Job) -> set[str]:
+        """Codes of the attempt's warnings; one that cannot be read warned of nothing."""
+        codes: set[str] = set()
+        for event in tx.events.of_kind(job.job_id, attempt=job.attempt, kind=EventKind.WARNING):
+            with suppress(Internal):
+                fact = self._codec.decode(event.kind, event.payload)
+                if isinstance(fact, WarningFact):
+                    codes.add(fact.code)
+        return codes
 
     async def _copy(self, job: Job, client: NodeClient, artifacts: Sequence[ArtifactFact]) -> None:
         for fact in artifacts:
@@ -135,10 +167,9 @@ def _is_same(current: Job, job: Job) -> bool:
 
 
 def _failure_of(error: TunesmithError) -> Failure:
-    # A full disk is said as such; everything else is that the bytes could not be had as they were promised.
-    reason = "DISK_FULL" if error.reason == "DISK_FULL" else "COLLECTING"
+    # Whatever it was, the bytes could not be had as they were promised.
     return Failure(
-        reason=reason,
+        reason="COLLECTING",
         fault=Fault.PLATFORM,
         message=error.message,
         stage="COLLECTING",

@@ -32,7 +32,7 @@ from control_service.domain.node import NodeView
 from control_service.domain.queue_policy import can_train
 
 # This node does not answer now, and another may.
-_NOT_NOW: frozenset[str] = frozenset({"NODE_BUSY", "NODE_DRAINING", "NODE_UNREACHABLE"})
+_NOT_NOW: frozenset[str] = frozenset({"NODE_BUSY", "NODE_DRAINING", "NODE_UNREACHABLE", "DISK_FULL"})
 _RETRY_AFTER_SECONDS = 5.0
 
 
@@ -56,7 +56,8 @@ async def generate(
     """Who answers, and a part; closing it ends the generation on its node.
 
     NotFound JOB_NOT_FOUND, ARTIFACT_NOT_FOUND; FailedPrecondition NO_NODE, MODEL_NOT_FOUND, NOT_OFFERED (the job
-    trains a whole model); ResourceExhausted NODE_BUSY; else what the node refuses with.
+    trains a whole model); ResourceExhausted NODE_BUSY, DISK_FULL (of every node that could); else what the node
+    refuses with.
     """
     found = await store.read(lambda tx: find_source(tx, source))
     request = replace(found, messages=tuple(messages), sampling=sampling)
@@ -64,8 +65,10 @@ async def generate(
     for name, client in await _candidates(request, nodes):
         try:
             request = await _push(client, request, source, store=store, blobs=blobs)
-        except Unavailable as error:
-            refusal = error
+        except (Unavailable, ResourceExhausted) as error:
+            if error.reason not in _NOT_NOW:
+                raise
+            refusal = error if refusal is None or error.reason == "NODE_BUSY" else refusal
             continue
         async with aclosing(client.generate(request)) as parts:
             try:
@@ -83,7 +86,7 @@ async def generate(
             async for part in parts:
                 yield answering, part
             return
-    if refusal is not None and refusal.reason == "NODE_UNREACHABLE":
+    if refusal is not None and refusal.reason in ("NODE_UNREACHABLE", "DISK_FULL"):
         raise refusal
     why = refusal.message if refusal else "no node takes questions now"
     raise ResourceExhausted("NODE_BUSY", f"runs go first: {why}", retry_after_seconds=_RETRY_AFTER_SECONDS)

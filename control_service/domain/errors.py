@@ -70,6 +70,10 @@ class Unavailable(TunesmithError):
     """Not now; the same request may work shortly."""
 
 
+class StoreFull(Unavailable):
+    """The database has no room for the change, which was not made; it works again once there is some."""
+
+
 class DeadlineTooShort(TunesmithError):
     """The caller's time is over, or too short for the work; more time helps, trying again alone does not."""
 

@@ -16,6 +16,8 @@ RETRIED_REASONS: frozenset[str] = frozenset(
         "HANG",
         "HOST_OUT_OF_MEMORY",
         "CHECKPOINT_WRITE",
+        # The next attempt waits in the queue until a node has room for what the run leaves.
+        "DISK_FULL",
         "BLOB_NOT_FOUND",
         "CHECKSUM_MISMATCH",
     }

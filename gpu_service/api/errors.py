@@ -61,7 +61,7 @@ _CODES_OF_METHODS: Mapping[tuple[str, str], grpc.StatusCode] = MappingProxyType(
 )
 
 # Seconds after which asking again may help.
-_RETRY_SECONDS: Mapping[str, float] = MappingProxyType({"NODE_BUSY": 5.0, "DISK_FULL": 30.0, "READER_STALLED": 1.0})
+_RETRY_SECONDS: Mapping[str, float] = MappingProxyType({"NODE_BUSY": 5.0, "DISK_FULL": 10.0, "READER_STALLED": 1.0})
 
 
 def code_of(reason: str, *, method: str = "") -> grpc.StatusCode:

@@ -80,7 +80,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         elif request.level == plan_pb2.PLAN_LEVEL_EXACT:
             plan = await self._planning.exact(spec, device)
         else:
-            plan = (await self._planning.check(spec, device)).to_json()
+            plan = await self._planning.checked(spec, device)
         return run_service_pb2.PlanRunResponse(plan=wire.plan_to_wire(plan))
 
     async def InspectDataset(  # noqa: N802

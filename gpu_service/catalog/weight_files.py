@@ -178,7 +178,11 @@ def _read_cache(cache_file: Path | None) -> dict[str, Any]:
 
 
 def _write_cache(cache_file: Path, remembered: Mapping[str, Any]) -> None:
-    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    """A cache that cannot be written, as on a full disk, costs the time of hashing again and nothing else."""
     staged = cache_file.with_name(f".{cache_file.name}.{secrets.token_hex(8)}")
-    staged.write_text(json.dumps(remembered, sort_keys=True), encoding="utf-8")
-    staged.replace(cache_file)
+    try:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(json.dumps(remembered, sort_keys=True), encoding="utf-8")
+        staged.replace(cache_file)
+    except OSError:
+        staged.unlink(missing_ok=True)

@@ -6,15 +6,17 @@ and keeps no history.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_service.journal import Writer
+from gpu_service.journal import JournalFull, Writer
 from gpu_service.journal.events import EventMessage, wrap
 from tunesmith.common.v1 import errors_pb2, event_pb2
 
 Notify = Callable[[dict[str, Any]], None]
+DISK_FULL = "disk-full"
 
 
 class Reporter:
@@ -28,6 +30,8 @@ class Reporter:
         self._phase = ""
         # Set by the loading table while a stage is in hand.
         self.loading_stage = ""
+        # Waits for room, or raises, when the disk has none for an event; None: JournalFull is the caller's to meet.
+        self.when_full: Callable[[], None] | None = None
 
     @property
     def phase(self) -> str:
@@ -35,9 +39,21 @@ class Reporter:
         return self._phase
 
     def emit(self, message: EventMessage) -> None:
-        """Append one event. Raises JournalFull, OSError."""
-        sequence = self._writer.append(wrap(message))
+        """Append one event, as soon as there is room for it. Raises JournalFull, OSError, and what `when_full` does."""
+        start, waited = time.monotonic(), False
+        while True:
+            try:
+                sequence = self._writer.append(wrap(message))
+                break
+            except JournalFull:
+                if self.when_full is None:
+                    raise
+                waited = True
+                self.when_full()
         self._notify({"type": "journal", "run_directory": self._run_directory, "run_sequence": sequence})
+        if waited:
+            seconds = time.monotonic() - start
+            self.warn(DISK_FULL, f"training stood still for {seconds:.0f} s: the disk had no room for its events")
 
     def enter_phase(self, name: str) -> None:
         """Report that the run is now doing `name` (an enum name without its prefix)."""

@@ -20,6 +20,7 @@ from gpu_service.engine.generation.order import GenerationOrder
 from gpu_service.engine.planning import PLANNER_COMMAND
 from gpu_service.engine.reporter import Notify, Reporter
 from gpu_service.engine.resident import BaseShelf
+from gpu_service.engine.room import wait_for_room
 from gpu_service.engine.run import Run
 from gpu_service.engine.session import Session
 from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
@@ -90,7 +91,11 @@ def carry_out(
             planner_command=planner_command,
             make_session=make_session,
         )
+        # A full disk costs time, and nothing that was trained; a stop is heard meanwhile.
+        run.reporter.when_full = lambda: wait_for_room(switch.check)
         outcome = _execute(run)
+        # The closing events have room of their own, and nobody waits behind the end.
+        run.reporter.when_full = None
         # Outside the handlers: an exception's traceback keeps the model's memory alive.
         conclude(run, outcome)
     return outcome

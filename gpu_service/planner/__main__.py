@@ -6,6 +6,7 @@ last line says why. 2: it was called wrongly.
 
 import errno
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
     except Refusal as refusal:
         return _say_refused(refusal)
     except Exception as error:  # noqa: BLE001 - the process' outermost boundary: any defect becomes a typed failure
-        traceback.print_exc()
+        _print_trace()
         return _say_refused(_describe(error))
     write_line(sys.stdout, answer)
     return EXIT_DONE
@@ -59,6 +60,15 @@ def _say_refused(refusal: Refusal) -> int:
     failure["stage"] = failure["stage"] or "PLANNING"
     write_line(sys.stdout, {"type": "refused", "failure": failure})
     return EXIT_REFUSED
+
+
+def _print_trace() -> None:
+    """The answer matters more than the log: where the log has no room, the trace is dropped, and so is what of it still
+    waits to be written, which would change the exit status."""
+    try:
+        traceback.print_exc()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _describe(error: Exception) -> Refusal:

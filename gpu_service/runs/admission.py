@@ -111,6 +111,7 @@ class Admission:
                 details={"weights_digest": found_digest},
             )
         await self._planning.check_blobs(spec)
+        await self._planning.require_room(checked)
         # What a leaving run still holds is on its way out; only then does this one start.
         holder = self._ledger.holder_of(device.id)
         displaced = self._ledger.release(holder) if holder is not None else None

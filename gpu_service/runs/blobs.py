@@ -7,17 +7,17 @@ that a half-dead connection never blocks an upload. Refuses names: content is th
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from io import FileIO
 from pathlib import Path
 
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.journal.failpoints import failpoint
 from gpu_service.runs.node_files import check_sha256
+from gpu_service.runs.room import FULL, disk_full
 from gpu_service.runs.threads import finish_in_thread
 from gpu_service.shim.durable_json import sync_directory
 
@@ -30,6 +30,8 @@ class BlobStore:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._partial = directory / "partial"
+        # Called when a blob found no room.
+        self.on_full: Callable[[], None] = lambda: None
         # Number of the newest writer of each blob that is being written.
         self._newest_writer: dict[str, int] = {}
 
@@ -78,14 +80,25 @@ class BlobStore:
                     end += len(chunk)
             self._check_writer(sha256, number, end)
             await finish_in_thread(self._commit, sha256, size_bytes)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _disk_full(str(error)) from error
+        except Refusal as refusal:
+            if refusal.reason == "DISK_FULL":
+                self.on_full()
             raise
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self.on_full()
+            # What cannot be gone on with would only keep the disk full.
+            await asyncio.to_thread(self._forget_partial, sha256, number)
+            raise disk_full(f"{size_bytes} bytes of a blob: {error.strerror}") from error
         finally:
             if self._newest_writer.get(sha256) == number:
                 del self._newest_writer[sha256]
         return size_bytes
+
+    def _forget_partial(self, sha256: str, number: int) -> None:
+        if self._newest_writer.get(sha256) == number:
+            (self._partial / sha256).unlink(missing_ok=True)
 
     def _check_writer(self, sha256: str, number: int, end: int) -> None:
         """The bytes are the newest writer's: to go on with, and to judge."""
@@ -99,7 +112,7 @@ class BlobStore:
         if offset not in (0, stored):
             raise _offset_mismatch(sha256, stored, f"the write starts at {offset}, but {stored} bytes are stored")
         if size_bytes - offset > shutil.disk_usage(self._directory).free:
-            raise _disk_full(f"{size_bytes - offset} bytes do not fit the disk")
+            raise disk_full(f"{size_bytes - offset} bytes do not fit the disk")
         descriptor = os.open(self._partial / sha256, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         partial = FileIO(descriptor, "w")
         partial.truncate(offset)
@@ -146,7 +159,3 @@ def _write_whole(descriptor: int, chunk: bytes, offset: int) -> None:
 def _offset_mismatch(sha256: str, stored: int, message: str) -> Refusal:
     details = {"sha256": sha256, "stored_bytes": str(stored)}
     return Refusal("OFFSET_MISMATCH", Fault.PLATFORM, message, field="offset", details=details)
-
-
-def _disk_full(message: str) -> Refusal:
-    return Refusal("DISK_FULL", Fault.PLATFORM, message)

@@ -49,12 +49,16 @@ class _Entry:
     may_go: bool
 
 
-def make_room(files: NodeFiles, max_bytes: int, protected: Protected) -> list[Path]:
-    """Move what has to go into the trash, and give where it lies now; the caller deletes it. Raises OSError."""
+def make_room(files: NodeFiles, max_bytes: int, protected: Protected, *, kept_share: float = 1.0) -> list[Path]:
+    """Move what has to go into the trash, and give where it lies now; the caller deletes it. Raises OSError.
+
+    At most `kept_share` of the bytes that are there stay, as far as they may go.
+    """
     now = time.time()
     entries = [*_blobs(files, protected, now), *_planned(files, protected, now)]
     doomed = list(_abandoned(files, protected, now))
-    excess = sum(entry.num_bytes for entry in entries) - max_bytes
+    num_bytes = sum(entry.num_bytes for entry in entries)
+    excess = num_bytes - min(max_bytes, int(kept_share * num_bytes))
     for entry in sorted(entries, key=lambda entry: entry.used):
         if excess <= 0:
             break

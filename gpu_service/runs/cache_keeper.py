@@ -1,7 +1,7 @@
 """Decides when room is made in the node's cache, and what runs and planners need of it meanwhile.
 
-Looks at start, whenever a run began to train or let go of its device, and now and then. Refuses to look while a run is
-being accepted or a plan is being made: what these find in the cache must stay until they say so.
+Looks at start, whenever a run began to train or let go of its device, when the disk was full, and now and then. Refuses
+to look while a run is being accepted or a plan is being made: what these find in the cache must stay until they say so.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from gpu_service.runs.signal import Signal, wait_for
 _log = structlog.get_logger(__name__)
 # Pushes and plans that no run follows fill the disk as well.
 _LOOK_ANYWAY_SECONDS = 300.0
+# Of the cache, when the disk is full; whoever found no room asks again, and it is halved again.
+_KEPT_WHEN_FULL = 0.5
 
 
 class CacheKeeper:
@@ -45,9 +47,15 @@ class CacheKeeper:
         self._live_runs = live_runs
         self._changed = changed
         self._task: asyncio.Task[None] | None = None
+        self._disk_is_full = False
 
     def begin(self) -> None:
         self._task = asyncio.create_task(self._keep(), name="cache-keeper")
+
+    def note_full_disk(self) -> None:
+        """Something found no room on the disk: what can be had again goes first, whatever the cache's limit."""
+        self._disk_is_full = True
+        self._changed.fire()
 
     async def close(self) -> None:
         """What is in the trash by then is deleted at the next start."""
@@ -71,7 +79,7 @@ class CacheKeeper:
     async def _wait_for_another(self, seen: frozenset[tuple[str, bool]]) -> None:
         while True:
             changed = self._changed.current()
-            if self._situation() != seen:
+            if self._disk_is_full or self._situation() != seen:
                 return
             await wait_for(changed, _LOOK_ANYWAY_SECONDS)
 
@@ -87,7 +95,9 @@ class CacheKeeper:
                 spec_digests={spec_digest(run.spec) for run in live},
                 planners_rest=not any(run.may_plan for run in live),
             )
-            doomed = await asyncio.to_thread(cache.make_room, self._files, self._max_bytes, protected)
+            share = _KEPT_WHEN_FULL if self._disk_is_full else 1.0
+            self._disk_is_full = False
+            doomed = await asyncio.to_thread(cache.make_room, self._files, self._max_bytes, protected, kept_share=share)
         freed_bytes = await asyncio.to_thread(cache.delete, doomed)
         if doomed:
             _log.info("cache-made-room", num_entries=len(doomed), freed_bytes=freed_bytes)

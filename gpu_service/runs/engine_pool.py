@@ -377,9 +377,13 @@ def _nobody_listens(run: Run, ending: ExitRecord) -> None:
 
 def _make(directory: Path, configuration: EngineConfiguration) -> subprocess.Popen[bytes]:
     durable_json.make_directory(directory)
-    configuration.write(directory)
-    failpoint("spawn.before-shim")
-    return spawn(directory)
+    try:
+        configuration.write(directory)
+        failpoint("spawn.before-shim")
+        return spawn(directory)
+    except OSError:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def _needs_burial(directory: Path, runs: Mapping[str, Run]) -> bool:

@@ -30,8 +30,9 @@ from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.engine_pool import EnginePool, EngineStartFailed
 from gpu_service.runs.inference_stream import GeneratedPart, Generation, busy, draining
 from gpu_service.runs.manager import RunManager
-from gpu_service.runs.node_files import NodeFiles
+from gpu_service.runs.node_files import GENERATION_PREFIX, NodeFiles
 from gpu_service.runs.planning import Planning
+from gpu_service.runs.room import FULL, disk_full, full_disk_is_a_refusal
 from gpu_service.runs.run_files import blob_not_found
 from gpu_service.runs.signal import wait_for
 from gpu_service.shim import durable_json
@@ -90,7 +91,7 @@ class InferenceDesk:
         await self._check_adapter(request.adapter_files)
         generation_id = uuid.uuid4().hex
         generation = Generation(
-            generation_id=generation_id, directory=self._files.requests / f"generate-{generation_id}"
+            generation_id=generation_id, directory=self._files.requests / f"{GENERATION_PREFIX}{generation_id}"
         )
         # Neither half a request file nor half an engine may be left behind when the caller goes away meanwhile.
         placing = self._spawn(self._place(generation, request, held), f"place-{generation_id}")
@@ -168,9 +169,10 @@ class InferenceDesk:
         wanted: dict[str, str],
     ) -> bool:
         try:
-            await asyncio.to_thread(self._write, generation, request, held, device)
+            with full_disk_is_a_refusal("the request of a generation"):
+                await asyncio.to_thread(self._write, generation, request, held, device)
         except OSError as error:
-            # A full disk, or an adapter that was deleted just now to make room.
+            # Such as an adapter that was deleted just now to make room.
             raise Refusal("GENERATION", Fault.PLATFORM, f"the request cannot be written: {error}") from error
         try:
             return await self._pool.lend(
@@ -178,6 +180,8 @@ class InferenceDesk:
             )
         except (EngineStartFailed, OSError) as error:
             _log.error("engine-start-failed", error=str(error))
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise disk_full(f"no engine came up: {error.strerror}") from error
             raise Refusal("GENERATION", Fault.PLATFORM, f"no engine came up: {error}"[:1000]) from error
 
     def _write(self, generation: Generation, request: GenerationRequest, held: HeldBase, device: Device) -> None:

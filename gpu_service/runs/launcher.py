@@ -14,11 +14,13 @@ from typing import Any
 import structlog
 
 from gpu_service.domain.memory import MemoryLedger
+from gpu_service.journal import JournalFull
 from gpu_service.journal.failpoints import failpoint
 from gpu_service.runs.admission import Admission
 from gpu_service.runs.engine import Engine
 from gpu_service.runs.engine_pool import NO_ENDING, EnginePool, EngineStartFailed
 from gpu_service.runs.memory_records import MemoryRecords
+from gpu_service.runs.room import FULL
 from gpu_service.runs.run import Run
 from gpu_service.runs.shim_client import ShimGone
 from gpu_service.runs.signal import Signal, wait_for
@@ -126,7 +128,8 @@ class Launcher:
             return
         except OSError as error:
             _log.error("engine-start-failed", error=str(error))
-            await self._close_without_engine(run, replace(NO_ENDING, note=str(error)))
+            ending = replace(NO_ENDING, disk_full=error.errno in FULL, note=str(error))
+            await self._close_without_engine(run, ending)
             return
         if engine is None or run.stop_mode is not None:
             # Stopped before any engine had it.
@@ -149,7 +152,14 @@ class Launcher:
     async def _close_without_engine(self, run: Run, ending: ExitRecord) -> None:
         """Close a run that no engine has, and that no engine or shim will close."""
         ending = replace(ending, run_directory=str(run.directory), stop_mode=run.stop_mode)
-        await asyncio.to_thread(close_run, run.directory, ending)
+        while True:
+            try:
+                await asyncio.to_thread(close_run, run.directory, ending)
+                break
+            except (JournalFull, OSError) as error:
+                # A full disk, for one, gets free again; until then nobody may take the run for over, or its device.
+                _log.error("run-not-closed", error=str(error))
+                await asyncio.sleep(_SWEEP_SECONDS)
         await run.refresh()
         self._left(run)
 

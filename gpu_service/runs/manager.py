@@ -7,7 +7,7 @@ engines: the launcher brings runs to them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from gpu_service.runs.launcher import Launcher
 from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
 from gpu_service.runs.planning import Planning
+from gpu_service.runs.room import full_disk_is_a_refusal
 from gpu_service.runs.run import Run
 from gpu_service.runs.run_files import ResumeRequest, find_file, prepare_resume, prepare_start, remove_tree
 from gpu_service.runs.signal import Signal
@@ -97,6 +98,7 @@ class RunManager:
             live_runs=lambda: [run for run in self._runs.values() if self._launcher.needs_device(run)],
             changed=self.changed,
         )
+        blobs.on_full = self._cache_keeper.note_full_disk
 
     # Start-up and the end.
 
@@ -183,17 +185,12 @@ class RunManager:
             self._refuse_when_draining()
             # Runs that are over, but whose engine is still on its way to the next, count as leaving too.
             leaving = [*self._older_of(key), *(run for run in self._runs.values() if self._launcher.lingers(run))]
-            admitted = await self._admission.admit(
-                run_id=key.id,
-                spec=request.spec,
-                spec_digest=request.spec_digest,
-                weights_digest=request.weights_digest,
-                leaving_run_ids=[run.key.id for run in leaving],
-            )
+            admitted = await self._admit(request, leaving)
             try:
                 # Reading weights for the first time may take minutes, in which a drain may have begun.
                 self._refuse_when_draining()
-                run = await self._accept(request, admitted)
+                with full_disk_is_a_refusal("the run's files"):
+                    run = await self._accept(request, admitted)
             except BaseException:
                 # Whatever kept it from the disk, the device is as it was before; the error goes on to the caller.
                 self._ledger.release(key.id)
@@ -210,6 +207,20 @@ class RunManager:
         _log.info("run-accepted", device=run.device_id)
         self._launcher.begin(run, leaving)
         return run
+
+    async def _admit(self, request: StartRequest, leaving: Sequence[Run]) -> Admitted:
+        try:
+            return await self._admission.admit(
+                run_id=request.key.id,
+                spec=request.spec,
+                spec_digest=request.spec_digest,
+                weights_digest=request.weights_digest,
+                leaving_run_ids=[run.key.id for run in leaving],
+            )
+        except Refusal as refusal:
+            if refusal.reason == "DISK_FULL":
+                self._cache_keeper.note_full_disk()
+            raise
 
     def _refuse_when_draining(self) -> None:
         if self.draining:

@@ -16,9 +16,12 @@ from typing import Any
 from gpu_service.domain.errors import refuse_user
 from gpu_service.journal.failpoints import failpoint
 from gpu_service.shim import durable_json
+from gpu_service.shim.lock import is_held
 
 _JOB_ID = re.compile(r"[0-9A-Za-z]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# Directories below `requests` that an engine reads.
+GENERATION_PREFIX = "generate-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,13 +96,25 @@ class NodeFiles:
         for directory in (self.trash, *self.runs.glob("*/*"), *self.runs.glob("*"), self.runs):
             if directory.is_dir():
                 durable_json.sync_directory(directory)
-        for directory in (self.requests, self.trash):
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True, exist_ok=True)
+        self._clear_requests()
+        shutil.rmtree(self.trash, ignore_errors=True)
+        self.trash.mkdir(parents=True, exist_ok=True)
         for directory in self.runs.glob("*/*"):
             if not (directory / "run.json").exists():
                 # Never accepted: a crash left it, perhaps with links that keep a checkpoint's bytes on the disk.
                 self._remove(directory)
+
+    def _clear_requests(self) -> None:
+        """An engine that outlived its server may be reading what it was asked; the rest ended with their server."""
+        reads = any(is_held(directory / "shim.lock") for directory in self.engines.glob("*"))
+        self.requests.mkdir(parents=True, exist_ok=True)
+        for path in self.requests.iterdir():
+            if reads and path.name.startswith(GENERATION_PREFIX):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def run_directory(self, key: RunKey) -> Path:
         return self.runs / key.job_id / str(key.attempt)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_service.domain.errors import Fault, Refusal
+from gpu_service.runs.room import full_disk_is_a_refusal
 from gpu_service.runs.undisturbed import undisturbed
 from gpu_service.shim import durable_json
 
@@ -51,7 +52,8 @@ class PlannerProcess:
         """
         path = self._requests_directory / f"{uuid.uuid4().hex}.json"
         try:
-            await undisturbed(asyncio.to_thread(durable_json.write, path, request))
+            with full_disk_is_a_refusal("the planner's request"):
+                await undisturbed(asyncio.to_thread(durable_json.write, path, request))
             return await self._run(path, answer)
         finally:
             await asyncio.to_thread(path.unlink, missing_ok=True)

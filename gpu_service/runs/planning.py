@@ -24,6 +24,7 @@ from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.models import ModelShelf
 from gpu_service.runs.node_files import NodeFiles
 from gpu_service.runs.planner_process import PlannerProcess, planner_failed
+from gpu_service.runs.room import require_room, room_warnings
 from gpu_service.runs.run_files import blob_not_found
 from gpu_service.shim import durable_json
 
@@ -96,10 +97,23 @@ class Planning:
         if missing:
             raise blob_not_found([digest for digest, _ in missing])
 
+    async def require_room(self, checked: CheckedPlan) -> None:
+        """Raises `Refusal` DISK_FULL unless a checkpoint and the artifacts of the run fit this node's disk."""
+        await asyncio.to_thread(require_room, self._files.runs, checked)
+
+    async def checked(self, spec: Mapping[str, Any], device: Device) -> dict[str, Any]:
+        """The plan at level CHECK, as proto JSON, with what this node's disk has to say. Raises `Refusal`."""
+        return await self._with_room(await self.check(spec, device))
+
+    async def _with_room(self, checked: CheckedPlan, plan_json: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        told = dict(checked.to_json() if plan_json is None else plan_json)
+        warnings = await asyncio.to_thread(room_warnings, self._files.runs, checked)
+        return {**told, "warnings": [*told.get("warnings", []), *warnings]}
+
     async def exact(self, spec: Mapping[str, Any], device: Device) -> dict[str, Any]:
         """The plan at level EXACT, as proto JSON. Raises `Refusal`. Cancelling it kills the planner."""
         async with self.planned(spec, device) as planned:
-            return planned.plan
+            return await self._with_room(await self.check(spec, device), planned.plan)
 
     @asynccontextmanager
     async def planned(self, spec: Mapping[str, Any], device: Device) -> AsyncIterator[PlannedRun]:

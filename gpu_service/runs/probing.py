@@ -27,6 +27,7 @@ from gpu_service.domain.memory import MemoryLedger
 from gpu_service.runs.engine_pool import ENGINE_ENVIRONMENT
 from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.planning import PlannedRun, Planning
+from gpu_service.runs.room import full_disk_is_a_refusal
 from gpu_service.runs.undisturbed import undisturbed
 from gpu_service.shim import durable_json
 
@@ -113,7 +114,8 @@ class MemoryProber:
             "plan_directory": planned.plan_directory,
         }
         try:
-            await undisturbed(asyncio.to_thread(_write, directory, request))
+            with full_disk_is_a_refusal("the probe's request"):
+                await undisturbed(asyncio.to_thread(_write, directory, request))
             return await self._run(directory)
         finally:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)

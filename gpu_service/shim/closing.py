@@ -57,6 +57,10 @@ def _outcome(
 
 
 def _failure(ending: ExitRecord, phase: str) -> errors_pb2.Failure:
+    if ending.disk_full:
+        return events.failure(
+            reason="DISK_FULL", fault="PLATFORM", message="the disk had no room for an engine's files", stage=phase
+        )
     if ending.out_of_memory:
         return events.failure(
             reason="HOST_OUT_OF_MEMORY",

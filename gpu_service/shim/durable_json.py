@@ -2,23 +2,60 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# A page: what most file systems allot at least.
+_FIXED_BYTES = 4096
+
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Replace the file. Either the old or the new content is there at any time. Raises OSError."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
-    with staged.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    staged.replace(path)
+    try:
+        with staged.open("w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=1)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        staged.replace(path)
+    except OSError:
+        # Half of it on a full disk would keep it full.
+        staged.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
+
+
+def write_over(path: Path, content: Mapping[str, Any]) -> None:
+    """As `write`, for a small file that must change on a full disk too: it has a fixed size, so that its bytes can be
+    written in place there. Raises OSError, ValueError for what is too large.
+    """
+    raw = json.dumps(content, indent=1).encode()
+    if len(raw) > _FIXED_BYTES:
+        raise ValueError(f"{path.name} has {len(raw)} bytes; {_FIXED_BYTES} are kept for it")
+    padded = raw.ljust(_FIXED_BYTES - 1) + b"\n"
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with staged.open("wb") as stream:
+            stream.write(padded)
+            stream.flush()
+            os.fsync(stream.fileno())
+        staged.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+            raise
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(descriptor, padded, 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ ended.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -304,7 +305,11 @@ class Shim:
             seconds=stop.seconds() if stop else 0.0,
         )
         failpoint("shim.before-exit-record")
-        ending.write(self._directory)
+        try:
+            ending.write(self._directory)
+        except OSError as error:
+            # A full disk: the run's journal has room of its own, and is what counts. The server buries what is left.
+            self._log("no-exit-record", error=str(error))
         failpoint("shim.after-exit-record")
         self._log("ended", status=status, signal=signal_number)
         if self._run_directory is not None:
@@ -339,5 +344,7 @@ class Shim:
         if self._run_directory is not None:
             # runs/<job id>/<attempt>
             ids |= {"job_id": Path(self._run_directory).parent.name, "run_directory": self._run_directory}
-        sys.stderr.write(json.dumps({"event": f"shim-{event}", **ids, **fields}) + "\n")
-        sys.stderr.flush()
+        # The log lies on the same disk as everything else; an engine's parent does not end over a line of it.
+        with contextlib.suppress(OSError):
+            sys.stderr.write(json.dumps({"event": f"shim-{event}", **ids, **fields}) + "\n")
+            sys.stderr.flush()

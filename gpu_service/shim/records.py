@@ -24,7 +24,8 @@ class ShimRecord:
     stop_mode: str | None
 
     def write(self, directory: Path) -> None:
-        durable_json.write(directory / SHIM_FILE_NAME, asdict(self))
+        """Always the same number of bytes; on a full disk they take the place of those that are there. OSError."""
+        durable_json.write_over(directory / SHIM_FILE_NAME, asdict(self))
 
     @classmethod
     def read(cls, directory: Path) -> ShimRecord | None:
@@ -48,6 +49,8 @@ class ExitRecord:
     freed_bytes: int = 0
     # From the stop request to the last process' end; 0 without a stop.
     seconds: float = 0.0
+    # No engine came up because the disk had no room for its files.
+    disk_full: bool = False
     # What whoever wrote this knows beyond status and signal, for people.
     note: str = ""
 

@@ -158,6 +158,8 @@ class FakeNode:
         self.runs: dict[tuple[str, int], FakeRun] = {}
         self.blobs: dict[str, bytes] = {}
         self.released: list[RunKey] = []
+        # True: its disk has no room for a blob.
+        self.is_full = False
         self.start_error: TunesmithError | None = None
         self.plan_error: TunesmithError | None = None
         self.on_start: Callable[[FakeRun], None] = FakeRun.begin
@@ -349,7 +351,10 @@ class FakeNodeClient:
 
     async def write_blob(self, *, sha256: str, size_bytes: int, offset: int, chunks: AsyncIterable[bytes]) -> None:
         data = b"".join([chunk async for chunk in chunks])
-        self._answer().blobs[sha256] = data
+        node = self._answer()
+        if node.is_full:
+            raise ResourceExhausted("DISK_FULL", f"{size_bytes} bytes do not fit the disk")
+        node.blobs[sha256] = data
 
     async def read_blob(self, sha256: str, *, offset: int = 0) -> AsyncIterator[bytes]:
         node = self._answer()

@@ -19,10 +19,12 @@ survive_shim                  go on when the shim is gone
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_service.engine import durable
-from gpu_service.journal import Writer, events
+from gpu_service.journal import JournalFull, Writer, events
 from gpu_service.journal.failpoints import failpoint
 from tests.fakes import stub_generation
 from tunesmith.common.v1 import event_pb2, file_pb2, plan_pb2
@@ -173,7 +175,14 @@ class StubRun:
                 reason="TRAINING", fault="PLATFORM", message=str(error), exception_type=type(error).__qualname__
             )
             return self._end(event_pb2.RUN_STATE_FAILED, failure=failure)
-        self._write_artifacts()
+        try:
+            self._write_artifacts()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            shutil.rmtree(self._directory / "artifacts", ignore_errors=True)
+            failure = events.failure(reason="DISK_FULL", fault="PLATFORM", message=str(error), stage="SAVING")
+            return self._end(event_pb2.RUN_STATE_FAILED, failure=failure)
         return self._end(event_pb2.RUN_STATE_SUCCEEDED)
 
     def _prepare(self) -> None:
@@ -210,14 +219,14 @@ class StubRun:
             )
         )
         if self._save_every and self._step % self._save_every == 0:
-            self._write_checkpoint()
+            self._save()
 
     def _end_stopped(self, mode: str) -> str:
         if mode == "cancel":
             return self._end(event_pb2.RUN_STATE_CANCELLED)
         if self._step:
             self._phase("SAVING")
-            self._write_checkpoint()
+            self._save()
         return self._end(event_pb2.RUN_STATE_INTERRUPTED)
 
     def _end(self, state: event_pb2.RunState.ValueType, failure: Any = None) -> str:
@@ -232,6 +241,16 @@ class StubRun:
         self._state(event_pb2.RUN_STATE_RUNNING, state, failure)
         failpoint("ending.after-terminal")
         return event_pb2.RunState.Name(state).removeprefix("RUN_STATE_")
+
+    def _save(self) -> None:
+        """As the real one: a checkpoint without room is left out, and said."""
+        try:
+            self._write_checkpoint()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            shutil.rmtree(self._directory / f"checkpoints/.staging-step-{self._step:08d}", ignore_errors=True)
+            self._append(event_pb2.WarningEvent(code="checkpoint-failed", message=str(error)))
 
     def _write_checkpoint(self) -> None:
         name = f"step-{self._step:08d}"
@@ -302,8 +321,15 @@ class StubRun:
         self._append(event_pb2.RunStateEvent(previous_state=previous, state=state, failure=failure))
 
     def _append(self, message: events.EventMessage) -> None:
-        sequence = self._writer.append(events.wrap(message))
+        sequence = self._append_once_there_is_room(message)
         self._engine.notice({"type": "journal", "run_directory": str(self._directory), "run_sequence": sequence})
+
+    def _append_once_there_is_room(self, message: events.EventMessage) -> int:
+        while True:
+            try:
+                return self._writer.append(events.wrap(message))
+            except JournalFull:
+                self._engine.obey(0.1)
 
 
 def write_file(directory: Path, path: str, content: bytes) -> dict[str, Any]:

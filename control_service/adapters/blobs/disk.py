@@ -13,10 +13,14 @@ import shutil
 from pathlib import Path
 from typing import BinaryIO, Final
 
+import structlog
+
 from control_service.adapters.blobs.directories import make_directories
 from control_service.adapters.blobs.disk_errors import disk_errors
 from control_service.domain.errors import NotFound, ResourceExhausted
 from control_service.domain.failpoints import failpoint
+
+_log = structlog.get_logger(__name__)
 
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 _TOKEN: Final = re.compile("[0-9a-f]{32}")
@@ -55,8 +59,12 @@ class StagingFile:
 
     def abandon(self) -> None:
         """Closes and deletes."""
-        # Waits for a write in another thread: buffered files have a lock of their own.
-        self._file.close()
+        try:
+            # Waits for a write in another thread: buffered files have a lock of their own.
+            self._file.close()
+        except OSError:
+            # What it still held found no room; the file is closed all the same, and nobody wants it.
+            _log.info("staged-bytes-lost", token=self.token)
         self._path.unlink(missing_ok=True)
 
 

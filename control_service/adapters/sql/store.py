@@ -26,7 +26,7 @@ from control_service.adapters.sql.migrate import migrate
 from control_service.adapters.sql.touched import Touched
 from control_service.adapters.sql.transaction import SqlTransaction
 from control_service.app.store_ports import CommitNotice, Transaction
-from control_service.domain.errors import FailedPrecondition, Unavailable
+from control_service.domain.errors import FailedPrecondition, StoreFull, Unavailable
 from control_service.domain.failpoints import failpoint
 
 T = TypeVar("T")
@@ -37,6 +37,9 @@ _MAX_GROUP = 256
 _NUM_READERS = 4
 # Nobody waits for an answer yet when the database is opened, and a failure would end the service.
 _OPEN_TIMEOUT_MILLISECONDS = 30_000
+# SQLite's result code.
+_SQLITE_FULL = 13
+_FULL_RETRY_SECONDS = 10.0
 
 
 @dataclass(kw_only=True)
@@ -217,6 +220,8 @@ class SqlStore:
 
 
 def _unavailable(error: BaseException) -> Unavailable:
+    if getattr(getattr(error, "orig", None), "sqlite_errorcode", None) == _SQLITE_FULL:
+        return StoreFull("DISK_FULL", "the database's disk is full", retry_after_seconds=_FULL_RETRY_SECONDS)
     return Unavailable("STORE_UNAVAILABLE", f"the database cannot be used just now: {error}", retry_after_seconds=1.0)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from gpu_service.engine import durable
+from gpu_service.engine import durable, room
 from gpu_service.engine.artifacts import exporting, model_card, report
 from gpu_service.engine.artifacts.export_source import ExportSource
 from gpu_service.engine.failures import RunFailure, from_exception
@@ -80,6 +80,8 @@ class _Artifact:
     # Writes into an empty directory; False when nothing of it is to be kept.
     write: Callable[[_Writing, Path], bool]
     is_wanted: Callable[[ArtifactRequest], bool]
+    # What its tensors take at least; asked for before the first byte.
+    least_bytes: Callable[[ArtifactRequest], int] = lambda request: 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,9 @@ def write_all(request: ArtifactRequest, check: Callable[[], None]) -> WrittenArt
                 check()
                 name = artifact.name
                 (staging / name).mkdir()
-                if artifact.write(writing, staging / name):
+                with room.required(staging, artifact.least_bytes(request)):
+                    is_kept = artifact.write(writing, staging / name)
+                if is_kept:
                     listed.append(_Listed(artifact=artifact, files=durable.list_files(staging / name)))
                 else:
                     shutil.rmtree(staging / name)
@@ -218,12 +222,26 @@ def _write_report(writing: _Writing, directory: Path) -> bool:
     return True
 
 
+def _adapter_bytes(request: ArtifactRequest) -> int:
+    trained = (parameter for parameter in request.model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() * parameter.element_size() for parameter in trained)
+
+
+def _model_bytes(request: ArtifactRequest) -> int:
+    stored = request.stored_dtype
+    return sum(
+        parameter.numel() * (parameter.element_size() if stored is None else stored.itemsize)
+        for parameter in request.model.parameters()
+    )
+
+
 _ARTIFACTS: tuple[_Artifact, ...] = (
     _Artifact(
         name="adapter",
         kind=event_pb2.ARTIFACT_KIND_ADAPTER,
         write=_write_adapter,
         is_wanted=lambda request: request.trains_adapter and request.trained,
+        least_bytes=_adapter_bytes,
     ),
     _Artifact(
         name="merged",
@@ -244,5 +262,6 @@ _ARTIFACTS: tuple[_Artifact, ...] = (
         kind=event_pb2.ARTIFACT_KIND_MODEL,
         write=_write_model,
         is_wanted=lambda request: not request.trains_adapter,
+        least_bytes=_model_bytes,
     ),
 )

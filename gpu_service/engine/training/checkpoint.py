@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gpu_service.engine import durable
+from gpu_service.engine import durable, room
 from gpu_service.engine.failures import RunFailure, from_exception, library_versions
 from gpu_service.engine.training import optimizer_state, random_state
 from gpu_service.engine.training.certificate import Certificate, CertificateBroken, trained_tensors
@@ -95,9 +95,11 @@ def save(
     name = name_of(progress.steps_done)
     try:
         with durable.staged(directory / name) as staging:
-            save_file(dict(trained_tensors(model)), staging / WEIGHTS_FILE)
-            state = optimizer_state.flatten(optimizer)
-            save_file(optimizer_state.apart(state.tensors), staging / OPTIMIZER_TENSORS_FILE)
+            weights, state = dict(trained_tensors(model)), optimizer_state.flatten(optimizer)
+            # Nothing is written that would only fill the disk: the run's events need room too.
+            with room.required(staging, room.tensors_bytes(weights) + room.tensors_bytes(state.tensors)):
+                save_file(weights, staging / WEIGHTS_FILE)
+                save_file(optimizer_state.apart(state.tensors), staging / OPTIMIZER_TENSORS_FILE)
             (staging / OPTIMIZER_FILE).write_text(json.dumps(state.document()), encoding="utf-8")
             random_tensors, random_values = random_state.capture(device)
             save_file(random_tensors, staging / RANDOM_TENSORS_FILE)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gpu_service.domain.planned_data import PlannedData
+from gpu_service.engine.failures import RunFailure
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.training import certificate, checkpoint, retention
 from gpu_service.engine.training.certificate import Certificate, Environment
@@ -76,19 +77,25 @@ class CheckpointKeeper:
             return
         self.reporter.enter_phase("SAVING")
         start = time.monotonic()
+        best_before = progress.best_held_out_loss
         held_out = take_held_out(progress)
         measured = self._measure()
-        saved = checkpoint.save(
-            self.directory,
-            identity=self.identity,
-            certificate=measured,
-            held_out=held_out,
-            model=self.unwrapped_model,
-            optimizer=self.optimizer,
-            scaler=self.scaler,
-            progress=progress,
-            device=self.device,
-        )
+        try:
+            saved = checkpoint.save(
+                self.directory,
+                identity=self.identity,
+                certificate=measured,
+                held_out=held_out,
+                model=self.unwrapped_model,
+                optimizer=self.optimizer,
+                scaler=self.scaler,
+                progress=progress,
+                device=self.device,
+            )
+        except RunFailure:
+            # One that is not there is not the best.
+            progress.best_held_out_loss = best_before
+            raise
         self._saved_step = progress.steps_done
         failpoint("checkpoint.before-event")
         self.reporter.emit(

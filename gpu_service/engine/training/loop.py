@@ -29,10 +29,11 @@ from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.schedule import Schedule
 from gpu_service.engine.training.step_report import StepFacts, StepReport, as_history
 from gpu_service.journal.events import failure
-from tunesmith.common.v1 import event_pb2, training_spec_pb2
+from tunesmith.common.v1 import errors_pb2, event_pb2, training_spec_pb2
 
 # What becomes of a step whose loss or gradient is not finite, by the project's policy: whether training goes on.
 _GOES_ON = {"stop": False, "skip": True}
+CHECKPOINT_FAILED = "checkpoint-failed"
 
 
 @dataclass(kw_only=True)
@@ -69,7 +70,7 @@ class TrainingLoop:
     def run(self) -> bool:
         """Train to the end and save. True when the time limit ended it early.
 
-        Raises StopRequested (for a checkpoint stop after the checkpoint is committed) and RunFailure.
+        Raises StopRequested (for a checkpoint stop after the checkpoint is committed, or found no room) and RunFailure.
         """
         self.model.train()
         try:
@@ -222,8 +223,16 @@ class TrainingLoop:
         return message
 
     def save(self) -> None:
-        """Commit a checkpoint of the steps done, unless it is there. Raises RunFailure."""
-        self.checkpoints.save(self.progress)
+        """Commit a checkpoint of the steps done, unless it is there. One for which the disk has no room is left out,
+        and said: what was trained goes on in memory, and earlier checkpoints stay. Raises RunFailure.
+        """
+        try:
+            self.checkpoints.save(self.progress)
+        except RunFailure as error:
+            if error.failure.reason != errors_pb2.ERROR_REASON_DISK_FULL:
+                raise
+            message = f"no checkpoint of step {self.progress.steps_done}: {error.failure.message}"
+            self.reporter.warn(CHECKPOINT_FAILED, message)
 
 
 def _is_due(steps_done: int, interval: int) -> bool:

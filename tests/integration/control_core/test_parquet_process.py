@@ -81,7 +81,7 @@ def test_a_reader_is_gone_when_nobody_wants_more_of_it(stream: BinaryIO) -> None
 
 
 def test_a_reader_that_is_between_two_lines_ends_when_nobody_wants_them(stream: BinaryIO) -> None:
-    size = _write(stream, as_parquet(ROWS * 200))
+    size = _write(stream, as_parquet(ROWS * 200, row_group_size=1000))
     unwanted = Event()
     before = _children()
     with parquet_process.open_table(stream, FileLimits(), size, unwanted) as (_, rows):
@@ -102,7 +102,7 @@ def test_a_reader_that_spins_is_ended_by_the_kernel(stream: BinaryIO, monkeypatc
     """A second of a processor is not enough for these rows, nor for a loop in native code that never returns."""
     monkeypatch.setattr(parquet_process, "_CPU_SECONDS", 1)
     monkeypatch.setattr(parquet_process, "_BYTES_PER_CPU_SECOND", 1 << 60)
-    size = _write(stream, as_parquet(ROWS * 5000))
+    size = _write(stream, as_parquet(ROWS * 5000, row_group_size=100_000))
     with (
         pytest.raises(Trouble, match=r"ended with SIG(XCPU|KILL)"),
         parquet_process.open_table(stream, FileLimits(), size, Event()) as (_, rows),

@@ -71,6 +71,13 @@ def test_the_longest_unused_goes_first_and_no_more_than_must(tmp_path: Path) -> 
     assert not newest.exists()
 
 
+def test_of_a_full_disk_the_longest_unused_half_goes_whatever_the_limit(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    paths = [cache.blob(name, age=age) for name, age in zip("abcd", (9, 8, 7, 6), strict=True)]
+    delete(make_room(cache.files, 1 << 30, NOTHING, kept_share=0.5))
+    assert [path.exists() for path in paths] == [False, False, True, True]
+
+
 def test_what_a_live_run_may_read_stays_and_counts_as_used(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     blob, other_blob = cache.blob("a", age=9), cache.blob("b", age=9)
