@@ -235,6 +235,9 @@ def test_damaged_checkpoint_is_refused(workspace: Workspace) -> None:
         def next_order(self) -> Path | None:
             return next(runs)
 
+        def clear(self, run_directory: Path) -> None:
+            """The run leaves nothing."""
+
         def notify(self, notice: dict[str, Any]) -> None:
             notices.append(notice)
             if notice["type"] == "run_finished" and notice["run_directory"] == str(whole):
