@@ -23,6 +23,7 @@ from control_service.adapters.sql.engine import sqlite_module
 from control_service.adapters.sql.store import DATABASE_NAME
 from control_service.data_directory import locked
 from control_service.domain.artifact import FileReference
+from control_service.domain.failpoints import failpoint
 
 _SUMMARY: Final = "backup.json"
 _VERSION: Final = 1
@@ -72,7 +73,9 @@ def make_backup(*, data_directory: Path, target: Path) -> BackupSummary:
         raise BackupError(f"data was deleted faster than it could be copied, {_MAX_SNAPSHOTS} times; try again later")
     # From here to the end the directory is no backup, and says so.
     _write_durably(target / _SUMMARY, _UNFINISHED)
+    failpoint("backup.before-rename")
     staged.rename(target / DATABASE_NAME)
+    failpoint("backup.after-rename")
     for sha256 in set(blobs.list_all()).difference(named):
         blobs.delete(sha256)
     summary = BackupSummary(

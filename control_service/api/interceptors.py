@@ -27,6 +27,7 @@ from control_service.api.errors import (
 )
 from control_service.api.validation import check
 from control_service.domain.errors import DeadlineTooShort, FieldViolation, InvalidArgument, TunesmithError, Unavailable
+from control_service.domain.failpoints import failpoint
 
 _OURS: Final = "/tunesmith."
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
@@ -111,6 +112,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     answer = await behavior(request, context)
                 # The job that the call made is on its line of log, so that its request can be found by it.
                 _bind_job_id(getattr(answer, "job", None))
+                failpoint("reply.before-send")
                 return answer
 
         return serve

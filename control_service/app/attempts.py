@@ -17,6 +17,7 @@ from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import change_state
 from control_service.domain import retry
 from control_service.domain.errors import DeadlineTooShort, InvalidArgument, TunesmithError, Unavailable
+from control_service.domain.failpoints import failpoint
 from control_service.domain.failure import Failure, Fault
 from control_service.domain.job import Job, JobProgress
 from control_service.domain.job_state import JobState
@@ -68,7 +69,9 @@ class AttemptStarter:
             await push_missing_blobs(client, self._blobs, blobs_of_spec(job.spec))
             if resume is not None:
                 await push_missing_blobs(client, self._blobs, resume.files)
+            failpoint("dispatch.before-start-run")
             run = await client.start_run(request)
+            failpoint("dispatch.after-start-run")
         except (Unavailable, DeadlineTooShort):
             raise
         except TunesmithError as error:

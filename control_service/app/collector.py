@@ -18,6 +18,7 @@ from control_service.app.transitions import append_facts, change_state
 from control_service.domain.artifact import Artifact
 from control_service.domain.errors import NotFound, TunesmithError, Unavailable
 from control_service.domain.event import ArtifactFact, EventKind, PhaseFact
+from control_service.domain.failpoints import failpoint
 from control_service.domain.failure import Failure, Fault
 from control_service.domain.job import Job
 from control_service.domain.job_state import JobState
@@ -91,6 +92,7 @@ class Collector:
     async def _copy(self, job: Job, client: NodeClient, artifacts: Sequence[ArtifactFact]) -> None:
         for fact in artifacts:
             await fetch_files(client, self._blobs, fact.files)
+            failpoint("collect.before-output")
             await self._blobs.materialize(path=f"{job.output_path}/{fact.name}", files=fact.files)
 
     async def _succeed(self, job: Job, artifacts: Sequence[ArtifactFact]) -> None:
@@ -119,6 +121,7 @@ class Collector:
         async with naming(self._blobs):
             if not await all_are_there(contents, blobs=self._blobs):
                 raise NotFound("BLOB_NOT_FOUND", "content was deleted with another artifact while this one was copied")
+            failpoint("collect.before-succeeded")
             await self._store.transact(work)
         _log.info("job-succeeded", job_id=job.job_id, attempt=job.attempt, num_artifacts=len(artifacts))
 

@@ -11,6 +11,7 @@ from control_service.app.back_off import BackOffConfig
 from control_service.app.ports import Clock
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.tasks import TaskSet
+from control_service.domain.failpoints import failpoint
 
 _log = structlog.get_logger(__name__)
 
@@ -44,6 +45,7 @@ class Compactor:
             num_events = 0
             while compacted := await self._store.transact(self._compact):
                 num_events += compacted
+                failpoint("compact.between-transactions")
             if num_events:
                 _log.info("events-compacted", num_events=num_events)
             await self._clock.sleep(_PAUSE_SECONDS)

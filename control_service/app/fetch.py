@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from control_service.app.ports import BlobStore, NodeClient
 from control_service.domain.artifact import FileReference
 from control_service.domain.errors import FailedPrecondition
+from control_service.domain.failpoints import failpoint
 
 
 async def fetch_files(client: NodeClient, blobs: BlobStore, files: Sequence[FileReference]) -> None:
@@ -26,6 +27,8 @@ async def _fetch(client: NodeClient, blobs: BlobStore, file: FileReference) -> N
                 f"{file.path}: {staged.size_bytes} bytes with SHA-256 {staged.sha256} came from the node",
                 details={"file": file.path, "sha256": staged.sha256},
             )
+        failpoint("fetch.before-commit")
         await blobs.commit(staged)
+        failpoint("fetch.after-commit")
     finally:
         await blobs.discard(staged)

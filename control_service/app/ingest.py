@@ -15,6 +15,7 @@ from control_service.app.store_ports import Store, Transaction
 from control_service.domain.artifact import Checkpoint, CheckpointStatus
 from control_service.domain.errors import FailedPrecondition, Internal
 from control_service.domain.event import CheckpointFact, Fact, StoredEvent
+from control_service.domain.failpoints import failpoint
 from control_service.domain.job import Job
 from control_service.domain.job_state import ON_NODE
 from control_service.domain.progress import apply_fact
@@ -55,6 +56,7 @@ async def ingest(
                 has_new_checkpoint |= fact.status is CheckpointStatus.COMMITTED
         return Ingested(job=tx.jobs.update(job), has_new_checkpoint=has_new_checkpoint)
 
+    failpoint("ingest.before-commit")
     return await store.transact(work)
 
 

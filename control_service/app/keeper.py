@@ -24,6 +24,7 @@ from control_service.app.tasks import end
 from control_service.app.transitions import append_facts
 from control_service.domain.errors import TunesmithError
 from control_service.domain.event import NodeReachabilityFact
+from control_service.domain.failpoints import failpoint
 from control_service.domain.job import Job
 from control_service.domain.job_state import ON_NODE, JobState
 from control_service.domain.node import NodeState
@@ -212,7 +213,9 @@ class JobKeeper:
         if client is None:
             return False
         try:
+            failpoint("stop.before-stop-run")
             run = await client.stop_run(job.run_key(self._ports.store.installation_id), mode=mode)
+            failpoint("stop.after-stop-run")
         except TunesmithError as error:
             self._log.info("stop-not-agreed", mode=mode, reason=error.reason, message=error.message)
             return False

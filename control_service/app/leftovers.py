@@ -16,6 +16,7 @@ from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.app.tasks import TaskSet
 from control_service.domain.artifact import CheckpointStatus
 from control_service.domain.errors import TunesmithError
+from control_service.domain.failpoints import failpoint
 from control_service.domain.reconcile import LeftoverFate, leftover_fate
 from control_service.domain.run import ObservedRun, RunKey, RunState, StopMode
 
@@ -111,7 +112,9 @@ class LeftoverSweeper:
             if fate is LeftoverFate.STOP:
                 await client.stop_run(run.key, mode=StopMode.CANCEL)
             else:
+                failpoint("release.before-release-run")
                 freed_bytes = await client.release_run(run.key)
+                failpoint("release.after-release-run")
                 log = log.bind(freed_bytes=freed_bytes)
         except TunesmithError as error:
             log.info("leftover-stays", reason=error.reason, message=error.message)

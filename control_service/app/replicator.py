@@ -16,6 +16,7 @@ from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import append_facts, checkpoint_fact
 from control_service.domain.artifact import Checkpoint, CheckpointStatus
 from control_service.domain.errors import TunesmithError
+from control_service.domain.failpoints import failpoint
 from control_service.domain.job import Job
 from control_service.domain.job_state import ON_NODE
 
@@ -49,6 +50,7 @@ class Replicator:
             await fetch_files(client, self._blobs, newest.files)
             async with naming(self._blobs):
                 if await all_are_there(contents, blobs=self._blobs):
+                    failpoint("replicate.before-commit")
                     contents |= await self._store.transact(lambda tx: self._mark(tx, job, newest))
         except TunesmithError as error:
             _log.info("checkpoint-not-replicated", job_id=job.job_id, checkpoint=newest.name, reason=error.reason)

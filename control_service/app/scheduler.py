@@ -19,6 +19,7 @@ from control_service.app.queue import read_queue
 from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.app.tasks import TaskSet
 from control_service.app.transitions import change_state
+from control_service.domain.failpoints import failpoint
 from control_service.domain.job_state import JobState
 from control_service.domain.node import NodeView
 from control_service.domain.run import Phase
@@ -69,6 +70,7 @@ class Scheduler:
             snapshot = await self._store.read(read_queue)
             if snapshot.decide(self._nodes.views(), now).assignments and not self._draining:
                 await self._store.transact(lambda tx: self._assign(tx, self._nodes.views()))
+                failpoint("dispatch.after-commit")
             waits = [queued.job.not_before for queued in snapshot.queue if queued.job.not_before is not None]
             await self._wake_at(min((time for time in waits if time > now), default=None), now)
 

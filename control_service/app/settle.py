@@ -13,6 +13,7 @@ from control_service.app.ports import BlobStore, Clock, EventCodec
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import change_state
 from control_service.domain import retry
+from control_service.domain.failpoints import failpoint
 from control_service.domain.job import Job
 from control_service.domain.job_state import TERMINAL
 from control_service.domain.reconcile import Settle
@@ -59,6 +60,7 @@ class Settler:
             )
             return True
 
+        failpoint("settle.before-commit")
         if not await self._store.transact(work):
             return
         _log.info("job-settled", job_id=job.job_id, attempt=job.attempt, state=settle.state, message=settle.message)

@@ -18,7 +18,32 @@ from typing import Any
 ENVIRONMENT_VARIABLE = "TUNESMITH_FAILPOINTS"
 
 # Every failpoint, and between what and what it lies. A test holds this table to the calls in the code, both ways.
-DECLARED: Mapping[str, str] = {}
+DECLARED: Mapping[str, str] = {
+    "store.before-commit": "a group of changes is made, it is not committed",
+    "store.after-commit": "a group is committed, nobody is told",
+    "store.before-wake": "the event loop has a committed group, watchers and schedulers are not woken",
+    "reply.before-send": "a call's work is done and committed, its answer is not sent",
+    "dispatch.after-commit": "a job is DISPATCHING with its attempt, nobody called its node",
+    "dispatch.before-start-run": "what the node lacked is pushed, StartRun is not called",
+    "dispatch.after-start-run": "the node has the run, the job is still DISPATCHING",
+    "ingest.before-commit": "events of a run are read from its node, they are not stored",
+    "settle.before-commit": "a run is over, the job has not moved",
+    "stop.before-stop-run": "a stop is stored, StopRun is not called",
+    "stop.after-stop-run": "the node was told to stop a run, control does not know that it agreed",
+    "fetch.before-commit": "bytes of a file came from a node, verified, the blob is not visible",
+    "fetch.after-commit": "the blob is visible, no record names it",
+    "blob.before-rename": "staged bytes are fsynced, they have no name",
+    "blob.after-rename": "a blob has its name, its directory is not fsynced",
+    "replicate.before-commit": "a checkpoint's bytes are here, no record says so",
+    "collect.before-output": "an artifact's bytes are here, its output directory is not made",
+    "output.between-renames": "an earlier output is renamed away, the new one is not in its place",
+    "collect.before-succeeded": "all outputs are in place, the job has not SUCCEEDED",
+    "release.before-release-run": "a run is not needed any more, its node is not told",
+    "release.after-release-run": "a node has deleted a run, control has not noted that",
+    "compact.between-transactions": "some events of a log are deleted, more are to be",
+    "backup.before-rename": "a backup says that it is not finished, its new database is not in place",
+    "backup.after-rename": "its new database is in place, the backup does not say that it is finished",
+}
 
 
 def _kill(_order: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from grpc import aio
 
 from gpu_service.api import wire
 from gpu_service.domain.errors import refuse_user
+from gpu_service.journal.failpoints import failpoint
 from gpu_service.runs.admission import Admission
 from gpu_service.runs.capabilities import CapabilityReader
 from gpu_service.runs.inspection import Inspection
@@ -123,6 +124,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         async with aclosing(run.follow(request.after_run_sequence)) as batches:
             async for records in batches:
                 yield wire.records_to_wire(records)
+                failpoint("watch-run.after-send")
 
     async def WatchNode(  # noqa: N802
         self, request: run_service_pb2.WatchNodeRequest, context: Context

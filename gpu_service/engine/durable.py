@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_service.journal.failpoints import failpoint
+
 MANIFEST_FILE = "manifest.json"
 _STAGING_PREFIX = ".staging-"
 _DELETING_PREFIX = ".deleting-"
@@ -56,8 +58,10 @@ def staged(destination: Path) -> Iterator[Path]:
             for name in names:
                 sync(Path(directory) / name)
             sync(Path(directory))
+        failpoint("staged.before-rename")
         delete(destination)
         staging.rename(destination)
+        failpoint("staged.after-rename")
     except BaseException:
         # What went wrong is the news, not what cleaning up met.
         shutil.rmtree(staging, ignore_errors=True)
@@ -80,6 +84,7 @@ def delete(directory: Path) -> None:
     if doomed.exists():
         shutil.rmtree(doomed)
     directory.rename(doomed)
+    failpoint("deleted.after-rename")
     shutil.rmtree(doomed)
 
 
@@ -120,6 +125,7 @@ def describe(path: Path, directory: Path) -> StoredFile:
 def write_manifest(directory: Path, facts: dict[str, Any], files: Sequence[StoredFile]) -> StoredFile:
     """Write `manifest.json` with `facts` and `files` into a staged directory; every other file is complete by now."""
     path = directory / MANIFEST_FILE
+    failpoint("checkpoint.before-manifest")
     path.write_text(json.dumps(facts | {"files": [asdict(stored) for stored in files]}, indent=1), encoding="utf-8")
     return describe(path, directory)
 

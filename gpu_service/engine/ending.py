@@ -16,6 +16,7 @@ from gpu_service.engine.loading import report_unforeseen_failure
 from gpu_service.engine.resident import ResidentBase, held_bytes
 from gpu_service.engine.run import Run
 from gpu_service.journal import JournalFull
+from gpu_service.journal.failpoints import failpoint
 from tunesmith.common.v1 import errors_pb2, event_pb2
 
 _LOG = logging.getLogger(__name__)
@@ -80,7 +81,9 @@ def conclude(run: Run, outcome: Outcome, base_line: BaseLine) -> Outcome:
             engine_ended=outcome.ends_engine,
         )
     )
+    failpoint("ending.before-terminal")
     run.reporter.enter_state(outcome.state, outcome.failure)
+    failpoint("ending.after-terminal")
     return outcome
 
 

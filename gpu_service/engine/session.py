@@ -33,6 +33,7 @@ from gpu_service.engine.training.out_of_memory import PassSize
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.rehearsal import Rehearsed, find_largest_held_out, find_largest_steps
 from gpu_service.engine.training.rises import find_rises
+from gpu_service.journal.failpoints import failpoint
 from tunesmith.common.v1 import event_pb2, plan_pb2
 
 _SAMPLE_TOKENS = 64
@@ -286,6 +287,7 @@ class Session:
             ),
             self._switch.check,
         )
+        failpoint("artifacts.before-event")
         self._reporter.emit(self._realized(stopped_early))
         for export in written.exports:
             self._reporter.emit(export)

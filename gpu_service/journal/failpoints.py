@@ -19,7 +19,45 @@ from typing import Any
 ENVIRONMENT_VARIABLE = "TUNESMITH_FAILPOINTS"
 
 # Every failpoint, and between what and what it lies. A test holds this table to the calls in the code, both ways.
-DECLARED: Mapping[str, str] = {}
+DECLARED: Mapping[str, str] = {
+    # The server.
+    "node-blob.before-rename": "a blob's bytes are fsynced, they have no name",
+    "node-blob.after-rename": "a blob has its name, its directory is not fsynced",
+    "accept.between-files": "a run has its run.json, node.json does not know the attempt",
+    "accept.after-files": "both files know the attempt, nobody else does",
+    "spawn.before-shim": "an engine has its directory, no shim is started",
+    "spawn.after-shim": "a shim is started, the server is not connected to it",
+    "launch.before-start-run": "a run is given to an engine, its shim is not told",
+    "launch.after-start-run": "the shim is told of the run, the server has not gone on",
+    "watch-run.after-send": "events are sent to control, nobody knows whether they arrived",
+    "discard.before-rename": "a run is to be released, it is still in its place",
+    "discard.after-rename": "a released run is out of its place, it is not deleted",
+    # The shim, or who buries it.
+    "shim.before-record": "an engine is started, shim.json does not name it",
+    "shim.before-forward": "shim.json names the run, the engine has not heard of it",
+    "shim.before-exit-record": "an engine and its descendants are gone, exit.json does not say so",
+    "shim.after-exit-record": "exit.json is written, the run's journal is not closed",
+    "shim.after-close": "the run's journal is closed, the server is not told",
+    "bury.before-exit-record": "nothing of an engine lives, exit.json does not say so",
+    "bury.after-exit-record": "exit.json is written for a dead shim, the run's journal is not closed",
+    # Whoever writes a journal.
+    "journal.before-append": "an event is made, nothing of it is written",
+    "journal.before-fsync": "a durable event is written, it is not fsynced",
+    "journal.after-append": "an event is in the journal, nobody is told",
+    # The engine.
+    "staged.before-rename": "a checkpoint's or the artifacts' files are fsynced, they are not in their place",
+    "staged.after-rename": "they are in their place, its directory is not fsynced",
+    "checkpoint.before-manifest": "a checkpoint's files are written, its manifest is not",
+    "checkpoint.before-event": "a checkpoint is in its place, no event tells of it",
+    "deleted.after-rename": "what is to be deleted is renamed away, its bytes are still there",
+    "artifacts.before-manifest": "the artifacts are written, their manifest is not",
+    "artifacts.before-event": "the artifacts are in their place, no event tells of them",
+    "ending.before-terminal": "memory is given back, the run's outcome is not recorded",
+    "ending.after-terminal": "the outcome is recorded, the shim is not told",
+    # The planner.
+    "planned.before-rename": "a plan or tokens are fsynced, they are not in their place",
+    "planned.after-rename": "they are in their place, its directory is not fsynced",
+}
 
 
 def _kill(_order: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from types import TracebackType
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from gpu_service.journal.events import kind_of
+from gpu_service.journal.failpoints import failpoint
 from tunesmith.common.v1 import event_pb2
 
 _HEADER = struct.Struct("<IIQ")
@@ -176,14 +177,17 @@ class Writer:
             record = _HEADER.pack(len(event), _checksum(sequence, event), sequence) + event
             if kind not in _CLOSING_KINDS:
                 self._keep_reserve(len(record))
+            failpoint("journal.before-append")
             self._write(record)
             self._last = sequence
             self._end += len(record)
             if kind in DURABLE_KINDS:
+                failpoint("journal.before-fsync")
                 os.fsync(self._descriptor)
                 self._dirty = False
             else:
                 self._dirty = True
+        failpoint("journal.after-append")
         return sequence
 
     def _keep_reserve(self, length: int) -> None:

@@ -16,6 +16,7 @@ from io import FileIO
 from pathlib import Path
 
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
+from gpu_service.journal.failpoints import failpoint
 from gpu_service.runs.node_files import check_sha256
 from gpu_service.runs.threads import finish_in_thread
 from gpu_service.shim.durable_json import sync_directory
@@ -128,7 +129,9 @@ class BlobStore:
             os.fsync(stream.fileno())
         path = self.path(sha256)
         path.parent.mkdir(exist_ok=True)
+        failpoint("node-blob.before-rename")
         partial.rename(path)
+        failpoint("node-blob.after-rename")
         sync_directory(path.parent)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gpu_service.devices import Device, DeviceMemory
+from gpu_service.journal.failpoints import failpoint
 from gpu_service.runs.run import Run
 from gpu_service.runs.shim_client import spawn
 from gpu_service.shim.configuration import EngineConfiguration
@@ -75,6 +76,7 @@ def make(directory: Path, settings: EngineSettings, device: Device) -> subproces
     )
     directory.mkdir(parents=True)
     configuration.write(directory)
+    failpoint("spawn.before-shim")
     return spawn(directory)
 
 

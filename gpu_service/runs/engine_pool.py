@@ -19,6 +19,7 @@ from typing import Any
 import structlog
 
 from gpu_service.devices import Device
+from gpu_service.journal.failpoints import failpoint
 from gpu_service.runs.engine import Engine
 from gpu_service.runs.engine_directories import (
     NO_ENDING,
@@ -187,6 +188,7 @@ class EnginePool:
     async def _start(self, device: Device) -> Engine:
         directory = self._directory / uuid.uuid4().hex[:12]
         process = await asyncio.to_thread(make, directory, self._settings, device)
+        failpoint("spawn.after-shim")
         engine = Engine(
             directory=directory,
             device_id=device.id,

@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 
 from gpu_service.domain.memory import MemoryLedger
+from gpu_service.journal.failpoints import failpoint
 from gpu_service.runs.admission import Admission
 from gpu_service.runs.engine import Engine
 from gpu_service.runs.engine_directories import NO_ENDING, EngineStartFailed
@@ -135,7 +136,9 @@ class Launcher:
             await self._close_without_engine(run, NO_ENDING)
             return
         try:
+            failpoint("launch.before-start-run")
             await engine.start(run)
+            failpoint("launch.after-start-run")
         except ShimGone:
             _log.info("start-met-dead-shim", engine=engine.id)
             if self._pool.engine_of(run) is None:

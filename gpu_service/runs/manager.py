@@ -18,6 +18,7 @@ from gpu_service.domain import fencing
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.domain.memory import MemoryLedger
 from gpu_service.domain.spec import TrainingSpec
+from gpu_service.journal.failpoints import failpoint
 from gpu_service.runs.admission import Admission, Admitted
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.cache_keeper import CacheKeeper
@@ -246,7 +247,9 @@ class RunManager:
         }
         directory = await asyncio.to_thread(self._files.write_run, key, content)
         facts = self._facts.with_attempt(key)
+        failpoint("accept.between-files")
         await asyncio.to_thread(self._files.write_facts, facts)
+        failpoint("accept.after-files")
         self._facts = facts
         run = self._runs[key.id] = Run(directory=directory, content=content, on_change=self.changed.fire)
         self.changed.fire()

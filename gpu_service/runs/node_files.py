@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_service.domain.errors import refuse_user
+from gpu_service.journal.failpoints import failpoint
 from gpu_service.shim import durable_json
 
 _JOB_ID = re.compile(r"[0-9A-Za-z]{1,64}")
@@ -134,7 +135,9 @@ class NodeFiles:
         # A name that is never used twice: what could not be deleted at once must not be in the way later.
         doomed = self.trash / f"{key.job_id}-{key.attempt}-{secrets.token_hex(4)}"
         directory = self.run_directory(key)
+        failpoint("discard.before-rename")
         directory.rename(doomed)
+        failpoint("discard.after-rename")
         with contextlib.suppress(OSError):
             # Stays while the job has other attempts here.
             directory.parent.rmdir()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from gpu_service.journal.failpoints import failpoint
 from gpu_service.shim import device_memory, process_tree
 from gpu_service.shim.closing import close_run
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
@@ -44,7 +45,9 @@ def bury(directory: Path, *, stop_mode: str | None = None) -> None:
             freed_bytes=freed_bytes,
             seconds=time.monotonic() - started,
         )
+        failpoint("bury.before-exit-record")
         ending.write(directory)
+        failpoint("bury.after-exit-record")
     if ending.run_directory is None:
         return
     run_directory = Path(ending.run_directory)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_service.journal import summarize
+from gpu_service.journal.failpoints import failpoint
 from gpu_service.shim import device_memory, process_tree, stacks
 from gpu_service.shim.closing import close_run
 from gpu_service.shim.configuration import EngineConfiguration
@@ -74,7 +75,8 @@ class Shim:
         self._engine = EngineProcess(
             self._configuration, directory=self._directory, working_directory=working_directory
         )
-        self._selector.register(self._engine.channel.connection, selectors.EVENT_READ, self._engine_ready)
+        self._engine.listen(self._selector, self._engine_ready)
+        failpoint("shim.before-record")
         self._write_record()
         self._log("started", engine_pid=self._engine.pid)
         while not self._all_ended():
@@ -222,6 +224,7 @@ class Shim:
         self._clock.begin(time.monotonic())
         # On the disk first: whoever buries this engine must know the run.
         self._write_record()
+        failpoint("shim.before-forward")
         self._to_engine(message)
 
     def _generate(self, message: Message) -> None:
@@ -263,18 +266,10 @@ class Shim:
 
     def _to_engine(self, message: Message) -> None:
         try:
-            self._engine.channel.send(message)
+            self._engine.send(message)
         except (OSError, ProtocolBroken) as error:
             # It is about to be reaped, or the stop's deadline ends it.
             self._log("engine-does-not-read", error=str(error))
-        self._watch_engine_writes()
-
-    def _watch_engine_writes(self) -> None:
-        connection = self._engine.channel.connection
-        key = self._selector.get_map().get(connection.fileno())
-        if key is not None:
-            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._engine.channel.has_unsent else 0)
-            self._selector.modify(connection, wanted, key.data)
 
     def _engine_ready(self, mask: int) -> bool:
         """Handle what the engine sent; False when there is nothing more."""
@@ -296,7 +291,7 @@ class Shim:
         for message in messages:
             self._from_engine(message)
         if self._ended is None:
-            self._watch_engine_writes()
+            self._engine.watch_writes()
         return bool(messages)
 
     def _from_engine(self, message: Message) -> None:
@@ -364,10 +359,13 @@ class Shim:
             stacks=hang.stacks if hang else stacks.of_crash(signal_number, _LOG),
             held_bytes=device_memory.held_bytes(memory, self._configuration.device_memory_bytes),
         )
+        failpoint("shim.before-exit-record")
         ending.write(self._directory)
+        failpoint("shim.after-exit-record")
         self._log("ended", status=status, signal=signal_number, held_bytes=ending.held_bytes)
         if ending.run_directory is not None:
             sequence = close_run(Path(ending.run_directory), ending)
+            failpoint("shim.after-close")
             if sequence is not None:
                 self._servers.send_all(
                     {"type": "journal", "run_directory": self._run_directory, "run_sequence": sequence}

@@ -15,6 +15,7 @@ from typing import BinaryIO, Final
 
 from control_service.adapters.blobs.disk_errors import disk_errors
 from control_service.domain.errors import NotFound, ResourceExhausted
+from control_service.domain.failpoints import failpoint
 
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 _TOKEN: Final = re.compile("[0-9a-f]{32}")
@@ -99,7 +100,9 @@ class BlobDirectory:
                 _fsync_directory(self._directory)
             # Output trees link to blobs: nobody is to change one in place.
             source.chmod(0o444)
+            failpoint("blob.before-rename")
             source.rename(target)
+            failpoint("blob.after-rename")
             _fsync_directory(target.parent)
 
     def discard(self, token: str) -> None:

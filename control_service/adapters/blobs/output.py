@@ -23,6 +23,7 @@ from control_service.adapters.blobs.disk import BlobDirectory
 from control_service.adapters.blobs.disk_errors import disk_errors
 from control_service.domain.artifact import FileReference
 from control_service.domain.errors import Internal, NotFound, TunesmithError
+from control_service.domain.failpoints import failpoint
 
 # Another file system, too many links, or a file system without them: copy instead.
 _CANNOT_LINK: Final = frozenset({errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP})
@@ -67,6 +68,7 @@ class OutputTree:
                 os.rename(name, replaced, src_dir_fd=parent, dst_dir_fd=parent)
             except FileNotFoundError:
                 replaced = ""
+            failpoint("output.between-renames")
             os.rename(staging, name, src_dir_fd=parent, dst_dir_fd=parent)
             os.fsync(parent)
             if replaced:

@@ -25,6 +25,7 @@ from control_service.adapters.sql.touched import Touched
 from control_service.adapters.sql.transaction import SqlTransaction
 from control_service.app.store_ports import CommitNotice, Transaction
 from control_service.domain.errors import Unavailable
+from control_service.domain.failpoints import failpoint
 
 T = TypeVar("T")
 
@@ -141,8 +142,10 @@ class SqlStore:
             self._connection.exec_driver_sql("BEGIN IMMEDIATE")
             for work in group:
                 touched.merge(self._run_in_savepoint(work))
+            failpoint("store.before-commit")
             self._connection.exec_driver_sql("COMMIT")
             self.num_commits += 1
+            failpoint("store.after-commit")
         except sa.exc.DBAPIError as error:
             self._roll_back()
             for work in group:
@@ -181,6 +184,7 @@ class SqlStore:
 
     def _answer(self, group: list[_Work], touched: Touched) -> None:
         if touched:
+            failpoint("store.before-wake")
             notice = CommitNotice(
                 job_sequences=touched.job_sequences, jobs_changed=touched.jobs, nodes_changed=touched.nodes
             )

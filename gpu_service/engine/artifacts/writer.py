@@ -22,6 +22,7 @@ from gpu_service.engine.artifacts import exporting, model_card, report
 from gpu_service.engine.artifacts.export_source import ExportSource
 from gpu_service.engine.failures import RunFailure, from_exception
 from gpu_service.engine.training.progress import TrainingProgress
+from gpu_service.journal.failpoints import failpoint
 from tunesmith.common.v1 import event_pb2, file_pb2, plan_pb2, training_spec_pb2
 
 # What saving raises when a disk, a tensor or a template is not as it should be.
@@ -120,6 +121,7 @@ def write_all(request: ArtifactRequest, check: Callable[[], None]) -> WrittenArt
                     shutil.rmtree(staging / name)
             name = durable.MANIFEST_FILE
             text = json.dumps({"artifacts": [entry.as_json() for entry in listed]}, indent=1)
+            failpoint("artifacts.before-manifest")
             (staging / name).write_text(text, encoding="utf-8")
     except _RAISES as error:
         raise _failure(error, name) from error

@@ -17,6 +17,7 @@ from gpu_service.engine.training.certificate import Certificate, Environment
 from gpu_service.engine.training.objectives import Objective
 from gpu_service.engine.training.probe import measure_probe
 from gpu_service.engine.training.progress import TrainingProgress
+from gpu_service.journal.failpoints import failpoint
 from tunesmith.common.v1 import event_pb2, file_pb2, training_spec_pb2
 
 
@@ -89,6 +90,7 @@ class CheckpointKeeper:
             device=self.device,
         )
         self._saved_step = progress.steps_done
+        failpoint("checkpoint.before-event")
         self.reporter.emit(
             event_pb2.CheckpointEvent(
                 name=saved.name,
