@@ -14,18 +14,16 @@ from tests.fakes.gpu_server import GpuServer
 from tests.fakes.tiny_models import TinyOptions, place
 from tunesmith.common.v1 import event_pb2
 
-REAL_ENGINE = (sys.executable, "-m", "gpu_service.engine")
-
 
 @contextmanager
-def running_node(directory: Path, *, real_engine: bool = False, **settings: Any) -> Iterator[GpuServer]:
-    """A started server; `real_engine` trains a tiny llama on the CPU, else the stub engine plays."""
+def running_node(directory: Path, *, real_engine: str = "", **settings: Any) -> Iterator[GpuServer]:
+    """A started server with the stub engine; `real_engine` names a module that trains a tiny llama instead."""
     directory.mkdir(parents=True, exist_ok=True)
     if real_engine:
         place(directory / "models", TinyOptions(), name="org/name")
     server = GpuServer(directory, **settings)
     if real_engine:
-        server.engine_command = REAL_ENGINE
+        server.engine_command = (sys.executable, "-m", real_engine)
     try:
         yield server.start()
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,13 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuServer]:
 
 def test_hangs_are_found_by_progress_and_told_with_their_stacks(tmp_path: Path) -> None:
     """A node for each way: they mostly wait, and do so at once."""
-
-    def hang(way: str, place: str | int) -> list[str]:
-        with running_node(tmp_path / way, hang_limit_seconds=hangs.HANG_LIMIT_SECONDS) as server:
-            return hangs.hang(server, way=way, place=place, job_id="01HANG")[0]
-
-    with ThreadPoolExecutor() as threads:
-        assert list(threads.map(hang, WAYS, _PLACES)) == [[]] * len(WAYS)
+    with ExitStack() as stack, ThreadPoolExecutor() as threads:
+        limit = hangs.HANG_LIMIT_SECONDS
+        nodes = [stack.enter_context(running_node(tmp_path / way, hang_limit_seconds=limit)) for way in WAYS]
+        found = threads.map(
+            lambda node, way, place: hangs.hang(node, way=way, place=place, job_id="01HANG")[0], nodes, WAYS, _PLACES
+        )
+        assert list(found) == [[]] * len(WAYS)
 
 
 @pytest.mark.parametrize("behavior", sorted(set(cancels.BEHAVIORS) - {"shim-is-frozen"}))
