@@ -65,7 +65,7 @@ def _held_bytes(directory: Path) -> int:
     configuration = _read(directory)
     if configuration is None:
         return 0
-    return device_memory.held_bytes(configuration.device_memory_command, configuration.device_memory_bytes)
+    return device_memory.held_bytes(configuration)
 
 
 def _read(directory: Path) -> EngineConfiguration | None:

@@ -10,18 +10,21 @@ import subprocess
 import time
 from collections.abc import Sequence
 
+from gpu_service.shim.configuration import EngineConfiguration
+
 # What may be left, as the contract says it.
 SLACK_BYTES = 64 * 1024 * 1024
 _ANSWER_SECONDS = 10.0
-_PATIENCE_SECONDS = 15.0
+_MAX_PATIENCE_SECONDS = 15.0
 _ASK_AGAIN_SECONDS = 0.5
 
 
-def held_bytes(command: Sequence[str], before_bytes: int) -> int:
-    """What is held above `before_bytes` once patience is over; 0 when that is within the slack, or unknown."""
+def held_bytes(configuration: EngineConfiguration) -> int:
+    """What is held above what was before the engine, after its grace; 0 when that is within the slack, or unknown."""
+    command, before_bytes = configuration.device_memory_command, configuration.device_memory_bytes
     if not command:
         return 0
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    deadline = time.monotonic() + min(configuration.grace_seconds, _MAX_PATIENCE_SECONDS)
     while True:
         now_bytes = ask(command)
         if now_bytes is None:

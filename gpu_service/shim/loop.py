@@ -341,7 +341,6 @@ class Shim:
         stop = self._stop if self._run_directory is not None else None
         # A generation that took the engine with it must not cost the run behind it an attempt: that never began.
         stop_mode = stop.mode if stop else "checkpoint" if self._run_directory and self._generations else None
-        memory = self._configuration.device_memory_command
         hang = self._hang
         ending = ExitRecord(
             status=status,
@@ -357,7 +356,7 @@ class Shim:
             idle_seconds=hang.idle_seconds if hang else 0.0,
             hang_limit_seconds=hang.limit_seconds if hang else 0.0,
             stacks=hang.stacks if hang else stacks.of_crash(signal_number, _LOG),
-            held_bytes=device_memory.held_bytes(memory, self._configuration.device_memory_bytes),
+            held_bytes=device_memory.held_bytes(self._configuration),
         )
         failpoint("shim.before-exit-record")
         ending.write(self._directory)

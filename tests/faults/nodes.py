@@ -16,12 +16,19 @@ from tunesmith.common.v1 import event_pb2
 
 
 @contextmanager
-def running_node(directory: Path, *, real_engine: str = "", **settings: Any) -> Iterator[GpuServer]:
-    """A started server with the stub engine; `real_engine` names a module that trains a tiny llama instead."""
+def running_node(
+    directory: Path, *, real_engine: str = "", fake_devices: bool = False, **settings: Any
+) -> Iterator[GpuServer]:
+    """A started server with the stub engine; `real_engine` names a module that trains a tiny llama instead.
+
+    `fake_devices`: it has two GPUs that are not there, whose files lie in `directory`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     if real_engine:
         place(directory / "models", TinyOptions(), name="org/name")
     server = GpuServer(directory, **settings)
+    if fake_devices:
+        server.module = ("tests.fakes.fake_device_server", str(directory))
     if real_engine:
         server.engine_command = (sys.executable, "-m", real_engine)
     try:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import grpc
 import pytest
 
-from tests.fakes.gpu_server import GpuServer
+from tests.fakes.gpu_runs import WAIT_SECONDS, wait_for
+from tests.fakes.gpu_server import GpuServer, error_info
 from tests.fakes.hanging import WAYS
 from tests.faults.nodes import running_node
-from tests.faults.scenarios import cancels, hangs
+from tests.faults.scenarios import cancels, engine_failures, hangs, orphans, quarantine
+from tunesmith.common.v1 import event_pb2, generation_pb2
+from tunesmith.gpu.v1 import inference_service_pb2
 
 # Where each of the ways is met.
 _PLACES = ("TRAINING", 3, "PLANNING", 2, "SAVING")
@@ -46,3 +53,53 @@ def test_cancelled_means_gone(node: GpuServer, behavior: str) -> None:
 def test_a_frozen_shim_is_noticed_and_buried(node: GpuServer) -> None:
     problems, _ = cancels.cancel_behind_a_frozen_shim(node, job_id="01FROZEN")
     assert problems == []
+
+
+def test_a_device_that_holds_on_to_memory_is_told_passed_over_and_taken_back(tmp_path: Path) -> None:
+    with running_node(tmp_path, fake_devices=True, grace_seconds=quarantine.GRACE_SECONDS) as server:
+        assert quarantine.lose_memory(server)[0] == []
+
+
+def test_each_failure_has_its_name_and_harms_nobody(tmp_path: Path) -> None:
+    with running_node(tmp_path, fake_devices=True) as server:
+        engine_failures.start_neighbor(server)
+        ways = ("segmentation-fault", "exit", "exception")
+        assert [problem for way in ways for problem in engine_failures.fail(server, way)] == []
+
+
+@pytest.mark.parametrize("ends_stopped", [False, True])
+def test_an_engine_whose_server_never_returns_checkpoints_and_ends(tmp_path: Path, ends_stopped: bool) -> None:
+    with running_node(tmp_path, orphan_limit_seconds=orphans.ORPHAN_LIMIT_SECONDS, grace_seconds=2) as server:
+        assert orphans.orphan(server, job_id="01ORPHAN", ends_stopped=ends_stopped)[0] == []
+
+
+def test_an_idle_engine_that_dies_as_a_run_reaches_it_costs_nothing(node: GpuServer) -> None:
+    node.start_run("01BEFORE")
+    node.watch_to_end("01BEFORE")
+    [shim] = node.shims()
+    # It is told of the run, and dies before it has read that.
+    os.kill(shim["engine_pid"], signal.SIGSTOP)
+    node.start_run("01AFTER")
+    wait_for(lambda: node.shims()[0]["run_directory"], what="the run's handing over")
+    os.kill(shim["engine_pid"], signal.SIGKILL)
+    events = node.watch_to_end("01AFTER")
+    assert events[-1].run_state.state == event_pb2.RUN_STATE_SUCCEEDED
+    assert [one["engine_pid"] for one in node.shims()] != [shim["engine_pid"]]
+
+
+def test_an_answer_that_hangs_is_refused_and_its_engine_ended(tmp_path: Path) -> None:
+    limit = hangs.HANG_LIMIT_SECONDS
+    script = {"endless": True, "hang_after": 2, "way": "spin"}
+    with running_node(tmp_path, hang_limit_seconds=limit) as server:
+        request = inference_service_pb2.GenerateRequest(
+            base_model="org/name", messages=[generation_pb2.ChatMessage(role="user", content=json.dumps(script))]
+        )
+        parts = server.inference.Generate(request, timeout=WAIT_SECONDS)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(parts)
+        code, reason, details = error_info(caught.value)
+        assert (reason, details["cause"]) == ("GENERATION", "HANG")
+        assert code == grpc.StatusCode.INTERNAL
+        wait_for(lambda: not server.living_processes(), what="the engine's end")
+        server.start_run()
+        assert server.watch_to_end()[-1].run_state.state == event_pb2.RUN_STATE_SUCCEEDED

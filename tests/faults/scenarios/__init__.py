@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from tests.faults.scenario import Scenario
+from tests.faults.scenarios import cancels, engine_failures, hangs, orphans, quarantine
 
 # One line a scenario; `python -m tests.faults` runs them in this order.
-SCENARIOS: tuple[Scenario, ...] = ()
+SCENARIOS: tuple[Scenario, ...] = (
+    hangs.SCENARIO,
+    cancels.SCENARIO,
+    quarantine.SCENARIO,
+    orphans.SCENARIO,
+    engine_failures.SCENARIO,
+)
