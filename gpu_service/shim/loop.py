@@ -31,9 +31,8 @@ from gpu_service.shim.stop import Stop
 
 _ENDING_TICK_SECONDS = 0.02
 _IDLE_TICK_SECONDS = 60.0
-_CLEARING_TICK_SECONDS = 0.02
-# A process that was killed is gone by then, unless the kernel keeps it.
-_DYING_SECONDS = 10.0
+# A process that was killed is gone by then, or by its grace, unless the kernel keeps it.
+_MAX_DYING_SECONDS = 10.0
 _LOG = Path("engine.log")
 
 
@@ -116,7 +115,7 @@ class Shim:
         if self._ended is not None:
             return _ENDING_TICK_SECONDS
         now = time.monotonic()
-        deadlines = [now + (_CLEARING_TICK_SECONDS if self._clearing else _IDLE_TICK_SECONDS)]
+        deadlines = [now + (_ENDING_TICK_SECONDS if self._clearing else _IDLE_TICK_SECONDS)]
         if self._stop is not None:
             if not self._stop.killed:
                 deadlines.append(self._stop.deadline)
@@ -208,7 +207,8 @@ class Shim:
 
     def _stuck(self) -> str:
         """What is there although it was killed; empty when nothing is, or was not killed long ago."""
-        if self._dying_since is None or time.monotonic() - self._dying_since < _DYING_SECONDS:
+        patience_seconds = min(_MAX_DYING_SECONDS, self._configuration.grace_seconds)
+        if self._dying_since is None or time.monotonic() - self._dying_since < patience_seconds:
             return ""
         return stacks.describe_stuck(process_tree.tree(os.getpid())[1:])
 

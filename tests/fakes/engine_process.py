@@ -24,6 +24,7 @@ class EngineProcess:
     """`python -m gpu_service.engine`, with every notice that it sent. Nothing is ever left of its runs."""
 
     def __init__(self, log_path: Path) -> None:
+        self.log_path = log_path
         self.notices: list[Notice] = []
         self._arrived = threading.Condition()
         self._sending = threading.Lock()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,12 +15,21 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.fakes.gpu_runs import WAIT_SECONDS, wait_for
+from tests.fakes.cgroups import limited_memory
+from tests.fakes.gpu_runs import (
+    WAIT_SECONDS,
+    ShimConnection,
+    child_environment,
+    summary_of,
+    wait_for,
+    write_engine,
+    write_run,
+)
 from tests.fakes.gpu_server import GpuServer, error_info
 from tests.fakes.hanging import WAYS
 from tests.faults.nodes import running_node
 from tests.faults.scenarios import cancels, engine_failures, hangs, orphans, quarantine
-from tunesmith.common.v1 import event_pb2, generation_pb2
+from tunesmith.common.v1 import errors_pb2, event_pb2, generation_pb2
 from tunesmith.gpu.v1 import inference_service_pb2
 
 # Where each of the ways is met.
@@ -103,3 +114,36 @@ def test_an_answer_that_hangs_is_refused_and_its_engine_ended(tmp_path: Path) ->
         wait_for(lambda: not server.living_processes(), what="the engine's end")
         server.start_run()
         assert server.watch_to_end()[-1].run_state.state == event_pb2.RUN_STATE_SUCCEEDED
+
+
+def test_an_engine_that_cannot_be_killed_keeps_its_device_from_use(tmp_path: Path) -> None:
+    with running_node(
+        tmp_path, fake_devices=True, grace_seconds=quarantine.GRACE_SECONDS, shim_answer_seconds=2
+    ) as server:
+        try:
+            problems, _ = quarantine.keep_process(server)
+        except OSError as error:
+            pytest.skip(f"no control group that freezes: {error}")
+        assert problems == []
+
+
+def test_the_kernels_kill_for_memory_is_named(tmp_path: Path) -> None:
+    engine, run = write_engine(tmp_path), write_run(tmp_path, script={"ballast_bytes": 1 << 30})
+    with ExitStack() as stack:
+        try:
+            processes = stack.enter_context(limited_memory(300 << 20))
+        except OSError as error:
+            pytest.skip(f"no control group that limits memory: {error}")
+        command = f"echo $$ > {processes} && exec {sys.executable} -m gpu_service.shim {engine}"
+        with (engine / "engine.log").open("ab") as log:
+            shim = subprocess.Popen(["sh", "-c", command], env=child_environment(), stdout=log, stderr=log)
+        stack.callback(shim.wait, WAIT_SECONDS)
+        stack.callback(shim.kill)
+        connection = ShimConnection(engine)
+        connection.send(type="start_run", run_directory=str(run))
+        assert connection.receive("engine_exited")["signal"] == signal.SIGKILL
+        connection.close()
+        failure = summary_of(run).failure
+        assert failure is not None
+        assert failure.reason == errors_pb2.ERROR_REASON_HOST_OUT_OF_MEMORY
+        assert shim.wait(WAIT_SECONDS) == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.faults.scenario import Scenario
-from tests.faults.scenarios import cancels, engine_failures, hangs, orphans, quarantine
+from tests.faults.scenarios import cancels, engine_failures, hangs, orphans, quarantine, real_engine
 
 # One line a scenario; `python -m tests.faults` runs them in this order.
 SCENARIOS: tuple[Scenario, ...] = (
@@ -12,4 +12,5 @@ SCENARIOS: tuple[Scenario, ...] = (
     quarantine.SCENARIO,
     orphans.SCENARIO,
     engine_failures.SCENARIO,
+    real_engine.SCENARIO,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from tests.fakes.gpu_runs import summary_of, wait_for
 from tests.fakes.gpu_server import GpuServer
@@ -18,7 +19,7 @@ _ALLOWED_SECONDS = 30.0
 def orphan(server: GpuServer, *, job_id: str, ends_stopped: bool = False) -> tuple[list[str], float]:
     """Kill the server for good; what is wrong with what its engine did then, and the seconds beyond the limit."""
     problems: list[str] = []
-    script = {"freeze_at": 8, "ignore_stop": True} if ends_stopped else {}
+    script: dict[str, Any] = {"freeze_at": 8, "ignore_stop": True} if ends_stopped else {}
     script |= {"spawn_setsid_child": True, "step_seconds": 0.05}
     server.start_run(job_id, num_steps=1_000_000, save_every_steps=3, script=script)
     server.wait_for_step(7, job_id)

@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
+from tests.fakes.cgroups import frozen
 from tests.fakes.fake_device_server import held_file
 from tests.fakes.gpu_runs import WAIT_SECONDS, wait_for
 from tests.fakes.gpu_server import INSTALLATION, GpuServer
@@ -67,6 +69,30 @@ def lose_memory(server: GpuServer) -> tuple[list[str], float]:
     return problems, seconds
 
 
+def keep_process(server: GpuServer) -> tuple[list[str], float]:
+    """The same for an engine that the kernel does not let die. Raises OSError where that cannot be arranged."""
+    problems: list[str] = []
+    server.start_run("01KEPT", num_steps=100_000)
+    server.wait_for_step(2, "01KEPT")
+    [shim] = server.shims()
+    start = time.monotonic()
+    with frozen(shim["engine_pid"]):
+        server.stop_run("CANCEL", job_id="01KEPT", grace_seconds=GRACE_SECONDS)
+        [reason, _] = wait_for(lambda: any(found := _reasons(server)) and found, what="a device in quarantine")
+        seconds = seconds_since(start)
+        if str(shim["engine_pid"]) not in reason:
+            problems.append("the quarantine does not name the process")
+        if server.get_run("01KEPT").state == event_pb2.RUN_STATE_CANCELLED:
+            problems.append("a run is said to be cancelled whose process is there")
+        server.start_run("01BESIDE", num_steps=3)
+        if server.watch_to_end("01BESIDE")[-1].run_state.state != event_pb2.RUN_STATE_SUCCEEDED:
+            problems.append("the other device does not train")
+    if server.watch_to_end("01KEPT")[-1].run_state.state != event_pb2.RUN_STATE_CANCELLED:
+        problems.append("the run is not said to be cancelled once its process is gone")
+    wait_for(lambda: not any(_reasons(server)), what="the end of the quarantine")
+    return problems, seconds
+
+
 def _device_of(server: GpuServer, job_id: str) -> str:
     device = json.loads((server.run_directory(job_id) / "run.json").read_text())["device"]
     return f"{device['type']}:{device['index']}"
@@ -74,7 +100,8 @@ def _device_of(server: GpuServer, job_id: str) -> str:
 
 def _run(trial: Trial) -> list[Finding]:
     with running_node(trial.directory, fake_devices=True, grace_seconds=GRACE_SECONDS) as server:
-        problems, seconds = lose_memory(server)
+        lose = keep_process if trial.seed % 2 and Path("/sys/fs/cgroup/freezer").is_dir() else lose_memory
+        problems, seconds = lose(server)
     return [
         Finding(
             promise="R15",
