@@ -18,12 +18,13 @@ from gpu_service.api.interceptors import CallInterceptor
 from gpu_service.api.runs import RunServicer
 from gpu_service.api.server_options import SERVER_OPTIONS
 from gpu_service.config import Settings
-from gpu_service.devices import ListDevices, list_devices
+from gpu_service.devices import DeviceMemory, ListDevices, list_devices
 from gpu_service.domain.memory import MemoryLedger
 from gpu_service.runs.admission import Admission
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.capabilities import CapabilityReader
-from gpu_service.runs.engine_pool import EnginePool, EngineSettings
+from gpu_service.runs.engine_directories import EngineSettings
+from gpu_service.runs.engine_pool import EnginePool
 from gpu_service.runs.inference import InferenceDesk
 from gpu_service.runs.inspection import Inspection
 from gpu_service.runs.manager import RunManager
@@ -33,6 +34,7 @@ from gpu_service.runs.node_files import NodeFiles
 from gpu_service.runs.planner_process import PlannerProcess
 from gpu_service.runs.planning import Planning
 from gpu_service.runs.probing import MemoryProber
+from gpu_service.runs.quarantine import Quarantine
 from tunesmith.gpu.v1 import (
     blob_service_pb2,
     blob_service_pb2_grpc,
@@ -97,7 +99,9 @@ class Application:
         await self.models.close()
 
 
-async def build(settings: Settings, *, devices: ListDevices = list_devices) -> Application:
+async def build(
+    settings: Settings, *, devices: ListDevices = list_devices, memory_of_devices: DeviceMemory | None = None
+) -> Application:
     """Wire everything and bind the port. Raises PortTaken, OSError, ValueError for a `node.json` that is not ours."""
     files = NodeFiles(settings.data_directory, settings.models_directory)
     await asyncio.to_thread(files.prepare)
@@ -112,6 +116,9 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
         orphan_limit_seconds=settings.orphan_limit_seconds,
         grace_seconds=settings.grace_seconds,
         idle_seconds=settings.engine_idle_seconds,
+        hang_limit_seconds=settings.hang_limit_seconds,
+        answer_limit_seconds=settings.shim_answer_seconds,
+        memory=memory_of_devices or DeviceMemory(),
     )
     ledger = MemoryLedger()
     blobs = BlobStore(files.blobs)
@@ -119,13 +126,15 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
     planner = PlannerProcess(files.requests)
     memory = await asyncio.to_thread(MemoryRecords, files.memory_records)
     planning = Planning(files=files, models=models, blobs=blobs, planner=planner, versions=versions, memory=memory)
-    pool = EnginePool(directory=files.engines, settings=engine_settings)
+    quarantine = Quarantine()
+    pool = EnginePool(directory=files.engines, settings=engine_settings, quarantine=quarantine)
     admission = Admission(
         planning=planning,
         ledger=ledger,
         list_devices=devices,
         problems=problems,
         evictable_bytes=pool.resident_bytes,
+        quarantine_reason=quarantine.reason,
     )
     manager = RunManager(
         files=files,
@@ -139,6 +148,7 @@ async def build(settings: Settings, *, devices: ListDevices = list_devices) -> A
         grace_seconds=settings.grace_seconds,
         cache_max_bytes=settings.cache_max_bytes,
     )
+    quarantine.changed = manager.changed.fire
     desk = InferenceDesk(
         files=files,
         planning=planning,

@@ -41,6 +41,12 @@ class Settings(BaseSettings):
         1800.0, gt=0, description="how long an engine trains on without any server before it checkpoints and ends"
     )
     grace_seconds: float = Field(30.0, gt=0, description="how long an engine may take to stop before it is killed")
+    hang_limit_seconds: float = Field(
+        1800.0, gt=0, description="how long an engine may make no progress before it is killed, and the run tried again"
+    )
+    shim_answer_seconds: float = Field(
+        30.0, gt=0, description="a shim that twice does not answer within this is ended, with its engine"
+    )
     cache_max_bytes: int = Field(
         20 * 1024**3, ge=0, description="blobs, plans and tokens beyond this are deleted, the longest unused first"
     )

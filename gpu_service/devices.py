@@ -3,6 +3,9 @@
 CUDA_VISIBLE_DEVICES holds here as it holds for the engines, which inherit it: NVML itself does not look at it. Numbers
 in it count by PCI bus id, since engines are started that way.
 
+Run as `python -m gpu_service.devices <index>`, prints how many bytes of a GPU are held by nobody known; for a process
+that must not hang where a driver does.
+
 Refuses to guess: a driver that is absent means a CPU node, a driver that fails means a device in quarantine with the
 driver's own words, and so does a CUDA_VISIBLE_DEVICES that names no GPU of this machine. Every call may block for a
 moment; call it from a thread.
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +50,21 @@ class Device:
         return f"{self.type}:{self.index}"
 
 
+class DeviceMemory:
+    """Who tells what of a device's memory is held by nobody known: asked before an engine starts and behind its end."""
+
+    def command(self, device: Device) -> tuple[str, ...]:
+        """A program that prints it; empty where memory is the processes' own, and goes with them."""
+        return (sys.executable, "-m", "gpu_service.devices", str(device.index)) if device.type == "cuda" else ()
+
+    def held_bytes(self, index: int) -> int:
+        """The same number, here. Blocks. 0 when the driver does not answer."""
+        try:
+            return read_held_bytes(index)
+        except pynvml.NVMLError:
+            return 0
+
+
 ListDevices = Callable[[], Sequence[Device]]
 
 
@@ -71,6 +90,31 @@ def list_devices(*, nvml: Any = pynvml, environment: Mapping[str, str] = os.envi
     if count and not gpus:
         return (_quarantined_gpu(0, f"{_VISIBLE}={visible} names no GPU of this machine"),)
     return gpus or (read_cpu(),)
+
+
+def read_held_bytes(index: int, *, nvml: Any = pynvml, environment: Mapping[str, str] = os.environ) -> int:
+    """Bytes in use on a GPU, numbered as engines see it, less what living processes hold that are known to the driver.
+
+    Other people's processes come and go; what nobody holds and is not free is a dead process'. In a container that
+    does not see them, theirs counts as nobody's. Raises pynvml.NVMLError.
+    """
+    nvml.nvmlInit()
+    try:
+        visible = environment.get(_VISIBLE)
+        count = nvml.nvmlDeviceGetCount()
+        numbers = list(range(count)) if visible is None else _visible_numbers(nvml, count, visible)
+        handle = nvml.nvmlDeviceGetHandleByIndex(numbers[index] if index < len(numbers) else index)
+        holders = {
+            process.pid: int(process.usedGpuMemory or 0)
+            for process in (
+                *nvml.nvmlDeviceGetComputeRunningProcesses(handle),
+                *nvml.nvmlDeviceGetGraphicsRunningProcesses(handle),
+            )
+        }
+        known = sum(held for pid, held in holders.items() if psutil.pid_exists(pid))
+        return max(0, int(nvml.nvmlDeviceGetMemoryInfo(handle).used) - known)
+    finally:
+        nvml.nvmlShutdown()
 
 
 def _visible_numbers(nvml: Any, count: int, visible: str) -> list[int]:
@@ -154,3 +198,16 @@ def _read_gpu(nvml: Any, number: int, *, index: int) -> Device:
         free_memory_bytes=int(memory.free),
         compute_capability=f"{major}.{minor}",
     )
+
+
+def _main(arguments: Sequence[str]) -> int:
+    try:
+        sys.stdout.write(f"{read_held_bytes(int(arguments[0]))}\n")
+    except pynvml.NVMLError as error:
+        sys.stderr.write(f"the driver does not answer: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

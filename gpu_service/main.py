@@ -6,14 +6,14 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, NoReturn
 
 import structlog
 
 from gpu_service import logs
-from gpu_service.bootstrap import PortTaken, build
+from gpu_service.bootstrap import Application, PortTaken, build
 from gpu_service.config import Settings, SettingsInvalid, load
 from gpu_service.shim import durable_json
 from gpu_service.shim.lock import AlreadyHeld, hold
@@ -29,7 +29,7 @@ def run() -> NoReturn:
     sys.exit(main(sys.argv[1:]))
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], *, make_application: Callable[[Settings], Awaitable[Application]] = build) -> int:
     """Serve until SIGTERM or SIGINT; gives the exit code."""
     try:
         settings = load(arguments)
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         durable_json.make_directory(settings.data_directory)
         with hold(settings.data_directory / "lock"):
-            asyncio.run(_serve(settings))
+            asyncio.run(_serve(settings, make_application))
     except AlreadyHeld:
         sys.stderr.write(f"tunesmith-gpu: another process uses {settings.data_directory}\n")
         return EXIT_TAKEN
@@ -50,12 +50,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings, make_application: Callable[[Settings], Awaitable[Application]]) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    application = await build(settings)
+    application = await make_application(settings)
     try:
         await application.start()
         with _announced(settings, application.address):

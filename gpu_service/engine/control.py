@@ -20,6 +20,8 @@ from gpu_service.engine.stopping import StopMode, StopSwitch
 
 _LOG = logging.getLogger(__name__)
 _READ_BYTES = 65536
+# Signs of progress closer than this to the last are not sent.
+_ALIVE_SECONDS = 1.0
 
 
 class ControlPipe:
@@ -35,6 +37,10 @@ class ControlPipe:
         # Generations that are waiting or in hand.
         self._generations: dict[str, GenerationOrder] = {}
         self._shutting_down = False
+        self._next_alive = 0.0
+        # Set while nothing of a run that is ending is being waited for, and when the shim is gone.
+        self._cleared = threading.Event()
+        self._closed = False
 
     @property
     def shutting_down(self) -> bool:
@@ -85,6 +91,23 @@ class ControlPipe:
             except OSError as error:
                 _LOG.debug("notice not sent: %s", error)
 
+    def note_progress(self) -> None:
+        """Tell the shim that work goes on; called at each step, pass, batch or token, by whoever made it."""
+        now = time.monotonic()
+        if now >= self._next_alive:
+            self._next_alive = now + _ALIVE_SECONDS
+            self.notify({"type": "alive"})
+
+    def clear(self, run_directory: Path) -> None:
+        """Have the shim end whatever processes the run left behind, in any session; returns when none is left.
+
+        Only the shim, which inherits them, can find them all. Where it is gone, its burial ends them.
+        """
+        self._cleared.clear()
+        self.notify({"type": "clear_run", "run_directory": str(run_directory)})
+        if not self._closed:
+            self._cleared.wait()
+
     def _read_commands(self) -> None:
         pending = b""
         while True:
@@ -96,6 +119,8 @@ class ControlPipe:
             if not received:
                 _LOG.info("control pipe closed; ending")
                 self.shut_down()
+                self._closed = True
+                self._cleared.set()
                 return
             pending += received
             *lines, pending = pending.split(b"\n")
@@ -115,6 +140,8 @@ class ControlPipe:
                 self._cancel_generations(command["generation"])
             elif kind == "stop_run":
                 self._stop(Path(command["run_directory"]), StopMode(command["mode"]))
+            elif kind == "run_cleared":
+                self._cleared.set()
             elif kind == "shutdown":
                 self.shut_down()
             else:
@@ -123,7 +150,12 @@ class ControlPipe:
             _LOG.warning("command not understood (%s): %r", error, line[:200])
 
     def _add_generation(self, generation_id: str, request_file: Path) -> None:
-        order = GenerationOrder(id=generation_id, request_file=request_file, arrival_seconds=time.monotonic())
+        order = GenerationOrder(
+            id=generation_id,
+            request_file=request_file,
+            arrival_seconds=time.monotonic(),
+            switch=StopSwitch(self.note_progress),
+        )
         self._generations[generation_id] = order
         self._orders.put(order)
 

@@ -38,6 +38,10 @@ class Device(Protocol):
         """Highest use since `start_counting`."""
         ...
 
+    def held_bytes(self) -> int:
+        """What this process keeps others from having: on a device all that its allocator took, used or not."""
+        ...
+
     def give_back(self) -> None:
         """Return what nothing refers to any more to the system."""
         ...
@@ -75,6 +79,9 @@ class CpuDevice:
     def peak_bytes(self) -> int:
         self.used_bytes()
         return self._peak_bytes
+
+    def held_bytes(self) -> int:
+        return int(self._process.memory_info().rss)
 
     def give_back(self) -> None:
         gc.collect()
@@ -118,6 +125,9 @@ class CudaDevice:
 
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self._device) if torch.cuda.is_available() else 0
+
+    def held_bytes(self) -> int:
+        return torch.cuda.memory_reserved(self._device) if torch.cuda.is_available() else 0
 
     def give_back(self) -> None:
         gc.collect()

@@ -31,6 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     # One line for each quantized layer of each forward pass is no news.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     faulthandler.enable()
+    # The shim asks for the stacks of all threads before it ends an engine that hangs.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ.update(_ENVIRONMENT)
     with socket.socket(fileno=options.control_fd) as connection:
         # Children must not hold the pipe open after the engine.

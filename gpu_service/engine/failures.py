@@ -1,6 +1,7 @@
 """How a run can fail, typed. An exception is wrapped once, where it is understood, and keeps its own name and words.
 
-Refuses to guess from messages: reasons follow from where something happened and from the exception's class.
+Refuses to guess from messages: reasons follow from where something happened and from the exception's class. The one
+exception is torch's allocator of host memory, for whose failure torch has no class.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tunesmith.common.v1 import errors_pb2
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "tokenizers")
 _MAX_MESSAGE_CHARACTERS = 4000
+_HOST_ALLOCATOR = "DefaultCPUAllocator:"
 # What an exception of any kind means when it ends a phase; loading stages name their own.
 _REASON_BY_PHASE: Mapping[str, str] = {
     "PLANNING": "PLANNING",
@@ -58,7 +60,7 @@ def _resource_reason(error: BaseException) -> tuple[str, str] | None:
     names = {kind.__qualname__ for kind in type(error).__mro__}
     if "OutOfMemoryError" in names:
         return "DEVICE_OUT_OF_MEMORY", "HARDWARE"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _HOST_ALLOCATOR in str(error)):
         return "HOST_OUT_OF_MEMORY", "HARDWARE"
     if isinstance(error, JournalFull):
         return "DISK_FULL", "PLATFORM"

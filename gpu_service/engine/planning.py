@@ -71,7 +71,7 @@ def plan(
             process_group=0,
         )
         with switch.owning(child):
-            answer = _follow(child, reporter)
+            answer = _follow(child, switch, reporter)
             child.wait()
     switch.check()
     if answer.get("type") == "planned":
@@ -110,13 +110,14 @@ def check(request: RunRequest, *, device: dict[str, Any]) -> plan_pb2.Plan:
     return json_format.ParseDict(checked.to_json(), plan_pb2.Plan())
 
 
-def _follow(child: subprocess.Popen[bytes], reporter: Reporter) -> dict[str, Any]:
+def _follow(child: subprocess.Popen[bytes], switch: StopSwitch, reporter: Reporter) -> dict[str, Any]:
     """Read the child's lines to their end; the answer, or an empty dict when it gave none."""
     answer: dict[str, Any] = {}
     last_log = time.monotonic()
     assert child.stdout is not None
     with child.stdout as lines:
         for line in lines:
+            switch.note_progress()
             try:
                 message = json.loads(line)
             except ValueError:

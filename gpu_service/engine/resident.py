@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from gpu_service.engine.loading.work import BaseKey
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResidentBase:
-    """A frozen base without adapter. `num_bytes` is what its parameters and buffers take."""
+    """A frozen base without adapter. `num_bytes` is what it holds in memory."""
 
     key: BaseKey
     base_model: str
@@ -49,3 +52,25 @@ class BaseShelf:
     def describe(self) -> dict[str, Any]:
         """The resident base in words; empty when there is none."""
         return {} if self._base is None else self._base.describe()
+
+
+def held_bytes(model: Any) -> int:
+    """Memory that a model's tensors hold: parameters, buffers, and what a quantization keeps beside them."""
+    storages: dict[int, int] = {}
+    for tensor in _tensors(model):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors(model: Any) -> Iterator[torch.Tensor]:
+    yield from model.buffers()
+    for parameter in model.parameters():
+        yield parameter
+        # bitsandbytes: scales of blocks, which may be quantized themselves (4 bits), or of rows (8 bits).
+        state = getattr(parameter, "quant_state", None)
+        for holder in (parameter, state, getattr(state, "state2", None)):
+            for name in ("CB", "SCB", "absmax", "code", "offset"):
+                value = getattr(holder, name, None)
+                if isinstance(value, torch.Tensor):
+                    yield value

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gpu_service.engine import devices, request
 from gpu_service.engine.control import ControlPipe
-from gpu_service.engine.ending import Outcome, conclude
+from gpu_service.engine.ending import BaseLine, Outcome, conclude
 from gpu_service.engine.failures import RunFailure, unforeseen
 from gpu_service.engine.generation import service as generation
 from gpu_service.engine.generation.order import GenerationOrder
@@ -32,6 +32,9 @@ _LOG = logging.getLogger(__name__)
 EXIT_CLEAN = 0
 # After a run or a generation failed in this process; a run's outcome is in the journal.
 EXIT_AFTER_FAILURE = 70
+# What a cancelled run held did not come back, so that only the end of the process gives it back; the shim tells the
+# run's outcome behind that.
+EXIT_MEMORY_HELD = 71
 
 _STATE_BY_STOP = {
     StopMode.CANCEL: event_pb2.RUN_STATE_CANCELLED,
@@ -53,10 +56,12 @@ def serve(pipe: ControlPipe) -> int:
                 return EXIT_AFTER_FAILURE
             continue
         run_directory = order
-        switch = StopSwitch()
+        switch = StopSwitch(pipe.note_progress)
         pipe.begin(run_directory, switch)
-        outcome = carry_out(run_directory, shelf=shelf, switch=switch, notify=pipe.notify)
+        outcome = carry_out(run_directory, shelf=shelf, switch=switch, notify=pipe.notify, clear=pipe.clear)
         pipe.end()
+        if not outcome.is_told:
+            return EXIT_MEMORY_HELD
         pipe.notify(
             {
                 "type": "run_finished",
@@ -78,8 +83,12 @@ def carry_out(
     notify: Notify,
     planner_command: Sequence[str] = PLANNER_COMMAND,
     make_session: Callable[..., Session] = Session,
+    clear: Callable[[Path], None] = lambda run_directory: None,
 ) -> Outcome:
-    """One run from its `run.json` to its terminal event. Raises only when the journal itself cannot be used."""
+    """One run from its `run.json` to its terminal event, unless the outcome says that it is not told.
+
+    `clear(run_directory)` ends the processes that the run left. Raises only when the journal itself cannot be used.
+    """
     asked = request.read(run_directory)
     with Writer.open(asked.journal_path, asked.attempt) as writer:
         run = Run(
@@ -91,14 +100,15 @@ def carry_out(
             planner_command=planner_command,
             make_session=make_session,
         )
+        base_line = BaseLine.of(run)
         # A full disk costs time, and nothing that was trained; a stop is heard meanwhile.
         run.reporter.when_full = lambda: wait_for_room(switch.check)
         outcome = _execute(run)
         # The closing events have room of their own, and nobody waits behind the end.
         run.reporter.when_full = None
+        clear(run_directory)
         # Outside the handlers: an exception's traceback keeps the model's memory alive.
-        conclude(run, outcome)
-    return outcome
+        return conclude(run, outcome, base_line)
 
 
 def _execute(run: Run) -> Outcome:

@@ -2,6 +2,8 @@
 
 A stop is honored at step boundaries, between batches of an evaluation, between loading stages and between phases. A
 child process that the training thread waits for is killed at once. The switch never interrupts a step.
+
+Whoever passes a boundary has made progress, and says so here: that is what a hang is told by.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 
@@ -32,7 +34,9 @@ class StopRequested(Exception):
 class StopSwitch:
     """One per run. `request` may be called from any thread and from a signal handler; it takes no lock."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_progress: Callable[[], None] = lambda: None) -> None:
+        """`on_progress` is called by the training thread, often."""
+        self._on_progress = on_progress
         self._mode: StopMode | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -48,8 +52,13 @@ class StopSwitch:
         if child is not None:
             _kill_group(child)
 
+    def note_progress(self) -> None:
+        """Something was done, in the midst of what cannot be stopped. Not to be called because time went by."""
+        self._on_progress()
+
     def check(self) -> None:
-        """Raise StopRequested when a stop was asked for."""
+        """Raise StopRequested when a stop was asked for; also a sign of progress."""
+        self._on_progress()
         if self._mode is not None:
             raise StopRequested(self._mode)
 

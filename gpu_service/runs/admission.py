@@ -45,13 +45,17 @@ class Admission:
         list_devices: ListDevices,
         problems: Sequence[Problem],
         evictable_bytes: Callable[[str], int],
+        quarantine_reason: Callable[[str], str] = lambda device_id: "",
     ) -> None:
-        """`evictable_bytes(device_id)` is what an idle engine keeps there."""
+        """`evictable_bytes(device_id)` is what an idle engine keeps there; `quarantine_reason(device_id)` why a device
+        that the driver answers for is not to be used.
+        """
         self._planning = planning
         self._ledger = ledger
         self._list_devices = list_devices
         self._problems = problems
         self._evictable_bytes = evictable_bytes
+        self._quarantine_reason = quarantine_reason
 
     async def devices(self) -> list[Device]:
         """All devices; memory that an idle engine keeps counts as free."""
@@ -62,6 +66,7 @@ class Admission:
                 free_memory_bytes=min(
                     device.total_memory_bytes, device.free_memory_bytes + self._evictable_bytes(device.id)
                 ),
+                quarantine_reason=device.quarantine_reason or self._quarantine_reason(device.id),
             )
             for device in found
         ]

@@ -44,6 +44,8 @@ class Engine:
         self.lingers_since: float | None = None
         # Directory of the run that it last said to be over.
         self.last_finished: str | None = None
+        # When its shim is asked next whether it lives; None while it is being asked.
+        self.ask_at: float | None = 0.0
         # True once it was asked to leave: it takes no further run.
         self.leaving = False
         self._process = process
@@ -81,6 +83,19 @@ class Engine:
         status = await self.client.status()
         self.resident = dict(status.get("resident") or {})
         return status
+
+    async def ask(self) -> str:
+        """What the shim says is stuck; empty when nothing is. Raises ShimGone when it says nothing at all.
+
+        It is asked twice: an answer that is there already may be read too late by a server that did not run itself.
+        """
+        try:
+            status = await self.client.status()
+        except ShimGone:
+            if self.client.gone.is_set():
+                raise
+            status = await self.client.status()
+        return str(status.get("stuck") or "")
 
     async def start(self, run: Run) -> None:
         """Hand the run over. Raises ShimGone."""

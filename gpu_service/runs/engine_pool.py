@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
-import subprocess
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping
 from contextvars import Context
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,60 +21,37 @@ import structlog
 from gpu_service.devices import Device
 from gpu_service.journal.failpoints import failpoint
 from gpu_service.runs.engine import Engine
-from gpu_service.runs.inference_stream import Generation, draining, lost
+from gpu_service.runs.engine_directories import (
+    NO_ENDING,
+    EngineSettings,
+    EngineStartFailed,
+    ending_with_log,
+    make,
+    needs_burial,
+    remove_ended,
+)
+from gpu_service.runs.inference_stream import Generation, draining, given_up, hung, lost
+from gpu_service.runs.quarantine import Quarantine
 from gpu_service.runs.run import Run
-from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, kill_shim, spawn
-from gpu_service.shim import durable_json
+from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, kill_shim
+from gpu_service.shim import device_memory
+from gpu_service.shim.closing import describe_held
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
 from gpu_service.shim.records import ExitRecord
 
-ENGINE_ENVIRONMENT: Mapping[str, str] = {
-    # Segments of torch's allocator grow in place: without it gaps between blocks take a part that no estimate knows.
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    # NVML, which counted the devices, counts by bus id.
-    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-    # Idle OpenMP threads sleep instead of spinning: where other processes want the cores too (both services do),
-    # spinning makes a training step on the CPU take many times as long.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
-
 _log = structlog.get_logger(__name__)
-# Directories of engines that ended, kept for their logs.
-_KEPT_ENDED_ENGINES = 8
 _BURY_AGAIN_SECONDS = 2.0
-_LOG_TAIL_BYTES = 2000
 _NO_IDS: Mapping[str, Any] = {}
 # Of a device whose engine generates: all that it holds can be had for a run. More than any device has.
 _EVERYTHING_BYTES = 1 << 62
-# Of an engine that nobody saw end.
-NO_ENDING = ExitRecord(status=None, signal=None, phase="", run_directory=None, stop_mode=None)
-
-
-class EngineStartFailed(Exception):
-    """No engine came up; `ending` says how it ended, with the end of its log."""
-
-    def __init__(self, ending: ExitRecord) -> None:
-        super().__init__(ending.note)
-        self.ending = ending
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineSettings:
-    """How engines are started, and how long they may take or wait."""
-
-    command: tuple[str, ...]
-    orphan_limit_seconds: float
-    grace_seconds: float
-    idle_seconds: float
-    # A shim answers at once; one that does not within this is broken.
-    answer_limit_seconds: float = 30.0
 
 
 class EnginePool:
     """Whoever hands runs to engines sets `on_run_left`."""
 
-    def __init__(self, *, directory: Path, settings: EngineSettings) -> None:
+    def __init__(self, *, directory: Path, settings: EngineSettings, quarantine: Quarantine | None = None) -> None:
         self._directory = directory
+        self._quarantine = quarantine or Quarantine()
         self._settings = settings
         # Called when an engine has let go of a run: in order, or by its own ending.
         self.on_run_left: Callable[[Run, ExitRecord], None] = _nobody_listens
@@ -111,7 +85,7 @@ class EnginePool:
         """Take over every engine that a former server left, and bury the dead. `runs` is by run directory."""
         for directory in await asyncio.to_thread(lambda: sorted(self._directory.iterdir())):
             await self._adopt_one(directory, runs)
-        await asyncio.to_thread(_remove_ended, self._directory, {engine.id for engine in self._engines.values()})
+        await asyncio.to_thread(remove_ended, self._directory, {engine.id for engine in self._engines.values()})
 
     async def _adopt_one(self, directory: Path, runs: Mapping[str, Run]) -> None:
         try:
@@ -143,6 +117,9 @@ class EnginePool:
                 engine.run = runs.get(str(status["run_directory"]))
             ids = engine.run.log_ids if engine.run is not None else {}
             _log.info("engine-adopted", engine=engine.id, shim_pid=status["shim_pid"], state=status["state"], **ids)
+            for generation_id in status.get("generations", ()):
+                # What it holds is not known until it says that it is over.
+                engine.generations[generation_id] = given_up(generation_id)
             self._keep(engine)
             with contextlib.suppress(ShimGone):
                 # A generation's reader went with the former server.
@@ -150,7 +127,7 @@ class EnginePool:
             if status["run_directory"] not in (None, engine.last_finished) and engine.run is None:
                 await self._ask_to_leave(engine)
             return
-        if await asyncio.to_thread(_needs_burial, directory, runs):
+        if await asyncio.to_thread(needs_burial, directory, runs):
             await self._bury(directory)
 
     async def acquire(self, device: Device, wanted: dict[str, str]) -> Engine:
@@ -210,14 +187,7 @@ class EnginePool:
 
     async def _start(self, device: Device) -> Engine:
         directory = self._directory / uuid.uuid4().hex[:12]
-        configuration = EngineConfiguration(
-            argv=self._settings.command,
-            environment=ENGINE_ENVIRONMENT,
-            device={"type": device.type, "index": device.index},
-            orphan_limit_seconds=self._settings.orphan_limit_seconds,
-            grace_seconds=self._settings.grace_seconds,
-        )
-        process = await asyncio.to_thread(_make, directory, configuration)
+        process = await asyncio.to_thread(make, directory, self._settings, device)
         failpoint("spawn.after-shim")
         engine = Engine(
             directory=directory,
@@ -232,7 +202,7 @@ class EnginePool:
             process.kill()
             await asyncio.to_thread(process.wait)
             await self._bury(directory)
-            raise EngineStartFailed(await asyncio.to_thread(_ending_with_log, directory)) from error
+            raise EngineStartFailed(await asyncio.to_thread(ending_with_log, directory)) from error
         _log.info("engine-started", engine=engine.id, shim_pid=status["shim_pid"], device=device.id)
         self._keep(engine)
         return engine
@@ -252,9 +222,13 @@ class EnginePool:
         if run is not None:
             await run.refresh()
         if ending is None or (run is not None and not run.is_over):
-            await self._bury(engine.directory, ids)
+            await self._bury(engine.directory, ids, run.stop_mode if run is not None else None)
+            ending = await asyncio.to_thread(ExitRecord.read, engine.directory)
         status, signal = (ending.status, ending.signal) if ending else (None, None)
         _log.info("engine-ended", engine=engine.id, status=status, signal=signal, **ids)
+        await self._look_at_device(engine, ending or NO_ENDING)
+        if ending is not None and ending.idle_seconds:
+            engine.lose_generations(hung(ending.idle_seconds))
         engine.lose_generations(draining() if engine.leaving else lost("the engine ended"))
         self.on_generation_over()
         if self._engines.get(engine.device_id) is engine:
@@ -266,12 +240,29 @@ class EnginePool:
             await run.refresh()
             engine.run = None
             self.on_run_left(run, ending or NO_ENDING)
-        await asyncio.to_thread(_remove_ended, self._directory, {engine.id for engine in self._engines.values()})
+        await asyncio.to_thread(remove_ended, self._directory, {engine.id for engine in self._engines.values()})
 
-    async def _bury(self, directory: Path, ids: Mapping[str, Any] = _NO_IDS) -> None:
+    async def _look_at_device(self, engine: Engine, ending: ExitRecord) -> None:
+        """The device of an engine that is gone: in quarantine while what it held is not free."""
+        self._quarantine.lift(engine.device_id)
+        if not ending.held_bytes:
+            return
+        configuration = await asyncio.to_thread(EngineConfiguration.read, engine.directory)
+        index, before, memory = (
+            int(configuration.device["index"]),
+            configuration.device_memory_bytes,
+            self._settings.memory,
+        )
+        self._quarantine.impose(
+            engine.device_id,
+            describe_held(ending.held_bytes),
+            lambda: memory.held_bytes(index) - before <= device_memory.SLACK_BYTES,
+        )
+
+    async def _bury(self, directory: Path, ids: Mapping[str, Any] = _NO_IDS, stop_mode: str | None = None) -> None:
         while True:
             try:
-                await bury(directory)
+                await bury(directory, stop_mode)
                 return
             except (ShimGone, OSError) as error:
                 # A full disk, for one, gets free again; until then the run must not be called over.
@@ -308,8 +299,25 @@ class EnginePool:
             except ShimGone:
                 _log.info("engine-gone-already", engine=engine.id)
 
-        self._sending.add(task := asyncio.create_task(send(), context=Context()))
+        self._spawn(send())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._sending.add(task := asyncio.create_task(work, context=Context()))
         task.add_done_callback(self._sending.discard)
+
+    async def _ask(self, engine: Engine) -> None:
+        """Whether the shim lives: one that is frozen is ended, and buried when it is gone."""
+        try:
+            stuck = await engine.ask()
+            if stuck:
+                # Lifted when the engine is gone.
+                self._quarantine.impose(engine.device_id, stuck, lambda: False)
+        except ShimGone as error:
+            if not engine.client.gone.is_set():
+                _log.error("shim-does-not-answer", engine=engine.id, error=str(error))
+                await asyncio.to_thread(kill_shim, engine.directory)
+        finally:
+            engine.ask_at = time.monotonic() + self._settings.ask_seconds
 
     async def make_room(self, device_id: str) -> None:
         """Have an engine without a run leave the device, with what it keeps there; returns when it is gone."""
@@ -334,9 +342,15 @@ class EnginePool:
             _log.info("engine-gone-already", engine=engine.id)
 
     async def retire(self) -> None:
-        """Ask engines to leave that were idle for too long, or that hang behind the end of their run."""
+        """Ask engines to leave that were idle for too long, or that hang behind the end of their run; ask shims whether
+        they live.
+        """
         now = time.monotonic()
+        await self._quarantine.look()
         for engine in list(self._engines.values()):
+            if engine.ask_at is not None and now >= engine.ask_at:
+                engine.ask_at = None
+                self._spawn(self._ask(engine))
             if engine.is_idle and now - engine.idle_since >= self._settings.idle_seconds:
                 _log.info("engine-idle-too-long", engine=engine.id)
                 await self._ask_to_leave(engine)
@@ -357,6 +371,8 @@ class EnginePool:
 
     async def leave_alone(self) -> None:
         """Let go of all engines; they go on without this server."""
+        for task in self._sending:
+            task.cancel()
         for watch in self._watches.values():
             watch.cancel()
         await asyncio.gather(*self._watches.values(), return_exceptions=True)
@@ -364,39 +380,5 @@ class EnginePool:
             await engine.client.close()
 
 
-def _remove_ended(directory: Path, alive: set[str]) -> None:
-    ended = [path for path in directory.iterdir() if path.name not in alive and (path / "exit.json").exists()]
-    ended.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in ended[_KEPT_ENDED_ENGINES:]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _nobody_listens(run: Run, ending: ExitRecord) -> None:
     raise RuntimeError(f"nobody takes run {run.key.id} back")
-
-
-def _make(directory: Path, configuration: EngineConfiguration) -> subprocess.Popen[bytes]:
-    durable_json.make_directory(directory)
-    try:
-        configuration.write(directory)
-        failpoint("spawn.before-shim")
-        return spawn(directory)
-    except OSError:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
-
-
-def _needs_burial(directory: Path, runs: Mapping[str, Run]) -> bool:
-    ending = ExitRecord.read(directory)
-    if ending is None:
-        return True
-    run = runs.get(str(ending.run_directory))
-    return run is not None and not run.is_over
-
-
-def _ending_with_log(directory: Path) -> ExitRecord:
-    with (directory / "engine.log").open("rb") as log:
-        log.seek(max(0, log.seek(0, 2) - _LOG_TAIL_BYTES))
-        tail = log.read().decode(errors="replace")
-    ending = ExitRecord.read(directory) or NO_ENDING
-    return replace(ending, note=f"the engine did not come up; its log ends with: {tail}")

@@ -27,7 +27,8 @@ from gpu_service.domain.memory import MemoryLedger
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
 from gpu_service.runs.admission import Admission
 from gpu_service.runs.blobs import BlobStore
-from gpu_service.runs.engine_pool import EnginePool, EngineStartFailed
+from gpu_service.runs.engine_directories import EngineStartFailed
+from gpu_service.runs.engine_pool import EnginePool
 from gpu_service.runs.inference_stream import GeneratedPart, Generation, busy, draining
 from gpu_service.runs.manager import RunManager
 from gpu_service.runs.node_files import GENERATION_PREFIX, NodeFiles

@@ -112,3 +112,16 @@ def draining() -> Refusal:
 def lost(message: str) -> Refusal:
     """The engine can say no more."""
     return Refusal("GENERATION", Fault.PLATFORM, message)
+
+
+def hung(idle_seconds: float) -> Refusal:
+    """The engine said nothing for too long, and was killed for it."""
+    message = f"the engine made no progress for {idle_seconds:.0f} s and was killed"
+    return Refusal("GENERATION", Fault.PLATFORM, message, details={"cause": "HANG"})
+
+
+def given_up(generation_id: str) -> Generation:
+    """One that a former server's reader asked for: nobody reads it, and its engine is not done with it."""
+    generation = Generation(generation_id=generation_id, directory=Path())
+    generation.fail(lost("the server that it was asked of is gone"))
+    return generation

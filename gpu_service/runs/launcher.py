@@ -18,7 +18,8 @@ from gpu_service.journal import JournalFull
 from gpu_service.journal.failpoints import failpoint
 from gpu_service.runs.admission import Admission
 from gpu_service.runs.engine import Engine
-from gpu_service.runs.engine_pool import NO_ENDING, EnginePool, EngineStartFailed
+from gpu_service.runs.engine_directories import NO_ENDING, EngineStartFailed
+from gpu_service.runs.engine_pool import EnginePool
 from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.room import FULL
 from gpu_service.runs.run import Run
@@ -52,6 +53,8 @@ class Launcher:
         self._changed = changed
         self._grace_seconds = grace_seconds
         self._tasks: set[asyncio.Task[None]] = set()
+        # Ids of runs that met an engine on its way out, and are on their way to another.
+        self._second_tries: set[str] = set()
         pool.on_run_left = self._run_left
 
     def begin(self, run: Run, leaving: Sequence[Run]) -> None:
@@ -142,8 +145,8 @@ class Launcher:
         except ShimGone:
             _log.info("start-met-dead-shim", engine=engine.id)
             if self._pool.engine_of(run) is None:
-                # Its end was dealt with before it had the run, so nobody else will close it.
-                await self._close_without_engine(run, NO_ENDING)
+                # Its end was dealt with before it had the run, so nobody else will.
+                await self._try_again(run, NO_ENDING)
                 return
         if run.stop_mode is not None:
             await self._pass_stop(engine, run)
@@ -170,13 +173,23 @@ class Launcher:
     async def _settle(self, run: Run, ending: ExitRecord) -> None:
         await run.refresh()
         if not run.is_over:
-            # The engine ended before its shim had heard of the run.
-            await self._close_without_engine(run, ending)
+            await self._try_again(run, ending)
             return
         await self._memory.learn(run)
         self._left(run)
 
+    async def _try_again(self, run: Run, ending: ExitRecord) -> None:
+        """The engine ended before it had begun the run: another one gets it, once; that costs the job no retry."""
+        began = run.summary.last_run_sequence > 0 or ending.run_directory is not None
+        if began or run.stop_mode is not None or run.key.id in self._second_tries:
+            await self._close_without_engine(run, ending)
+            return
+        _log.warning("run-met-dying-engine", status=ending.status, signal=ending.signal)
+        self._second_tries.add(run.key.id)
+        self.begin(run, [])
+
     def _left(self, run: Run) -> None:
+        self._second_tries.discard(run.key.id)
         self._ledger.release(run.key.id)
         self._changed.fire()
 

@@ -24,7 +24,7 @@ import structlog
 from gpu_service.devices import Device
 from gpu_service.domain.errors import Fault, Refusal
 from gpu_service.domain.memory import MemoryLedger
-from gpu_service.runs.engine_pool import ENGINE_ENVIRONMENT
+from gpu_service.runs.engine_directories import ENGINE_ENVIRONMENT
 from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.planning import PlannedRun, Planning
 from gpu_service.runs.room import full_disk_is_a_refusal

@@ -45,10 +45,14 @@ def spawn(directory: Path) -> subprocess.Popen[bytes]:
         )
 
 
-async def bury(directory: Path) -> None:
-    """Have what is left of a dead shim's engine ended and its run closed. Raises OSError, ShimGone when that failed."""
+async def bury(directory: Path, stop_mode: str | None = None) -> None:
+    """Have what is left of a dead shim's engine ended and its run closed, which was asked to stop in this mode.
+
+    Raises OSError, ShimGone when that failed.
+    """
+    asked = ("--stop-mode", stop_mode) if stop_mode else ()
     process = await asyncio.create_subprocess_exec(
-        *_SHIM_COMMAND, "--bury", str(directory), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+        *_SHIM_COMMAND, "--bury", *asked, str(directory), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     _, errors = await process.communicate()
     # 3: the shim lives after all, so there is nothing to bury.
@@ -61,19 +65,25 @@ async def is_alive(directory: Path) -> bool:
     return await asyncio.to_thread(is_held, directory / "shim.lock")
 
 
-def kill_shim(directory: Path) -> None:
-    """SIGKILL to the shim that the directory names, if it is still that process. Blocks. Raises OSError, ValueError."""
+def kill_shim(directory: Path) -> bool:
+    """SIGKILL to the shim that the directory names, if it is still that process; whether it was.
+
+    One that waits for a disk is left alone: it answers behind that, and would not die before. Blocks. Raises OSError,
+    ValueError.
+    """
     record = ShimRecord.read(directory)
     if record is None:
-        return
+        return False
     try:
         descriptor = os.pidfd_open(record.shim_pid)
     except ProcessLookupError:
-        return
+        return False
     try:
         process = facts(record.shim_pid)
-        if process is not None and process.start_time == record.shim_start_time:
+        is_it = process is not None and process.start_time == record.shim_start_time and process.state != "D"
+        if is_it:
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        return is_it
     finally:
         os.close(descriptor)
 

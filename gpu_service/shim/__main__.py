@@ -20,12 +20,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m gpu_service.shim", description=__doc__)
     parser.add_argument("directory", type=Path, help="engine directory, with engine.json")
     parser.add_argument("--bury", action="store_true", help="end what is left of an engine whose shim is gone")
+    parser.add_argument("--stop-mode", choices=("cancel", "checkpoint"), help="with --bury: what its run was asked for")
     options = parser.parse_args(arguments)
     directory: Path = options.directory.absolute()
     try:
         with hold(directory / "shim.lock"):
             if options.bury:
-                bury(directory)
+                bury(directory, stop_mode=options.stop_mode)
                 return 0
             return Shim(directory=directory, configuration=EngineConfiguration.read(directory)).run()
     except AlreadyHeld as error:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from gpu_service.journal.failpoints import failpoint
-from gpu_service.shim import process_tree
+from gpu_service.shim import device_memory, process_tree
 from gpu_service.shim.closing import close_run
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
 from gpu_service.shim.records import ExitRecord, ShimRecord
@@ -21,8 +21,11 @@ ENGINE_MARK = "TUNESMITH_ENGINE_DIRECTORY"
 _LOOK_AGAIN_SECONDS = 0.05
 
 
-def bury(directory: Path) -> None:
-    """Kill every process of the engine, write `exit.json`, close the run's journal. Raises OSError, ValueError."""
+def bury(directory: Path, *, stop_mode: str | None = None) -> None:
+    """Kill every process of the engine, write `exit.json`, close the run's journal. Raises OSError, ValueError.
+
+    `stop_mode` is that of a stop that the shim may not have heard of.
+    """
     started = time.monotonic()
     mark = str(directory)
     freed_bytes = 0
@@ -38,7 +41,8 @@ def bury(directory: Path) -> None:
             signal=None,
             phase="",
             run_directory=shim.run_directory if shim else None,
-            stop_mode=shim.stop_mode if shim else None,
+            stop_mode=(shim.stop_mode if shim else None) or stop_mode,
+            held_bytes=_held_bytes(directory),
             freed_bytes=freed_bytes,
             seconds=time.monotonic() - started,
         )
@@ -58,8 +62,20 @@ def bury(directory: Path) -> None:
 
 
 def _trained_in_host_memory(directory: Path) -> bool:
+    configuration = _read(directory)
+    return configuration is not None and configuration.trains_in_host_memory
+
+
+def _held_bytes(directory: Path) -> int:
+    configuration = _read(directory)
+    if configuration is None:
+        return 0
+    return device_memory.held_bytes(configuration)
+
+
+def _read(directory: Path) -> EngineConfiguration | None:
     try:
-        return EngineConfiguration.read(directory).trains_in_host_memory
+        return EngineConfiguration.read(directory)
     except EngineDirectoryInvalid:
         # It is buried all the same; what its end gave back is not known.
-        return False
+        return None

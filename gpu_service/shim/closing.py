@@ -6,12 +6,20 @@ Refuses to touch a journal that says already how its run ended: what was recorde
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from pathlib import Path
 
-from gpu_service.journal import Writer, events, summarize
+from gpu_service.journal import JournalFull, Writer, events, summarize
 from gpu_service.shim import durable_json
 from gpu_service.shim.records import ExitRecord
 from tunesmith.common.v1 import errors_pb2, event_pb2
+
+# Code of the warning in a job's log.
+DEVICE_QUARANTINED = "device-quarantined"
+_MAX_LINES = 150
+_CURRENT_THREAD = "Current thread"
+# Of the stacks in a failure; more of them is in the job's log.
+_MAX_DETAIL_CHARACTERS = 2000
 
 
 def close_run(run_directory: Path, ending: ExitRecord) -> int | None:
@@ -29,6 +37,7 @@ def close_run(run_directory: Path, ending: ExitRecord) -> int | None:
         phase = event_pb2.Phase.Name(summary.phase).removeprefix("PHASE_") if summary.phase else ""
         # A run that no engine ever began has nothing that a checkpoint would have kept.
         nothing_lost = bool(summary.checkpoints) or summary.last_run_sequence == 0
+        _tell(writer, ending)
         state, failure = _outcome(ending, phase=phase, nothing_lost=nothing_lost)
         if ending.stop_mode is not None:
             writer.append(
@@ -41,6 +50,37 @@ def close_run(run_directory: Path, ending: ExitRecord) -> int | None:
         return writer.append(
             events.wrap(event_pb2.RunStateEvent(previous_state=summary.state, state=state, failure=failure))
         )
+
+
+def _tell(writer: Writer, ending: ExitRecord) -> None:
+    """What people want to know of the end beyond its reason. A full disk keeps room for the closing events only."""
+    with suppress(JournalFull):
+        if ending.stacks:
+            what = "hung" if ending.idle_seconds else "crashed"
+            lines = [f"the engine {what}; what its processes were doing:", *ending.stacks.splitlines()]
+            for line in filter(str.strip, lines[:_MAX_LINES]):
+                text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in line)
+                writer.append(events.wrap(event_pb2.LogEvent(level="error", message=text)))
+        if ending.held_bytes:
+            writer.append(
+                events.wrap(
+                    event_pb2.WarningEvent(
+                        code=DEVICE_QUARANTINED,
+                        message=f"{describe_held(ending.held_bytes)}; the device takes no run until it is",
+                    )
+                )
+            )
+
+
+def _most_telling(stacks: str) -> str:
+    """The thread that took the signal, as a rule the one that trains, and what follows; else from the beginning."""
+    start = max(0, stacks.find(_CURRENT_THREAD))
+    return stacks[start : start + _MAX_DETAIL_CHARACTERS]
+
+
+def describe_held(held_bytes: int) -> str:
+    """Why a device is not to be used."""
+    return f"{held_bytes / 1024**2:.0f} MiB of the device's memory are not free although its engine is gone"
 
 
 def _outcome(
@@ -61,6 +101,20 @@ def _failure(ending: ExitRecord, phase: str) -> errors_pb2.Failure:
         return events.failure(
             reason="DISK_FULL", fault="PLATFORM", message="the disk had no room for an engine's files", stage=phase
         )
+    if ending.idle_seconds:
+        return events.failure(
+            reason="HANG",
+            fault="PLATFORM",
+            message=f"no progress for {ending.idle_seconds:.0f} s; the limit is {ending.hang_limit_seconds:.0f} s, "
+            "the engine was killed",
+            stage=phase,
+            details={
+                "idle_seconds": f"{ending.idle_seconds:.1f}",
+                "limit_seconds": f"{ending.hang_limit_seconds:.1f}",
+                "stacks": _most_telling(ending.stacks),
+            },
+            signal=ending.signal,
+        )
     if ending.out_of_memory:
         return events.failure(
             reason="HOST_OUT_OF_MEMORY",
@@ -75,6 +129,7 @@ def _failure(ending: ExitRecord, phase: str) -> errors_pb2.Failure:
             fault="PLATFORM",
             message=f"the engine process was killed by signal {ending.signal} ({signal.strsignal(ending.signal)})",
             stage=phase,
+            details={"stacks": _most_telling(ending.stacks)} if ending.stacks else None,
             signal=ending.signal,
         )
     if ending.status is not None:

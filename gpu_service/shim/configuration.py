@@ -10,6 +10,8 @@ from typing import Any
 from gpu_service.shim import durable_json
 
 FILE_NAME = "engine.json"
+# Of an engine that was started before there was a limit.
+_HANG_LIMIT_SECONDS = 1800.0
 
 
 class EngineDirectoryInvalid(Exception):
@@ -30,6 +32,12 @@ class EngineConfiguration:
     orphan_limit_seconds: float
     # Grace for stops that name none.
     grace_seconds: float
+    # Without progress of what it has in hand for this long, the engine is killed.
+    hang_limit_seconds: float
+    # A program that prints how many bytes of the device are held by nobody known; empty where memory is the processes'
+    # own. And what it printed before the engine was started.
+    device_memory_command: tuple[str, ...] = ()
+    device_memory_bytes: int = 0
 
     @property
     def trains_in_host_memory(self) -> bool:
@@ -54,6 +62,9 @@ class EngineConfiguration:
                 device=dict(content["device"]),
                 orphan_limit_seconds=float(content["limits"]["orphan_limit_seconds"]),
                 grace_seconds=float(content["limits"]["grace_seconds"]),
+                hang_limit_seconds=float(content["limits"].get("hang_limit_seconds", _HANG_LIMIT_SECONDS)),
+                device_memory_command=tuple(str(part) for part in content.get("device_memory", {}).get("command", ())),
+                device_memory_bytes=int(content.get("device_memory", {}).get("bytes", 0)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EngineDirectoryInvalid(f"{directory / FILE_NAME} lacks or breaks a field: {error!r}") from error
@@ -66,6 +77,11 @@ class EngineConfiguration:
                 "argv": list(self.argv),
                 "environment": dict(self.environment),
                 "device": dict(self.device),
-                "limits": {"orphan_limit_seconds": self.orphan_limit_seconds, "grace_seconds": self.grace_seconds},
+                "limits": {
+                    "orphan_limit_seconds": self.orphan_limit_seconds,
+                    "grace_seconds": self.grace_seconds,
+                    "hang_limit_seconds": self.hang_limit_seconds,
+                },
+                "device_memory": {"command": list(self.device_memory_command), "bytes": self.device_memory_bytes},
             },
         )

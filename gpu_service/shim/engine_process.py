@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import selectors
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gpu_service.shim import process_tree
 from gpu_service.shim.bury import ENGINE_MARK
 from gpu_service.shim.configuration import EngineConfiguration
-from gpu_service.shim.protocol import Channel
+from gpu_service.shim.protocol import Channel, Message
 
 
 class EngineProcess:
@@ -32,6 +35,25 @@ class EngineProcess:
         process = process_tree.facts(self.pid)
         # Our own child that was not reaped: it has an entry even when it has ended.
         self.start_time = process.start_time if process else 0
+
+    def listen(self, selector: selectors.BaseSelector, on_ready: Callable[[int], Any]) -> None:
+        """From now on `on_ready(mask)` is called when it can be read from, or takes what is unsent."""
+        self._selector = selector
+        selector.register(self.channel.connection, selectors.EVENT_READ, on_ready)
+
+    def send(self, message: Message) -> None:
+        """Send what it takes now, the rest as it reads. Raises OSError, ProtocolBroken."""
+        try:
+            self.channel.send(message)
+        finally:
+            self.watch_writes()
+
+    def watch_writes(self) -> None:
+        """Be called for writing too while there is something unsent."""
+        key = self._selector.get_map().get(self.channel.connection.fileno())
+        if key is not None:
+            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.channel.has_unsent else 0)
+            self._selector.modify(self.channel.connection, wanted, key.data)
 
     @property
     def pid(self) -> int:

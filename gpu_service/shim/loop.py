@@ -1,4 +1,5 @@
-"""The shim's one thread: passes messages between servers and engine, times stops and orphanhood, and ends the engine.
+"""The shim's one thread: passes messages between servers and engine, times stops, hangs and orphanhood, and ends the
+engine.
 
 Refuses to leave before every descendant is reaped, the exit record is on the disk and the run's journal says how it
 ended.
@@ -6,31 +7,33 @@ ended.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import selectors
 import signal
-import socket
-import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from gpu_service.journal import summarize
 from gpu_service.journal.failpoints import failpoint
-from gpu_service.shim import process_tree
+from gpu_service.shim import device_memory, process_tree, stacks
 from gpu_service.shim.closing import close_run
 from gpu_service.shim.configuration import EngineConfiguration
 from gpu_service.shim.engine_process import EngineProcess
+from gpu_service.shim.hang_clock import Hang, HangClock
+from gpu_service.shim.log import write_line
 from gpu_service.shim.oom_counter import oom_kills
 from gpu_service.shim.protocol import Channel, Message, ProtocolBroken
 from gpu_service.shim.records import ExitRecord, ShimRecord
 from gpu_service.shim.server_connections import ServerConnections
+from gpu_service.shim.signals import Signals
 from gpu_service.shim.stop import Stop
 
 _ENDING_TICK_SECONDS = 0.02
 _IDLE_TICK_SECONDS = 60.0
+# A process that was killed is gone by then, or by its grace, unless the kernel keeps it.
+_MAX_DYING_SECONDS = 10.0
+_LOG = Path("engine.log")
 
 
 class Shim:
@@ -45,10 +48,18 @@ class Shim:
         self._resident: dict[str, Any] = {}
         self._phase = ""
         self._stop: Stop | None = None
+        self._clock = HangClock(limit_seconds=configuration.hang_limit_seconds)
+        self._hang: Hang | None = None
+        self._killed = False
+        # Since when it is gone, or was killed and should be.
+        self._dying_since: float | None = None
+        # What the run in hand left behind is being ended for the engine, which waits for it.
+        self._clearing = False
+        # The engine was ready before it got the run in hand.
+        self._was_ready = False
         self._shutting_down = False
         # Generations that the engine has, or that it ends over.
         self._generations: set[str] = set()
-        self._termination_requested = False
         # Wait status of the engine once it was reaped.
         self._ended: tuple[int | None, int | None] | None = None
 
@@ -57,41 +68,26 @@ class Shim:
         working_directory = Path.cwd()
         os.chdir(self._directory)
         process_tree.become_subreaper()
-        self._catch_signals()
+        self._signals = Signals(self._selector)
         self._servers = ServerConnections(self._selector, self._from_server)
         self._oom_kills_at_start = oom_kills()
         self._engine = EngineProcess(
             self._configuration, directory=self._directory, working_directory=working_directory
         )
-        self._selector.register(self._engine.channel.connection, selectors.EVENT_READ, self._engine_ready)
+        self._engine.listen(self._selector, self._engine_ready)
         failpoint("shim.before-record")
         self._write_record()
         self._log("started", engine_pid=self._engine.pid)
         while not self._all_ended():
-            for key, mask in self._selector.select(self._seconds_to_next_deadline()):
+            ready = self._selector.select(self._seconds_to_next_deadline())
+            self._clock.wake_up(time.monotonic())
+            for key, mask in ready:
                 key.data(mask)
             self._check_deadlines()
         self._finish()
         return 0
 
-    # Signals and reaping.
-
-    def _catch_signals(self) -> None:
-        reading, writing = socket.socketpair()
-        reading.setblocking(False)
-        writing.setblocking(False)
-        self._signal_sockets = (reading, writing)
-        signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-        # A handler of our own is needed for the wake-up; reaping is done on every turn of the loop.
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note_termination)
-        self._selector.register(reading, selectors.EVENT_READ, lambda mask: reading.recv(4096))
-
-    def _note_termination(self, _number: int, _frame: FrameType | None) -> None:
-        # A handler may run in the middle of anything; the loop does the work on its next turn.
-        self._termination_requested = True
+    # Reaping.
 
     def _all_ended(self) -> bool:
         ended, any_left = process_tree.reap()
@@ -99,6 +95,7 @@ class Shim:
             if pid == self._engine.pid:
                 self._ended = self._engine.has_ended(status)
                 self._state = "exited"
+                self._dying_since = self._dying_since or time.monotonic()
                 self._read_last_words()
         if self._ended is None:
             return False
@@ -118,24 +115,35 @@ class Shim:
         if self._ended is not None:
             return _ENDING_TICK_SECONDS
         now = time.monotonic()
-        deadlines = [now + _IDLE_TICK_SECONDS]
-        if self._stop is not None and not self._stop.killed:
-            deadlines.append(self._stop.deadline)
+        deadlines = [now + (_ENDING_TICK_SECONDS if self._clearing else _IDLE_TICK_SECONDS)]
+        if self._stop is not None:
+            if not self._stop.killed:
+                deadlines.append(self._stop.deadline)
+        elif self._hang is None and self._clock.deadline is not None:
+            deadlines.append(self._clock.deadline)
         if not self._servers.connected and not self._shutting_down:
             deadlines.append(self._servers.last_connected + self._configuration.orphan_limit_seconds)
-        return max(0.0, min(deadlines) - now)
+        due = max(now, min(deadlines))
+        self._clock.sleep_until(due)
+        return due - now
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
+        hangs = self._clock.is_over(now)
         if self._ended is not None:
             return
-        if self._termination_requested and not self._shutting_down:
+        if self._clearing:
+            self._clear()
+        if self._signals.termination_requested and not self._shutting_down:
             self._shut_down(self._configuration.grace_seconds)
         if self._stop is not None and now >= self._stop.deadline and not self._stop.killed:
             self._log("grace-over", mode=self._stop.mode)
             self._stop.measure(self._tree_bytes())
             self._stop.killed = True
-            os.kill(self._engine.pid, signal.SIGKILL)
+            self._kill_engine()
+        elif hangs and self._stop is None and self._hang is None:
+            # A stop has a grace of its own, which ends an engine that hangs.
+            self._end_hanging(now)
         orphaned_since = self._servers.last_connected
         if (
             not self._servers.connected
@@ -144,6 +152,27 @@ class Shim:
         ):
             self._log("orphaned")
             self._shut_down(self._configuration.grace_seconds)
+
+    def _end_hanging(self, now: float) -> None:
+        members = process_tree.tree(os.getpid())[1:]
+        self._hang = Hang(
+            idle_seconds=self._clock.idle_seconds(now),
+            limit_seconds=self._clock.limit_seconds,
+            stacks=stacks.capture(engine_pid=self._engine.pid, members=members, log=_LOG),
+        )
+        self._log("hang", idle_seconds=self._hang.idle_seconds, limit_seconds=self._hang.limit_seconds)
+        self._kill_engine()
+
+    def _kill_engine(self) -> None:
+        self._killed = True
+        self._dying_since = self._dying_since or time.monotonic()
+        os.kill(self._engine.pid, signal.SIGKILL)
+
+    def _clear(self) -> None:
+        """End what the run in hand left of processes; the engine is told when none is left."""
+        if process_tree.kill_descendants_but(self._engine.pid) == 0:
+            self._clearing = False
+            self._to_engine({"type": "run_cleared", "run_directory": self._run_directory})
 
     # Messages.
 
@@ -172,7 +201,16 @@ class Shim:
             "state": self._state,
             "run_directory": self._run_directory,
             "resident": self._resident,
+            "generations": sorted(self._generations),
+            "stuck": self._stuck(),
         }
+
+    def _stuck(self) -> str:
+        """What is there although it was killed; empty when nothing is, or was not killed long ago."""
+        patience_seconds = min(_MAX_DYING_SECONDS, self._configuration.grace_seconds)
+        if self._dying_since is None or time.monotonic() - self._dying_since < patience_seconds:
+            return ""
+        return stacks.describe_stuck(process_tree.tree(os.getpid())[1:])
 
     def _start_run(self, message: Message) -> None:
         run_directory = str(message["run_directory"])
@@ -181,7 +219,9 @@ class Shim:
             self._log("start-ignored", run_directory=run_directory)
             return
         self._run_directory, self._phase, self._stop = run_directory, "", None
+        self._was_ready = self._state == "idle"
         self._state = "busy"
+        self._clock.begin(time.monotonic())
         # On the disk first: whoever buries this engine must know the run.
         self._write_record()
         failpoint("shim.before-forward")
@@ -195,6 +235,8 @@ class Shim:
                 {"type": "generated", "generation": message["generation"], "done": True, "failure": refusal}
             )
             return
+        if not self._generations:
+            self._clock.begin(time.monotonic())
         self._generations.add(str(message["generation"]))
         self._to_engine(message)
 
@@ -224,18 +266,10 @@ class Shim:
 
     def _to_engine(self, message: Message) -> None:
         try:
-            self._engine.channel.send(message)
+            self._engine.send(message)
         except (OSError, ProtocolBroken) as error:
             # It is about to be reaped, or the stop's deadline ends it.
             self._log("engine-does-not-read", error=str(error))
-        self._watch_engine_writes()
-
-    def _watch_engine_writes(self) -> None:
-        connection = self._engine.channel.connection
-        key = self._selector.get_map().get(connection.fileno())
-        if key is not None:
-            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._engine.channel.has_unsent else 0)
-            self._selector.modify(connection, wanted, key.data)
 
     def _engine_ready(self, mask: int) -> bool:
         """Handle what the engine sent; False when there is nothing more."""
@@ -249,7 +283,7 @@ class Shim:
         except ProtocolBroken as error:
             # An engine that does not keep to the protocol cannot be stopped in order either.
             self._log("engine-broke-protocol", error=str(error))
-            os.kill(self._engine.pid, signal.SIGKILL)
+            self._kill_engine()
             messages = None
         if messages is None:
             self._selector.unregister(channel.connection)
@@ -257,21 +291,31 @@ class Shim:
         for message in messages:
             self._from_engine(message)
         if self._ended is None:
-            self._watch_engine_writes()
+            self._engine.watch_writes()
         return bool(messages)
 
     def _from_engine(self, message: Message) -> None:
         kind = message["type"]
+        now = time.monotonic()
+        self._clock.note_progress(now)
+        if kind == "alive":
+            return
+        if kind == "clear_run":
+            self._clearing = True
+            self._clear()
+            return
         if kind == "ready":
             self._state = "busy" if self._run_directory is not None else "idle"
         elif kind == "phase":
             self._phase = str(message["phase"])
+            self._clock.begin(now)
         elif kind == "generated":
             self._note_generated(message)
         elif kind == "run_finished":
             self._resident = dict(message.get("resident") or {})
             self._run_directory, self._phase = None, ""
             self._state = "idle"
+            self._stand_still()
             if not self._shutting_down:
                 self._stop = None
             self._write_record()
@@ -282,6 +326,11 @@ class Shim:
             self._resident = dict(message["resident"] or {})
         if message.get("done") and not message.get("ends_engine"):
             self._generations.discard(str(message["generation"]))
+            self._stand_still()
+
+    def _stand_still(self) -> None:
+        if self._run_directory is None and not self._generations:
+            self._clock.end()
 
     # The end.
 
@@ -292,17 +341,22 @@ class Shim:
         stop = self._stop if self._run_directory is not None else None
         # A generation that took the engine with it must not cost the run behind it an attempt: that never began.
         stop_mode = stop.mode if stop else "checkpoint" if self._run_directory and self._generations else None
+        hang = self._hang
         ending = ExitRecord(
             status=status,
             signal=signal_number,
             phase=self._phase,
-            run_directory=self._run_directory,
+            run_directory=None if self._never_began(stop_mode) else self._run_directory,
             stop_mode=stop_mode,
             out_of_memory=signal_number == signal.SIGKILL
-            and not (self._stop is not None and self._stop.killed)
+            and not self._killed
             and oom_kills() > self._oom_kills_at_start,
             freed_bytes=stop.freed_bytes(self._tree_bytes()) if stop else 0,
             seconds=stop.seconds() if stop else 0.0,
+            idle_seconds=hang.idle_seconds if hang else 0.0,
+            hang_limit_seconds=hang.limit_seconds if hang else 0.0,
+            stacks=hang.stacks if hang else stacks.of_crash(signal_number, _LOG),
+            held_bytes=device_memory.held_bytes(self._configuration),
         )
         failpoint("shim.before-exit-record")
         try:
@@ -311,9 +365,9 @@ class Shim:
             # A full disk: the run's journal has room of its own, and is what counts. The server buries what is left.
             self._log("no-exit-record", error=str(error))
         failpoint("shim.after-exit-record")
-        self._log("ended", status=status, signal=signal_number)
-        if self._run_directory is not None:
-            sequence = close_run(Path(self._run_directory), ending)
+        self._log("ended", status=status, signal=signal_number, held_bytes=ending.held_bytes)
+        if ending.run_directory is not None:
+            sequence = close_run(Path(ending.run_directory), ending)
             failpoint("shim.after-close")
             if sequence is not None:
                 self._servers.send_all(
@@ -321,6 +375,12 @@ class Shim:
                 )
         self._servers.send_all({"type": "engine_exited", "status": status, "signal": signal_number})
         self._servers.close()
+
+    def _never_began(self, stop_mode: str | None) -> bool:
+        """Whether a run met an idle engine on its way out: the server takes it to another, and it is not over."""
+        if self._run_directory is None or stop_mode is not None or self._hang is not None or not self._was_ready:
+            return False
+        return summarize(Path(self._run_directory) / "journal").last_run_sequence == 0
 
     def _tree_bytes(self) -> int:
         """Memory that the engine and its descendants hold, where it can be told; else 0."""
@@ -340,11 +400,4 @@ class Shim:
         ).write(self._directory)
 
     def _log(self, event: str, **fields: Any) -> None:
-        ids: dict[str, Any] = {"shim_pid": os.getpid()}
-        if self._run_directory is not None:
-            # runs/<job id>/<attempt>
-            ids |= {"job_id": Path(self._run_directory).parent.name, "run_directory": self._run_directory}
-        # The log lies on the same disk as everything else; an engine's parent does not end over a line of it.
-        with contextlib.suppress(OSError):
-            sys.stderr.write(json.dumps({"event": f"shim-{event}", **ids, **fields}) + "\n")
-            sys.stderr.flush()
+        write_line(event, self._run_directory, **fields)

@@ -23,6 +23,8 @@ _PROC = Path("/proc")
 class ProcessFacts:
     """One line of /proc/<pid>/stat, as far as it is needed."""
 
+    # `R`, `S`, `T`, `D`, `Z` and what else the kernel has.
+    state: str
     parent_pid: int
     session: int
     # Clock ticks since boot; with the process id it names a process once and for all.
@@ -45,7 +47,7 @@ def facts(pid: int) -> ProcessFacts | None:
         return None
     # The command stands in parentheses and may hold anything, parentheses too.
     fields = content[content.rindex(")") + 2 :].split()
-    return ProcessFacts(parent_pid=int(fields[1]), session=int(fields[3]), start_time=int(fields[19]))
+    return ProcessFacts(state=fields[0], parent_pid=int(fields[1]), session=int(fields[3]), start_time=int(fields[19]))
 
 
 def pids() -> list[int]:
@@ -88,6 +90,33 @@ def kill_children() -> None:
     for pid in children(os.getpid()):
         # Reaped only by this thread, so the id is still the child's.
         os.kill(pid, signal.SIGKILL)
+
+
+def kill_descendants_but(spared_pid: int) -> int:
+    """SIGKILL to every descendant of this process but that child; gives how many were there and alive.
+
+    A dead one that only waits for its parent to be reaped holds nothing, and does not count.
+    """
+    count = 0
+    for pid in tree(os.getpid())[1:]:
+        seen = facts(pid)
+        if pid == spared_pid or seen is None or seen.state == "Z":
+            continue
+        count += 1
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            # Looked at again: the descriptor is bound to whoever has the id now.
+            again = facts(pid)
+            if again is not None and again.start_time == seen.start_time:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        finally:
+            os.close(descriptor)
+    return count
 
 
 def reap() -> tuple[list[tuple[int, int]], bool]:

@@ -51,6 +51,13 @@ class ExitRecord:
     seconds: float = 0.0
     # No engine came up because the disk had no room for its files.
     disk_full: bool = False
+    # How long it had made no progress when it was killed for that, and the limit; 0 for any other end.
+    idle_seconds: float = 0.0
+    hang_limit_seconds: float = 0.0
+    # What its processes were doing when they hung or crashed.
+    stacks: str = ""
+    # Memory of the device that did not come back; 0 when it did, or cannot be asked.
+    held_bytes: int = 0
     # What whoever wrote this knows beyond status and signal, for people.
     note: str = ""
 

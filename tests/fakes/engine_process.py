@@ -21,12 +21,14 @@ Notice = dict[str, Any]
 
 
 class EngineProcess:
-    """`python -m gpu_service.engine`, with every notice that it sent."""
+    """`python -m gpu_service.engine`, with every notice that it sent. Nothing is ever left of its runs."""
 
     def __init__(self, log_path: Path) -> None:
+        self.log_path = log_path
         self.notices: list[Notice] = []
         self._arrived = threading.Condition()
-        self._closed = False
+        self._sending = threading.Lock()
+        self._closed = self._shut = False
         ours, theirs = socket.socketpair()
         self._socket = ours
         with theirs, log_path.open("ab") as log:
@@ -57,11 +59,13 @@ class EngineProcess:
 
     def send(self, **command: Any) -> None:
         """Send one command."""
-        self._socket.sendall(json.dumps(command).encode() + b"\n")
+        with self._sending:
+            self._socket.sendall(json.dumps(command).encode() + b"\n")
 
     def close(self) -> None:
         """Close the pipe, as the death of a shim does."""
         if not self._closed:
+            self._shut = True
             self._socket.shutdown(socket.SHUT_WR)
 
     def wait_for(self, matches: Callable[[Notice], bool]) -> Notice:
@@ -120,8 +124,13 @@ class EngineProcess:
         while received := self._receive():
             pending += received
             *lines, pending = pending.split(b"\n")
+            notices = [json.loads(line) for line in lines]
+            for notice in notices:
+                # Where the pipe was closed on purpose, nothing is answered.
+                if notice["type"] == "clear_run" and not self._shut:
+                    self.send(type="run_cleared", run_directory=notice["run_directory"])
             with self._arrived:
-                self.notices.extend(json.loads(line) for line in lines)
+                self.notices.extend(notice for notice in notices if notice["type"] != "clear_run")
                 self._arrived.notify_all()
         with self._arrived:
             self._closed = True

@@ -50,8 +50,9 @@ def write_engine(
     orphan_limit_seconds: float = 600,
     argv: tuple[str, ...] = STUB_COMMAND,
     device_type: str = "cpu",
+    **limits: Any,
 ) -> Path:
-    """An engine directory for the stub engine."""
+    """An engine directory for the stub engine; `limits` are further fields of its configuration."""
     directory = root / "engines" / "e1"
     directory.mkdir(parents=True)
     EngineConfiguration(
@@ -60,6 +61,7 @@ def write_engine(
         device={"type": device_type, "index": -1 if device_type == "cpu" else 0},
         orphan_limit_seconds=orphan_limit_seconds,
         grace_seconds=30,
+        **{"hang_limit_seconds": 600, **limits},
     ).write(directory)
     return directory
 

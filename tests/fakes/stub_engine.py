@@ -6,10 +6,14 @@ the JSON object in the run's first sample prompt. Keys, all optional:
 
 step_seconds, phase_seconds   time that a step, and each phase before training, takes (0.01, 0)
 hold_at, until_file           wait at a phase name or a step number until the file exists; stops are still obeyed
+hang                          `{"at": a phase name or a step number, "way": one of `tests.fakes.hanging`}`
 ignore_stop                   hear no stop_run and no shutdown; ignore SIGTERM
 freeze_at                     SIGSTOP itself on reaching a phase name or a step number
 spawn_setsid_child            start a long-lived process in a session of its own, double-forked
+spawn_pool                    start so many processes that ignore SIGTERM, as a pool of workers, with the engine's files
+leak_bytes                    memory that a cancelled run does not give back
 fail_at_step                  end the run FAILED with TRAINING at this step
+signal_at_step, signal        die of this signal at this step
 exit_at_step, exit_code       leave without a word at this step, with this status
 ballast_bytes                 memory to hold while a run goes on
 keep_checkpoints              delete all but so many (0: keep all)
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import faulthandler
 import hashlib
 import json
 import os
@@ -37,6 +42,7 @@ from gpu_service.engine import durable
 from gpu_service.journal import JournalFull, Writer, events
 from gpu_service.journal.failpoints import failpoint
 from tests.fakes import stub_generation
+from tests.fakes.hanging import hang_up
 from tunesmith.common.v1 import event_pb2, file_pb2, plan_pb2
 
 
@@ -133,6 +139,15 @@ class StubEngine:
     def notice(self, message: dict[str, Any]) -> None:
         self._control.send(message)
 
+    def clear(self, directory: Path) -> None:
+        """Have the shim end what the run left; what else it says meanwhile is kept for later."""
+        self._control.send({"type": "clear_run", "run_directory": str(directory)})
+        while not self._control.shim_gone:
+            received = self._control.receive(1)
+            self._waiting += [message for message in received if message["type"] != "run_cleared"]
+            if any(message["type"] == "run_cleared" for message in received):
+                return
+
     def obey(self, timeout_seconds: float) -> None:
         """Wait this long for orders; raises Stopped."""
         for message in self._control.receive(timeout_seconds):
@@ -205,10 +220,14 @@ class StubRun:
         if self._script.get("spawn_setsid_child"):
             # The intermediate process ends at once: the sleeper is an orphan in a session of its own.
             subprocess.run(["sh", "-c", "setsid sleep 600 & echo started"], check=True, stdout=subprocess.DEVNULL)
+        for _ in range(int(self._script.get("spawn_pool", 0))):
+            subprocess.Popen(["sh", "-c", "trap '' TERM INT HUP; echo; sleep 600"], stdout=subprocess.PIPE)
         self._phase("TRAINING")
 
     def _train_one_step(self) -> None:
         self._step += 1
+        if self._script.get("signal_at_step") == self._step:
+            os.kill(os.getpid(), int(self._script["signal"]))
         if self._script.get("exit_at_step") == self._step:
             os._exit(int(self._script.get("exit_code", 7)))
         if self._script.get("fail_at_step") == self._step:
@@ -230,6 +249,10 @@ class StubRun:
         return self._end(event_pb2.RUN_STATE_INTERRUPTED)
 
     def _end(self, state: event_pb2.RunState.ValueType, failure: Any = None) -> str:
+        self._engine.clear(self._directory)
+        if state == event_pb2.RUN_STATE_CANCELLED and self._script.get("leak_bytes"):
+            # As the real engine: only the end of the process gives it back, and the shim tells of it.
+            os._exit(71)
         if state == event_pb2.RUN_STATE_SUCCEEDED:
             self._append(event_pb2.RealizedEvent(num_steps=self._step, data_digest="d" * 64))
             for artifact in json.loads((self._directory / "artifacts/manifest.json").read_text())["artifacts"]:
@@ -306,6 +329,9 @@ class StubRun:
     def _reach(self, place: str | int) -> None:
         if self._script.get("freeze_at") == place:
             os.kill(os.getpid(), signal.SIGSTOP)
+        hang = self._script.get("hang", {})
+        if hang.get("at") == place:
+            hang_up(hang["way"], self._directory)
         if self._script.get("hold_at") == place:
             while not Path(self._script["until_file"]).exists():
                 self._engine.obey(0.02)
@@ -345,6 +371,8 @@ def reference_of(path: str, content: bytes) -> dict[str, Any]:
 
 
 def main() -> int:
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     parser = argparse.ArgumentParser()
     parser.add_argument("--control-fd", type=int, required=True)
     return StubEngine(Control(parser.parse_args().control_fd)).serve()

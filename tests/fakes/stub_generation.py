@@ -6,6 +6,7 @@ words               what is said; each is one token
 endless             go on saying "word " until stopped
 until_file          wait before each word after the first until the file exists; stops are still obeyed
 fail_after          end with a typed failure, and the engine with it, after so many words; 0: before any stop is heard
+hang_after, way     stop making progress after so many words, in a way of `tests.fakes.hanging`
 exit_after          leave without a word after so many words; 0 as above
 """
 
@@ -18,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tests.fakes.hanging import hang_up
 
 _WORD_SECONDS = 0.002
 _FAILURE = {"reason": "GENERATION", "fault": "PLATFORM", "message": "scripted failure"}
@@ -54,6 +57,8 @@ def answer(
             return False
         if script.get("exit_after") == number:
             os._exit(7)
+        if script.get("hang_after") == number:
+            hang_up(script["way"], Path(message["request"]).parent)
     statistics: dict[str, Any] = {"num_prompt_tokens": 3, "num_tokens": number, "warm": True}
     statistics |= {"first_token_seconds": 0.001, "seconds": time.monotonic() - start}
     say(done=True, text="", num_tokens=0, finish_reason="STOP", statistics=statistics, resident=resident)

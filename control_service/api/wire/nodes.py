@@ -26,6 +26,7 @@ def node_message(status: NodeStatus) -> node_service_pb2.Node:
                 name=device.name,
                 total_memory_bytes=device.total_memory_bytes,
                 free_memory_bytes=device.free_memory_bytes,
+                quarantine_reason=device.quarantine_reason,
             )
             for device in (heard.devices if heard is not None else ())
         ],

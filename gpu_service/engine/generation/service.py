@@ -31,7 +31,7 @@ from gpu_service.engine.loading import BASE_STAGES, Loaded, LoadRequest, load
 from gpu_service.engine.loading.work import BaseKey
 from gpu_service.engine.precision import DTYPES
 from gpu_service.engine.reporter import Notify
-from gpu_service.engine.resident import BaseShelf, ResidentBase
+from gpu_service.engine.resident import BaseShelf, ResidentBase, held_bytes
 from gpu_service.engine.stopping import StopRequested, StopSwitch
 from gpu_service.engine.training import random_state
 from gpu_service.engine.training.generate import stop_token_ids
@@ -124,7 +124,7 @@ class _Generation:
             base_model=self._request.base_model,
             model=loaded.base,
             stored_dtype=loaded.stored_dtype if resident is None else resident.stored_dtype,
-            num_bytes=loaded.base.get_memory_footprint() if resident is None else resident.num_bytes,
+            num_bytes=held_bytes(loaded.base) if resident is None else resident.num_bytes,
         )
         try:
             finish = self._answer(base.model, loaded.tokenizer)

@@ -192,6 +192,8 @@ class TrainingLoop:
         whole = max(sum(map(sum, weights)), 1)
         values = []
         for batch in batches:
+            # A step on a slow device takes long; each of its passes is progress.
+            self.switch.note_progress()
             outcome = self.objective.forward(self.model, batch.to(self.accelerator.device))
             # Each pass' gradient is of its sum over the weight of the whole step: passes of any size add up to the
             # gradient of the step's mean.

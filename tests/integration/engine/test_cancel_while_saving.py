@@ -47,7 +47,7 @@ class _Pipe(ControlPipe):
 
     def notify(self, notice: dict[str, Any]) -> None:
         self.notices.append(notice)
-        if notice["run_directory"] != str(self._stopped) or notice.get("phase") != "SAVING":
+        if notice.get("run_directory") != str(self._stopped) or notice.get("phase") != "SAVING":
             return
         self._left_to_save -= 1
         if self._left_to_save == 0:
@@ -55,6 +55,9 @@ class _Pipe(ControlPipe):
             self._ours.sendall(json.dumps(stop).encode() + b"\n")
             # The training thread is here; it goes on once the control thread has carried the stop to it.
             assert self._obeyed.wait(_TIMEOUT_SECONDS)
+
+    def clear(self, run_directory: Path) -> None:
+        """The run leaves nothing."""
 
     def _stop(self, run_directory: Path, mode: StopMode) -> None:
         super()._stop(run_directory, mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -164,6 +165,20 @@ def test_stop_that_comes_before_its_run(engine: EngineProcess, workspace: Worksp
     assert engine.wait_finished(directory)["state"] == "CANCELLED"
 
 
+def test_stacks_are_told_when_asked_for_and_harm_nothing(engine: EngineProcess, workspace: Workspace) -> None:
+    """By a handler in C, which a shim asks before it ends an engine that hangs."""
+    directory = workspace.make_run("stacks", hyperparameters=_LONG)
+    engine.send(type="start_run", run_directory=str(directory))
+    _wait_for_step(engine, directory, 1)
+    engine.process.send_signal(signal.SIGUSR1)
+    _wait_for_step(engine, directory, 3)
+    engine.send(type="stop_run", run_directory=str(directory), mode="cancel", grace_seconds=30)
+    engine.wait_finished(directory)
+    assert "training/loop.py" in engine.log_path.read_text(errors="replace")
+    # And what is progress is told of as it is made.
+    assert any(notice["type"] == "alive" for notice in engine.notices)
+
+
 def test_a_line_that_is_no_command_is_passed_over(engine: EngineProcess, workspace: Workspace) -> None:
     engine.send(type="dance")
     engine.send(nonsense=1)
@@ -234,6 +249,9 @@ def test_damaged_checkpoint_is_refused(workspace: Workspace) -> None:
     class Pipe(ControlPipe):
         def next_order(self) -> Path | None:
             return next(runs)
+
+        def clear(self, run_directory: Path) -> None:
+            """The run leaves nothing."""
 
         def notify(self, notice: dict[str, Any]) -> None:
             notices.append(notice)

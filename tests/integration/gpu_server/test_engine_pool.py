@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from gpu_service.devices import Device
-from gpu_service.runs import engine_pool
-from gpu_service.runs.engine_pool import EnginePool, EngineSettings
+from gpu_service.runs.engine_directories import KEPT_ENDED_ENGINES, EngineSettings
+from gpu_service.runs.engine_pool import EnginePool
 from gpu_service.runs.run import Run
 from gpu_service.shim.closing import close_run
 from gpu_service.shim.records import ExitRecord
@@ -33,6 +33,7 @@ def pool(directory: Path, *, answer_limit_seconds: float = 30, grace_seconds: fl
         orphan_limit_seconds=300,
         grace_seconds=grace_seconds,
         idle_seconds=300,
+        hang_limit_seconds=600,
         answer_limit_seconds=answer_limit_seconds,
     )
     return EnginePool(directory=directory, settings=settings)
@@ -109,12 +110,12 @@ async def test_an_engine_that_hangs_behind_the_end_of_its_run_is_ended(tmp_path:
 
 async def test_only_the_newest_ended_engines_are_kept(tmp_path: Path) -> None:
     engines = pool(tmp_path / "engines")
-    for number in range(engine_pool._KEPT_ENDED_ENGINES + 3):
+    for number in range(KEPT_ENDED_ENGINES + 3):
         directory = tmp_path / "engines" / f"old-{number}"
         directory.mkdir()
         ExitRecord(status=0, signal=None, phase="", run_directory=None, stop_mode=None).write(directory)
         os.utime(directory, (number, number))
     await engines.adopt({})
     kept = sorted(path.name for path in (tmp_path / "engines").iterdir())
-    assert len(kept) == engine_pool._KEPT_ENDED_ENGINES
+    assert len(kept) == KEPT_ENDED_ENGINES
     assert "old-0" not in kept

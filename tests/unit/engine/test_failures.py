@@ -1,4 +1,4 @@
-"""Exceptions to typed failures: the reason follows from the place and the class, never from the words."""
+"""Exceptions to typed failures: the reason follows from the place and the class, never from words but torch's own."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class OutOfMemoryError(RuntimeError):
     [
         (OutOfMemoryError("full"), "DEVICE_OUT_OF_MEMORY", "HARDWARE"),
         (MemoryError(), "HOST_OUT_OF_MEMORY", "HARDWARE"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"), "HOST_OUT_OF_MEMORY", "HARDWARE"),
         (OSError(errno.ENOSPC, "no space"), "DISK_FULL", "PLATFORM"),
         (JournalFull("no space"), "DISK_FULL", "PLATFORM"),
         (OSError(errno.EIO, "input/output error"), "EXPORT", "USER"),

@@ -15,7 +15,8 @@ from gpu_service.domain.errors import Refusal
 from gpu_service.domain.memory import MemoryLedger
 from gpu_service.runs.admission import Admission, Admitted
 from gpu_service.runs.blobs import BlobStore
-from gpu_service.runs.engine_pool import EnginePool, EngineSettings
+from gpu_service.runs.engine_directories import EngineSettings
+from gpu_service.runs.engine_pool import EnginePool
 from gpu_service.runs.manager import RunManager, StartRequest
 from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.models import ModelShelf
@@ -53,7 +54,9 @@ class Node:
         models = ModelShelf(files.models, cache_file=files.cache / "digests.json")
         planner = PlannerProcess(files.requests)
         planning = Planning(files=files, models=models, blobs=self.blobs, planner=planner, versions={}, memory=memory)
-        settings = EngineSettings(command=("/nothing",), orphan_limit_seconds=1, grace_seconds=1, idle_seconds=1)
+        settings = EngineSettings(
+            command=("/nothing",), orphan_limit_seconds=1, grace_seconds=1, idle_seconds=1, hang_limit_seconds=1
+        )
         pool = EnginePool(directory=files.engines, settings=settings)
         self.admission = BusyAdmission(
             planning=planning,

@@ -18,7 +18,9 @@ def row(node: node_service_pb2.Node) -> tuple[object, ...]:
     state = node_service_pb2.NodeState.Name(node.state).removeprefix("NODE_STATE_")
     devices = ", ".join(f"{device.name} {byte_count(device.total_memory_bytes)}" for device in node.devices)
     state = f"{state} (draining)" if node.draining else state
-    return (node.name, node.address, state, devices, node.resident_base_model, " ".join(node.job_ids), node.problem)
+    problems = [f"device {one.index}: {one.quarantine_reason}" for one in node.devices if one.quarantine_reason]
+    problem = "; ".join(filter(None, (node.problem, *problems)))
+    return (node.name, node.address, state, devices, node.resident_base_model, " ".join(node.job_ids), problem)
 
 
 @command(app, "list")

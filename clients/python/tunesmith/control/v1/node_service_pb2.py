@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tunesmith.common.v1 import constraints_pb2 as tunesmith_dot_common_dot_v1_dot_constraints__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'tunesmith/control/v1/node_service.proto\x12\x14tunesmith.control.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%tunesmith/common/v1/constraints.proto\"\xfb\x02\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12.\n\x05state\x18\x03 \x01(\x0e\x32\x1f.tunesmith.control.v1.NodeState\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x31\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32 .tunesmith.control.v1.NodeDevice\x12\x0f\n\x07job_ids\x18\x06 \x03(\t\x12:\n\x08versions\x18\x07 \x03(\x0b\x32(.tunesmith.control.v1.Node.VersionsEntry\x12\x0f\n\x07problem\x18\x08 \x01(\t\x12\x33\n\x0flast_heard_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1b\n\x13resident_base_model\x18\n \x01(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"`\n\nNodeDevice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\x03 \x01(\x03\x12\x19\n\x11\x66ree_memory_bytes\x18\x04 \x01(\x03\"\x12\n\x10ListNodesRequest\">\n\x11ListNodesResponse\x12)\n\x05nodes\x18\x01 \x03(\x0b\x32\x1a.tunesmith.control.v1.Node\"\xa5\x01\n\x13RegisterNodeRequest\x12\x35\n\x04name\x18\x01 \x01(\tB\'\xca\xf3\x18#\x08\x01(?:\x1d[a-z0-9]([a-z0-9-]*[a-z0-9])?\x12;\n\x07\x61\x64\x64ress\x18\x02 \x01(\tB*\xca\xf3\x18&\x08\x01(\xff\x01:\x1f[A-Za-z0-9_.\\[\\]:-]+:[0-9]{1,5}\x12\x1a\n\nrequest_id\x18\x03 \x01(\tB\x06\xca\xf3\x18\x02(@\"@\n\x14RegisterNodeResponse\x12(\n\x04node\x18\x01 \x01(\x0b\x32\x1a.tunesmith.control.v1.Node\"g\n\x10\x44rainNodeRequest\x12\x16\n\x04name\x18\x01 \x01(\tB\x08\xca\xf3\x18\x04\x08\x01(?\x12\x0c\n\x04undo\x18\x02 \x01(\x08\x12\x11\n\tinterrupt\x18\x03 \x01(\x08\x12\x1a\n\nrequest_id\x18\x04 \x01(\tB\x06\xca\xf3\x18\x02(@\"=\n\x11\x44rainNodeResponse\x12(\n\x04node\x18\x01 \x01(\x0b\x32\x1a.tunesmith.control.v1.Node*x\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15NODE_STATE_CONNECTING\x10\x01\x12\x18\n\x14NODE_STATE_REACHABLE\x10\x02\x12\x1a\n\x16NODE_STATE_UNREACHABLE\x10\x03\x32\xb0\x02\n\x0bNodeService\x12\\\n\tListNodes\x12&.tunesmith.control.v1.ListNodesRequest\x1a\'.tunesmith.control.v1.ListNodesResponse\x12\x65\n\x0cRegisterNode\x12).tunesmith.control.v1.RegisterNodeRequest\x1a*.tunesmith.control.v1.RegisterNodeResponse\x12\\\n\tDrainNode\x12&.tunesmith.control.v1.DrainNodeRequest\x1a\'.tunesmith.control.v1.DrainNodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'tunesmith/control/v1/node_service.proto\x12\x14tunesmith.control.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%tunesmith/common/v1/constraints.proto\"\xfb\x02\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12.\n\x05state\x18\x03 \x01(\x0e\x32\x1f.tunesmith.control.v1.NodeState\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x31\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32 .tunesmith.control.v1.NodeDevice\x12\x0f\n\x07job_ids\x18\x06 \x03(\t\x12:\n\x08versions\x18\x07 \x03(\x0b\x32(.tunesmith.control.v1.Node.VersionsEntry\x12\x0f\n\x07problem\x18\x08 \x01(\t\x12\x33\n\x0flast_heard_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1b\n\x13resident_base_model\x18\n \x01(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"{\n\nNodeDevice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\x03 \x01(\x03\x12\x19\n\x11\x66ree_memory_bytes\x18\x04 \x01(\x03\x12\x19\n\x11quarantine_reason\x18\x05 \x01(\t\"\x12\n\x10ListNodesRequest\">\n\x11ListNodesResponse\x12)\n\x05nodes\x18\x01 \x03(\x0b\x32\x1a.tunesmith.control.v1.Node\"\xa5\x01\n\x13RegisterNodeRequest\x12\x35\n\x04name\x18\x01 \x01(\tB\'\xca\xf3\x18#\x08\x01(?:\x1d[a-z0-9]([a-z0-9-]*[a-z0-9])?\x12;\n\x07\x61\x64\x64ress\x18\x02 \x01(\tB*\xca\xf3\x18&\x08\x01(\xff\x01:\x1f[A-Za-z0-9_.\\[\\]:-]+:[0-9]{1,5}\x12\x1a\n\nrequest_id\x18\x03 \x01(\tB\x06\xca\xf3\x18\x02(@\"@\n\x14RegisterNodeResponse\x12(\n\x04node\x18\x01 \x01(\x0b\x32\x1a.tunesmith.control.v1.Node\"g\n\x10\x44rainNodeRequest\x12\x16\n\x04name\x18\x01 \x01(\tB\x08\xca\xf3\x18\x04\x08\x01(?\x12\x0c\n\x04undo\x18\x02 \x01(\x08\x12\x11\n\tinterrupt\x18\x03 \x01(\x08\x12\x1a\n\nrequest_id\x18\x04 \x01(\tB\x06\xca\xf3\x18\x02(@\"=\n\x11\x44rainNodeResponse\x12(\n\x04node\x18\x01 \x01(\x0b\x32\x1a.tunesmith.control.v1.Node*x\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15NODE_STATE_CONNECTING\x10\x01\x12\x18\n\x14NODE_STATE_REACHABLE\x10\x02\x12\x1a\n\x16NODE_STATE_UNREACHABLE\x10\x03\x32\xb0\x02\n\x0bNodeService\x12\\\n\tListNodes\x12&.tunesmith.control.v1.ListNodesRequest\x1a\'.tunesmith.control.v1.ListNodesResponse\x12\x65\n\x0cRegisterNode\x12).tunesmith.control.v1.RegisterNodeRequest\x1a*.tunesmith.control.v1.RegisterNodeResponse\x12\\\n\tDrainNode\x12&.tunesmith.control.v1.DrainNodeRequest\x1a\'.tunesmith.control.v1.DrainNodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,26 +45,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAINNODEREQUEST'].fields_by_name['name']._serialized_options = b'\312\363\030\004\010\001(?'
   _globals['_DRAINNODEREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_DRAINNODEREQUEST'].fields_by_name['request_id']._serialized_options = b'\312\363\030\002(@'
-  _globals['_NODESTATE']._serialized_start=1103
-  _globals['_NODESTATE']._serialized_end=1223
+  _globals['_NODESTATE']._serialized_start=1130
+  _globals['_NODESTATE']._serialized_end=1250
   _globals['_NODE']._serialized_start=138
   _globals['_NODE']._serialized_end=517
   _globals['_NODE_VERSIONSENTRY']._serialized_start=470
   _globals['_NODE_VERSIONSENTRY']._serialized_end=517
   _globals['_NODEDEVICE']._serialized_start=519
-  _globals['_NODEDEVICE']._serialized_end=615
-  _globals['_LISTNODESREQUEST']._serialized_start=617
-  _globals['_LISTNODESREQUEST']._serialized_end=635
-  _globals['_LISTNODESRESPONSE']._serialized_start=637
-  _globals['_LISTNODESRESPONSE']._serialized_end=699
-  _globals['_REGISTERNODEREQUEST']._serialized_start=702
-  _globals['_REGISTERNODEREQUEST']._serialized_end=867
-  _globals['_REGISTERNODERESPONSE']._serialized_start=869
-  _globals['_REGISTERNODERESPONSE']._serialized_end=933
-  _globals['_DRAINNODEREQUEST']._serialized_start=935
-  _globals['_DRAINNODEREQUEST']._serialized_end=1038
-  _globals['_DRAINNODERESPONSE']._serialized_start=1040
-  _globals['_DRAINNODERESPONSE']._serialized_end=1101
-  _globals['_NODESERVICE']._serialized_start=1226
-  _globals['_NODESERVICE']._serialized_end=1530
+  _globals['_NODEDEVICE']._serialized_end=642
+  _globals['_LISTNODESREQUEST']._serialized_start=644
+  _globals['_LISTNODESREQUEST']._serialized_end=662
+  _globals['_LISTNODESRESPONSE']._serialized_start=664
+  _globals['_LISTNODESRESPONSE']._serialized_end=726
+  _globals['_REGISTERNODEREQUEST']._serialized_start=729
+  _globals['_REGISTERNODEREQUEST']._serialized_end=894
+  _globals['_REGISTERNODERESPONSE']._serialized_start=896
+  _globals['_REGISTERNODERESPONSE']._serialized_end=960
+  _globals['_DRAINNODEREQUEST']._serialized_start=962
+  _globals['_DRAINNODEREQUEST']._serialized_end=1065
+  _globals['_DRAINNODERESPONSE']._serialized_start=1067
+  _globals['_DRAINNODERESPONSE']._serialized_end=1128
+  _globals['_NODESERVICE']._serialized_start=1253
+  _globals['_NODESERVICE']._serialized_end=1557
 # @@protoc_insertion_point(module_scope)

@@ -135,11 +135,14 @@ class NodeDevice(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     TOTAL_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     FREE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    QUARANTINE_REASON_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """0-based; -1 for the CPU."""
     name: _builtins.str
     total_memory_bytes: _builtins.int
     free_memory_bytes: _builtins.int
+    quarantine_reason: _builtins.str
+    """Why it takes no run; empty when it does."""
     def __init__(
         self,
         *,
@@ -147,10 +150,11 @@ class NodeDevice(_message.Message):
         name: _builtins.str = ...,
         total_memory_bytes: _builtins.int = ...,
         free_memory_bytes: _builtins.int = ...,
+        quarantine_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_memory_bytes", b"free_memory_bytes", "index", b"index", "name", b"name", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_memory_bytes", b"free_memory_bytes", "index", b"index", "name", b"name", "quarantine_reason", b"quarantine_reason", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,111 @@
+"""The directories of engines: how an engine is started from one, and what its end left there.
+
+Refuses to talk to a shim.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from gpu_service.devices import Device, DeviceMemory
+from gpu_service.journal.failpoints import failpoint
+from gpu_service.runs.run import Run
+from gpu_service.runs.shim_client import spawn
+from gpu_service.shim import durable_json
+from gpu_service.shim.configuration import EngineConfiguration
+from gpu_service.shim.records import ExitRecord
+
+ENGINE_ENVIRONMENT: Mapping[str, str] = {
+    # Segments of torch's allocator grow in place: without it gaps between blocks take a part that no estimate knows.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    # NVML, which counted the devices, counts by bus id.
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    # Idle OpenMP threads sleep instead of spinning: where other processes want the cores too (both services do),
+    # spinning makes a training step on the CPU take many times as long.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+# Directories of engines that ended, kept for their logs.
+KEPT_ENDED_ENGINES = 8
+_LOG_TAIL_BYTES = 2000
+# Of an engine that nobody saw end.
+NO_ENDING = ExitRecord(status=None, signal=None, phase="", run_directory=None, stop_mode=None)
+
+
+class EngineStartFailed(Exception):
+    """No engine came up; `ending` says how it ended, with the end of its log."""
+
+    def __init__(self, ending: ExitRecord) -> None:
+        super().__init__(ending.note)
+        self.ending = ending
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """How engines are started, and how long they may take or wait."""
+
+    command: tuple[str, ...]
+    orphan_limit_seconds: float
+    grace_seconds: float
+    idle_seconds: float
+    hang_limit_seconds: float
+    # A shim answers at once; one that twice does not within this is broken.
+    answer_limit_seconds: float = 30.0
+    memory: DeviceMemory = field(default_factory=DeviceMemory)
+
+    @property
+    def ask_seconds(self) -> float:
+        """How often a shim is asked whether it lives."""
+        return self.answer_limit_seconds / 3
+
+
+def make(directory: Path, settings: EngineSettings, device: Device) -> subprocess.Popen[bytes]:
+    """A new engine directory, and the shim started on it. Blocks for the exec and the driver. Raises OSError."""
+    command = settings.memory.command(device)
+    configuration = EngineConfiguration(
+        argv=settings.command,
+        environment=ENGINE_ENVIRONMENT,
+        device={"type": device.type, "index": device.index},
+        orphan_limit_seconds=settings.orphan_limit_seconds,
+        grace_seconds=settings.grace_seconds,
+        hang_limit_seconds=settings.hang_limit_seconds,
+        device_memory_command=command,
+        device_memory_bytes=settings.memory.held_bytes(device.index) if command else 0,
+    )
+    durable_json.make_directory(directory)
+    try:
+        configuration.write(directory)
+        failpoint("spawn.before-shim")
+        return spawn(directory)
+    except OSError:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def needs_burial(directory: Path, runs: Mapping[str, Run]) -> bool:
+    """Whether an engine whose shim is gone has no exit record, or a run that is not over. `runs` is by directory."""
+    ending = ExitRecord.read(directory)
+    if ending is None:
+        return True
+    run = runs.get(str(ending.run_directory))
+    return run is not None and not run.is_over
+
+
+def ending_with_log(directory: Path) -> ExitRecord:
+    """How an engine ended that did not come up."""
+    with (directory / "engine.log").open("rb") as log:
+        log.seek(max(0, log.seek(0, 2) - _LOG_TAIL_BYTES))
+        tail = log.read().decode(errors="replace")
+    ending = ExitRecord.read(directory) or NO_ENDING
+    return replace(ending, note=f"the engine did not come up; its log ends with: {tail}")
+
+
+def remove_ended(directory: Path, alive: set[str]) -> None:
+    """Delete the directories of engines that ended, but for the newest. `alive` are names."""
+    ended = [path for path in directory.iterdir() if path.name not in alive and (path / "exit.json").exists()]
+    ended.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in ended[KEPT_ENDED_ENGINES:]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,79 @@
+"""When no progress is a hang, on a clock of the test's own; and what is told of processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+from gpu_service.shim import stacks
+from gpu_service.shim.hang_clock import HangClock
+
+
+def test_it_stands_still_without_work() -> None:
+    clock = HangClock(limit_seconds=10)
+    assert clock.deadline is None
+    assert not clock.is_over(1e9)
+    clock.begin(100)
+    assert clock.deadline == 110
+    clock.end()
+    clock.note_progress(105)
+    assert clock.deadline is None
+
+
+def test_progress_moves_the_deadline_and_its_lack_is_a_hang() -> None:
+    clock = HangClock(limit_seconds=10)
+    clock.begin(0)
+    clock.note_progress(0.25)
+    assert not clock.is_over(10.2)
+    assert clock.is_over(10.25)
+    assert clock.idle_seconds(10.25) == 10
+
+
+def test_what_was_slow_in_a_phase_may_be_slow_again_but_not_in_the_next() -> None:
+    clock = HangClock(limit_seconds=10)
+    clock.begin(0)
+    clock.note_progress(9)
+    clock.note_progress(9.1)
+    assert clock.limit_seconds == 180
+    assert not clock.is_over(189)
+    assert clock.is_over(189.1)
+    clock.begin(200)
+    assert clock.limit_seconds == 10
+
+
+def test_time_in_which_the_shim_did_not_run_is_not_the_engines() -> None:
+    clock = HangClock(limit_seconds=10)
+    clock.begin(0)
+    clock.sleep_until(8)
+    # Stopped for ten minutes, together with its engine.
+    clock.wake_up(608)
+    assert not clock.is_over(608)
+    assert clock.idle_seconds(608) == 8
+    clock.sleep_until(610)
+    clock.wake_up(611)
+    assert clock.is_over(611)
+
+
+def test_a_process_that_does_not_tell_its_stacks_is_told_of_by_the_kernel(tmp_path: Path) -> None:
+    (tmp_path / "engine.log").write_text("before\n")
+    with subprocess.Popen(["sleep", "600"]) as child:
+        os.kill(child.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+        told = stacks.capture(engine_pid=child.pid, members=[child.pid, 2**22 + 1], log=tmp_path / "engine.log")
+        assert child.poll() is None
+        child.kill()
+    assert "does not tell its stacks" in told
+    assert f"process {child.pid} (sleep): T (stopped)" in told
+    assert stacks.describe_stuck([child.pid]) == ""
+    assert "before" not in told
+
+
+def test_what_a_deadly_signal_left_in_the_log_is_the_last_of_it(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    log.write_text("a line\nFatal Python error: Aborted\nold\nFatal Python error: Segmentation fault\nnew\n")
+    assert stacks.of_crash(signal.SIGSEGV, log) == "Fatal Python error: Segmentation fault\nnew\n"
+    assert stacks.of_crash(signal.SIGKILL, log) == ""
+    assert stacks.of_crash(None, log) == ""
+    assert stacks.of_crash(signal.SIGSEGV, tmp_path / "absent") == ""
