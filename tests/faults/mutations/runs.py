@@ -114,7 +114,8 @@ RUNS = (
         name="a-twin-may-have-the-lock",
         promise="R31",
         file="gpu_service/shim/lock.py",
-        snippet="            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n        except BlockingIOError:\n            raise",
+        snippet="            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "        except BlockingIOError:\n            raise",
         replacement="            pass\n        except BlockingIOError:\n            raise",
         tests=(f"{_SHIM_PARTS}test_a_lock_is_held_by_one_and_freed_at_the_end",),
     ),
