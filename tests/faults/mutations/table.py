@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from tests.faults.mutations.client import CLIENT
 from tests.faults.mutations.control import CONTROL
 from tests.faults.mutations.engine import ENGINE
 from tests.faults.mutations.files import FILES
 from tests.faults.mutations.mutation import Mutation
 from tests.faults.mutations.runs import RUNS
 
-MUTATIONS: tuple[Mutation, ...] = (*CONTROL, *FILES, *RUNS, *ENGINE)
+MUTATIONS: tuple[Mutation, ...] = (*CLIENT, *CONTROL, *FILES, *RUNS, *ENGINE)
