@@ -134,7 +134,7 @@ ENGINE = (
         file="gpu_service/planner/row_index.py",
         snippet="if digest.hexdigest() != reference.sha256:",
         replacement="if False:",
-        tests=("tests/unit/planner/test_rows_and_formats.py::test_a_damaged_blob_is_refused",),
+        tests=("tests/unit/planner/test_row_index.py::test_a_damaged_blob_has_no_index",),
     ),
     Mutation(
         name="sources-are-drawn-in-turn",
