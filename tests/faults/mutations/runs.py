@@ -71,6 +71,14 @@ RUNS = (
         tests=(f"{_RUNS}test_start_is_idempotent_and_fenced",),
     ),
     Mutation(
+        name="an-older-attempt-is-not-stopped",
+        promise="R3",
+        file="gpu_service/runs/launcher.py",
+        snippet='await self.stop(other, "cancel", self._grace_seconds)',
+        replacement="pass",
+        tests=(f"{_RUNS}test_start_is_idempotent_and_fenced",),
+    ),
+    Mutation(
         name="a-cancel-is-taken-back",
         promise="R14",
         file="gpu_service/runs/run.py",
