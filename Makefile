@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(TORCH)
 SOURCES := clients/python/tunesmith_client clients/python/tunesmith_cli clients/python/examples control_service gpu_service tests docs examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo test test-gpu faults lint types proto proto-check proto-image docs clean
+.PHONY: help setup up demo test test-gpu faults mutations lint types proto proto-check proto-image docs clean
 
 help: ## Lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ test-gpu: $(STAMP) ## Runs the tests that need a CUDA device
 
 faults: $(STAMP) ## Runs the fault trials at full counts, one part of them (SHARD=i/n); goes on where it was stopped
 	$(BIN)/python -m tests.faults --shard $(SHARD)
+
+mutations: $(STAMP) ## Proves that tests see each fence, fsync, key and lock taken out (SHARD=i/n)
+	$(BIN)/python -m tests.faults.mutations --shard $(or $(SHARD),1/1)
 
 lint: $(STAMP) proto-check ## Checks style, import contracts, protos and generated code
 	$(BIN)/ruff check .

@@ -86,6 +86,15 @@ def test_one_run_for_each_device() -> None:
     assert _assigned([_job(1)], [_node("a", "org/base", accepting=False)]) == []
 
 
+def test_a_quarantined_device_gets_no_job() -> None:
+    node = _node("a", "org/base", num_devices=2)
+    assert node.report is not None
+    bad, good = replace(node.report.devices[0], quarantine_reason="x"), node.report.devices[1]
+    nodes = [replace(node, report=replace(node.report, devices=(bad, good)))]
+    assert _assigned([_job(1), _job(2)], nodes) == [(1, "a")]
+    assert _assigned([_job(1)], [replace(node, report=replace(node.report, devices=(bad,)))]) == []
+
+
 def test_a_job_that_must_wait_does_not_hold_up_one_that_need_not() -> None:
     queue = [_job(1, base="org/absent"), _job(2, not_before=NOW + timedelta(seconds=5)), _job(3)]
     assert _assigned(queue, [_node("a", "org/base")]) == [(3, "a")]

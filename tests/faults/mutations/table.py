@@ -1,0 +1,12 @@
+"""All mutations. A test holds each to the code: its snippet stands once in its file, and its tests are there."""
+
+from __future__ import annotations
+
+from tests.faults.mutations.client import CLIENT
+from tests.faults.mutations.control import CONTROL
+from tests.faults.mutations.engine import ENGINE
+from tests.faults.mutations.files import FILES
+from tests.faults.mutations.mutation import Mutation
+from tests.faults.mutations.runs import RUNS
+
+MUTATIONS: tuple[Mutation, ...] = (*CLIENT, *CONTROL, *FILES, *RUNS, *ENGINE)
