@@ -17,6 +17,8 @@ from control_service.domain.errors import Unavailable
 
 # Watchers that are woken in one turn of the event loop. Between two turns a call that has just come is taken up.
 _WOKEN_TOGETHER = 8
+# Behind the end of the log by less than this, a watcher is at its end.
+_MANY_EVENTS = 32
 # What a page takes in memory besides its message: at the tail of a log a page is one small event.
 _PAGE_OVERHEAD_BYTES = 512
 
@@ -103,9 +105,13 @@ class EventHub:
             while True:
                 self._refuse_if_draining()
                 if position < feed.last_sequence:
-                    page = await self._page(job_id, position)
+                    page = await self._page(job_id, position, feed.last_sequence)
                     position = page.last_sequence
                     yield page.message
+                    # The log may have grown while that was taken. Whoever is at its end waits for a turn all the same:
+                    # a crowd that is slow would else never let go of the loop.
+                    if feed.last_sequence - _MANY_EVENTS < position < feed.last_sequence:
+                        await self._turn()
                 elif feed.is_over:
                     return
                 elif feed.may_be_over or feed.looking is not None:
@@ -208,12 +214,24 @@ class EventHub:
             feed.waiting.pop(waiter, None)
         return True
 
+    async def _turn(self) -> None:
+        """Waits to be woken like those whose log has grown."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._to_wake.append(waiter)
+        if self._waking is None:
+            self._wake_soon()
+        await waiter
+
     # Pages.
 
-    async def _page(self, job_id: str, after_sequence: int) -> _Page:
+    async def _page(self, job_id: str, after_sequence: int, last_sequence: int) -> _Page:
         key = (job_id, after_sequence)
         page = self._pages.get(key)
-        if page is not None:
+        # One that was read at the end of the log, which has grown since, would make many small ones of history.
+        if page is not None and (
+            page.last_sequence >= min(after_sequence + _MANY_EVENTS, last_sequence, self._end(key))
+            or page.size_bytes > self._config.max_page_bytes // 2
+        ):
             self._pages.move_to_end(key)
             return page
         reading = self._reading.get(key)
@@ -223,10 +241,15 @@ class EventHub:
         # One watcher that goes away must not take the page from the others.
         return await asyncio.shield(reading)
 
+    def _end(self, key: tuple[str, int]) -> int:
+        """The last sequence that the page may have: at multiples of the page size, so that watchers who start anywhere
+        soon share pages."""
+        size = self._config.max_page_events
+        return (key[1] // size + 1) * size
+
     async def _read_page(self, key: tuple[str, int]) -> _Page:
         job_id, after_sequence = key
-        # Cut at multiples of the page size, so that watchers who start anywhere soon share pages.
-        limit = self._config.max_page_events - after_sequence % self._config.max_page_events
+        limit = self._end(key) - after_sequence
 
         def read(tx: Transaction) -> _Page:
             events = tx.events.page(job_id, after_sequence=after_sequence, limit=limit)
