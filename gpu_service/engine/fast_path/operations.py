@@ -1,0 +1,17 @@
+"""Which kernels a device runs: Triton's on CUDA, their references in plain torch elsewhere. Decided by the device alone.
+
+Both modules have the same functions, with the same arguments; `torch_reference` documents them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+
+def operations_for(device: torch.device) -> Any:
+    """The module of kernels for `device`. Triton is imported on CUDA only: builds for CPUs have none."""
+    name = "triton_kernels" if device.type == "cuda" else "torch_reference"
+    return import_module(f"gpu_service.engine.fast_path.{name}")
