@@ -79,3 +79,28 @@ def fast_gradients(model: Any, fast: FastModel, loss: torch.Tensor) -> dict[str,
     (flat,) = torch.autograd.grad(loss, [fast.adapter])
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return dict(zip(names, fast.flat_adapter.views(flat), strict=True))
+
+
+def hold_in_nf4(base: Any, *, double: bool = True, device: str = "cpu") -> Any:
+    """The same model with every linear layer but the head held by bitsandbytes in NF4."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for layer in base.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                if not isinstance(linear, torch.nn.Linear):
+                    continue
+                held = Linear4bit(
+                    linear.in_features,
+                    linear.out_features,
+                    bias=linear.bias is not None,
+                    compute_dtype=linear.weight.dtype,
+                    compress_statistics=double,
+                    quant_type="nf4",
+                )
+                held.weight = Params4bit(
+                    linear.weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4"
+                )
+                held.bias = linear.bias
+                setattr(part, name, held.to(device))
+    return base.to(device)

@@ -122,7 +122,7 @@ class FlatAdapter:
 
 def _check(module: Any) -> Any:
     dropout = module.lora_dropout[_NAME]
-    if list(module.lora_A) != [_NAME] or module.lora_B[_NAME].bias is not None or module.use_dora.get(_NAME, False):
+    if list(module.lora_A) != [_NAME] or module.lora_B[_NAME].bias is not None or _NAME in module.lora_variant:
         raise AdapterNotSupported("an adapter has another form than plain LoRA")
     if not isinstance(dropout, torch.nn.Identity):
         raise AdapterNotSupported("an adapter has dropout")

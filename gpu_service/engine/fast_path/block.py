@@ -95,9 +95,7 @@ class Block:
         added = x.new_empty((rows, hidden))
         self.attention_out.forward(wide, added, adapted=adapted)
         middle_normed = self.mlp_in.input_buffer(rows, x)
-        middle, middle_scale = ops.add_norm(
-            residual, added, self.second_norm, shape.epsilon, middle_normed[:, :hidden]
-        )
+        middle, middle_scale = ops.add_norm(residual, added, self.second_norm, shape.epsilon, middle_normed[:, :hidden])
         gate_up = self.mlp_in.output_buffer(rows, x)
         self.mlp_in.forward(middle_normed, gate_up, adapted=adapted)
         gated = self.mlp_out.input_buffer(rows, x)
@@ -235,4 +233,3 @@ class Block:
                 )
         out[:, first : first + shape.key_width].copy_(of_heads[2].flatten(1))
         return out
-

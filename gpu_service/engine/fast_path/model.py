@@ -59,7 +59,9 @@ class FastModel(torch.nn.Module):
         self._held = [causal]
         self._widened = _hold_in(causal, self._dtype)
         layers = causal.model.layers
-        modules = [[getattr(getattr(layer, part), name) for name in names] for layer in layers for part, names in GROUPS]
+        modules = [
+            [getattr(getattr(layer, part), name) for name in names] for layer in layers for part, names in GROUPS
+        ]
         self._flat = FlatAdapter(peft_model, modules, device=self._device)
         self.adapter = self._flat.parameter
         scratch = Scratch(self._device, self._dtype)

@@ -35,9 +35,7 @@ def norm_backward_(
     residual.copy_(residual.float() + through if adds else through)
 
 
-def head_norm(
-    x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor, *, heads: int
-) -> torch.Tensor:
+def head_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor, *, heads: int) -> torch.Tensor:
     """Each of the `heads` heads of each row of `x` [T, heads * D] normed by itself into `out`. 1/rms: [T * heads]."""
     wide = x.float().unflatten(1, (heads, -1))
     scale = torch.rsqrt(wide.square().mean(2) + epsilon)
@@ -89,9 +87,7 @@ def gate_backward_(gradient: torch.Tensor, gate_up: torch.Tensor) -> None:
     gates, ups = gate_up.float().chunk(2, dim=1)
     wide = gradient.float()
     sigmoids = torch.sigmoid(gates)
-    gate_up.copy_(
-        torch.cat((wide * ups * sigmoids * (1 + gates * (1 - sigmoids)), wide * gates * sigmoids), dim=1)
-    )
+    gate_up.copy_(torch.cat((wide * ups * sigmoids * (1 + gates * (1 - sigmoids)), wide * gates * sigmoids), dim=1))
 
 
 def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, nats: torch.Tensor) -> None:

@@ -183,9 +183,7 @@ def norm_backward_(
     )  # fmt: skip
 
 
-def head_norm(
-    x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor, *, heads: int
-) -> torch.Tensor:
+def head_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor, *, heads: int) -> torch.Tensor:
     rows, width = x.shape[0], weight.numel()
     scale = torch.empty(rows * heads, device=x.device, dtype=torch.float32)
     _add_norm[(rows * heads,)](
