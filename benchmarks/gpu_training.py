@@ -17,7 +17,9 @@ import random
 import statistics
 import time
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,18 @@ def _example(tokens: list[int]) -> Example:
     return Example(tokens=memoryview(array("i", tokens)), mask=memoryview(bytes([0, *[1] * (len(tokens) - 1)])))
 
 
+@cache
+def draw_weights(shape: Shape) -> Mapping[str, torch.Tensor]:
+    """Random weights in bfloat16 on the host, the same for every row."""
+    torch.manual_seed(0)
+    return {
+        name: torch.ones(sizes, dtype=torch.bfloat16)
+        if len(sizes) == 1
+        else torch.empty(sizes, dtype=torch.bfloat16, device="cuda").normal_(std=0.02).cpu()
+        for name, sizes in shape.tensors()
+    }
+
+
 def make_model(shape: Shape, base: str, settings: training_spec_pb2.Hyperparameters) -> Any:
     """A PEFT model of random weights on the GPU, made by the engine's own builders."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -97,24 +111,16 @@ def make_model(shape: Shape, base: str, settings: training_spec_pb2.Hyperparamet
         max_position_embeddings=32768,
         rope_theta=500000.0,
     )
-    torch.manual_seed(0)
-    tensors = {
-        name: torch.ones(sizes, dtype=torch.bfloat16, device="cuda")
-        if len(sizes) == 1
-        else torch.empty(sizes, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
-        for name, sizes in shape.tensors()
-    }
     quantized = base != "bf16"
     quantization = nf4.build_config(double_quantization=True, compute_dtype=torch.bfloat16) if quantized else None
     model = LlamaForCausalLM.from_pretrained(
         None,
         config=config,
-        state_dict=tensors,
+        state_dict=dict(draw_weights(shape)),
         dtype=torch.bfloat16,
         device_map={"": "cuda:0"},
         quantization_config=quantization,
     )
-    del tensors
     if quantized:
         qlora.prepare_base(model)
     attached = lora.attach(model, "random", settings)
