@@ -47,21 +47,15 @@ class AdapterGroup:
         self.parts = tuple(parts)
         self.room = -(-rank * len(parts) // _ROOM_COLUMNS) * _ROOM_COLUMNS
 
-    def refresh(self, master: torch.Tensor, margins: Margins) -> None:
-        """Copy the trained weights into the margins, B times its scaling."""
-        if not self.parts:
-            return
-        all_a = self.view_all_a(master)
-        margins.below[: all_a.shape[0]].copy_(all_a)
+    def copies(self, margins: Margins) -> list[tuple[int, torch.Tensor, float]]:
+        """What goes from the flat buffer into the margins: start, matrix, factor. B goes times the scaling."""
+        found = []
         for part in self.parts:
             ranks = slice(part.first_rank, part.first_rank + self.rank)
             rows = slice(part.first_row, part.first_row + part.num_rows)
-            margins.right[rows, ranks].copy_(self.view_b(master, part) * self.scaling)
-
-    def view_a(self, flat: torch.Tensor, part: _Part) -> torch.Tensor:
-        """A [rank, K] in a flat buffer."""
-        size = self.rank * self.in_features
-        return flat[part.start_a : part.start_a + size].view(self.rank, self.in_features)
+            found.append((part.start_a, margins.below[ranks], 1.0))
+            found.append((part.start_b, margins.right[rows, ranks], self.scaling))
+        return found
 
     def view_all_a(self, flat: torch.Tensor) -> torch.Tensor:
         """All A of the group, one below another: they lie end to end."""

@@ -65,7 +65,7 @@ class FastModel(torch.nn.Module):
         self._flat = FlatAdapter(peft_model, modules, device=self._device)
         self.adapter = self._flat.parameter
         scratch = Scratch(self._device, self._dtype)
-        self._projections = [
+        projections = [
             Projection(
                 frozen=FrozenGroup(
                     [plain(module) for module in group],
@@ -78,7 +78,11 @@ class FastModel(torch.nn.Module):
             )
             for group, adapter in zip(modules, self._flat.groups, strict=True)
         ]
-        self._decoder = _assemble(causal, self._projections, self._device, self._dtype, settings.recomputes)
+        self._operations = operations_for(self._device)
+        self._copies = self._operations.prepare_copies(
+            [copy for one in projections for copy in one.adapter.copies(one.frozen.margins)]
+        )
+        self._decoder = _assemble(causal, projections, self._device, self._dtype, settings.recomputes)
         rotary = causal.model.rotary_emb
         self._frequencies = rotary.inv_freq.to(self._device, torch.float32)
         self._rotary_scaling = float(rotary.attention_scaling)
@@ -93,7 +97,7 @@ class FastModel(torch.nn.Module):
         """Negative log likelihood of each sequence's targets: float64 [S], with gradient where gradients are on."""
         flat = self._lay_out(batch)
         if self._adapted:
-            self._refresh()
+            self._operations.copy_out(self.adapter.detach(), self._copies)
         if self._adapted and torch.is_grad_enabled():
             nats: torch.Tensor = _Nats.apply(self.adapter, self, flat)
             return nats
@@ -115,14 +119,8 @@ class FastModel(torch.nn.Module):
         for parameter, dtype in self._widened:
             parameter.data = parameter.data.to(dtype)
         self._widened = []
-        self._projections = []
         self._held = []
-        del self._decoder
-
-    def _refresh(self) -> None:
-        master = self.adapter.detach()
-        for projection in self._projections:
-            projection.adapter.refresh(master, projection.frozen.margins)
+        del self._decoder, self._copies
 
     def _lay_out(self, batch: MicroBatch) -> FlatPass:
         lengths = batch.layout.lengths

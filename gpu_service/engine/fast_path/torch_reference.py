@@ -5,6 +5,9 @@ than they are wide; their last dimension is always contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 
@@ -122,3 +125,14 @@ def nf4_dequantize(
     flat = packed.reshape(-1)
     weights = torch.stack((codes[(flat >> 4).int()], codes[(flat & 15).int()]), dim=1).view(-1, 64)
     out.copy_((weights * scales[:, None]).view(out.shape))
+
+
+def prepare_copies(copies: Sequence[tuple[int, torch.Tensor, float]]) -> Any:
+    """What `copy_out` needs for these: start in the flat buffer, matrix that is written, factor."""
+    return tuple(copies)
+
+
+def copy_out(flat: torch.Tensor, prepared: Any) -> None:
+    """Write the matrices that lie in `flat`, row by row without gaps, where they were prepared to go, times their factor."""
+    for start, matrix, factor in prepared:
+        matrix.copy_(flat[start : start + matrix.numel()].view(matrix.shape) * factor)

@@ -5,6 +5,9 @@ One program a row, or a block of one. Rows may lie further apart than they are w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +15,7 @@ import triton.language as tl
 _GATE_BLOCK = 4096
 _LOSS_BLOCK = 8192
 _PACKED_BLOCK = 1024
+_COPY_BLOCK = 4096
 
 
 @triton.jit
@@ -149,6 +153,20 @@ def _nf4_dequantize(
     tl.store(out + row.to(tl.int64) * out_row + column, values, mask=element < NUM_BYTES * 2)
 
 
+@triton.jit
+def _copy_out(
+    flat, blocks, starts, addresses, sizes, widths, strides, factors, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    part = tl.load(blocks + 2 * tl.program_id(0))
+    element = tl.load(blocks + 2 * tl.program_id(0) + 1) + tl.arange(0, BLOCK)
+    width = tl.load(widths + part)
+    inside = element < tl.load(sizes + part)
+    value = tl.load(flat + tl.load(starts + part) + element, mask=inside, other=0.0) * tl.load(factors + part)
+    target = tl.load(addresses + part).to(tl.pointer_type(KIND))
+    place = (element // width).to(tl.int64) * tl.load(strides + part) + element % width
+    tl.store(target + place, value.to(KIND), mask=inside)
+
+
 def _warps(width: int) -> int:
     return 1 if width <= 256 else 4 if width <= 2048 else 8
 
@@ -262,4 +280,55 @@ def nf4_dequantize(
         offset if nested else codes, out, out.stride(0),
         ROW_BYTES=out.shape[1] // 2, NUM_BYTES=num_bytes, BLOCK=_PACKED_BLOCK, NESTED=nested,
         num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Copies:
+    """Tables on the device, one entry a matrix; `blocks` has a matrix and its first element for every program.
+
+    `matrices` keeps what is written to alive: the tables hold addresses.
+    """
+
+    matrices: tuple[torch.Tensor, ...]
+    blocks: torch.Tensor
+    starts: torch.Tensor
+    addresses: torch.Tensor
+    sizes: torch.Tensor
+    widths: torch.Tensor
+    strides: torch.Tensor
+    factors: torch.Tensor
+    kind: tl.dtype
+
+
+_KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def prepare_copies(copies: Sequence[tuple[int, torch.Tensor, float]]) -> _Copies:
+    matrices = tuple(matrix for _, matrix, _ in copies)
+    device = matrices[0].device
+    blocks = [
+        (number, first) for number, matrix in enumerate(matrices) for first in range(0, matrix.numel(), _COPY_BLOCK)
+    ]
+
+    def table(values: Sequence[int] | Sequence[float] | Sequence[tuple[int, int]], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return _Copies(
+        matrices=matrices,
+        blocks=table(blocks, torch.int32),
+        starts=table([start for start, _, _ in copies], torch.int64),
+        addresses=table([matrix.data_ptr() for matrix in matrices], torch.int64),
+        sizes=table([matrix.numel() for matrix in matrices], torch.int32),
+        widths=table([matrix.shape[1] for matrix in matrices], torch.int32),
+        strides=table([matrix.stride(0) for matrix in matrices], torch.int64),
+        factors=table([factor for _, _, factor in copies], torch.float32),
+        kind=_KINDS[matrices[0].dtype],
+    )
+
+
+def copy_out(flat: torch.Tensor, prepared: _Copies) -> None:
+    _copy_out[(len(prepared.blocks),)](
+        flat, prepared.blocks, prepared.starts, prepared.addresses, prepared.sizes, prepared.widths, prepared.strides,
+        prepared.factors, KIND=prepared.kind, BLOCK=_COPY_BLOCK, num_warps=4,
     )  # fmt: skip
