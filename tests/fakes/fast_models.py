@@ -1,4 +1,4 @@
-"""Tiny models with LoRA, as PEFT runs them and as the fast path does, with adapters whose every gradient is non-zero."""
+"""Tiny models with LoRA, as PEFT runs them and as the fast path does; every gradient of an adapter is non-zero."""
 
 from __future__ import annotations
 

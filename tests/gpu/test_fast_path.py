@@ -1,4 +1,4 @@
-"""The fast path on a CUDA device: kernels against their references, bits against bitsandbytes, models against float32."""
+"""The fast path on a CUDA device: kernels against references, bits against bitsandbytes, models against float32."""
 
 from __future__ import annotations
 

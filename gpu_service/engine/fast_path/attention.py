@@ -1,5 +1,7 @@
-"""Causal attention of flat packed tokens, forward and backward: FlashAttention-2's kernels inside torch on CUDA, torch's
-fused attention one sequence after another elsewhere. On Hopper passes of sequences of one length may go to cuDNN. No mask of tokens by tokens is ever made.
+"""Causal attention of flat packed tokens, forward and backward, without a mask of tokens by tokens.
+
+On CUDA the kernels of FlashAttention-2 inside torch, and on Hopper cuDNN's where all sequences of a pass have one length
+and it is the faster; elsewhere torch's fused attention, one sequence after another.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_service.engine.training.flat_attention import FlatLayout, attend_flat
-
 
 # Where cuDNN's kernels are worth a try: they are the faster ones on Hopper, not before.
 _CUDNN_CAPABILITY = (9, 0)

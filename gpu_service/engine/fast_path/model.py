@@ -56,7 +56,7 @@ class FastModel(torch.nn.Module):
         causal = peft_model.base_model.model
         self._device, self._dtype = settings.device, settings.compute_dtype
         # In a list, so that its parameters are not taken for this module's own.
-        self._held = [causal]
+        self._held = [peft_model]
         self._widened = _hold_in(causal, self._dtype)
         layers = causal.model.layers
         modules = [
@@ -115,7 +115,9 @@ class FastModel(torch.nn.Module):
             self._adapted = before
 
     def release(self) -> None:
-        """Give the base back as it was. The fast path cannot run any more."""
+        """Give the base back as it was. The fast path cannot run any more; a second time does nothing."""
+        if not self._held:
+            return
         for parameter, dtype in self._widened:
             parameter.data = parameter.data.to(dtype)
         self._widened = []

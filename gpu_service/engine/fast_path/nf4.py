@@ -47,7 +47,7 @@ class Nf4Weight:
     restore_by_library: Callable[[torch.Tensor], None] | None
 
     @classmethod
-    def of(cls, layer: Any, *, quantizer: str | None = None) -> Nf4Weight:
+    def of(cls, layer: Any) -> Nf4Weight:
         """The parts of a bitsandbytes `Linear4bit`. Raises NotNf4."""
         state = layer.weight.quant_state
         columns = layer.in_features
@@ -57,10 +57,7 @@ class Nf4Weight:
             raise NotNf4(f"rows of {columns} weights are no whole number of blocks")
         if state.nested and state.state2.blocksize != NESTED_BLOCK:
             raise NotNf4("block scales are quantized in blocks of another length than 256")
-        if (quantizer or name_quantizer()) == OWN:
-            by_library = None
-        else:
-            by_library = _library(layer.weight.data, state)
+        by_library = None if name_quantizer() == OWN else _library(layer.weight.data, state)
         return cls(
             packed=layer.weight.data,
             codes=state.code,

@@ -1,6 +1,6 @@
-"""Which kernels a device runs: Triton's on CUDA, their references in plain torch elsewhere. Decided by the device alone.
+"""Which kernels a device runs: Triton's on CUDA, their references in plain torch elsewhere.
 
-Both modules have the same functions, with the same arguments; `torch_reference` documents them.
+The device alone decides. Both modules have the same functions, with the same arguments; `torch_reference` documents them.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def norm_backward_(
     *,
     adds: bool,
 ) -> None:
-    """Carry `gradient` [T, H] of a norm's output through the norm of `x` into `residual`, added to it or in its place."""
+    """Carry `gradient` [T, H] of a norm's output through the norm of `x` into `residual`: added, or in its place."""
     scaled = gradient.float() * weight.float()
     normed = x.float() * scale[:, None]
     through = scale[:, None] * (scaled - normed * (scaled * normed).mean(1, keepdim=True))
@@ -119,7 +119,8 @@ def nf4_dequantize(
     blocks) and plus `offset` are the blocks' scales.
     """
     if nested_codes is not None:
-        assert nested_scales is not None and offset is not None
+        assert nested_scales is not None
+        assert offset is not None
         whole = nested_scales.repeat_interleave(256)[: scales.numel()]
         scales = nested_codes[scales.int()] * whole + offset
     flat = packed.reshape(-1)
@@ -133,6 +134,6 @@ def prepare_copies(copies: Sequence[tuple[int, torch.Tensor, float]]) -> Any:
 
 
 def copy_out(flat: torch.Tensor, prepared: Any) -> None:
-    """Write the matrices that lie in `flat`, row by row without gaps, where they were prepared to go, times their factor."""
+    """Write the matrices that lie in `flat`, without gaps, where they were prepared to go, times their factors."""
     for start, matrix, factor in prepared:
         matrix.copy_(flat[start : start + matrix.numel()].view(matrix.shape) * factor)

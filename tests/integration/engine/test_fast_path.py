@@ -131,7 +131,7 @@ def test_weights_are_restored_to_the_same_bits(dtype: torch.dtype, double: bool)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_quantized_to_the_same_bits(dtype: torch.dtype) -> None:
-    """But for the places of scales: on a CPU the library finds them by a table, which misses the nearest now and then."""
+    """But for the places of scales: on a CPU the library's table misses the nearest one now and then."""
     from bitsandbytes.functional import quantize_4bit
 
     generator = torch.Generator().manual_seed(2)

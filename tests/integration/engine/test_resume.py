@@ -24,15 +24,17 @@ _NUM_STEPS = 24
 # What is equal after a step in weights, moments and generators cannot part later.
 _COMPARED_STEPS = 1
 _STEPS_PER_EPOCH = 8
-_NUM_RESUMED = {"qlora": 20, "lora": 20, "full": 20, "lora-dpo": 4, "full-adamw-8bit": 4}
+_NUM_RESUMED = {"qlora": 20, "lora": 20, "full": 20, "lora-dpo": 4, "full-adamw-8bit": 4, "qlora-fast": 4, "lora-dpo-fast": 4}
 # Of those with few, the second epoch is enough.
-_LAST_STEP = {"lora-dpo": 15, "full-adamw-8bit": 15}
+_LAST_STEP = {"lora-dpo": 15, "full-adamw-8bit": 15, "qlora-fast": 15, "lora-dpo-fast": 15}
 _METHODS: dict[str, dict[str, Any]] = {
     # Dropout draws from the generators whose state is kept.
     "qlora": {"lora": {"rank": 4, "dropout": 0.2}},
     "lora": {"lora": {"rank": 4, "dropout": 0.2}},
     "full": {"optimizer": {"learning_rate": 1e-3}},
     "lora-dpo": {"lora": {"rank": 4, "dropout": 0.2}, "objective": "dpo"},
+    "qlora-fast": {"trainer": "fast", "lora": {"rank": 4}},
+    "lora-dpo-fast": {"trainer": "fast", "lora": {"rank": 4}, "objective": "dpo"},
     # Matrices of 4,096 elements and more have their moments in 8 bits.
     "full-adamw-8bit": {"optimizer": {"name": "adamw-8bit", "learning_rate": 1e-3}},
 }
