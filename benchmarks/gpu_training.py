@@ -211,26 +211,60 @@ def measure(
 
 def compare(fast: FastModel, plain: Any, batch: MicroBatch, vocabulary: int, objective: Likelihood) -> dict[str, float]:
     """Loss of a batch under both paths, and the gradients of a shorter one, on the same weights."""
-    device = torch.device("cuda", 0)
     weight = sum(objective.weights(batch))
+    device = torch.device("cuda", 0)
     with measuring(plain), attending_within_sequences(plain):
         expected = float(objective.forward(plain, batch.to(device)).total) / weight
     with measuring(fast):
         found = float(objective.forward(fast, batch.to(device)).total) / weight
     (short,) = make_steps("dense", _GRADIENT_PARITY_TOKENS, 1, vocabulary, seed=2)
-    trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
-    plain.train()
-    with attending_within_sequences(plain):
-        gradients = torch.autograd.grad(objective.forward(plain, short.to(device)).total, trained)
+    exact = _exact_gradient(plain, short, objective)
+    theirs = _plain_gradient(plain, short, objective)
     (flat,) = torch.autograd.grad(objective.forward(fast, short.to(device)).total, [fast.adapter])
-    theirs = torch.cat([gradient.flatten() for gradient in gradients])
     ours = torch.cat([view.flatten() for view in fast.flat_adapter.views(flat)])
     return {
         "loss": found,
         "reference_loss": expected,
         "relative_loss_difference": abs(found - expected) / abs(expected),
-        "gradient_difference": float((ours - theirs).norm() / theirs.norm()),
+        "gradient_error": float((ours - exact).norm() / exact.norm()),
+        "reference_gradient_error": float((theirs - exact).norm() / exact.norm()),
     }
+
+
+def _plain_gradient(plain: Any, batch: MicroBatch, objective: Likelihood) -> torch.Tensor:
+    trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    plain.train()
+    with attending_within_sequences(plain):
+        gradients = torch.autograd.grad(objective.forward(plain, batch.to(torch.device("cuda", 0))).total, trained)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def _exact_gradient(plain: Any, batch: MicroBatch, objective: Likelihood) -> torch.Tensor:
+    """The same from float32 throughout, over the same base: the weights stay as they are quantized or rounded."""
+    from bitsandbytes.nn import Linear4bit
+
+    forward = plain.forward
+    held = [module for module in plain.modules() if isinstance(module, Linear4bit)]
+    changed = [
+        parameter
+        for parameter in plain.parameters()
+        if parameter.dtype is torch.bfloat16 and not hasattr(parameter, "quant_state")
+    ]
+    before = [parameter.data for parameter in changed]
+    try:
+        # accelerate's autocast lies around the model's own.
+        plain.forward = plain._original_forward
+        for module in held:
+            module.compute_dtype = torch.float32
+        for parameter in changed:
+            parameter.data = parameter.data.float()
+        return _plain_gradient(plain, batch, objective)
+    finally:
+        plain.forward = forward
+        for module in held:
+            module.compute_dtype = torch.bfloat16
+        for parameter, data in zip(changed, before, strict=True):
+            parameter.data = data
 
 
 def _profile(step: Any, batches: list[MicroBatch]) -> dict[str, Any]:

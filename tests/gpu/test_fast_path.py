@@ -256,3 +256,56 @@ def test_no_step_waits_for_the_device() -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("training_type", ["qlora", "lora"])
+def test_whole_run_is_that_of_the_plain_path(training_type: str, tmp_path: Any) -> None:
+    """Forty steps through planner and engine, on both paths: the plan takes the fast one by itself."""
+    from gpu_service.engine.resident import BaseShelf
+    from gpu_service.engine.service import carry_out
+    from gpu_service.engine.stopping import StopSwitch
+    from tests.fakes.engine_runs import Workspace, read_log
+
+    workspace, shelf = Workspace(root=tmp_path), BaseShelf()
+    logs = {}
+    for trainer in ("auto", "reference"):
+        directory = workspace.make_run(
+            f"run-{trainer}",
+            training_type=training_type,
+            hyperparameters={"num_steps": 40, "trainer": trainer, "optimizer": {"learning_rate": 1e-3}},
+            device={"type": "cuda", "index": 0},
+        )
+        carry_out(directory, shelf=shelf, switch=StopSwitch(), notify=lambda notice: None)
+        logs[trainer] = read_log(directory)
+        assert logs[trainer].states[-1] == "SUCCEEDED", logs[trainer].payloads[-1]
+    (plan,) = logs["auto"].of("plan")
+    assert plan.resolved.trainer == "fast"
+    assert any("fast path" in event.message for event in logs["auto"].of("log"))
+    (plan,) = logs["reference"].of("plan")
+    assert plan.resolved.trainer == "reference"
+    fast, plain = logs["auto"].losses, logs["reference"].losses
+    apart = [abs(fast[step] - plain[step]) for step in plain]
+    assert sum(apart) / len(apart) <= 0.02
+    assert plain[40] < plain[1] - 0.1
+    ends = [logs[trainer].of("evaluation")[-1].loss for trainer in logs if logs[trainer].of("evaluation")]
+    assert not ends or ends[0] == pytest.approx(ends[1], rel=1e-2)
+
+
+def test_attention_of_one_length_may_go_to_cudnn() -> None:
+    import torch
+
+    from gpu_service.engine.fast_path.attention import Bounds, CudnnAttention, FlashAttention
+    from gpu_service.engine.training.flat_attention import FlatLayout
+
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("cuDNN's attention is for Hopper")
+    query, key, value = (torch.randn(1024, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    gradient = torch.randn_like(query)
+    starts = torch.tensor([0, 512, 1024], device="cuda", dtype=torch.int32)
+    bounds = Bounds(starts=starts, longest=512, layout=FlatLayout(lengths=(512, 512)))
+    results = []
+    for attention in (FlashAttention(), CudnnAttention()):
+        output, kept = attention.forward(query, key, value, bounds)
+        results.append((output, *attention.backward(gradient, query, key, value, output, kept, bounds)))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).float().norm() / ours.float().norm() < 1e-2

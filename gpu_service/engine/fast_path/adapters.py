@@ -131,7 +131,7 @@ def _make_group(
     if len(ranks) > 1 or len(scalings) > 1:
         raise AdapterNotSupported("adapters of layers that read the same rows differ in rank or scaling")
     rank = ranks.pop() if ranks else 0
-    parts = []
+    parts: list[_Part] = []
     first_row = 0
     for module in modules:
         if module in covered:

@@ -90,9 +90,9 @@ class CudnnAttention:
     ) -> tuple[torch.Tensor, Any]:
         with torch.enable_grad():
             leaves = [part.detach().requires_grad_() for part in (query, key, value)]
-            parts = [part.unflatten(0, (-1, bounds.longest)).transpose(1, 2) for part in leaves]
+            queries, keys, values = (part.unflatten(0, (-1, bounds.longest)).transpose(1, 2) for part in leaves)
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                output = functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+                output = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
             output = output.transpose(1, 2).flatten(0, 1)
         return output.detach(), (output, leaves)
 
@@ -186,9 +186,9 @@ class TorchAttention:
         bounds: Bounds,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
-            leaves = [part.detach().requires_grad_() for part in (query, key, value)]
-            again = _attend(*leaves, bounds)
-        of_query, of_key, of_value = torch.autograd.grad(again, leaves, gradient)
+            queries, keys, values = (part.detach().requires_grad_() for part in (query, key, value))
+            again = _attend(queries, keys, values, bounds)
+        of_query, of_key, of_value = torch.autograd.grad(again, (queries, keys, values), gradient)
         return of_query, of_key, of_value
 
 

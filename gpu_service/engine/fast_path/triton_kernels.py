@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The kernels of the fast path in Triton. Imported on CUDA only; `torch_reference` says what each computes.
 
 One program a row, or a block of one. Rows may lie further apart than they are wide. Number types come from the tensors.

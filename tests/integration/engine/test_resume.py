@@ -24,7 +24,15 @@ _NUM_STEPS = 24
 # What is equal after a step in weights, moments and generators cannot part later.
 _COMPARED_STEPS = 1
 _STEPS_PER_EPOCH = 8
-_NUM_RESUMED = {"qlora": 20, "lora": 20, "full": 20, "lora-dpo": 4, "full-adamw-8bit": 4, "qlora-fast": 4, "lora-dpo-fast": 4}
+_NUM_RESUMED = {
+    "qlora": 20,
+    "lora": 20,
+    "full": 20,
+    "lora-dpo": 4,
+    "full-adamw-8bit": 4,
+    "qlora-fast": 4,
+    "lora-dpo-fast": 4,
+}
 # Of those with few, the second epoch is enough.
 _LAST_STEP = {"lora-dpo": 15, "full-adamw-8bit": 15, "qlora-fast": 15, "lora-dpo-fast": 15}
 _METHODS: dict[str, dict[str, Any]] = {
