@@ -116,18 +116,23 @@ def test_bits_are_those_of_bitsandbytes(dtype: str, double: bool, shape: tuple[i
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     from gpu_service.engine.fast_path import quantizing, triton_kernels
+    from gpu_service.engine.fast_path.nf4 import NotNf4
 
     weight = _draw(*shape, dtype=dtype, scale=0.02).contiguous()
     weight[3, :64] = 0
     packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
-    found = quantizing.quantize(weight, double=double)
-    assert torch.equal(found.packed, packed)
-    assert torch.equal(found.scales, state.absmax)
     nested = (state.state2.code, state.state2.absmax, state.offset) if double else (None, None, None)
-    if double:
-        assert torch.equal(quantizing.nested_codes(weight.device), nested[0])
-        assert torch.equal(found.nested_scales, nested[1])
-        assert torch.equal(found.offset, nested[2])
+    if dtype == "float32":
+        with pytest.raises(NotNf4):
+            quantizing.quantize(weight, double=double)
+    else:
+        found = quantizing.quantize(weight, double=double)
+        assert torch.equal(found.packed, packed)
+        assert torch.equal(found.scales, state.absmax)
+        if double:
+            assert torch.equal(quantizing.nested_codes(weight.device), nested[0])
+            assert torch.equal(found.nested_scales, nested[1])
+            assert torch.equal(found.offset, nested[2])
     out = torch.full((shape[0], shape[1] + 64), 7.0, device="cuda", dtype=weight.dtype)
     triton_kernels.nf4_dequantize(packed, state.code, state.absmax, *nested, out[:, : shape[1]])
     assert torch.equal(out[:, : shape[1]], dequantize_4bit(packed, state))
@@ -309,3 +314,20 @@ def test_attention_of_one_length_may_go_to_cudnn() -> None:
         results.append((output, *attention.backward(gradient, query, key, value, output, kept, bounds)))
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).float().norm() / ours.float().norm() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", _TOLERANCES)
+def test_adapters_are_copied_out(dtype: str) -> None:
+    import torch
+
+    from gpu_service.engine.fast_path import torch_reference, triton_kernels
+
+    flat = torch.randn(16 * 3072 + 1000 * 16 + 7, device="cuda")
+    results = []
+    for module in (triton_kernels, torch_reference):
+        below, right = _draw(64, 3072, dtype=dtype, spare=64).zero_(), _draw(1024, 64, dtype=dtype, spare=8).zero_()
+        prepared = module.prepare_copies([(0, below[16:32], 1.0), (16 * 3072, right[24:, 16:32], 0.3)])
+        module.copy_out(flat, prepared)
+        results.append((below, right))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)

@@ -1,7 +1,7 @@
 """Causal attention of flat packed tokens, forward and backward, without a mask of tokens by tokens.
 
-On CUDA the kernels of FlashAttention-2 inside torch, and on Hopper cuDNN's where all sequences of a pass have one length
-and it is the faster; elsewhere torch's fused attention, one sequence after another.
+On CUDA the kernels of FlashAttention-2 inside torch, and on Hopper cuDNN's where all sequences of a pass have one
+length and it is the faster; elsewhere torch's fused attention, one sequence after another.
 """
 
 from __future__ import annotations

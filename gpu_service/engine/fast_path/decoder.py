@@ -1,6 +1,7 @@
 """The whole pass over flat tokens: embedding, blocks, head; and back.
 
-What a block kept is dropped as soon as it is used. Knows tensors alone: which model they come from is `model`'s business.
+What a block kept is dropped as soon as it is used. Knows tensors alone; which model they
+come from is `model`'s business.
 """
 
 from __future__ import annotations

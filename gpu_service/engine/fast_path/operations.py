@@ -1,6 +1,7 @@
 """Which kernels a device runs: Triton's on CUDA, their references in plain torch elsewhere.
 
-The device alone decides. Both modules have the same functions, with the same arguments; `torch_reference` documents them.
+The device alone decides. Both modules have the same functions with the same arguments, which `torch_reference`
+documents.
 """
 
 from __future__ import annotations

@@ -33,11 +33,19 @@ class Quantized:
 
 
 def quantize(weight: torch.Tensor, *, double: bool) -> Quantized:
-    """`weight` [N, K] with K a multiple of 64. Raises NotNf4 for any other."""
+    """`weight` [N, K] with K a multiple of 64; of 16 bits on CUDA. Raises NotNf4 for any other.
+
+    In float32 the library's CUDA kernels divide approximately, so that a value at a bound may fall on either side of it.
+    """
+    if weight.device.type == "cuda" and weight.dtype is torch.float32:
+        raise NotNf4("weights in float32 are quantized by the library alone")
     if weight.ndim != 2 or weight.shape[1] % BLOCK_WEIGHTS:
         raise NotNf4(f"a weight of shape {tuple(weight.shape)} is no whole number of blocks a row")
     codes = torch.tensor(NF4_CODES, device=weight.device)
     places, scales = _quantize_blocks(weight, codes, BLOCK_WEIGHTS)
+    if weight.device.type == "cuda":
+        # The library's kernels have the first code in a block of zeros, where its CPU code has that of 0.
+        places = places.view(-1, BLOCK_WEIGHTS).masked_fill(scales[:, None] == 0, 0).view(-1)
     packed = (places[::2] << 4 | places[1::2])[:, None]
     if not double:
         return Quantized(packed=packed, scales=scales, nested_scales=None, offset=None)
