@@ -35,7 +35,7 @@ class Quantized:
 def quantize(weight: torch.Tensor, *, double: bool) -> Quantized:
     """`weight` [N, K] with K a multiple of 64; of 16 bits on CUDA. Raises NotNf4 for any other.
 
-    In float32 the library's CUDA kernels divide approximately, so that a value at a bound may fall on either side of it.
+    In float32 the library's CUDA kernels divide approximately: a value at a bound may fall on either side of it.
     """
     if weight.device.type == "cuda" and weight.dtype is torch.float32:
         raise NotNf4("weights in float32 are quantized by the library alone")

@@ -9,7 +9,7 @@ import pytest
 from gpu_service.catalog import families
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Refusal
-from tests.fakes.checked_specs import CPU, hyper, make_base, make_spec, plan
+from tests.fakes.checked_specs import CPU, hyper, make_base, plan
 
 _H100 = Device(type="cuda", name="H100", total_memory_bytes=85_000_000_000, compute_capability="9.0")
 _T4 = Device(type="cuda", name="T4", total_memory_bytes=16_000_000_000, compute_capability="7.5")
