@@ -249,9 +249,7 @@ def test_time_limit_ends_training_with_artifacts(workspace: Workspace, run_in_pr
 
 
 @pytest.mark.parametrize("training_type", ["qlora", "lora"])
-def test_fast_path_trains_as_the_plain_path_does(
-    training_type: str, workspace: Workspace, run_in_process: Any
-) -> None:
+def test_fast_path_trains_as_the_plain_path_does(training_type: str, workspace: Workspace, run_in_process: Any) -> None:
     """On a CPU it runs only when it is asked for; both runs share one base, which the first must give back clean."""
     logs = {}
     for trainer in ("fast", "reference", "auto"):
@@ -277,6 +275,8 @@ def test_fast_path_trains_as_the_plain_path_does(
     assert [event.loss for event in final] == pytest.approx([event.loss for event in plain], rel=1e-4)
     names = []
     for trainer in ("fast", "reference"):
-        adapter = load_file(workspace.root / f"runs/{training_type}-{trainer}/1/artifacts/adapter/adapter_model.safetensors")
+        adapter = load_file(
+            workspace.root / f"runs/{training_type}-{trainer}/1/artifacts/adapter/adapter_model.safetensors"
+        )
         names.append({name: tuple(tensor.shape) for name, tensor in adapter.items()})
     assert names[0] == names[1]
