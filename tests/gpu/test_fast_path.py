@@ -121,12 +121,12 @@ def test_bits_are_those_of_bitsandbytes(dtype: str, double: bool, shape: tuple[i
     weight = _draw(*shape, dtype=dtype, scale=0.02).contiguous()
     weight[3, :64] = 0
     packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
-    nested = (state.state2.code, state.state2.absmax, state.offset) if double else (None, None, None)
+    nested: Any = (state.state2.code, state.state2.absmax, state.offset) if double else (None, None, None)
     if dtype == "float32":
         with pytest.raises(NotNf4):
             quantizing.quantize(weight, double=double)
     else:
-        found = quantizing.quantize(weight, double=double)
+        found: Any = quantizing.quantize(weight, double=double)
         assert torch.equal(found.packed, packed)
         assert torch.equal(found.scales, state.absmax)
         if double:
@@ -134,7 +134,8 @@ def test_bits_are_those_of_bitsandbytes(dtype: str, double: bool, shape: tuple[i
             assert torch.equal(found.nested_scales, nested[1])
             assert torch.equal(found.offset, nested[2])
     out = torch.full((shape[0], shape[1] + 64), 7.0, device="cuda", dtype=weight.dtype)
-    triton_kernels.nf4_dequantize(packed, state.code, state.absmax, *nested, out[:, : shape[1]])
+    arguments = [packed, state.code, state.absmax, *nested, out[:, : shape[1]]]
+    triton_kernels.nf4_dequantize(*arguments)
     assert torch.equal(out[:, : shape[1]], dequantize_4bit(packed, state))
     assert (out[:, shape[1] :] == 7).all()
 
@@ -250,7 +251,7 @@ def test_no_step_waits_for_the_device() -> None:
 
     def step() -> None:
         batch = collate(rows.as_data(), rows.references).to(torch.device("cuda"))
-        (nats_by_sequence(fast, batch).sum() / 100).backward()
+        torch.autograd.backward(nats_by_sequence(fast, batch).sum() / 100)
         torch.nn.utils.clip_grad_norm_([fast.adapter], 1.0)
         optimizer.step()
         optimizer.zero_grad()

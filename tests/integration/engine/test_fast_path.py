@@ -138,7 +138,7 @@ def test_weights_are_quantized_to_the_same_bits(dtype: torch.dtype) -> None:
     weight = (torch.randn(384, 192, generator=generator) * 0.02).to(dtype)
     weight[5, :64] = 0
     packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    found = quantizing.quantize(weight, double=True)
+    found: Any = quantizing.quantize(weight, double=True)
     assert torch.equal(found.packed, packed)
     assert torch.equal(found.nested_scales, state.state2.absmax)
     assert torch.equal(found.offset, state.offset)
@@ -243,7 +243,7 @@ def _steps(model: Any, optimizer: Any, parameters: list[Any], rows: PlannedRows,
     for _ in range(count):
         optimizer.zero_grad()
         loss = nats(model, rows).sum() / 100
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, _SETTINGS.max_gradient_norm)
         optimizer.step()
         losses.append(loss.item())
