@@ -57,7 +57,7 @@ class FastModel(torch.nn.Module):
         self._device, self._dtype = settings.device, settings.compute_dtype
         # In a list, so that its parameters are not taken for this module's own.
         self._held = [peft_model]
-        self._widened = _hold_in(causal, self._dtype)
+        self._narrowed = _hold_in(causal, self._dtype)
         layers = causal.model.layers
         modules = [
             [getattr(getattr(layer, part), name) for name in names] for layer in layers for part, names in GROUPS
@@ -118,11 +118,15 @@ class FastModel(torch.nn.Module):
         """Give the base back as it was. The fast path cannot run any more; a second time does nothing."""
         if not self._held:
             return
-        for parameter, dtype in self._widened:
-            parameter.data = parameter.data.to(dtype)
-        self._widened = []
-        self._held = []
         del self._decoder, self._copies
+        for parameter, dtype in self._narrowed:
+            parameter.data = parameter.data.to(dtype)
+        for parameter in self._held[0].parameters():
+            # Plain linears are views of matrices with margins, which go with the last of them.
+            if not parameter.requires_grad and not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+        self._narrowed = []
+        self._held = []
 
     def _lay_out(self, batch: MicroBatch) -> FlatPass:
         lengths = batch.layout.lengths

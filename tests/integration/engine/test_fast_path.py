@@ -214,8 +214,10 @@ def test_model_beside_it_stays_right(rows: PlannedRows) -> None:
             if parameter.requires_grad:
                 parameter.mul_(0.5)
         torch.testing.assert_close(nats(fast, rows), nats(model, rows), rtol=1e-5, atol=1e-5)
-    base = model.unload()
     fast.release()
+    fast.release()
+    base = model.unload()
+    assert all(parameter.is_contiguous() for parameter in base.parameters())
     fresh = make_model("llama", {})
     names = dict(fresh.named_parameters())
     assert all(torch.equal(parameter, names[name]) for name, parameter in base.named_parameters())

@@ -256,7 +256,7 @@ def test_fast_path_trains_as_the_plain_path_does(training_type: str, workspace: 
         directory = workspace.make_run(
             f"{training_type}-{trainer}",
             training_type=training_type,
-            hyperparameters={"num_steps": 6, "trainer": trainer},
+            hyperparameters={"num_steps": 6, "trainer": trainer, "exports": ["merged"]},
             sample_prompts=[{"trait_type": "coding", "prompt": "What is 2 plus 2?", "max_new_tokens": 4}],
         )
         logs[trainer] = run_in_process(directory)
@@ -275,6 +275,8 @@ def test_fast_path_trains_as_the_plain_path_does(training_type: str, workspace: 
     assert [event.loss for event in final] == pytest.approx([event.loss for event in plain], rel=1e-4)
     names = []
     for trainer in ("fast", "reference"):
+        (export,) = logs[trainer].of("export")
+        assert export.accepted
         adapter = load_file(
             workspace.root / f"runs/{training_type}-{trainer}/1/artifacts/adapter/adapter_model.safetensors"
         )
