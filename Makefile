@@ -50,8 +50,9 @@ test-gpu: $(STAMP) ## Runs the tests that need a CUDA device
 faults: $(STAMP) ## Runs the fault trials at full counts, one part of them (SHARD=i/n); goes on where it was stopped
 	$(BIN)/python -m tests.faults --shard $(SHARD)
 
+mutations: SHARD = 1/1
 mutations: $(STAMP) ## Proves that tests see each fence, fsync, key and lock taken out (SHARD=i/n)
-	$(BIN)/python -m tests.faults.mutations --shard $(or $(SHARD),1/1)
+	$(BIN)/python -m tests.faults.mutations --shard $(SHARD)
 
 lint: $(STAMP) proto-check ## Checks style, import contracts, protos and generated code
 	$(BIN)/ruff check .

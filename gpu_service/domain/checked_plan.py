@@ -92,6 +92,8 @@ class CheckedPlan:
     num_steps: int
     total_examples: int
     memory: MemoryEstimate
+    # Why resolved.trainer is what it is; empty where nothing is trained.
+    trainer_reason: str = ""
     # Under what a node keeps its measurements of such runs.
     kind_of_run: str = ""
     total_tokens: int = 0
@@ -146,4 +148,5 @@ class CheckedPlan:
             "longest_example_tokens": str(self.longest_example_tokens),
             "largest_step_tokens": str(self.largest_step_tokens),
             "num_duplicates": str(self.num_duplicates),
+            "trainer_reason": self.trainer_reason,
         }

@@ -108,6 +108,8 @@ class ResolvedHyperparameters:
     warn_after_rises: int = 3
     exports: tuple[str, ...] = ()
     max_export_logit_difference: float = 1.0
+    # `fast` or `reference`; a plan's resolved settings are never `auto`.
+    trainer: str = "auto"
     lora: ResolvedLora | None = None
     num_steps: int | None = None
     num_epochs: float | None = None
@@ -143,6 +145,7 @@ class ResolvedHyperparameters:
             "warn_after_rises": self.warn_after_rises,
             "exports": list(self.exports),
             "max_export_logit_difference": self.max_export_logit_difference,
+            "trainer": self.trainer,
         }
         if self.dpo is not None:
             value["dpo"] = vars(self.dpo).copy()
@@ -227,6 +230,7 @@ def apply_defaults(
         warn_after_rises=_or(given.warn_after_rises, 3),
         exports=given.exports,
         max_export_logit_difference=_or(given.max_export_logit_difference, 1.0),
+        trainer=_or(given.trainer, "auto"),
     )
 
 
@@ -324,6 +328,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "loss_on": ("targets", "all"),
     "objective": ("sft", "dpo"),
     "non_finite_policy": ("stop", "skip"),
+    "trainer": ("auto", "fast", "reference"),
 }
 
 

@@ -76,9 +76,13 @@ def kind_of_run(
     optimizer: str,
     gradient_checkpointing: bool,
     objective: str,
+    trainer: str,
     device_name: str,
 ) -> str:
     """The key under which measurements of like runs are kept."""
     recomputation = "recomputed" if gradient_checkpointing else "kept"
-    parts = (training_type, quantization, compute_dtype, model_type, optimizer, recomputation, objective, device_name)
+    parts = (
+        training_type, quantization, compute_dtype, model_type, optimizer, recomputation, objective, trainer,
+        device_name,
+    )  # fmt: skip
     return "/".join(part.replace("/", "-") for part in parts)

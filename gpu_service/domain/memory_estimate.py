@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from gpu_service.catalog.base_models import BaseModel, LinearLayer
 from gpu_service.catalog.optimizers.entry import OptimizerEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
+from gpu_service.domain import memory_activations, memory_fast_path
 from gpu_service.domain.defaults import ResolvedHyperparameters
-from gpu_service.domain.memory_activations import Precision, StepShape, peak_beside_state
+from gpu_service.domain.memory_activations import Precision, StepShape
 from gpu_service.domain.memory_calibration import ANALYTIC, UNCALIBRATED, Calibration
 from gpu_service.domain.memory_passes import LargestPasses
 
@@ -91,7 +92,9 @@ def estimate_memory(
     compute_bytes = DTYPE_BYTES[resolved.quantization.compute_dtype]
     is_quantized = quantization.bits is not None
     # PEFT holds what is not quantized of a quantized base in float32, and a base that is trained is float32 anyway.
-    held_bytes = compute_bytes if trains_adapter and not is_quantized else _TRAINED_BYTES
+    # The fast path holds it as it multiplies by it.
+    takes_fast_path = resolved.trainer == "fast"
+    held_bytes = compute_bytes if trains_adapter and (takes_fast_path or not is_quantized) else _TRAINED_BYTES
     trained = _TRAINED_BYTES * num_trainable_parameters
     shape = StepShape(
         base=base,
@@ -110,7 +113,7 @@ def estimate_memory(
         step_bytes_per_parameter=optimizer.step_bytes_per_parameter,
         device_type=device_type,
     )
-    beside = peak_beside_state(shape, passes)
+    beside = (memory_fast_path if takes_fast_path else memory_activations).peak_beside_state(shape, passes)
     weights = _weights_bytes(base, resolved, quantization, held_bytes)
     estimate = MemoryEstimate(
         weights_bytes=weights,

@@ -33,6 +33,7 @@ from gpu_service.domain.plan_base import check_device, find_family, find_method,
 from gpu_service.domain.plan_start import check_exports, check_start, check_task
 from gpu_service.domain.plan_warnings import list_warnings
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
+from gpu_service.domain.trainer import choose_trainer
 
 __all__ = [
     "CheckedPlan",
@@ -104,6 +105,8 @@ def resolve(
         length_limit=base_model.max_position_embeddings,
         num_steps=num_steps,
     )
+    trainer = choose_trainer(given.trainer, resolved, method=method, family=family, base=base_model, device=device)
+    resolved = replace(resolved, trainer=trainer.path)
     trainable = base_model.num_parameters
     if resolved.lora is not None:
         trainable = sum(resolved.lora.rank * (layer.in_features + layer.out_features) for layer in covered)
@@ -115,6 +118,7 @@ def resolve(
         optimizer=optimizer.id,
         gradient_checkpointing=resolved.gradient_checkpointing,
         objective=resolved.objective,
+        trainer=resolved.trainer,
         device_name=device.name if device.type == "cuda" else device.type,
     )
     memory = estimate_memory(
@@ -150,6 +154,7 @@ def resolve(
         total_examples=total_examples,
         memory=memory,
         kind_of_run=kind,
+        trainer_reason=trainer.reason if trains else "",
         spec_digest=spec_digest,
         warnings=tuple(list_warnings(spec, base_model, method, resolved, mix, memory, device)),
     )

@@ -111,6 +111,7 @@ class Hyperparameters:
     warn_after_rises: int | None = None
     exports: tuple[str, ...] = ()
     max_export_logit_difference: float | None = None
+    trainer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

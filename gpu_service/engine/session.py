@@ -6,22 +6,19 @@ The model, the optimizer and accelerate live here and nowhere else, so that they
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from types import ModuleType
 
-from gpu_service.catalog import optimizers
 from gpu_service.domain.planned_data import ExampleReference, PlannedData
 from gpu_service.engine.artifacts import ArtifactRequest, exporting, write_all
 from gpu_service.engine.artifacts.export_source import open_source
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import library_versions
 from gpu_service.engine.loading import Loaded
-from gpu_service.engine.precision import DTYPES
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.request import RunRequest
 from gpu_service.engine.stopping import StopRequested, StopSwitch
+from gpu_service.engine.trainers import make_trainer
 from gpu_service.engine.training import random_state
-from gpu_service.engine.training.accelerator import make_accelerator
 from gpu_service.engine.training.batches import MicroBatchLimit
 from gpu_service.engine.training.checkpoint import Identity
 from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
@@ -67,12 +64,11 @@ class Session:
         self._data = data
         self._loaded = loaded
         settings = plan.resolved
-        self._accelerator = make_accelerator(self._device.torch_device, DTYPES[settings.quantization.compute_dtype])
-        trainable = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
-        builder = import_module(optimizers.REGISTRY[settings.optimizer.name].builder)
-        self._model, self._optimizer = self._accelerator.prepare(
-            loaded.model, builder.build(trainable, settings.optimizer)
-        )
+        self._trainer = make_trainer(loaded.model, settings, device.torch_device)
+        self._accelerator = self._trainer.accelerator
+        self._model, self._optimizer = self._trainer.model, self._trainer.optimizer
+        reason = plan.trainer_reason
+        reporter.emit(event_pb2.LogEvent(level="info", message=f"trained by {self._trainer.description}: {reason}"))
         self._objective = objective or make_objective(settings)
         self._checkpoints = CheckpointKeeper(
             directory=request.checkpoints_directory,
@@ -85,7 +81,7 @@ class Session:
             ),
             settings=settings,
             model=self._model,
-            unwrapped_model=self._accelerator.unwrap_model(self._model),
+            unwrapped_model=self._trainer.saved,
             optimizer=self._optimizer,
             scaler=self._accelerator.scaler,
             data=data,
@@ -97,7 +93,13 @@ class Session:
         self._progress = TrainingProgress()
 
     def train(self) -> None:
-        """From the base's losses to the artifacts."""
+        """From the base's losses to the artifacts. The base is as it was loaded when this ends, however it ends."""
+        try:
+            self._train()
+        finally:
+            self._trainer.release()
+
+    def _train(self) -> None:
         # Evaluations count too: they may take more than the steps.
         self._device.start_counting()
         if self._request.resume is not None:
@@ -272,7 +274,7 @@ class Session:
                 spec=self._request.spec,
                 plan=self._plan,
                 trains_adapter=self._method.TRAINS_ADAPTER,
-                model=self._accelerator.unwrap_model(self._model),
+                model=self._trainer.saved,
                 tokenizer=self._loaded.tokenizer,
                 stored_dtype=self._loaded.stored_dtype,
                 progress=self._progress,
@@ -281,7 +283,7 @@ class Session:
                 export_source=open_source(
                     request=self._request,
                     plan=self._plan,
-                    model=self._accelerator.unwrap_model(self._model),
+                    model=self._trainer.saved,
                     loaded=self._loaded,
                 ),
             ),

@@ -17,3 +17,5 @@ class FamilyEntry:
     config_types: tuple[str, ...]
     config_class: str
     architecture: str
+    # Whether its decoder layers are those that `engine.fast_path` knows.
+    has_fast_path: bool = False

@@ -9,4 +9,5 @@ ENTRY = FamilyEntry(
     config_types=("llama",),
     config_class="LlamaConfig",
     architecture="LlamaForCausalLM",
+    has_fast_path=True,
 )

@@ -9,4 +9,5 @@ ENTRY = FamilyEntry(
     config_types=("mistral",),
     config_class="MistralConfig",
     architecture="MistralForCausalLM",
+    has_fast_path=True,
 )

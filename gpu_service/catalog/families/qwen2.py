@@ -9,4 +9,5 @@ ENTRY = FamilyEntry(
     config_types=("qwen2",),
     config_class="Qwen2Config",
     architecture="Qwen2ForCausalLM",
+    has_fast_path=True,
 )

@@ -9,4 +9,5 @@ ENTRY = FamilyEntry(
     config_types=("qwen3",),
     config_class="Qwen3Config",
     architecture="Qwen3ForCausalLM",
+    has_fast_path=True,
 )

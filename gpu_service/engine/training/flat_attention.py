@@ -59,7 +59,24 @@ def _attend(
         raise ValueError("a flat batch has no attention mask: its layout says what sees what")
     if softcap is not None or not getattr(module, "is_causal", True):
         raise ValueError(f"{type(module).__name__} attends in a way that flat batches do not offer")
-    lengths = list(flat_layout.lengths)
+    output = attend_flat(
+        query, key, value, flat_layout, scaling=scaling, dropout=dropout, sliding_window=sliding_window
+    )
+    return output.transpose(1, 2), None
+
+
+def attend_flat(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: FlatLayout,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention within each sequence. `query` [1, heads, tokens, width], the others likewise; shaped as it."""
+    lengths = list(layout.lengths)
     parts = []
     for one_query, one_key, one_value in zip(
         query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True
@@ -67,7 +84,7 @@ def _attend(
         length = one_query.shape[2]
         mask = None
         if sliding_window is not None and length > sliding_window:
-            mask = flat_layout.window_mask(length, sliding_window, query.device)
+            mask = layout.window_mask(length, sliding_window, query.device)
         groups = query.shape[1] // key.shape[1]
         shares_heads = mask is None and _kernel_shares_heads(query)
         if groups > 1 and not shares_heads:
@@ -84,7 +101,7 @@ def _attend(
                 enable_gqa=shares_heads and groups > 1,
             )
         )
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2)
 
 
 def _kernel_shares_heads(query: torch.Tensor) -> bool:
@@ -100,7 +117,13 @@ AttentionInterface.register(_IMPLEMENTATION, _attend)
 
 @contextmanager
 def attending_within_sequences(model: Any) -> Iterator[None]:
-    """Inside, `model` takes flat batches and nothing else; afterwards it attends as before. May be entered again."""
+    """Inside, `model` takes flat batches and nothing else; afterwards it attends as before. May be entered again.
+
+    A model of the fast path never attends otherwise.
+    """
+    if getattr(model, "attends_within_sequences", False):
+        yield
+        return
     before = model.config._attn_implementation
     model.set_attn_implementation(_IMPLEMENTATION)
     try:

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 from tests.faults.mutations.table import MUTATIONS
-
 from tests.faults.mutations.trial import NotProven, check_green, check_red, copy_tree
 
 _ROOT = Path(__file__).parents[3]

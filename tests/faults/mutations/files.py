@@ -98,8 +98,8 @@ FILES = (
         name="a-small-file-is-renamed-unsynced",
         promise="R3",
         file="gpu_service/shim/durable_json.py",
-        snippet="os.fsync(stream.fileno())",
-        replacement="pass",
+        snippet="            os.fsync(stream.fileno())\n        staged.replace(path)\n    except OSError:\n",
+        replacement="        staged.replace(path)\n    except OSError:\n",
         tests=(
             f"{_DURABLE}test_a_small_file_of_the_node",
             f"{_DURABLE}test_an_accepted_run",
@@ -109,8 +109,8 @@ FILES = (
         name="a-small-file-is-written-in-place",
         promise="R3",
         file="gpu_service/shim/durable_json.py",
-        snippet="staged.replace(path)",
-        replacement="path.write_bytes(staged.read_bytes())",
+        snippet="        staged.replace(path)\n    except OSError:\n",
+        replacement="        path.write_bytes(staged.read_bytes())\n    except OSError:\n",
         tests=(f"{_DURABLE}test_a_small_file_of_the_node",),
     ),
     Mutation(

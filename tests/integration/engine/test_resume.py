@@ -22,14 +22,32 @@ from tunesmith.common.v1 import errors_pb2
 # Thirty-two examples, four a step.
 _STEPS_PER_EPOCH = 8
 # Into the third epoch; of those that are gone on from a few times only, to the end of the second.
-_NUM_STEPS = {"qlora": 21, "lora": 21, "full": 21, "lora-dpo": 16, "full-adamw-8bit": 16}
-_NUM_RESUMED = {"qlora": 20, "lora": 20, "full": 20, "lora-dpo": 4, "full-adamw-8bit": 4}
+_NUM_STEPS = {
+    "qlora": 21,
+    "lora": 21,
+    "full": 21,
+    "lora-dpo": 16,
+    "full-adamw-8bit": 16,
+    "qlora-fast": 16,
+    "lora-dpo-fast": 16,
+}
+_NUM_RESUMED = {
+    "qlora": 20,
+    "lora": 20,
+    "full": 20,
+    "lora-dpo": 4,
+    "full-adamw-8bit": 4,
+    "qlora-fast": 4,
+    "lora-dpo-fast": 4,
+}
 _METHODS: dict[str, dict[str, Any]] = {
     # Dropout draws from the generators whose state is kept.
     "qlora": {"lora": {"rank": 4, "dropout": 0.2}},
     "lora": {"lora": {"rank": 4, "dropout": 0.2}},
     "full": {"optimizer": {"learning_rate": 1e-3}},
     "lora-dpo": {"lora": {"rank": 4, "dropout": 0.2}, "objective": "dpo"},
+    "qlora-fast": {"trainer": "fast", "lora": {"rank": 4}},
+    "lora-dpo-fast": {"trainer": "fast", "lora": {"rank": 4}, "objective": "dpo"},
     # Matrices of 4,096 elements and more have their moments in 8 bits.
     "full-adamw-8bit": {"optimizer": {"name": "adamw-8bit", "learning_rate": 1e-3}},
 }

@@ -246,3 +246,39 @@ def test_time_limit_ends_training_with_artifacts(workspace: Workspace, run_in_pr
     assert realized.total_examples == 4 * realized.num_steps
     assert [event.name for event in log.of("artifact")] == ["adapter", "report"]
     assert log.of("checkpoint")[-1].step == realized.num_steps
+
+
+@pytest.mark.parametrize("training_type", ["qlora", "lora"])
+def test_fast_path_trains_as_the_plain_path_does(training_type: str, workspace: Workspace, run_in_process: Any) -> None:
+    """On a CPU it runs only when it is asked for; both runs share one base, which the first must give back clean."""
+    logs = {}
+    for trainer in ("fast", "reference", "auto"):
+        directory = workspace.make_run(
+            f"{training_type}-{trainer}",
+            training_type=training_type,
+            hyperparameters={"num_steps": 6, "trainer": trainer, "exports": ["merged"]},
+            sample_prompts=[{"trait_type": "coding", "prompt": "What is 2 plus 2?", "max_new_tokens": 4}],
+        )
+        logs[trainer] = run_in_process(directory)
+        assert_trained(logs[trainer], 6)
+    plans = {trainer: log.of("plan")[0] for trainer, log in logs.items()}
+    assert [plans[trainer].resolved.trainer for trainer in logs] == ["fast", "reference", "reference"]
+    assert plans["fast"].trainer_reason == "asked for"
+    assert "CUDA" in plans["auto"].trainer_reason
+    messages = {trainer: [event.message for event in log.of("log")] for trainer, log in logs.items()}
+    assert any("the fast path" in message for message in messages["fast"])
+    assert any("transformers and PEFT" in message for message in messages["reference"])
+    assert logs["auto"].losses == logs["reference"].losses
+    for step, loss in logs["reference"].losses.items():
+        assert logs["fast"].losses[step] == pytest.approx(loss, rel=1e-4)
+    final, plain = (logs[trainer].of("evaluation") for trainer in ("fast", "reference"))
+    assert [event.loss for event in final] == pytest.approx([event.loss for event in plain], rel=1e-4)
+    names = []
+    for trainer in ("fast", "reference"):
+        (export,) = logs[trainer].of("export")
+        assert export.accepted
+        adapter = load_file(
+            workspace.root / f"runs/{training_type}-{trainer}/1/artifacts/adapter/adapter_model.safetensors"
+        )
+        names.append({name: tuple(tensor.shape) for name, tensor in adapter.items()})
+    assert names[0] == names[1]

@@ -437,6 +437,7 @@ class Hyperparameters(_message.Message):
     WARN_AFTER_RISES_FIELD_NUMBER: _builtins.int
     EXPORTS_FIELD_NUMBER: _builtins.int
     MAX_EXPORT_LOGIT_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    TRAINER_FIELD_NUMBER: _builtins.int
     max_length: _builtins.int
     """Tokens at which an example is cut."""
     num_steps: _builtins.int
@@ -473,6 +474,10 @@ class Hyperparameters(_message.Message):
     """Warn when a trait's held-out loss has risen for this many evaluations in a row. 0: never."""
     max_export_logit_difference: _builtins.float
     """An export whose logits differ from the adapter's by more than this on the fixed prompts is refused."""
+    trainer: _builtins.str
+    """What trains: `fast` (kernels of our own, for adapters over Llama-like bases), `reference` (transformers and PEFT), or
+    `auto`, which takes the fast path wherever it can. A plan's is never `auto`.
+    """
     @_builtins.property
     def quantization(self) -> Global___Quantization: ...
     @_builtins.property
@@ -515,10 +520,11 @@ class Hyperparameters(_message.Message):
         warn_after_rises: _builtins.int | None = ...,
         exports: _abc.Iterable[_builtins.str] | None = ...,
         max_export_logit_difference: _builtins.float | None = ...,
+        trainer: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_warn_after_rises", b"_warn_after_rises", "batch", b"batch", "chat_template", b"chat_template", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "batch", b"batch", "chat_template", b"chat_template", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_warn_after_rises", b"_warn_after_rises", "batch", b"batch", "chat_template", b"chat_template", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "exports", b"exports", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "batch", b"batch", "chat_template", b"chat_template", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "exports", b"exports", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chat_template: _TypeAlias = _typing.Literal["chat_template"]  # noqa: Y015
     _WhichOneofArgType__chat_template: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template"]  # noqa: Y015
@@ -546,6 +552,8 @@ class Hyperparameters(_message.Message):
     _WhichOneofArgType__save_every_steps: _TypeAlias = _typing.Literal["_save_every_steps", b"_save_every_steps"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__trainer: _TypeAlias = _typing.Literal["trainer"]  # noqa: Y015
+    _WhichOneofArgType__trainer: _TypeAlias = _typing.Literal["_trainer", b"_trainer"]  # noqa: Y015
     _WhichOneofReturnType__warn_after_rises: _TypeAlias = _typing.Literal["warn_after_rises"]  # noqa: Y015
     _WhichOneofArgType__warn_after_rises: _TypeAlias = _typing.Literal["_warn_after_rises", b"_warn_after_rises"]  # noqa: Y015
     _WhichOneofReturnType_duration: _TypeAlias = _typing.Literal["num_steps", "num_epochs"]  # noqa: Y015
@@ -576,6 +584,8 @@ class Hyperparameters(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__save_every_steps) -> _WhichOneofReturnType__save_every_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trainer) -> _WhichOneofReturnType__trainer | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__warn_after_rises) -> _WhichOneofReturnType__warn_after_rises | None: ...
     @_typing.overload

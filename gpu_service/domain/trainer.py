@@ -1,0 +1,119 @@
+"""Which trainer a job takes, and why: the fast path's kernels, or transformers and PEFT. Pure; measures nothing.
+
+`auto` takes the fast path where nothing stands in its way. What it cannot train it is never sent: named outright, such
+a job is refused. docs/training.md says the same in a table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gpu_service.catalog.base_models import BaseModel
+from gpu_service.catalog.families.entry import FamilyEntry
+from gpu_service.catalog.methods.entry import MethodEntry
+from gpu_service.domain.defaults import ResolvedHyperparameters
+from gpu_service.domain.device import Device
+from gpu_service.domain.errors import refuse_user
+
+AUTO, FAST, REFERENCE = "auto", "fast", "reference"
+_LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+_QUANTIZATIONS = ("nf4", "none")
+_OPTIMIZER = "adamw"
+_BLOCK_WEIGHTS = 64
+_ROTARY_KINDS = ("default", "llama3", "linear")
+_MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """`path` is `fast` or `reference`; `reason` is a sentence for people."""
+
+    path: str
+    reason: str
+
+
+def choose_trainer(
+    asked: str | None,
+    resolved: ResolvedHyperparameters,
+    *,
+    method: MethodEntry,
+    family: FamilyEntry,
+    base: BaseModel,
+    device: Device,
+) -> Trainer:
+    """Raises `Refusal` COMBINATION_NOT_ALLOWED when the fast path was asked for and cannot train this."""
+    if asked == REFERENCE:
+        return Trainer(path=REFERENCE, reason="asked for")
+    obstacle = (
+        _find_in_settings(resolved, method, device)
+        or _find_in_model(family, base)
+        or _find_in_config(base.config, resolved)
+    )
+    if asked == FAST:
+        if obstacle:
+            raise refuse_user(
+                "COMBINATION_NOT_ALLOWED",
+                f"the fast path cannot train this: {obstacle}; leave hyperparameters.trainer at 'auto'",
+                field="hyperparameters.trainer",
+            )
+        return Trainer(path=FAST, reason="asked for")
+    obstacle = obstacle or _find_in_device(resolved, device)
+    if obstacle:
+        return Trainer(path=REFERENCE, reason=obstacle)
+    return Trainer(path=FAST, reason=f"{method.id} of a {family.id} model with {_OPTIMIZER} on {device.name}")
+
+
+def _find_in_settings(resolved: ResolvedHyperparameters, method: MethodEntry, device: Device) -> str:
+    quantization = resolved.quantization
+    if resolved.lora is None:
+        return f"training type {method.id!r} trains the base's own weights, the fast path adapters alone"
+    if quantization.method not in _QUANTIZATIONS:
+        return f"the fast path has no kernels for quantization {quantization.method!r}"
+    if resolved.optimizer.name != _OPTIMIZER:
+        return f"the fast path steps with {_OPTIMIZER!r}, not with {resolved.optimizer.name!r}"
+    if resolved.lora.dropout > 0:
+        return "the fast path has no dropout"
+    if quantization.compute_dtype not in ("bfloat16", "float32"):
+        return f"the fast path does not compute in {quantization.compute_dtype}"
+    if device.type == "cuda" and not device.has_bfloat16:
+        return f"the fast path needs compute capability 8.0 or newer, and {device.name} has {device.compute_capability}"
+    return ""
+
+
+def _find_in_model(family: FamilyEntry, base: BaseModel) -> str:
+    if not family.has_fast_path:
+        return f"the fast path does not know model type {family.id!r}"
+    others = sorted({layer.leaf for layer in base.linear_layers} - _LINEARS)
+    if others:
+        return f"the model has layers that the fast path does not know: {', '.join(others[:3])}"
+    uneven = next((layer for layer in base.linear_layers if layer.in_features % _BLOCK_WEIGHTS), None)
+    if uneven is not None:
+        return f"{uneven.path} has rows of {uneven.in_features} weights, which is no multiple of {_BLOCK_WEIGHTS}"
+    return ""
+
+
+def _find_in_config(config: Mapping[str, Any], resolved: ResolvedHyperparameters) -> str:
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rotary.get("rope_type") or rotary.get("type") or _ROTARY_KINDS[0]
+    if kind not in _ROTARY_KINDS:
+        return f"the fast path has no rotary positions of kind {kind!r}"
+    if config.get("partial_rotary_factor", rotary.get("partial_rotary_factor", 1)) not in (1, 1.0, None):
+        return "the model rotates a part of each head only"
+    if config.get("hidden_act", "silu") != "silu":
+        return f"the fast path knows the activation 'silu' alone, not {config['hidden_act']!r}"
+    window = config.get("sliding_window")
+    if window is not None and config.get("use_sliding_window", True) and resolved.max_length > window:
+        return f"examples may be longer than the model's sliding window of {window} tokens"
+    head_dim = config.get("head_dim") or config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
+    if head_dim > _MAX_HEAD_DIM or head_dim % 8:
+        return f"attention heads are {head_dim} wide"
+    return ""
+
+
+def _find_in_device(resolved: ResolvedHyperparameters, device: Device) -> str:
+    """Where the fast path can run, and is no gain."""
+    if device.type != "cuda":
+        return "the fast path is for CUDA devices; elsewhere it runs only when it is asked for"
+    if resolved.quantization.compute_dtype != "bfloat16":
+        return f"in {resolved.quantization.compute_dtype} the fast path is not faster"
+    return ""

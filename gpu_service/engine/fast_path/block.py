@@ -1,0 +1,235 @@
+"""One decoder block on flat tokens, forward and backward by hand. What the backward pass needs is kept, or made again.
+
+The residual stream comes in two parts, what it was and what is to be added, so that adding and norming are one pass
+over memory. Frozen norms have no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gpu_service.engine.fast_path.attention import Attention, Bounds
+from gpu_service.engine.fast_path.projection import Projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """Rotary tables, float32 [positions, D / 2], and each token's place in them [T]."""
+
+    cosines: torch.Tensor
+    sines: torch.Tensor
+    places: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    epsilon: float
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        return self.key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a block's forward pass leaves for its backward pass."""
+
+    residual: torch.Tensor
+    scale: torch.Tensor
+    normed: torch.Tensor
+    # Before the norms of queries and keys, where the family has them; else None.
+    unnormed: torch.Tensor | None
+    head_scales: tuple[torch.Tensor, torch.Tensor] | None
+    heads: torch.Tensor
+    attended: torch.Tensor
+    attention: Any
+    attended_ranks: torch.Tensor
+    middle: torch.Tensor
+    middle_scale: torch.Tensor
+    middle_normed: torch.Tensor
+    gate_up: torch.Tensor
+    gated: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """The weights of one decoder layer. `query_norm` and `key_norm` are [D], or None."""
+
+    shape: BlockShape
+    operations: Any
+    attention: Attention
+    first_norm: torch.Tensor
+    second_norm: torch.Tensor
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    attention_in: Projection
+    attention_out: Projection
+    mlp_in: Projection
+    mlp_out: Projection
+
+    def forward(
+        self, x: torch.Tensor, add: torch.Tensor | None, positions: Positions, bounds: Bounds, *, adapted: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, Kept]:
+        """Residual stream and what is to be added to it, both [T, H]; the same of the next block, and what is kept."""
+        ops, shape, rows = self.operations, self.shape, x.shape[0]
+        hidden = x.shape[1]
+        normed = self.attention_in.input_buffer(rows, x)
+        residual, scale = ops.add_norm(x, add, self.first_norm, shape.epsilon, normed[:, :hidden])
+        projected = x.new_empty((rows, shape.query_width + 2 * shape.key_width))
+        self.attention_in.forward(normed, projected, adapted=adapted)
+        heads, unnormed, head_scales = self._place_heads(projected, positions)
+        query, key, value = self._split(heads)
+        attended, attention = self.attention.forward(query, key, value, bounds)
+        wide = self.attention_out.input_buffer(rows, x)
+        wide[:, : shape.query_width].copy_(attended.flatten(1))
+        added = x.new_empty((rows, hidden))
+        self.attention_out.forward(wide, added, adapted=adapted)
+        middle_normed = self.mlp_in.input_buffer(rows, x)
+        middle, middle_scale = ops.add_norm(residual, added, self.second_norm, shape.epsilon, middle_normed[:, :hidden])
+        gate_up = self.mlp_in.output_buffer(rows, x)
+        self.mlp_in.forward(middle_normed, gate_up, adapted=adapted)
+        gated = self.mlp_out.input_buffer(rows, x)
+        width = self.mlp_out.frozen.in_features
+        ops.gate(gate_up[:, : 2 * width], gated[:, :width])
+        # Its memory is the attention's addition, which is spent.
+        self.mlp_out.forward(gated, added, adapted=adapted)
+        kept = Kept(
+            residual=residual,
+            scale=scale,
+            normed=normed,
+            unnormed=unnormed,
+            head_scales=head_scales,
+            heads=heads,
+            attended=attended,
+            attention=attention,
+            attended_ranks=wide[:, shape.query_width :].clone(),
+            middle=middle,
+            middle_scale=middle_scale,
+            middle_normed=middle_normed,
+            gate_up=gate_up,
+            gated=gated,
+        )
+        return middle, added, kept
+
+    def backward(
+        self,
+        residual: torch.Tensor,
+        kept: Kept,
+        positions: Positions,
+        bounds: Bounds,
+        gradients: torch.Tensor,
+        *,
+        reaches_input: bool,
+    ) -> None:
+        """Carry the gradient of the block's output through it.
+
+        `residual` [T, H + room] has it in its first H columns and then that of the block's input, unless
+        `reaches_input` is False: nobody wants it. `gradients` is the flat buffer of the trained weights'.
+        `kept.gate_up` is overwritten.
+        """
+        ops, shape = self.operations, self.shape
+        rows, hidden = kept.residual.shape
+        stream = residual[:, :hidden]
+        width = self.mlp_out.frozen.in_features
+        of_gated = residual.new_empty((rows, width))
+        out = residual[:, : hidden + self.mlp_out.room]
+        self.mlp_out.backward(out, *self.mlp_out.split(kept.gated), of_gated, gradients)
+        ops.gate_backward_(of_gated, kept.gate_up[:, : 2 * width])
+        of_normed = residual.new_empty((rows, hidden))
+        self.mlp_in.backward(kept.gate_up, *self.mlp_in.split(kept.middle_normed), of_normed, gradients)
+        ops.norm_backward_(of_normed, kept.middle, self.second_norm, kept.middle_scale, stream, adds=True)
+        of_attended = residual.new_empty((rows, shape.query_width))
+        out = residual[:, : hidden + self.attention_out.room]
+        self.attention_out.backward(out, kept.attended.flatten(1), kept.attended_ranks, of_attended, gradients)
+        of_heads = self.attention.backward(
+            of_attended.unflatten(1, (shape.heads, shape.head_dim)),
+            *self._split(kept.heads),
+            kept.attended,
+            kept.attention,
+            bounds,
+        )
+        of_projected = self._unplace_heads(of_heads, kept, positions)
+        into = of_normed if reaches_input else None
+        self.attention_in.backward(of_projected, *self.attention_in.split(kept.normed), into, gradients)
+        if reaches_input:
+            ops.norm_backward_(of_normed, kept.residual, self.first_norm, kept.scale, stream, adds=True)
+
+    def _split(self, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        shape = self.shape
+        query, key, value = heads.split([shape.query_width, shape.key_width, shape.key_width], dim=1)
+        return (
+            query.unflatten(1, (shape.heads, shape.head_dim)),
+            key.unflatten(1, (shape.key_value_heads, shape.head_dim)),
+            value.unflatten(1, (shape.key_value_heads, shape.head_dim)),
+        )
+
+    def _place_heads(
+        self, projected: torch.Tensor, positions: Positions
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Norm the heads of queries and keys, where the family does, and rotate them."""
+        ops, shape = self.operations, self.shape
+        queries_and_keys = shape.query_width + shape.key_width
+        heads, unnormed, scales = projected, None, None
+        if self.query_norm is not None and self.key_norm is not None:
+            heads, unnormed = torch.empty_like(projected), projected
+            query, key = slice(0, shape.query_width), slice(shape.query_width, queries_and_keys)
+            scales = (
+                ops.head_norm(projected[:, query], self.query_norm, shape.epsilon, heads[:, query], heads=shape.heads),
+                ops.head_norm(
+                    projected[:, key], self.key_norm, shape.epsilon, heads[:, key], heads=shape.key_value_heads
+                ),
+            )
+            heads[:, queries_and_keys:].copy_(projected[:, queries_and_keys:])
+        placed = heads[:, :queries_and_keys]
+        ops.rotate(
+            placed,
+            positions.cosines,
+            positions.sines,
+            positions.places,
+            placed,
+            heads=shape.heads + shape.key_value_heads,
+            backward=False,
+        )
+        return heads, unnormed, scales
+
+    def _unplace_heads(
+        self, of_heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], kept: Kept, positions: Positions
+    ) -> torch.Tensor:
+        """The gradient [T, N + room] of what `_place_heads` was given."""
+        ops, shape = self.operations, self.shape
+        out = self.attention_in.output_buffer(kept.residual.shape[0], kept.residual)
+        first = 0
+        norms = (self.query_norm, self.key_norm)
+        for number, heads in enumerate((shape.heads, shape.key_value_heads)):
+            columns = slice(first, first + heads * shape.head_dim)
+            first = columns.stop
+            ops.rotate(
+                of_heads[number].flatten(1),
+                positions.cosines,
+                positions.sines,
+                positions.places,
+                out[:, columns],
+                heads=heads,
+                backward=True,
+            )
+            if kept.head_scales is not None and kept.unnormed is not None:
+                ops.head_norm_backward(
+                    out[:, columns],
+                    kept.unnormed[:, columns],
+                    norms[number],
+                    kept.head_scales[number],
+                    out[:, columns],
+                    heads=heads,
+                )
+        out[:, first : first + shape.key_width].copy_(of_heads[2].flatten(1))
+        return out

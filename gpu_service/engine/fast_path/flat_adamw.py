@@ -1,0 +1,57 @@
+"""AdamW over the flat buffer in one launch, whose saved state is that of the plain path: one entry a PEFT parameter.
+
+So a checkpoint of one path says the same as the other's, and either goes on from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gpu_service.engine.fast_path.adapters import FlatAdapter
+from tunesmith.common.v1 import training_spec_pb2
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class FlatAdamW(torch.optim.AdamW):
+    """torch's fused AdamW. Every trained tensor is a matrix, so that weight decay applies to the whole buffer."""
+
+    def __init__(self, adapter: FlatAdapter, settings: training_spec_pb2.Optimizer) -> None:
+        self._adapter = adapter
+        super().__init__(
+            [adapter.parameter],
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.AdamW over PEFT's parameters would give it; moments are views of the flat ones."""
+        whole = super().state_dict()
+        (group,) = whole["param_groups"]
+        state: dict[int, dict[str, Any]] = {}
+        for entry in whole["state"].values():
+            moments = [self._adapter.views(entry[name]) for name in _MOMENTS]
+            for number, views in enumerate(zip(*moments, strict=True)):
+                state[number] = {"step": entry["step"], **dict(zip(_MOMENTS, views, strict=True))}
+        numbers = list(range(self._adapter.num_tensors))
+        return {"state": state, "param_groups": [{**group, "fused": None, "params": numbers}]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what either path saved. Raises ValueError when it is of other parameters."""
+        (group,) = state_dict["param_groups"]
+        entries = state_dict["state"]
+        if len(group["params"]) != self._adapter.num_tensors or len(entries) not in (0, self._adapter.num_tensors):
+            raise ValueError(f"the optimizer's state is of {len(group['params'])} parameters")
+        state: dict[int, dict[str, Any]] = {}
+        if entries:
+            flat = {name: torch.zeros_like(self._adapter.parameter.detach()) for name in _MOMENTS}
+            for name, buffer in flat.items():
+                for number, view in enumerate(self._adapter.views(buffer)):
+                    view.copy_(entries[number][name])
+            state[0] = {"step": entries[0]["step"], **flat}
+        super().load_state_dict({"state": state, "param_groups": [{**group, "fused": True, "params": [0]}]})

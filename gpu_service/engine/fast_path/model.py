@@ -1,0 +1,234 @@
+"""A PEFT model of a Llama-like family as the fast path runs it: what the loop, evaluation and probe hold as the model.
+
+Takes the place of accelerate's prepared model for every flat batch. The PEFT model stays beside it and stays right:
+trained tensors and plain linears share their memory, so checkpoints, samples and exports are made from it as ever. For
+as long as this lives, what is not quantized (norms, embeddings, head) is held in the compute type; `release` undoes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+
+from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
+from gpu_service.engine.fast_path.attention import Bounds, attention_for
+from gpu_service.engine.fast_path.block import Block, BlockShape, Positions
+from gpu_service.engine.fast_path.decoder import Decoder, FlatPass, KeptPass
+from gpu_service.engine.fast_path.frozen import FrozenGroup, Scratch
+from gpu_service.engine.fast_path.head import Head
+from gpu_service.engine.fast_path.operations import operations_for
+from gpu_service.engine.fast_path.projection import Projection
+from gpu_service.engine.training.batches import MicroBatch
+
+# Layers that read the same rows, in the order that their outputs stand in.
+GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    ("self_attn", ("o_proj",)),
+    ("mlp", ("gate_proj", "up_proj")),
+    ("mlp", ("down_proj",)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastSettings:
+    """`keeps_weights`: restore quantized weights once and keep them; `recomputes`: activations, block by block."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    keeps_weights: bool
+    recomputes: bool
+
+
+class FastModel(torch.nn.Module):
+    """Its one parameter is the flat buffer of the trained weights, under the name `adapter`."""
+
+    # Read by `attending_within_sequences`: nothing has to be put in its place.
+    attends_within_sequences = True
+
+    def __init__(self, peft_model: Any, settings: FastSettings) -> None:
+        """Raises AdapterNotSupported, NotNf4 for what the plan should not have sent here."""
+        super().__init__()
+        causal = peft_model.base_model.model
+        self._device, self._dtype = settings.device, settings.compute_dtype
+        # In a list, so that its parameters are not taken for this module's own.
+        self._held = [peft_model]
+        self._narrowed = _hold_in(causal, self._dtype)
+        layers = causal.model.layers
+        modules = [
+            [getattr(getattr(layer, part), name) for name in names] for layer in layers for part, names in GROUPS
+        ]
+        self._flat = FlatAdapter(peft_model, modules, device=self._device)
+        self.adapter = self._flat.parameter
+        scratch = Scratch(self._device, self._dtype)
+        projections = [
+            Projection(
+                frozen=FrozenGroup(
+                    [plain(module) for module in group],
+                    room=adapter.room,
+                    scratch=scratch,
+                    dtype=self._dtype,
+                    keep=settings.keeps_weights,
+                ),
+                adapter=adapter,
+            )
+            for group, adapter in zip(modules, self._flat.groups, strict=True)
+        ]
+        self._operations = operations_for(self._device)
+        self._copies = self._operations.prepare_copies(
+            [copy for one in projections for copy in one.adapter.copies(one.frozen.margins)]
+        )
+        self._decoder = _assemble(causal, projections, self._device, self._dtype, settings.recomputes)
+        rotary = causal.model.rotary_emb
+        self._frequencies = rotary.inv_freq.to(self._device, torch.float32)
+        self._rotary_scaling = float(rotary.attention_scaling)
+        self._cosines = self._sines = torch.empty(0, device=self._device)
+        self._adapted = True
+
+    @property
+    def flat_adapter(self) -> FlatAdapter:
+        return self._flat
+
+    def nats_by_sequence(self, batch: MicroBatch) -> torch.Tensor:
+        """Negative log likelihood of each sequence's targets: float64 [S], with gradient where gradients are on."""
+        flat = self._lay_out(batch)
+        if self._adapted:
+            self._operations.copy_out(self.adapter.detach(), self._copies)
+        if self._adapted and torch.is_grad_enabled():
+            nats: torch.Tensor = _Nats.apply(self.adapter, self, flat)
+            return nats
+        with torch.no_grad():
+            by_target, _ = self._decoder.forward(flat, adapted=self._adapted, keeps=False)
+            return _sum_by_sequence(by_target, flat)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the base as it is."""
+        before, self._adapted = self._adapted, False
+        try:
+            yield
+        finally:
+            self._adapted = before
+
+    def release(self) -> None:
+        """Give the base back as it was. The fast path cannot run any more; a second time does nothing."""
+        if not self._held:
+            return
+        del self._decoder, self._copies
+        for parameter, dtype in self._narrowed:
+            parameter.data = parameter.data.to(dtype)
+        for parameter in self._held[0].parameters():
+            # Plain linears are views of matrices with margins, which go with the last of them.
+            if not parameter.requires_grad and not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+        self._narrowed = []
+        self._held = []
+
+    def _lay_out(self, batch: MicroBatch) -> FlatPass:
+        lengths = batch.layout.lengths
+        targets = numpy.asarray(batch.targets_by_sequence, dtype=numpy.int64)
+        starts = numpy.concatenate(([0], numpy.cumsum(lengths))).astype(numpy.int32)
+        longest = max(lengths)
+        self._extend_tables(longest)
+        return FlatPass(
+            tokens=batch.input_ids[0],
+            positions=Positions(cosines=self._cosines, sines=self._sines, places=batch.position_ids[0]),
+            bounds=Bounds(starts=self._send(starts), longest=longest, layout=batch.layout),
+            targets=batch.target_positions,
+            labels=batch.labels,
+            sequences=self._send(numpy.repeat(numpy.arange(len(targets)), targets)),
+            targets_by_sequence=self._send(targets),
+        )
+
+    def _send(self, values: Any) -> torch.Tensor:
+        tensor = torch.from_numpy(values)
+        if self._device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def _extend_tables(self, length: int) -> None:
+        if length <= len(self._cosines):
+            return
+        angles = torch.outer(torch.arange(length, device=self._device, dtype=torch.float32), self._frequencies)
+        self._cosines = angles.cos() * self._rotary_scaling
+        self._sines = angles.sin() * self._rotary_scaling
+
+
+class _Nats(torch.autograd.Function):
+    """What autograd sees of the fast path: one function of the flat buffer."""
+
+    @staticmethod
+    def forward(context: Any, adapter: torch.Tensor, model: FastModel, flat: FlatPass) -> torch.Tensor:
+        by_target, kept = model._decoder.forward(flat, adapted=True, keeps=True)
+        context.model, context.flat, context.kept = model, flat, kept
+        return _sum_by_sequence(by_target, flat)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        model, flat = context.model, context.flat
+        kept: KeptPass = context.kept
+        context.kept = None
+        gradients = torch.empty(model.adapter.numel(), device=model._device, dtype=model._dtype)
+        model._decoder.backward(upstream.index_select(0, flat.sequences), flat, kept, gradients)
+        return gradients.float(), None, None
+
+
+def _sum_by_sequence(nats: torch.Tensor, flat: FlatPass) -> torch.Tensor:
+    # In an order that is always the same: adding by index is not, on a GPU.
+    lengths = flat.targets_by_sequence
+    return torch.segment_reduce(nats.double(), "sum", lengths=lengths, unsafe=True, initial=0.0)
+
+
+def _hold_in(causal: Any, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, torch.dtype]]:
+    """Hold what is neither quantized nor trained in `dtype`; what was in another one, with that one."""
+    changed = []
+    for parameter in causal.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != dtype:
+            changed.append((parameter, parameter.dtype))
+            parameter.data = parameter.data.to(dtype)
+    return changed
+
+
+def _assemble(
+    causal: Any, projections: Sequence[Projection], device: torch.device, dtype: torch.dtype, recomputes: bool
+) -> Decoder:
+    config, operations, attention = causal.config, operations_for(device), attention_for(device, dtype)
+    first = causal.model.layers[0].self_attn
+    shape = BlockShape(
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        head_dim=first.head_dim,
+        epsilon=config.rms_norm_eps,
+    )
+    blocks = []
+    for number, layer in enumerate(causal.model.layers):
+        attention_in, attention_out, mlp_in, mlp_out = projections[4 * number : 4 * number + 4]
+        query_norm, key_norm = getattr(layer.self_attn, "q_norm", None), getattr(layer.self_attn, "k_norm", None)
+        blocks.append(
+            Block(
+                shape=shape,
+                operations=operations,
+                attention=attention,
+                first_norm=layer.input_layernorm.weight.data,
+                second_norm=layer.post_attention_layernorm.weight.data,
+                query_norm=None if query_norm is None else query_norm.weight.data,
+                key_norm=None if key_norm is None else key_norm.weight.data,
+                attention_in=attention_in,
+                attention_out=attention_out,
+                mlp_in=mlp_in,
+                mlp_out=mlp_out,
+            )
+        )
+    head = Head(
+        operations=operations,
+        norm=causal.model.norm.weight.data,
+        epsilon=config.rms_norm_eps,
+        weight=causal.lm_head.weight.data,
+    )
+    embedding = causal.model.embed_tokens.weight.data
+    return Decoder(embedding=embedding, blocks=blocks, head=head, recomputes=recomputes)

@@ -1,0 +1,334 @@
+"""The fast path on a CUDA device: kernels against references, bits against bitsandbytes, models against float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+_TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _on_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.manual_seed(0)
+
+
+def _draw(*shape: int, dtype: str, spare: int = 0, scale: float = 1.0) -> Any:
+    """Random numbers whose rows lie `spare` further apart than they are wide."""
+    import torch
+
+    wide = torch.randn(*shape[:-1], shape[-1] + spare, device="cuda").mul(scale).to(getattr(torch, dtype))
+    return wide[..., : shape[-1]]
+
+
+def _agree(name: str, arguments: list[Any], changed: tuple[int, ...], dtype: str, **options: Any) -> None:
+    """Run kernel and reference on copies; what they give and what they change must agree."""
+    import torch
+
+    from gpu_service.engine.fast_path import torch_reference, triton_kernels
+
+    results = []
+    for module in (triton_kernels, torch_reference):
+        copies = [_copy(argument) for argument in arguments]
+        given = getattr(module, name)(*copies, **options)
+        parts = given if isinstance(given, tuple) else () if given is None else (given,)
+        results.append([*parts, *(copies[number] for number in changed)])
+    for found, expected in zip(*results, strict=True):
+        tolerance = _TOLERANCES[dtype]
+        torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+def _copy(argument: Any) -> Any:
+    import torch
+
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    copy = torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=argument.device)
+    return copy.copy_(argument)
+
+
+@pytest.mark.parametrize("dtype", _TOLERANCES)
+@pytest.mark.parametrize("width", [64, 896, 3072])
+@pytest.mark.parametrize("adds", [True, False])
+def test_norms(dtype: str, width: int, adds: bool) -> None:
+    import torch
+
+    x, add, out = (_draw(37, width, dtype=dtype, spare=spare) for spare in (0, 64, 64))
+    weight, scale = _draw(width, dtype=dtype), torch.rand(37, device="cuda") + 0.5
+    _agree("add_norm", [x, add if adds else None, weight, 1e-5, out], (4,), dtype)
+    _agree("norm_backward_", [add, x, weight, scale, out], (4,), dtype, adds=adds)
+
+
+@pytest.mark.parametrize("dtype", _TOLERANCES)
+def test_norms_of_heads(dtype: str) -> None:
+    import torch
+
+    x, gradient, out = (_draw(33, 6 * 128, dtype=dtype, spare=256) for _ in range(3))
+    weight, scale = _draw(128, dtype=dtype), torch.rand(33 * 6, device="cuda") + 0.5
+    _agree("head_norm", [x, weight, 1e-6, out], (3,), dtype, heads=6)
+    _agree("head_norm_backward", [gradient, x, weight, scale, out], (4,), dtype, heads=6)
+
+
+@pytest.mark.parametrize("dtype", _TOLERANCES)
+@pytest.mark.parametrize("heads", [3, 32])
+@pytest.mark.parametrize("width", [16, 80, 128])
+@pytest.mark.parametrize("backward", [True, False])
+def test_rotation(dtype: str, heads: int, width: int, backward: bool) -> None:
+    import torch
+
+    x, out = (_draw(41, heads * width, dtype=dtype, spare=64) for _ in range(2))
+    cosines, sines = torch.randn(2, 50, width // 2, device="cuda").unbind(0)
+    places = torch.randint(0, 50, (41,), device="cuda")
+    _agree("rotate", [x, cosines, sines, places, out], (4,), dtype, heads=heads, backward=backward)
+
+
+@pytest.mark.parametrize("dtype", _TOLERANCES)
+@pytest.mark.parametrize("width", [128, 4864, 8192])
+def test_gates(dtype: str, width: int) -> None:
+    gate_up, out = _draw(19, 2 * width, dtype=dtype, spare=64), _draw(19, width, dtype=dtype, spare=64)
+    _agree("gate", [gate_up, out], (1,), dtype)
+    _agree("gate_backward_", [out, gate_up], (1,), dtype)
+
+
+@pytest.mark.parametrize("dtype", _TOLERANCES)
+@pytest.mark.parametrize("vocabulary", [512, 32001, 128256])
+def test_likelihood(dtype: str, vocabulary: int) -> None:
+    import torch
+
+    logits = _draw(29, vocabulary, dtype=dtype, scale=3.0)
+    labels = torch.randint(0, vocabulary, (29,), device="cuda")
+    _agree("cross_entropy_", [logits, labels, torch.empty(29, device="cuda")], (0, 2), dtype)
+
+
+@pytest.mark.parametrize("dtype", _TOLERANCES)
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(1024, 3072), (96, 64), (300, 8192)])
+def test_bits_are_those_of_bitsandbytes(dtype: str, double: bool, shape: tuple[int, int]) -> None:
+    """Restored by the kernel, and quantized in torch, against the library's own CUDA kernels."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from gpu_service.engine.fast_path import quantizing, triton_kernels
+    from gpu_service.engine.fast_path.nf4 import NotNf4
+
+    weight = _draw(*shape, dtype=dtype, scale=0.02).contiguous()
+    weight[3, :64] = 0
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
+    nested: Any = (state.state2.code, state.state2.absmax, state.offset) if double else (None, None, None)
+    if dtype == "float32":
+        with pytest.raises(NotNf4):
+            quantizing.quantize(weight, double=double)
+    else:
+        found: Any = quantizing.quantize(weight, double=double)
+        assert torch.equal(found.packed, packed)
+        assert torch.equal(found.scales, state.absmax)
+        if double:
+            assert torch.equal(quantizing.nested_codes(weight.device), nested[0])
+            assert torch.equal(found.nested_scales, nested[1])
+            assert torch.equal(found.offset, nested[2])
+    out = torch.full((shape[0], shape[1] + 64), 7.0, device="cuda", dtype=weight.dtype)
+    arguments = [packed, state.code, state.absmax, *nested, out[:, : shape[1]]]
+    triton_kernels.nf4_dequantize(*arguments)
+    assert torch.equal(out[:, : shape[1]], dequantize_4bit(packed, state))
+    assert (out[:, shape[1] :] == 7).all()
+
+
+_FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def _rows() -> Any:
+    from tests.fakes.flat_models import LENGTHS, VOCABULARY_SIZE
+    from tests.fakes.planned_rows import PlannedRows, make_examples
+
+    return PlannedRows(make_examples(LENGTHS, vocabulary_size=VOCABULARY_SIZE, seed=3))
+
+
+def _error(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """Of all gradients together, as a part of their norm."""
+    import torch
+
+    apart = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
+    return float(apart.norm() / torch.cat([value.flatten() for value in expected.values()]).norm())
+
+
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_float32_is_exact(family: str) -> None:
+    from tests.fakes.fast_models import fast_gradients, make_fast, make_peft, nats, plain_gradients
+
+    reference = make_peft(family).to("cuda")
+    expected = nats(reference, _rows(), device="cuda").sum() / 100
+    model = make_peft(family).to("cuda")
+    fast = make_fast(model, device="cuda")
+    found = nats(fast, _rows(), device="cuda").sum() / 100
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert _error(fast_gradients(model, fast, found), plain_gradients(reference, expected)) < 1e-5
+
+
+@pytest.mark.parametrize("family", _FAMILIES)
+@pytest.mark.parametrize("quantized", [True, False])
+def test_bfloat16_is_as_near_to_float32_as_the_plain_path(family: str, quantized: bool) -> None:
+    import torch
+
+    from tests.fakes.fast_models import fast_gradients, hold_in_nf4, make_fast, make_peft, nats, plain_gradients
+
+    def make(dtype: torch.dtype) -> Any:
+        quantize = (lambda base: hold_in_nf4(base, device="cuda")) if quantized else None
+        return make_peft(family, dtype=dtype, quantize=quantize).to("cuda")
+
+    # The base's own rounding, to 16 bits or to 4, is the same for all three.
+    bfloat16 = make(torch.bfloat16)
+    exact = make(torch.bfloat16).float()
+    expected = nats(exact, _rows(), device="cuda").sum() / 100
+    expected_gradients = plain_gradients(exact, expected)
+    with torch.autocast("cuda", torch.bfloat16):
+        plain = nats(bfloat16, _rows(), device="cuda").sum() / 100
+    plain_error = _error(plain_gradients(bfloat16, plain), expected_gradients)
+    model = make(torch.bfloat16)
+    fast = make_fast(model, device="cuda", dtype=torch.bfloat16)
+    found = nats(fast, _rows(), device="cuda").sum() / 100
+    error = _error(fast_gradients(model, fast, found), expected_gradients)
+    assert abs(float(found - expected)) <= max(2 * abs(float(plain - expected)), 1e-3 * float(expected))
+    assert error <= 2 * plain_error
+
+
+@pytest.mark.parametrize("keeps_weights", [True, False])
+def test_recomputing_and_keeping_change_nothing(keeps_weights: bool) -> None:
+    import torch
+
+    from tests.fakes.fast_models import fast_gradients, hold_in_nf4, make_fast, make_peft, nats
+
+    results = []
+    for recomputes in (False, True):
+        model = make_peft("llama", dtype=torch.bfloat16, quantize=lambda base: hold_in_nf4(base, device="cuda"))
+        model = model.to("cuda")
+        fast = make_fast(model, device="cuda", dtype=torch.bfloat16, keeps_weights=keeps_weights, recomputes=recomputes)
+        found = nats(fast, _rows(), device="cuda")
+        results.append((found, fast_gradients(model, fast, found.sum())))
+    (first, gradients), (second, gradients_again) = results
+    assert torch.equal(first, second)
+    # Attention's backward kernel adds in no fixed order.
+    assert _error(gradients_again, gradients) < 1e-3
+
+
+def test_examples_do_not_see_each_other() -> None:
+    import torch
+
+    from tests.fakes.fast_models import make_fast, make_peft, nats
+    from tests.fakes.flat_models import LENGTHS, VOCABULARY_SIZE
+    from tests.fakes.planned_rows import PlannedRows, make_examples
+
+    examples = make_examples(LENGTHS, vocabulary_size=VOCABULARY_SIZE, seed=3)
+    others = make_examples(LENGTHS, vocabulary_size=VOCABULARY_SIZE, seed=4)
+    fast = make_fast(make_peft(dtype=torch.bfloat16).to("cuda"), device="cuda", dtype=torch.bfloat16)
+    before = nats(fast, PlannedRows(examples), device="cuda")
+    after = nats(fast, PlannedRows([*examples[:5], others[5], *examples[6:]]), device="cuda")
+    assert torch.equal(before[:5], after[:5])
+    assert torch.equal(before[6:], after[6:])
+    assert before[5] != after[5]
+
+
+def test_no_step_waits_for_the_device() -> None:
+    import torch
+
+    from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
+    from gpu_service.engine.training.batches import collate
+    from gpu_service.engine.training.likelihood import nats_by_sequence
+    from tests.fakes.fast_models import hold_in_nf4, make_fast, make_peft
+    from tunesmith.common.v1 import training_spec_pb2
+
+    model = make_peft("qwen3", dtype=torch.bfloat16, quantize=lambda base: hold_in_nf4(base, device="cuda")).to("cuda")
+    fast = make_fast(model, device="cuda", dtype=torch.bfloat16)
+    settings = training_spec_pb2.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.99, epsilon=1e-8)
+    optimizer = FlatAdamW(fast.flat_adapter, settings)
+    rows = _rows()
+
+    def step() -> None:
+        batch = collate(rows.as_data(), rows.references).to(torch.device("cuda"))
+        torch.autograd.backward(nats_by_sequence(fast, batch).sum() / 100)
+        torch.nn.utils.clip_grad_norm_([fast.adapter], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("training_type", ["qlora", "lora"])
+def test_whole_run_is_that_of_the_plain_path(training_type: str, tmp_path: Any) -> None:
+    """Forty steps through planner and engine, on both paths: the plan takes the fast one by itself."""
+    from gpu_service.engine.resident import BaseShelf
+    from gpu_service.engine.service import carry_out
+    from gpu_service.engine.stopping import StopSwitch
+    from tests.fakes.engine_runs import Workspace, read_log
+
+    workspace, shelf = Workspace(root=tmp_path), BaseShelf()
+    logs = {}
+    for trainer in ("auto", "reference"):
+        directory = workspace.make_run(
+            f"run-{trainer}",
+            training_type=training_type,
+            hyperparameters={"num_steps": 40, "trainer": trainer, "optimizer": {"learning_rate": 1e-3}},
+            device={"type": "cuda", "index": 0},
+        )
+        carry_out(directory, shelf=shelf, switch=StopSwitch(), notify=lambda notice: None)
+        logs[trainer] = read_log(directory)
+        assert logs[trainer].states[-1] == "SUCCEEDED", logs[trainer].payloads[-1]
+    (plan,) = logs["auto"].of("plan")
+    assert plan.resolved.trainer == "fast"
+    assert any("fast path" in event.message for event in logs["auto"].of("log"))
+    (plan,) = logs["reference"].of("plan")
+    assert plan.resolved.trainer == "reference"
+    fast, plain = logs["auto"].losses, logs["reference"].losses
+    apart = [abs(fast[step] - plain[step]) for step in plain]
+    assert sum(apart) / len(apart) <= 0.02
+    assert plain[40] < plain[1] - 0.1
+    ends = [logs[trainer].of("evaluation")[-1].loss for trainer in logs if logs[trainer].of("evaluation")]
+    assert not ends or ends[0] == pytest.approx(ends[1], rel=1e-2)
+
+
+def test_attention_of_one_length_may_go_to_cudnn() -> None:
+    import torch
+
+    from gpu_service.engine.fast_path.attention import Bounds, CudnnAttention, FlashAttention
+    from gpu_service.engine.training.flat_attention import FlatLayout
+
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("cuDNN's attention is for Hopper")
+    query, key, value = (torch.randn(1024, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    gradient = torch.randn_like(query)
+    starts = torch.tensor([0, 512, 1024], device="cuda", dtype=torch.int32)
+    bounds = Bounds(starts=starts, longest=512, layout=FlatLayout(lengths=(512, 512)))
+    results = []
+    for attention in (FlashAttention(), CudnnAttention()):
+        output, kept = attention.forward(query, key, value, bounds)
+        results.append((output, *attention.backward(gradient, query, key, value, output, kept, bounds)))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).float().norm() / ours.float().norm() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", _TOLERANCES)
+def test_adapters_are_copied_out(dtype: str) -> None:
+    import torch
+
+    from gpu_service.engine.fast_path import torch_reference, triton_kernels
+
+    flat = torch.randn(16 * 3072 + 1000 * 16 + 7, device="cuda")
+    results = []
+    for module in (triton_kernels, torch_reference):
+        below, right = _draw(64, 3072, dtype=dtype, spare=64).zero_(), _draw(1024, 64, dtype=dtype, spare=8).zero_()
+        prepared = module.prepare_copies([(0, below[16:32], 1.0), (16 * 3072, right[24:, 16:32], 0.3)])
+        module.copy_out(flat, prepared)
+        results.append((below, right))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)

@@ -1,0 +1,101 @@
+"""Which trainer a plan takes, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gpu_service.catalog import families
+from gpu_service.domain.device import Device
+from gpu_service.domain.errors import Refusal
+from tests.fakes.checked_specs import CPU, hyper, make_base, plan
+
+_H100 = Device(type="cuda", name="H100", total_memory_bytes=85_000_000_000, compute_capability="9.0")
+_T4 = Device(type="cuda", name="T4", total_memory_bytes=16_000_000_000, compute_capability="7.5")
+
+
+def _decide(device: Device = _H100, *, spec: dict[str, Any] | None = None, base: Any = None, **values: Any) -> Any:
+    checked = plan({**hyper(**values), **(spec or {})}, base or make_base(), device)
+    return checked.hyperparameters.trainer, checked.trainer_reason
+
+
+def test_adapters_over_known_families_take_the_fast_path() -> None:
+    assert _decide()[0] == "fast"
+    assert _decide(spec={"training_type": "lora"})[0] == "fast"
+    assert "H100" in _decide()[1]
+    assert {name for name, entry in families.REGISTRY.items() if entry.has_fast_path} == {
+        "llama",
+        "code_llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"quantization": {"method": "fp4"}}, "fp4"),
+        ({"optimizer": {"name": "adamw-8bit"}}, "adamw-8bit"),
+        ({"lora": {"dropout": 0.1}}, "dropout"),
+        ({"quantization": {"compute_dtype": "float16"}}, "float16"),
+    ],
+)
+def test_what_it_cannot_train_goes_the_plain_way(changes: dict[str, Any], word: str) -> None:
+    path, reason = _decide(**changes)
+    assert path == "reference"
+    assert word in reason
+    with pytest.raises(Refusal) as refused:
+        _decide(**changes, trainer="fast")
+    assert refused.value.reason == "COMBINATION_NOT_ALLOWED"
+    assert refused.value.field == "hyperparameters.trainer"
+    assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"sliding_window": 64}, "sliding window"),
+        ({"partial_rotary_factor": 0.5}, "part of each head"),
+    ],
+)
+def test_config_that_it_does_not_know(config: dict[str, Any], word: str) -> None:
+    base = make_base()
+    path, reason = _decide(base=make_base(config={**base.config, **config}))
+    assert path == "reference"
+    assert word in reason
+
+
+def test_window_that_no_example_reaches_is_none() -> None:
+    base = make_base()
+    config = {**base.config, "sliding_window": 64}
+    assert _decide(base=make_base(config=config), max_length=64)[0] == "fast"
+    assert _decide(base=make_base(config={**config, "use_sliding_window": False}))[0] == "fast"
+
+
+def test_full_training_is_not_its_business() -> None:
+    path, reason = _decide(spec={"training_type": "full"})
+    assert path == "reference"
+    assert "full" in reason
+
+
+def test_only_new_cuda_devices_take_it_unasked() -> None:
+    assert _decide(CPU)[0] == "reference"
+    assert _decide(CPU, trainer="fast")[0] == "fast"
+    assert _decide(_T4)[0] == "reference"
+    with pytest.raises(Refusal):
+        _decide(_T4, trainer="fast")
+    assert _decide(quantization={"compute_dtype": "float32"})[0] == "reference"
+
+
+def test_plain_way_may_be_asked_for() -> None:
+    assert _decide(trainer="reference") == ("reference", "asked for")
+
+
+def test_word_that_is_none() -> None:
+    with pytest.raises(Refusal) as refused:
+        _decide(trainer="quick")
+    assert refused.value.reason == "INVALID_FIELD"
