@@ -65,6 +65,7 @@ def _write_engine(root: Path, acknowledge: Acknowledged) -> None:
         device={"type": "cpu", "index": -1},
         orphan_limit_seconds=1.0,
         grace_seconds=1.0,
+        hang_limit_seconds=1.0,
     ).write(directory)
     for run in (None, "/run", None):
         shim = ShimRecord(

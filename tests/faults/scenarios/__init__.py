@@ -9,7 +9,7 @@ from tests.faults.scenario import Scenario
 
 
 def _scenarios() -> tuple[Scenario, ...]:
-    found = {}
+    found: dict[str, Scenario] = {}
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
         for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
             if isinstance(value, Scenario):

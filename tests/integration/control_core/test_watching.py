@@ -103,7 +103,7 @@ async def test_a_crowd_costs_the_store_and_the_loop_little(open_core: OpenCore) 
         looks += 1
         await look(*arguments)
 
-    core.runtime.hub._look = counted  # type: ignore[method-assign]
+    core.runtime.hub._look = counted  # type: ignore[method-assign, assignment]
     for step in range(1, 41):
         run.step(step)
         await core.until_job(job.job_id, lambda j: j.run_cursor == len(run.events))

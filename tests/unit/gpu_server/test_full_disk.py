@@ -16,7 +16,7 @@ import pytest
 from gpu_service.domain.errors import Refusal
 from gpu_service.runs import launcher
 from gpu_service.runs.blobs import BlobStore
-from gpu_service.runs.engine_pool import NO_ENDING
+from gpu_service.runs.engine_directories import NO_ENDING
 from gpu_service.runs.node_files import NodeFiles
 from gpu_service.runs.room import full_disk_is_a_refusal
 from gpu_service.shim import durable_json
