@@ -23,7 +23,8 @@ STUB_COMMAND = (sys.executable, "-m", "tests.fakes.stub_engine")
 
 def child_environment(**added: str) -> dict[str, str]:
     """The environment for a process of ours, started from a checkout that may not be installed."""
-    return {**os.environ, "PYTHONPATH": f"{_ROOT}:{_ROOT / 'clients/python'}", **added}
+    paths = (str(_ROOT), str(_ROOT / "clients/python"), os.environ.get("PYTHONPATH", ""))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), **added}
 
 
 def write_run(

@@ -33,7 +33,7 @@ _HANG_LIMIT_SECONDS = 30
 _ENDLESS = 1_000_000
 # Long examples over a large vocabulary: what a pass takes is far more than the blocks that memory comes in.
 _WIDE = TinyOptions(vocabulary_size=8192)
-_LONG_ROWS = [{"prompt": f"{n} is", "completion": " left, right and" * 110} for n in range(64)]
+_LONG_ROWS = [{"prompt": f"{n} is", "completion": " left, right and" * 110} for n in range(160)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +70,7 @@ class _Ballast:
             self._held = torch.empty(max(free - self._leave_bytes, 0), dtype=torch.uint8, device="cuda")
 
 
-def _train_beside(workspace: Workspace, job_id: str, ballast: _Ballast) -> Any:
+def _train_beside(workspace: Workspace, job_id: str, ballast: _Ballast, trainer: str) -> Any:
     from gpu_service.engine.resident import BaseShelf
     from gpu_service.engine.service import carry_out
     from gpu_service.engine.stopping import StopSwitch
@@ -80,29 +80,30 @@ def _train_beside(workspace: Workspace, job_id: str, ballast: _Ballast) -> Any:
         options=_WIDE,
         training_type="lora",
         traits=[TraitRows(trait_type="coding", rows=_LONG_ROWS)],
-        hyperparameters={"batch": {"examples": 32}, "num_steps": 2, "max_length": 512},
+        hyperparameters={"batch": {"examples": 128}, "num_steps": 2, "max_length": 512, "trainer": trainer},
         device=_CUDA,
     )
     carry_out(directory, shelf=BaseShelf(), switch=StopSwitch(), notify=ballast)
     return read_log(directory)
 
 
+@pytest.mark.parametrize("trainer", ["fast", "reference"])
 def test_memory_that_runs_out_halves_the_passes_and_is_named_when_one_example_is_too_much(
-    engine: InProcessEngine,
+    engine: InProcessEngine, trainer: str
 ) -> None:
     ballast = _Ballast(None)
-    alone = _train_beside(engine.workspace, "alone", ballast)
+    alone = _train_beside(engine.workspace, f"alone-{trainer}", ballast, trainer)
     assert alone.states[-1] == "SUCCEEDED", alone.payloads[-1]
     assert not alone.of("micro_batch_reduced")
     needed_bytes = alone.of("step")[-1].peak_memory_bytes - ballast.allocated_bytes
     assert needed_bytes > 4 * _SLACK_BYTES
 
-    halved = _train_beside(engine.workspace, "halved", _Ballast(needed_bytes // 2))
+    halved = _train_beside(engine.workspace, f"halved-{trainer}", _Ballast(needed_bytes // 2), trainer)
     assert halved.states[-1] == "SUCCEEDED", halved.payloads[-1]
     assert halved.of("micro_batch_reduced")
     assert halved.losses == pytest.approx(alone.losses, rel=1e-2)
 
-    refused = _train_beside(engine.workspace, "refused", _Ballast(0))
+    refused = _train_beside(engine.workspace, f"refused-{trainer}", _Ballast(0), trainer)
     failure = refused.of("run_state")[-1].failure
     assert refused.states[-1] == "FAILED"
     assert failure.reason == errors_pb2.ERROR_REASON_DEVICE_OUT_OF_MEMORY

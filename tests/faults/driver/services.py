@@ -32,7 +32,10 @@ def environment(added: Mapping[str, str]) -> dict[str, str]:
     return {
         **kept,
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'clients' / 'python'}",
+        # What this process was given besides: libraries may lie there.
+        "PYTHONPATH": os.pathsep.join(
+            part for part in (str(_ROOT), str(_ROOT / "clients" / "python"), os.environ.get("PYTHONPATH", "")) if part
+        ),
         **added,
     }
 
