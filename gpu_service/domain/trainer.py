@@ -1,7 +1,7 @@
 """Which trainer a job takes, and why: the fast path's kernels, or transformers and PEFT. Pure; measures nothing.
 
-`auto` takes the fast path where nothing stands in its way. What it cannot train it is never sent: named outright, such
-a job is refused. docs/training.md says the same in a table.
+`auto` is the plain path: what the fast path needs of memory is measured for few shapes so far, and plans must hold. Named
+outright, a job that the fast path cannot train is refused. docs/training.md says the same in a table.
 """
 
 from collections.abc import Mapping
@@ -57,10 +57,7 @@ def choose_trainer(
                 field="hyperparameters.trainer",
             )
         return Trainer(path=FAST, reason="asked for")
-    obstacle = obstacle or _find_in_device(resolved, device)
-    if obstacle:
-        return Trainer(path=REFERENCE, reason=obstacle)
-    return Trainer(path=FAST, reason=f"{method.id} of a {family.id} model with {_OPTIMIZER} on {device.name}")
+    return Trainer(path=REFERENCE, reason=obstacle or "the fast path could train it, and is taken when it is asked for")
 
 
 def _find_in_settings(resolved: ResolvedHyperparameters, method: MethodEntry, device: Device) -> str:
@@ -107,13 +104,4 @@ def _find_in_config(config: Mapping[str, Any], resolved: ResolvedHyperparameters
     head_dim = config.get("head_dim") or config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
     if head_dim > _MAX_HEAD_DIM or head_dim % 8:
         return f"attention heads are {head_dim} wide"
-    return ""
-
-
-def _find_in_device(resolved: ResolvedHyperparameters, device: Device) -> str:
-    """Where the fast path can run, and is no gain."""
-    if device.type != "cuda":
-        return "the fast path is for CUDA devices; elsewhere it runs only when it is asked for"
-    if resolved.quantization.compute_dtype != "bfloat16":
-        return f"in {resolved.quantization.compute_dtype} the fast path is not faster"
     return ""

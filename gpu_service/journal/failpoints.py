@@ -2,7 +2,7 @@
 
 `TUNESMITH_FAILPOINTS` names a directory. A file `armed/<name>` in it, a JSON object with `action` and what the action
 needs, is taken by the first process that comes by, and carried out there. Without the variable nothing happens.
-Server, shim, planner and engine all have it, which is why it lies in the one package that all of them may import.
+Server, shim and engine all have it, which is why it lies in the one package that all of them may import.
 Refuses names that are not declared here: a place that nothing can arm proves nothing.
 """
 
@@ -55,8 +55,6 @@ DECLARED: Mapping[str, str] = {
     "ending.before-terminal": "memory is given back, the run's outcome is not recorded",
     "ending.after-terminal": "the outcome is recorded, the shim is not told",
     # The planner.
-    "planned.before-rename": "a plan or tokens are fsynced, they are not in their place",
-    "planned.after-rename": "they are in their place, its directory is not fsynced",
 }
 
 

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpu_service.journal.failpoints import failpoint
-
 _PREFIX = ".staging-"
 # Left behind by a planner that was killed; no planner works this long on one directory.
 _ABANDONED_SECONDS = 24 * 3600.0
@@ -32,9 +30,7 @@ def stage_directory(target: Path, *, is_whole: Callable[[Path], bool]) -> Iterat
         for path in staged.iterdir():
             _sync(path)
         _sync(staged)
-        failpoint("planned.before-rename")
         _put_in_place(staged, target, is_whole)
-        failpoint("planned.after-rename")
         _sync(target.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)

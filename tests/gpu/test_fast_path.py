@@ -274,7 +274,7 @@ def test_whole_run_is_that_of_the_plain_path(training_type: str, tmp_path: Any) 
 
     workspace, shelf = Workspace(root=tmp_path), BaseShelf()
     logs = {}
-    for trainer in ("auto", "reference"):
+    for trainer in ("fast", "reference"):
         directory = workspace.make_run(
             f"run-{trainer}",
             training_type=training_type,
@@ -284,12 +284,12 @@ def test_whole_run_is_that_of_the_plain_path(training_type: str, tmp_path: Any) 
         carry_out(directory, shelf=shelf, switch=StopSwitch(), notify=lambda notice: None)
         logs[trainer] = read_log(directory)
         assert logs[trainer].states[-1] == "SUCCEEDED", logs[trainer].payloads[-1]
-    (plan,) = logs["auto"].of("plan")
+    (plan,) = logs["fast"].of("plan")
     assert plan.resolved.trainer == "fast"
-    assert any("fast path" in event.message for event in logs["auto"].of("log"))
+    assert any("fast path" in event.message for event in logs["fast"].of("log"))
     (plan,) = logs["reference"].of("plan")
     assert plan.resolved.trainer == "reference"
-    fast, plain = logs["auto"].losses, logs["reference"].losses
+    fast, plain = logs["fast"].losses, logs["reference"].losses
     apart = [abs(fast[step] - plain[step]) for step in plain]
     assert sum(apart) / len(apart) <= 0.02
     assert plain[40] < plain[1] - 0.1

@@ -33,8 +33,6 @@ _FAILPOINTS = (
     "ending.before-terminal",
     "ending.after-terminal",
     "journal.before-fsync",
-    "planned.before-rename",
-    "planned.after-rename",
 )
 _TRAINING_TYPES = ("lora", "qlora", "full")
 _WEIGHTS: Mapping[str, str] = {"lora": "adapter/adapter_model.safetensors", "full": "model/model.safetensors"}

@@ -92,6 +92,7 @@ async def test_reports_come_neither_endlessly_nor_never(
         resident_base_model="",
         list_runs=lambda _: [],
         accepting=accepting,
+        check_owner=lambda _: None,
     )
     parts: dict[str, Any] = dict.fromkeys(("planning", "prober", "inspection", "capabilities"))
     parts["admission"] = SimpleNamespace(devices=none)

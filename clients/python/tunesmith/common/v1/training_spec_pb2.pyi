@@ -476,7 +476,7 @@ class Hyperparameters(_message.Message):
     """An export whose logits differ from the adapter's by more than this on the fixed prompts is refused."""
     trainer: _builtins.str
     """What trains: `fast` (kernels of our own, for adapters over Llama-like bases), `reference` (transformers and PEFT), or
-    `auto`, which takes the fast path wherever it can. A plan's is never `auto`.
+    `auto`, which may choose another from one version to the next. A plan's is never `auto`.
     """
     @_builtins.property
     def quantization(self) -> Global___Quantization: ...
