@@ -1,7 +1,7 @@
 """Which trainer a job takes, and why: the fast path's kernels, or transformers and PEFT. Pure; measures nothing.
 
-`auto` is the plain path: what the fast path needs of memory is measured for few shapes so far, and plans must hold. Named
-outright, a job that the fast path cannot train is refused. docs/training.md says the same in a table.
+`auto` is the plain path: what the fast path needs of memory is measured for few shapes so far, and plans must hold.
+Named outright, a job that the fast path cannot train is refused. docs/training.md says the same in a table.
 """
 
 from collections.abc import Mapping
