@@ -42,7 +42,7 @@ demo: $(STAMP) ## Fine-tunes a small real model and shows what it learned
 	@exec $(BIN)/tunesmith demo
 
 test: $(STAMP) ## Runs every test that needs no GPU
-	$(BIN)/python -m pytest -m 'not gpu' tests
+	$(BIN)/python -m pytest -m 'not gpu' -n logical --maxprocesses 4 --dist loadfile tests
 
 test-gpu: $(STAMP) ## Runs the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests
