@@ -22,6 +22,8 @@ RETRIED_REASONS: frozenset[str] = frozenset(
         "CHECKSUM_MISMATCH",
     }
 )
+# A planner names what it could not do, and would name it again; one that a signal ended was killed as an engine may be.
+_PLANNING = "PLANNING"
 # The node's disk gave other bytes of the checkpoint than were written: there may be a copy, or an earlier one. What
 # differs in any other way, such as the probe's loss, differs again.
 _DAMAGED_CHECKPOINT = "RESUME_MISMATCH"
@@ -33,6 +35,8 @@ def is_retried(failure: Failure) -> bool:
     """True for a failure that trying again may mend. What the user must change never is."""
     if failure.fault is Fault.USER:
         return False
+    if failure.reason == _PLANNING:
+        return failure.signal is not None
     return failure.reason in RETRIED_REASONS or bool(damaged_checkpoint(failure))
 
 

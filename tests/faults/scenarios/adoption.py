@@ -46,7 +46,7 @@ def kill_servers(trial: Trial, *, num_kills: int = 6) -> list[Finding]:
         violations = () if same else (f"{before} became {after} in attempt {attempt}",)
         return [
             *judge(world),
-            ended_as_asked(states, {job_id: {event_pb2.JOB_STATE_CANCELLED}}),
+            ended_as_asked(world, states, {job_id: {event_pb2.JOB_STATE_CANCELLED}}),
             *came_back(world),
             Finding(promise="R6", tried=1, held=int(same), violations=violations),
         ]

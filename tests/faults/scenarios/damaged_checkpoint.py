@@ -87,7 +87,7 @@ def run(trial: Trial) -> list[Finding]:
             ),
         )
         succeeded = {job_id: {event_pb2.JOB_STATE_SUCCEEDED}}
-        return [*judge(world), ended_as_asked(states, succeeded), finding]
+        return [*judge(world), ended_as_asked(world, states, succeeded), finding]
 
 
 def _told(world: World, job_id: str, *, has_copy: bool) -> list[str]:

@@ -105,7 +105,7 @@ def kill_everywhere(trial: Trial, sites: Collection[Site]) -> list[Finding]:
         missed += sorted(names - {name for name, _ in world.failpoints.taken()} - _AFTERWARDS - set(missed))
         assert not missed, f"nobody came by {missed}"
         world.stop()
-        findings = [*judge(world), ended_as_asked(states, asked)]
+        findings = [*judge(world), ended_as_asked(world, states, asked)]
         if not any(name.startswith("bury.") for name in names):
             # A burial that is killed is tried again only after a pause.
             findings += came_back(world)

@@ -62,7 +62,7 @@ def kill_at_random(trial: Trial, *, num_faults: int = 20, num_steps: int = 120) 
         _resume_if_paused(world, jobs)
         states = world.wait_until_over()
         world.stop()
-        return [*judge(world), ended_as_asked(states, asked), *came_back(world)]
+        return [*judge(world), ended_as_asked(world, states, asked), *came_back(world)]
 
 
 def _kill_control(world: World) -> None:

@@ -65,7 +65,7 @@ def run(trial: Trial) -> list[Finding]:
         states = world.wait_until_over(seconds=_TRAINING_SECONDS)
         results = {job_id: _result(world, job_id, training_type) for job_id in world.job_ids}
         world.stop()
-        ended = ended_as_asked(states, {job_id: {event_pb2.JOB_STATE_SUCCEEDED} for job_id in world.job_ids})
+        ended = ended_as_asked(world, states, {job_id: {event_pb2.JOB_STATE_SUCCEEDED} for job_id in world.job_ids})
         return [*judge(world), ended, *came_back(world), _compare(results, quiet, killed)]
 
 

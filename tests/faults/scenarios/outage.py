@@ -40,7 +40,7 @@ def go_out(trial: Trial, *, outage_seconds: float = 6.0, num_steps: int = 700) -
         attempts = {event.attempt for event in events if event.run_sequence}
         steps = [event for event in events if event.kind == event_pb2.EVENT_KIND_STEP]
         world.stop()
-        ended = ended_as_asked(states, {job_id: {event_pb2.JOB_STATE_SUCCEEDED}})
+        ended = ended_as_asked(world, states, {job_id: {event_pb2.JOB_STATE_SUCCEEDED}})
         return [*judge(world), ended, *_compare(steps, attempts, num_steps=num_steps, gone_at=gone_at, back_at=back_at)]
 
 

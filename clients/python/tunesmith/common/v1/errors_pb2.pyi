@@ -157,7 +157,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_LOAD_ADAPTER: _ErrorReason.ValueType  # 144
     """Loading stage ADAPTER failed."""
     ERROR_REASON_PLANNING: _ErrorReason.ValueType  # 145
-    """The planner failed on this job's data."""
+    """The planner failed on this job's data, or was killed over it: then the signal is named."""
     ERROR_REASON_TRAINING: _ErrorReason.ValueType  # 146
     """An exception in the training loop."""
     ERROR_REASON_DEVICE_OUT_OF_MEMORY: _ErrorReason.ValueType  # 147
@@ -330,7 +330,7 @@ ERROR_REASON_LOAD_QUANTIZATION: ErrorReason.ValueType  # 143
 ERROR_REASON_LOAD_ADAPTER: ErrorReason.ValueType  # 144
 """Loading stage ADAPTER failed."""
 ERROR_REASON_PLANNING: ErrorReason.ValueType  # 145
-"""The planner failed on this job's data."""
+"""The planner failed on this job's data, or was killed over it: then the signal is named."""
 ERROR_REASON_TRAINING: ErrorReason.ValueType  # 146
 """An exception in the training loop."""
 ERROR_REASON_DEVICE_OUT_OF_MEMORY: ErrorReason.ValueType  # 147
@@ -460,9 +460,9 @@ class Failure(_message.Message):
     file: _builtins.str
     """File that was being read or written, relative to its root (model directory, run directory); empty if none."""
     exit_status: _builtins.int
-    """Exit status of the engine process, when it ended by itself."""
+    """Exit status of the engine process (of the planner, with PLANNING), when it ended by itself."""
     signal: _builtins.int
-    """Signal that ended the engine process, by number."""
+    """Signal that ended the engine process (the planner, with PLANNING), by number."""
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Version of each library in play, by distribution name."""
