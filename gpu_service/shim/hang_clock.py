@@ -71,12 +71,18 @@ class HangClock:
         """The caller looks again at `due` at the latest."""
         self._slept_from, self._due = now, due
 
-    def wake_up(self, now: float) -> None:
-        """The caller looks again. A sleep in which it did not run itself is left out, from its beginning: nobody knows
-        when in it the machine stood still, and what woke up with the caller must have time to say something.
+    def wake_up(self, now: float) -> float:
+        """The caller looks again; gives the seconds in which it did not run although it should have.
+
+        A sleep with such an end is left out from its beginning: nobody knows when in it the machine stood still, and
+        what woke up with the caller must have time to say something.
         """
-        if self._last_progress is not None and now - self._due > _OVERSLEPT_SECONDS:
+        late_seconds = now - self._due
+        if late_seconds <= _OVERSLEPT_SECONDS:
+            return 0.0
+        if self._last_progress is not None:
             self._last_progress = min(now, self._last_progress + now - self._slept_from)
+        return late_seconds
 
     def is_over(self, now: float) -> bool:
         """Whether the limit has passed without progress."""

@@ -79,7 +79,9 @@ class Shim:
         self._log("started", engine_pid=self._engine.pid)
         while not self._all_ended():
             ready = self._selector.select(self._seconds_to_next_deadline())
-            self._clock.wake_up(time.monotonic())
+            late_seconds = self._clock.wake_up(time.monotonic())
+            if self._stop is not None:
+                self._stop.postpone(late_seconds)
             for key, mask in ready:
                 key.data(mask)
             self._check_deadlines()

@@ -58,11 +58,11 @@ def test_time_in_which_the_shim_did_not_run_is_not_the_engines() -> None:
     clock.begin(0)
     clock.sleep_until(8, 1)
     # Stopped for ten minutes, together with its engine.
-    clock.wake_up(608)
+    assert clock.wake_up(608) == 600
     assert not clock.is_over(608)
     assert clock.idle_seconds(608) == 1
     clock.sleep_until(617, 608)
-    clock.wake_up(618)
+    assert clock.wake_up(618) == 0
     assert clock.is_over(618)
 
 
