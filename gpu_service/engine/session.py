@@ -68,8 +68,6 @@ class Session:
         self._trainer = make_trainer(loaded.model, settings, device.torch_device)
         self._accelerator = self._trainer.accelerator
         self._model, self._optimizer = self._trainer.model, self._trainer.optimizer
-        reason = plan.trainer_reason
-        reporter.emit(event_pb2.LogEvent(level="info", message=f"trained by {self._trainer.description}: {reason}"))
         self._objective = objective or make_objective(settings)
         self._checkpoints = CheckpointKeeper(
             directory=request.checkpoints_directory,
@@ -102,6 +100,8 @@ class Session:
             self._trainer.release()
 
     def _train(self) -> None:
+        message = f"trained by {self._trainer.description}: {self._plan.trainer_reason}"
+        self._reporter.emit(event_pb2.LogEvent(level="info", message=message))
         # Evaluations count too: they may take more than the steps.
         self._device.start_counting()
         if self._request.resume is not None:

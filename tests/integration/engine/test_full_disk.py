@@ -170,3 +170,38 @@ def test_a_stop_is_carried_out_where_even_its_beginning_finds_no_room(
 
     assert full.left == 0
     assert log.states == ["RUNNING", "CANCELLED"]
+
+
+def test_a_stop_before_the_first_word_of_training_gives_the_base_back_as_it_was(
+    workspace: Workspace, run_in_process: RunInProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_service.engine import service
+    from gpu_service.engine.fast_path.model import FastModel
+    from gpu_service.engine.resident import BaseShelf
+    from gpu_service.engine.stopping import StopMode, StopSwitch
+
+    def make_run(name: str, trainer: str) -> Path:
+        return workspace.make_run(name, training_type="lora", hyperparameters={"num_steps": 2, "trainer": trainer})
+
+    expected = run_in_process(make_run("fresh", "reference"), shelf=BaseShelf())
+    shelf, switch = BaseShelf(), StopSwitch()
+    full, release = _FullFor("log", 1), FastModel.release
+    released: list[FastModel] = []
+
+    def look_again(check: Callable[[], None]) -> None:
+        switch.request(StopMode.CANCEL)
+        check()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service, "wait_for_room", look_again)
+        patched.setattr(Writer, "append", lambda writer, payload: full(writer, payload))
+        patched.setattr(FastModel, "release", lambda model: (released.append(model), release(model)))
+        log = run_in_process(make_run("stopped-early", "fast"), shelf=shelf, switch=switch)
+    assert log.states[-1] == "CANCELLED"
+    assert log.phases[-1] == "LOADING"
+    assert released
+    assert shelf.describe()
+
+    again = run_in_process(make_run("warm", "reference"), shelf=shelf)
+    assert again.states[-1] == "SUCCEEDED", again.payloads[-1]
+    assert again.losses == expected.losses
