@@ -188,6 +188,10 @@ def test_a_stop_before_the_first_word_of_training_gives_the_base_back_as_it_was(
     full, release = _FullFor("log", 1), FastModel.release
     released: list[FastModel] = []
 
+    def note_release(model: FastModel) -> None:
+        released.append(model)
+        release(model)
+
     def look_again(check: Callable[[], None]) -> None:
         switch.request(StopMode.CANCEL)
         check()
@@ -195,7 +199,7 @@ def test_a_stop_before_the_first_word_of_training_gives_the_base_back_as_it_was(
     with monkeypatch.context() as patched:
         patched.setattr(service, "wait_for_room", look_again)
         patched.setattr(Writer, "append", lambda writer, payload: full(writer, payload))
-        patched.setattr(FastModel, "release", lambda model: (released.append(model), release(model)))
+        patched.setattr(FastModel, "release", note_release)
         log = run_in_process(make_run("stopped-early", "fast"), shelf=shelf, switch=switch)
     assert log.states[-1] == "CANCELLED"
     assert log.phases[-1] == "LOADING"

@@ -108,6 +108,7 @@ async def test_an_engine_that_does_not_end_holds_up_neither_the_node_nor_its_run
         assert not summarize(run_directory / "journal").is_over
         assert not left
     await wait_until(lambda: left == [run])
+    await engines.leave_alone()
     assert run.is_over
     assert not quarantine.reason(CPU.id)
     assert processes_of(engine.directory) == []
