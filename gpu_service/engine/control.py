@@ -98,15 +98,21 @@ class ControlPipe:
             self._next_alive = now + _ALIVE_SECONDS
             self.notify({"type": "alive"})
 
-    def clear(self, run_directory: Path) -> None:
+    def announce_pause(self, seconds: float) -> None:
+        """Tell the shim that the next sign of progress may take so much longer than others."""
+        self._next_alive = 0.0
+        self.notify({"type": "alive", "next_pause_seconds": seconds})
+
+    def clear(self, run_directory: Path) -> bool:
         """Have the shim end whatever processes the run left behind, in any session; returns when none is left.
 
-        Only the shim, which inherits them, can find them all. Where it is gone, its burial ends them.
+        Only the shim, which inherits them, can find them all. False where it is gone: its burial ends them.
         """
         self._cleared.clear()
         self.notify({"type": "clear_run", "run_directory": str(run_directory)})
         if not self._closed:
             self._cleared.wait()
+        return not self._closed
 
     def _read_commands(self) -> None:
         pending = b""

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_service.engine.pace import NOBODY, Pace, in_one_piece
 from gpu_service.journal.failpoints import failpoint
 
 MANIFEST_FILE = "manifest.json"
@@ -41,7 +42,7 @@ class DamagedDirectory(Exception):
 
 
 @contextmanager
-def staged(destination: Path) -> Iterator[Path]:
+def staged(destination: Path, pace: Pace = NOBODY) -> Iterator[Path]:
     """A new directory to write into; on a clean exit every file is fsynced and it becomes `destination`.
 
     What was at `destination` or left by a process that died is deleted. An exception leaves nothing: half a checkpoint
@@ -56,7 +57,9 @@ def staged(destination: Path) -> Iterator[Path]:
         yield staging
         for directory, _, names in os.walk(staging, topdown=False):
             for name in names:
-                sync(Path(directory) / name)
+                path = Path(directory) / name
+                with in_one_piece(pace, path.stat().st_size):
+                    sync(path)
             sync(Path(directory))
         failpoint("staged.before-rename")
         delete(destination)
@@ -104,21 +107,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def list_files(directory: Path) -> list[StoredFile]:
+def list_files(directory: Path, pace: Pace = NOBODY) -> list[StoredFile]:
     """Every file below `directory` with its SHA-256, by path; the manifest itself is left out."""
     return [
-        describe(path, directory)
+        describe(path, directory, pace)
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path != directory / MANIFEST_FILE
     ]
 
 
-def describe(path: Path, directory: Path) -> StoredFile:
+def describe(path: Path, directory: Path, pace: Pace = NOBODY) -> StoredFile:
     """One file below `directory` by content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
+            pace.note_progress()
     return StoredFile(
         path=path.relative_to(directory).as_posix(), sha256=digest.hexdigest(), size_bytes=path.stat().st_size
     )
@@ -132,7 +136,7 @@ def write_manifest(directory: Path, facts: dict[str, Any], files: Sequence[Store
     return describe(path, directory)
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path, pace: Pace = NOBODY) -> dict[str, Any]:
     """The manifest of a directory after every file in it was compared with its SHA-256. Raises DamagedDirectory."""
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
@@ -141,7 +145,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise DamagedDirectory(MANIFEST_FILE, str(error)) from error
     for stored in files:
         try:
-            found = describe(directory / stored.path, directory)
+            found = describe(directory / stored.path, directory, pace)
         except OSError as error:
             raise DamagedDirectory(stored.path, str(error)) from error
         if found != stored:

@@ -21,6 +21,9 @@ from gpu_service.engine.control import ControlPipe
 # Read by the libraries when they are imported.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
+# What the service imports anyway.
+_SLOW_IMPORTS = ("torch", "transformers", "accelerate", "bitsandbytes", "peft")
+
 
 def main(arguments: Sequence[str]) -> int:
     """Serve the control socket given by `--control-fd` until it closes, `shutdown`, SIGTERM or SIGINT. Exit status."""
@@ -41,6 +44,10 @@ def main(arguments: Sequence[str]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: pipe.shut_down())
         pipe.start()
+        for name in _SLOW_IMPORTS:
+            # Each may take a minute from a slow disk, and is a sign of progress.
+            import_module(name)
+            pipe.note_progress()
         service = import_module("gpu_service.engine.service")
         pipe.notify({"type": "ready"})
         status: int = service.serve(pipe)

@@ -43,6 +43,7 @@ def export(*, request: RunRequest, plan: plan_pb2.Plan, loaded: Loaded, switch: 
             earlier_card="" if request.start is None else _read_card(request.start.directory / _CARD),
         ),
         switch.check,
+        switch,
     )
     for event in written.exports:
         reporter.emit(event)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from gpu_service.engine import devices, request
@@ -24,7 +26,7 @@ from gpu_service.engine.room import wait_for_room
 from gpu_service.engine.run import Run
 from gpu_service.engine.session import Session
 from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
-from gpu_service.journal import Writer
+from gpu_service.journal import JournalFull, Writer
 from tunesmith.common.v1 import event_pb2
 
 _LOG = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def serve(pipe: ControlPipe) -> int:
                 return EXIT_AFTER_FAILURE
             continue
         run_directory = order
-        switch = StopSwitch(pipe.note_progress)
+        switch = StopSwitch(pipe.note_progress, pipe.announce_pause)
         pipe.begin(run_directory, switch)
         outcome = carry_out(run_directory, shelf=shelf, switch=switch, notify=pipe.notify, clear=pipe.clear)
         pipe.end()
@@ -83,11 +85,12 @@ def carry_out(
     notify: Notify,
     planner_command: Sequence[str] = PLANNER_COMMAND,
     make_session: Callable[..., Session] = Session,
-    clear: Callable[[Path], None] = lambda run_directory: None,
+    clear: Callable[[Path], bool] = lambda run_directory: True,
 ) -> Outcome:
     """One run from its `run.json` to its terminal event, unless the outcome says that it is not told.
 
-    `clear(run_directory)` ends the processes that the run left. Raises only when the journal itself cannot be used.
+    `clear(run_directory)` ends the processes that the run left; False when nobody could. Raises only when the journal
+    itself cannot be used.
     """
     asked = request.read(run_directory)
     with Writer.open(asked.journal_path, asked.attempt) as writer:
@@ -106,7 +109,9 @@ def carry_out(
         outcome = _execute(run)
         # The closing events have room of their own, and nobody waits behind the end.
         run.reporter.when_full = None
-        clear(run_directory)
+        if not clear(run_directory) and outcome.state == event_pb2.RUN_STATE_CANCELLED:
+            # Not before the last process is gone: whoever buries the shim ends them, this one too, and says so.
+            return replace(outcome, ends_engine=True, is_told=False)
         # Outside the handlers: an exception's traceback keeps the model's memory alive.
         return conclude(run, outcome, base_line)
 
@@ -117,7 +122,10 @@ def _execute(run: Run) -> Outcome:
         run.execute()
     except StopRequested as stop:
         run.reporter.loading_stage = ""
-        run.reporter.enter_stopping()
+        # Stopping is what would end the waiting for room.
+        run.reporter.when_full = None
+        with suppress(JournalFull):
+            run.reporter.enter_stopping()
         return Outcome(state=_STATE_BY_STOP[stop.mode])
     except RunFailure as error:
         _LOG.warning("run failed", exc_info=True)

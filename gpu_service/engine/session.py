@@ -14,6 +14,7 @@ from gpu_service.engine.artifacts.export_source import open_source
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import library_versions
 from gpu_service.engine.loading import Loaded
+from gpu_service.engine.pace import each_module
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.request import RunRequest
 from gpu_service.engine.stopping import StopRequested, StopSwitch
@@ -67,8 +68,6 @@ class Session:
         self._trainer = make_trainer(loaded.model, settings, device.torch_device)
         self._accelerator = self._trainer.accelerator
         self._model, self._optimizer = self._trainer.model, self._trainer.optimizer
-        reason = plan.trainer_reason
-        reporter.emit(event_pb2.LogEvent(level="info", message=f"trained by {self._trainer.description}: {reason}"))
         self._objective = objective or make_objective(settings)
         self._checkpoints = CheckpointKeeper(
             directory=request.checkpoints_directory,
@@ -88,6 +87,7 @@ class Session:
             objective=self._objective,
             device=device.torch_device,
             reporter=reporter,
+            pace=switch,
         )
         self._stop_ids = stop_token_ids(self._request.model_directory, loaded.base, loaded.tokenizer)
         self._progress = TrainingProgress()
@@ -100,6 +100,8 @@ class Session:
             self._trainer.release()
 
     def _train(self) -> None:
+        message = f"trained by {self._trainer.description}: {self._plan.trainer_reason}"
+        self._reporter.emit(event_pb2.LogEvent(level="info", message=message))
         # Evaluations count too: they may take more than the steps.
         self._device.start_counting()
         if self._request.resume is not None:
@@ -236,7 +238,7 @@ class Session:
             self._reporter.enter_phase("EVALUATING")
         for sample in prompts:
             self._switch.check()
-            with self._accelerator.autocast():
+            with self._accelerator.autocast(), each_module(self._switch.check):
                 text = answer(
                     self._loaded.model,
                     self._loaded.tokenizer,
@@ -288,6 +290,7 @@ class Session:
                 ),
             ),
             self._switch.check,
+            self._switch,
         )
         failpoint("artifacts.before-event")
         self._reporter.emit(self._realized(stopped_early))

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 
+from gpu_service.engine.pace import SLOWEST_BYTES_PER_SECOND
+
 
 class StopMode(Enum):
     """How a run is to end: without a trace, or at a checkpoint."""
@@ -34,9 +36,14 @@ class StopRequested(Exception):
 class StopSwitch:
     """One per run. `request` may be called from any thread and from a signal handler; it takes no lock."""
 
-    def __init__(self, on_progress: Callable[[], None] = lambda: None) -> None:
-        """`on_progress` is called by the training thread, often."""
+    def __init__(
+        self,
+        on_progress: Callable[[], None] = lambda: None,
+        on_pause: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        """`on_progress` is called by the training thread, often; `on_pause` before it falls silent for a while."""
         self._on_progress = on_progress
+        self._on_pause = on_pause
         self._mode: StopMode | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -55,6 +62,10 @@ class StopSwitch:
     def note_progress(self) -> None:
         """Something was done, in the midst of what cannot be stopped. Not to be called because time went by."""
         self._on_progress()
+
+    def announce_bytes(self, num_bytes: int) -> None:
+        """So many bytes go to or come from a disk in one piece, without a sign of progress before its end."""
+        self._on_pause(num_bytes / SLOWEST_BYTES_PER_SECOND)
 
     def check(self) -> None:
         """Raise StopRequested when a stop was asked for; also a sign of progress."""

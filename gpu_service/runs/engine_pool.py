@@ -20,6 +20,7 @@ import structlog
 
 from gpu_service.devices import Device
 from gpu_service.journal.failpoints import failpoint
+from gpu_service.runs.burials import Burials
 from gpu_service.runs.engine import Engine
 from gpu_service.runs.engine_directories import (
     NO_ENDING,
@@ -33,15 +34,13 @@ from gpu_service.runs.engine_directories import (
 from gpu_service.runs.inference_stream import Generation, draining, given_up, hung, lost
 from gpu_service.runs.quarantine import Quarantine
 from gpu_service.runs.run import Run
-from gpu_service.runs.shim_client import Message, ShimGone, bury, is_alive, kill_shim
-from gpu_service.shim import device_memory
-from gpu_service.shim.closing import describe_held
+from gpu_service.runs.shim_client import Message, ShimGone, is_alive, kill_shim
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
-from gpu_service.shim.records import ExitRecord
+from gpu_service.shim.records import ExitRecord, ShimRecord
 
 _log = structlog.get_logger(__name__)
-_BURY_AGAIN_SECONDS = 2.0
-_NO_IDS: Mapping[str, Any] = {}
+# What was killed is gone by then, unless the kernel keeps it.
+_DYING_SECONDS = 5.0
 # Of a device whose engine generates: all that it holds can be had for a run. More than any device has.
 _EVERYTHING_BYTES = 1 << 62
 
@@ -53,11 +52,16 @@ class EnginePool:
         self._directory = directory
         self._quarantine = quarantine or Quarantine()
         self._settings = settings
+        self._burials = Burials(
+            quarantine=self._quarantine,
+            memory=settings.memory,
+            patience_seconds=settings.answer_limit_seconds,
+        )
         # Called when an engine has let go of a run: in order, or by its own ending.
         self.on_run_left: Callable[[Run, ExitRecord], None] = _nobody_listens
         self._engines: dict[str, Engine] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
-        # Requests to leave, or to end a generation, that are on their way.
+        # Requests to leave or to end a generation that are on their way, and burials.
         self._sending: set[asyncio.Task[None]] = set()
         # Whoever changes which engine a device has holds the device's lock.
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -107,7 +111,11 @@ class EnginePool:
                 status = await engine.connect()
             except ShimGone as error:
                 # It is on its way in or out; the lock says when it is gone. One that hangs must not hold up a node.
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                if now > deadline + _DYING_SECONDS:
+                    await self._keep_unreachable(engine, runs)
+                    return
+                if now > deadline:
                     _log.error("shim-does-not-answer", engine=engine.id, error=str(error))
                     await asyncio.to_thread(kill_shim, directory)
                 await asyncio.sleep(0.1)
@@ -128,7 +136,21 @@ class EnginePool:
                 await self._ask_to_leave(engine)
             return
         if await asyncio.to_thread(needs_burial, directory, runs):
-            await self._bury(directory)
+            burial = self._spawn(self._burials.bury(directory))
+            await asyncio.wait({burial}, timeout=self._settings.answer_limit_seconds)
+            if not burial.done():
+                await self._keep_unreachable(engine, runs)
+
+    async def _keep_unreachable(self, engine: Engine, runs: Mapping[str, Run]) -> None:
+        """An engine whose shim is dead or as good as dead, and whose processes do not end: node and device go on
+        without each other until they have.
+        """
+        record = await asyncio.to_thread(ShimRecord.read, engine.directory)
+        engine.run = None if record is None else runs.get(str(record.run_directory))
+        # Nothing is connected; whoever watches it waits for the lock.
+        engine.client.gone.set()
+        self._keep(engine)
+        self._burials.quarantine(engine.device_id)
 
     async def acquire(self, device: Device, wanted: dict[str, str]) -> Engine:
         """An idle engine on the device that keeps the wanted base, or a new one; for a run, which ends generations.
@@ -201,7 +223,7 @@ class EnginePool:
         except ShimGone as error:
             process.kill()
             await asyncio.to_thread(process.wait)
-            await self._bury(directory)
+            await self._burials.bury(directory)
             raise EngineStartFailed(await asyncio.to_thread(ending_with_log, directory)) from error
         _log.info("engine-started", engine=engine.id, shim_pid=status["shim_pid"], device=device.id)
         self._keep(engine)
@@ -222,11 +244,12 @@ class EnginePool:
         if run is not None:
             await run.refresh()
         if ending is None or (run is not None and not run.is_over):
-            await self._bury(engine.directory, ids, run.stop_mode if run is not None else None)
+            stop_mode = run.stop_mode if run is not None else None
+            await self._burials.bury_of_device(engine.directory, engine.device_id, stop_mode, ids)
             ending = await asyncio.to_thread(ExitRecord.read, engine.directory)
         status, signal = (ending.status, ending.signal) if ending else (None, None)
         _log.info("engine-ended", engine=engine.id, status=status, signal=signal, **ids)
-        await self._look_at_device(engine, ending or NO_ENDING)
+        await self._burials.look_at_device(engine.directory, engine.device_id, ending or NO_ENDING)
         if ending is not None and ending.idle_seconds:
             engine.lose_generations(hung(ending.idle_seconds))
         engine.lose_generations(draining() if engine.leaving else lost("the engine ended"))
@@ -241,33 +264,6 @@ class EnginePool:
             engine.run = None
             self.on_run_left(run, ending or NO_ENDING)
         await asyncio.to_thread(remove_ended, self._directory, {engine.id for engine in self._engines.values()})
-
-    async def _look_at_device(self, engine: Engine, ending: ExitRecord) -> None:
-        """The device of an engine that is gone: in quarantine while what it held is not free."""
-        self._quarantine.lift(engine.device_id)
-        if not ending.held_bytes:
-            return
-        configuration = await asyncio.to_thread(EngineConfiguration.read, engine.directory)
-        index, before, memory = (
-            int(configuration.device["index"]),
-            configuration.device_memory_bytes,
-            self._settings.memory,
-        )
-        self._quarantine.impose(
-            engine.device_id,
-            describe_held(ending.held_bytes),
-            lambda: memory.held_bytes(index) - before <= device_memory.SLACK_BYTES,
-        )
-
-    async def _bury(self, directory: Path, ids: Mapping[str, Any] = _NO_IDS, stop_mode: str | None = None) -> None:
-        while True:
-            try:
-                await bury(directory, stop_mode)
-                return
-            except (ShimGone, OSError) as error:
-                # A full disk, for one, gets free again; until then the run must not be called over.
-                _log.error("burial-failed", engine=directory.name, error=str(error), **ids)
-                await asyncio.sleep(_BURY_AGAIN_SECONDS)
 
     def _on_notice(self, engine: Engine, message: Message) -> None:
         if message["type"] == "generated":
@@ -301,9 +297,10 @@ class EnginePool:
 
         self._spawn(send())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         self._sending.add(task := asyncio.create_task(work, context=Context()))
         task.add_done_callback(self._sending.discard)
+        return task
 
     async def _ask(self, engine: Engine) -> None:
         """Whether the shim lives: one that is frozen is ended, and buried when it is gone."""

@@ -177,6 +177,7 @@ class NodeFiles:
     def _remove(directory: Path) -> None:
         # Without its `run.json` it is no run any more, even when the rest stays for now.
         (directory / "run.json").unlink(missing_ok=True)
+        durable_json.sync_directory(directory)
         shutil.rmtree(directory)
         with contextlib.suppress(OSError):
             directory.parent.rmdir()

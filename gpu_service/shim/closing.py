@@ -6,10 +6,12 @@ Refuses to touch a journal that says already how its run ended: what was recorde
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from gpu_service.journal import JournalFull, Writer, events, summarize
+from gpu_service.journal.failpoints import failpoint
 from gpu_service.shim import durable_json
 from gpu_service.shim.records import ExitRecord
 from tunesmith.common.v1 import errors_pb2, event_pb2
@@ -20,6 +22,28 @@ _MAX_LINES = 150
 _CURRENT_THREAD = "Current thread"
 # Of the stacks in a failure; more of them is in the job's log.
 _MAX_DETAIL_CHARACTERS = 2000
+
+
+def settle(directory: Path, ending: ExitRecord, log: Callable[..., None]) -> int | None:
+    """Put the end of the engine of `directory` on record, then close its run, as `close_run` does, if it has one."""
+    failpoint("shim.before-exit-record")
+    try:
+        ending.write(directory)
+    except OSError as error:
+        # A full disk: the run's journal has room of its own, and is what counts. The server buries what is left.
+        log("no-exit-record", error=str(error))
+    failpoint("shim.after-exit-record")
+    log("ended", status=ending.status, signal=ending.signal, held_bytes=ending.held_bytes)
+    if ending.run_directory is None:
+        return None
+    sequence = close_run(Path(ending.run_directory), ending)
+    failpoint("shim.after-close")
+    return sequence
+
+
+def has_begun(run_directory: Path) -> bool:
+    """Whether any engine said anything of the run."""
+    return summarize(run_directory / "journal").last_run_sequence > 0
 
 
 def close_run(run_directory: Path, ending: ExitRecord) -> int | None:

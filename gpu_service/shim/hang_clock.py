@@ -6,6 +6,7 @@ tokens. Refuses to count heartbeats: nothing in an engine says anything because 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 # What was slow before may be slow again: a phase may pause for so many times its longest pause so far.
@@ -32,24 +33,31 @@ class HangClock:
         self._limit_seconds = limit_seconds
         self._last_progress: float | None = None
         self._longest_pause = 0.0
-        self._due: float | None = None
+        # What the engine is about to do takes so long on a slow disk, it said.
+        self._announced_seconds = 0.0
+        # The caller sleeps since then, and until then at the latest.
+        self._slept_from, self._due = 0.0, math.inf
 
     def begin(self, now: float) -> None:
         """There is work, or other work than before: its pauses are not those of what was before."""
-        self._last_progress, self._longest_pause = now, 0.0
+        self._last_progress, self._longest_pause, self._announced_seconds = now, 0.0, 0.0
 
     def end(self) -> None:
         """There is no work any more."""
         self._last_progress = None
 
-    def note_progress(self, now: float) -> None:
+    def note_progress(self, now: float, *, next_pause_seconds: float = 0.0) -> None:
+        """`next_pause_seconds` are of a piece of work that has no signs in its midst: its pause comes on top of what
+        is allowed, and none is judged by it.
+        """
         if self._last_progress is not None:
-            self._longest_pause = max(self._longest_pause, now - self._last_progress)
-            self._last_progress = now
+            pause = now - self._last_progress
+            self._longest_pause = max(self._longest_pause, pause if not self._announced_seconds else 0.0)
+            self._last_progress, self._announced_seconds = now, next_pause_seconds
 
     @property
     def limit_seconds(self) -> float:
-        return max(self._limit_seconds, _TIMES_LONGEST_PAUSE * self._longest_pause)
+        return max(self._limit_seconds, _TIMES_LONGEST_PAUSE * self._longest_pause) + self._announced_seconds
 
     @property
     def deadline(self) -> float | None:
@@ -59,14 +67,22 @@ class HangClock:
     def idle_seconds(self, now: float) -> float:
         return 0.0 if self._last_progress is None else now - self._last_progress
 
-    def sleep_until(self, due: float) -> None:
+    def sleep_until(self, due: float, now: float) -> None:
         """The caller looks again at `due` at the latest."""
-        self._due = due
+        self._slept_from, self._due = now, due
 
-    def wake_up(self, now: float) -> None:
-        """The caller looks again. Time in which it did not run itself is left out."""
-        if self._due is not None and self._last_progress is not None and now - self._due > _OVERSLEPT_SECONDS:
-            self._last_progress = min(now, self._last_progress + now - self._due)
+    def wake_up(self, now: float) -> float:
+        """The caller looks again; gives the seconds in which it did not run although it should have.
+
+        A sleep with such an end is left out from its beginning: nobody knows when in it the machine stood still, and
+        what woke up with the caller must have time to say something.
+        """
+        late_seconds = now - self._due
+        if late_seconds <= _OVERSLEPT_SECONDS:
+            return 0.0
+        if self._last_progress is not None:
+            self._last_progress = min(now, self._last_progress + now - self._slept_from)
+        return late_seconds
 
     def is_over(self, now: float) -> bool:
         """Whether the limit has passed without progress."""

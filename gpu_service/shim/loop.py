@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_service.journal import summarize
 from gpu_service.journal.failpoints import failpoint
 from gpu_service.shim import device_memory, process_tree, stacks
-from gpu_service.shim.closing import close_run
+from gpu_service.shim.closing import has_begun, settle
 from gpu_service.shim.configuration import EngineConfiguration
 from gpu_service.shim.engine_process import EngineProcess
 from gpu_service.shim.hang_clock import Hang, HangClock
@@ -80,7 +79,9 @@ class Shim:
         self._log("started", engine_pid=self._engine.pid)
         while not self._all_ended():
             ready = self._selector.select(self._seconds_to_next_deadline())
-            self._clock.wake_up(time.monotonic())
+            late_seconds = self._clock.wake_up(time.monotonic())
+            if self._stop is not None:
+                self._stop.postpone(late_seconds)
             for key, mask in ready:
                 key.data(mask)
             self._check_deadlines()
@@ -104,7 +105,7 @@ class Shim:
         return not any_left
 
     def _read_last_words(self) -> None:
-        """What the engine said before its end still counts."""
+        """What the engine said so far counts, also before its end."""
         if self._selector.get_map().get(self._engine.channel.connection.fileno()) is not None:
             while self._engine_ready(selectors.EVENT_READ):
                 pass
@@ -124,7 +125,7 @@ class Shim:
         if not self._servers.connected and not self._shutting_down:
             deadlines.append(self._servers.last_connected + self._configuration.orphan_limit_seconds)
         due = max(now, min(deadlines))
-        self._clock.sleep_until(due)
+        self._clock.sleep_until(due, now)
         return due - now
 
     def _check_deadlines(self) -> None:
@@ -143,7 +144,7 @@ class Shim:
             self._kill_engine()
         elif hangs and self._stop is None and self._hang is None:
             # A stop has a grace of its own, which ends an engine that hangs.
-            self._end_hanging(now)
+            self._end_if_hanging(now)
         orphaned_since = self._servers.last_connected
         if (
             not self._servers.connected
@@ -153,7 +154,11 @@ class Shim:
             self._log("orphaned")
             self._shut_down(self._configuration.grace_seconds)
 
-    def _end_hanging(self, now: float) -> None:
+    def _end_if_hanging(self, now: float) -> None:
+        # What it said while this process was waiting for a disk, say, has not been read yet.
+        self._read_last_words()
+        if not self._clock.is_over(now):
+            return
         members = process_tree.tree(os.getpid())[1:]
         self._hang = Hang(
             idle_seconds=self._clock.idle_seconds(now),
@@ -221,10 +226,10 @@ class Shim:
         self._run_directory, self._phase, self._stop = run_directory, "", None
         self._was_ready = self._state == "idle"
         self._state = "busy"
-        self._clock.begin(time.monotonic())
         # On the disk first: whoever buries this engine must know the run.
         self._write_record()
         failpoint("shim.before-forward")
+        self._clock.begin(time.monotonic())
         self._to_engine(message)
 
     def _generate(self, message: Message) -> None:
@@ -297,7 +302,7 @@ class Shim:
     def _from_engine(self, message: Message) -> None:
         kind = message["type"]
         now = time.monotonic()
-        self._clock.note_progress(now)
+        self._clock.note_progress(now, next_pause_seconds=float(message.get("next_pause_seconds", 0)))
         if kind == "alive":
             return
         if kind == "clear_run":
@@ -358,21 +363,9 @@ class Shim:
             stacks=hang.stacks if hang else stacks.of_crash(signal_number, _LOG),
             held_bytes=device_memory.held_bytes(self._configuration),
         )
-        failpoint("shim.before-exit-record")
-        try:
-            ending.write(self._directory)
-        except OSError as error:
-            # A full disk: the run's journal has room of its own, and is what counts. The server buries what is left.
-            self._log("no-exit-record", error=str(error))
-        failpoint("shim.after-exit-record")
-        self._log("ended", status=status, signal=signal_number, held_bytes=ending.held_bytes)
-        if ending.run_directory is not None:
-            sequence = close_run(Path(ending.run_directory), ending)
-            failpoint("shim.after-close")
-            if sequence is not None:
-                self._servers.send_all(
-                    {"type": "journal", "run_directory": self._run_directory, "run_sequence": sequence}
-                )
+        sequence = settle(self._directory, ending, self._log)
+        if sequence is not None:
+            self._servers.send_all({"type": "journal", "run_directory": self._run_directory, "run_sequence": sequence})
         self._servers.send_all({"type": "engine_exited", "status": status, "signal": signal_number})
         self._servers.close()
 
@@ -380,7 +373,7 @@ class Shim:
         """Whether a run met an idle engine on its way out: the server takes it to another, and it is not over."""
         if self._run_directory is None or stop_mode is not None or self._hang is not None or not self._was_ready:
             return False
-        return summarize(Path(self._run_directory) / "journal").last_run_sequence == 0
+        return not has_begun(Path(self._run_directory))
 
     def _tree_bytes(self) -> int:
         """Memory that the engine and its descendants hold, where it can be told; else 0."""

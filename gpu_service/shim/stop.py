@@ -27,6 +27,10 @@ class Stop:
             self.mode = mode
         return became_cancel
 
+    def postpone(self, seconds: float) -> None:
+        """The machine stood still for so long, and the engine with it."""
+        self.deadline += seconds
+
     def measure(self, resident_bytes: int) -> None:
         """Note the resident memory of the whole tree; the highest counts."""
         self._highest_bytes = max(self._highest_bytes, resident_bytes)

@@ -42,6 +42,8 @@ class GpuServer:
         self.data_directory = root / "node"
         self.models_directory = root / "models"
         self.settings = {"grace_seconds": 20, "orphan_limit_seconds": 300, **settings}
+        # How long a stream of a run's events may take.
+        self.watch_seconds = WAIT_SECONDS
         self.engine_command: tuple[str, ...] = STUB_COMMAND
         # What Python runs: the service, or something around it.
         self.module: tuple[str, ...] = ("gpu_service",)
@@ -205,7 +207,7 @@ class GpuServer:
     ) -> Iterator[tuple[int, event_pb2.EventPayload]]:
         """(run sequence, payload) of every event, until the stream ends."""
         request = run_service_pb2.WatchRunRequest(key=self.key(job_id, attempt), after_run_sequence=after)
-        for response in self.runs.WatchRun(request, timeout=WAIT_SECONDS):
+        for response in self.runs.WatchRun(request, timeout=self.watch_seconds):
             for event in response.events:
                 assert event.attempt == attempt
                 yield event.run_sequence, event_pb2.EventPayload.FromString(event.payload)

@@ -139,14 +139,15 @@ class StubEngine:
     def notice(self, message: dict[str, Any]) -> None:
         self._control.send(message)
 
-    def clear(self, directory: Path) -> None:
-        """Have the shim end what the run left; what else it says meanwhile is kept for later."""
+    def clear(self, directory: Path) -> bool:
+        """Have the shim end what the run left; what else it says meanwhile is kept for later. False without a shim."""
         self._control.send({"type": "clear_run", "run_directory": str(directory)})
         while not self._control.shim_gone:
             received = self._control.receive(1)
             self._waiting += [message for message in received if message["type"] != "run_cleared"]
             if any(message["type"] == "run_cleared" for message in received):
-                return
+                return True
+        return False
 
     def obey(self, timeout_seconds: float) -> None:
         """Wait this long for orders; raises Stopped."""
@@ -249,9 +250,9 @@ class StubRun:
         return self._end(event_pb2.RUN_STATE_INTERRUPTED)
 
     def _end(self, state: event_pb2.RunState.ValueType, failure: Any = None) -> str:
-        self._engine.clear(self._directory)
-        if state == event_pb2.RUN_STATE_CANCELLED and self._script.get("leak_bytes"):
-            # As the real engine: only the end of the process gives it back, and the shim tells of it.
+        is_clear = self._engine.clear(self._directory)
+        if state == event_pb2.RUN_STATE_CANCELLED and (self._script.get("leak_bytes") or not is_clear):
+            # As the real engine: only the end of the process gives it back, and the shim, or its burial, tells of it.
             os._exit(71)
         if state == event_pb2.RUN_STATE_SUCCEEDED:
             self._append(event_pb2.RealizedEvent(num_steps=self._step, data_digest="d" * 64))
@@ -355,6 +356,8 @@ class StubRun:
             try:
                 return self._writer.append(events.wrap(message))
             except JournalFull:
+                # As the real engine: to wait for room is no hang.
+                self._engine.notice({"type": "alive"})
                 self._engine.obey(0.1)
 
 

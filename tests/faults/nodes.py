@@ -17,16 +17,24 @@ from tunesmith.common.v1 import event_pb2
 
 @contextmanager
 def running_node(
-    directory: Path, *, real_engine: str = "", fake_devices: bool = False, **settings: Any
+    directory: Path,
+    *,
+    real_engine: str = "",
+    fake_devices: bool = False,
+    watch_seconds: float | None = None,
+    **settings: Any,
 ) -> Iterator[GpuServer]:
     """A started server with the stub engine; `real_engine` names a module that trains a tiny llama instead.
 
-    `fake_devices`: it has two GPUs that are not there, whose files lie in `directory`.
+    `fake_devices`: it has two GPUs that are not there, whose files lie in `directory`. `watch_seconds`: how long
+    watching a run may take.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if real_engine:
         place(directory / "models", TinyOptions(), name="org/name")
     server = GpuServer(directory, **settings)
+    if watch_seconds is not None:
+        server.watch_seconds = watch_seconds
     if fake_devices:
         server.module = ("tests.fakes.fake_device_server", str(directory))
     if real_engine:

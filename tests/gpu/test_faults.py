@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,13 +24,16 @@ from tests.faults.nodes import log_lines, running_node
 from tunesmith.common.v1 import errors_pb2, event_pb2, plan_pb2
 from tunesmith.gpu.v1 import run_service_pb2
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 _CUDA = {"type": "cuda", "index": 0}
 # What may stay held, in the contract's words.
 _SLACK_BYTES = 64 * 1024 * 1024
 # Longer than an engine takes to start and load, which is progress too.
 _HANG_LIMIT_SECONDS = 30
+# An engine's start on a loaded machine, and a hang: twenty times the longest pass, which compiles kernels, if that is
+# more than the limit.
+_WATCH_SECONDS = 300
 _ENDLESS = 1_000_000
 # Long examples over a large vocabulary: what a pass takes is far more than the blocks that memory comes in.
 _WIDE = TinyOptions(vocabulary_size=8192)
@@ -126,7 +130,7 @@ def _used_bytes() -> int:
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory, engine: InProcessEngine) -> Iterator[GpuServer]:
+def server(tmp_path_factory: pytest.TempPathFactory, engine: InProcessEngine) -> Iterator[GpuServer]:
     """A server on the device with the real engine, which hangs in a kernel when its job says so."""
     import gc
 
@@ -136,9 +140,23 @@ def node(tmp_path_factory: pytest.TempPathFactory, engine: InProcessEngine) -> I
     gc.collect()
     torch.cuda.empty_cache()
     with running_node(
-        tmp_path_factory.mktemp("node"), real_engine="tests.fakes.kernel_hang", hang_limit_seconds=_HANG_LIMIT_SECONDS
+        tmp_path_factory.mktemp("node"),
+        real_engine="tests.fakes.kernel_hang",
+        watch_seconds=_WATCH_SECONDS,
+        hang_limit_seconds=_HANG_LIMIT_SECONDS,
     ) as server:
         yield server
+
+
+@pytest.fixture
+def node(server: GpuServer) -> Iterator[GpuServer]:
+    """The server with a free device, whatever the test before left on it."""
+    yield server
+    for shim in server.shims():
+        if shim["run_directory"] is not None:
+            job_id = Path(shim["run_directory"]).parent.name
+            server.stop_run("CANCEL", job_id=job_id, grace_seconds=2)
+            server.watch_to_end(job_id)
 
 
 def test_what_cancelled_and_killed_runs_held_comes_back(node: GpuServer) -> None:

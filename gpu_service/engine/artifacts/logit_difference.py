@@ -20,6 +20,7 @@ from accelerate import init_empty_weights
 from gpu_service.engine.artifacts import fixed_prompts
 from gpu_service.engine.artifacts.export_source import ExportSource
 from gpu_service.engine.loading.config import read_config
+from gpu_service.engine.pace import each_module
 from gpu_service.engine.training.modes import measuring
 
 _DISK = "disk"
@@ -50,15 +51,15 @@ def compare(source: ExportSource, exported: Path, check: Callable[[], None]) -> 
     Raises what transformers raises for a directory that it cannot load.
     """
     prompts = fixed_prompts.tokenize(source.tokenizer)
-    with measuring(source.model):
+    with measuring(source.model), each_module(check):
         trained = _logits(source.model, prompts, source.device)
     check()
     reference = _load_streamed(source, source.model_directory)
-    with torch.no_grad(), _adapter_applied(reference, source):
+    with torch.no_grad(), _adapter_applied(reference, source), each_module(check):
         unmerged = _logits(reference, prompts, source.device)
     del reference
     check()
-    with torch.no_grad():
+    with torch.no_grad(), each_module(check):
         merged = _logits(_load_streamed(source, exported), prompts, source.device)
     return Comparison(
         num_prompts=len(prompts), adapter=_difference(merged, unmerged), trained=_difference(merged, trained)

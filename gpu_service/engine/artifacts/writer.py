@@ -21,6 +21,7 @@ from gpu_service.engine import durable, room
 from gpu_service.engine.artifacts import exporting, model_card, report
 from gpu_service.engine.artifacts.export_source import ExportSource
 from gpu_service.engine.failures import RunFailure, from_exception
+from gpu_service.engine.pace import NOBODY, Pace, in_one_piece
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.journal.failpoints import failpoint
 from tunesmith.common.v1 import event_pb2, file_pb2, plan_pb2, training_spec_pb2
@@ -101,7 +102,7 @@ class _Listed:
         )
 
 
-def write_all(request: ArtifactRequest, check: Callable[[], None]) -> WrittenArtifacts:
+def write_all(request: ArtifactRequest, check: Callable[[], None], pace: Pace = NOBODY) -> WrittenArtifacts:
     """Write every artifact that the run leaves, and their manifest. `check` may raise to stop: nothing is left.
 
     Raises RunFailure EXPORT or DISK_FULL naming the artifact.
@@ -109,7 +110,7 @@ def write_all(request: ArtifactRequest, check: Callable[[], None]) -> WrittenArt
     writing = _Writing(request=request, check=check)
     name = ""
     try:
-        with durable.staged(request.directory) as staging:
+        with durable.staged(request.directory, pace) as staging:
             listed: list[_Listed] = []
             for artifact in _ARTIFACTS:
                 if not artifact.is_wanted(request):
@@ -117,10 +118,11 @@ def write_all(request: ArtifactRequest, check: Callable[[], None]) -> WrittenArt
                 check()
                 name = artifact.name
                 (staging / name).mkdir()
-                with room.required(staging, artifact.least_bytes(request)):
+                least_bytes = artifact.least_bytes(request)
+                with room.required(staging, least_bytes), in_one_piece(pace, least_bytes):
                     is_kept = artifact.write(writing, staging / name)
                 if is_kept:
-                    listed.append(_Listed(artifact=artifact, files=durable.list_files(staging / name)))
+                    listed.append(_Listed(artifact=artifact, files=durable.list_files(staging / name, pace)))
                 else:
                     shutil.rmtree(staging / name)
             name = durable.MANIFEST_FILE

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gpu_service.engine.failures import library_versions
+from gpu_service.engine.pace import NOBODY, Pace
 from gpu_service.engine.training.optimizer_state import digest_of_optimizer, digest_of_tensors
 
 # How far apart the losses of the probe may lie, in nats per target token, or as a part of a loss above 1, where not
@@ -107,12 +108,14 @@ def _is_close(saved: float | None, measured: float | None, tolerance: float) -> 
     return abs(saved - measured) <= tolerance * max(1.0, abs(saved))
 
 
-def measure(*, model: Any, optimizer: Any, probe_loss: float | None, environment: Environment) -> Certificate:
+def measure(
+    *, model: Any, optimizer: Any, probe_loss: float | None, environment: Environment, pace: Pace = NOBODY
+) -> Certificate:
     """The certificate of what `model` and `optimizer` hold now."""
     return Certificate(
         probe_loss=probe_loss,
-        weights_sha256=digest_of_tensors(dict(trained_tensors(model))),
-        optimizer_sha256=digest_of_optimizer(optimizer),
+        weights_sha256=digest_of_tensors(dict(trained_tensors(model)), pace),
+        optimizer_sha256=digest_of_optimizer(optimizer, pace),
         environment=environment,
     )
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from gpu_service.engine import durable, room
 from gpu_service.engine.failures import RunFailure, from_exception, library_versions
+from gpu_service.engine.pace import NOBODY, Pace, in_one_piece
 from gpu_service.engine.training import optimizer_state, random_state
 from gpu_service.engine.training.certificate import Certificate, CertificateBroken, trained_tensors
 from gpu_service.engine.training.progress import TrainingProgress
@@ -87,6 +88,7 @@ def save(
     scaler: Any,
     progress: TrainingProgress,
     device: torch.device,
+    pace: Pace = NOBODY,
 ) -> Checkpoint:
     """Write the checkpoint of `progress.steps_done` below `directory`; `scaler` is None unless gradients are scaled.
 
@@ -94,12 +96,14 @@ def save(
     """
     name = name_of(progress.steps_done)
     try:
-        with durable.staged(directory / name) as staging:
+        with durable.staged(directory / name, pace) as staging:
             weights, state = dict(trained_tensors(model)), optimizer_state.flatten(optimizer)
             # Nothing is written that would only fill the disk: the run's events need room too.
             with room.required(staging, room.tensors_bytes(weights) + room.tensors_bytes(state.tensors)):
-                save_file(weights, staging / WEIGHTS_FILE)
-                save_file(optimizer_state.apart(state.tensors), staging / OPTIMIZER_TENSORS_FILE)
+                with in_one_piece(pace, room.tensors_bytes(weights)):
+                    save_file(weights, staging / WEIGHTS_FILE)
+                with in_one_piece(pace, room.tensors_bytes(state.tensors)):
+                    save_file(optimizer_state.apart(state.tensors), staging / OPTIMIZER_TENSORS_FILE)
             (staging / OPTIMIZER_FILE).write_text(json.dumps(state.document()), encoding="utf-8")
             random_tensors, random_values = random_state.capture(device)
             save_file(random_tensors, staging / RANDOM_TENSORS_FILE)
@@ -109,7 +113,7 @@ def save(
                 "progress": progress.to_json(),
             }
             (staging / TRAINER_FILE).write_text(json.dumps(trainer), encoding="utf-8")
-            files = durable.list_files(staging)
+            files = durable.list_files(staging, pace)
             facts = {
                 "version": _VERSION,
                 "step": progress.steps_done,
@@ -156,6 +160,7 @@ def restore(
     scaler: Any,
     device: torch.device,
     measure: Callable[[], Certificate],
+    pace: Pace = NOBODY,
 ) -> Restored:
     """Put a checkpoint into `model`, `optimizer`, `scaler` and the generators, and compare what `measure` says of them.
 
@@ -164,10 +169,11 @@ def restore(
     of what differs, `what`, `saved` and `measured`.
     """
     try:
-        manifest = durable.read_manifest(directory)
+        manifest = durable.read_manifest(directory, pace)
         _compare(manifest, identity)
         saved = Certificate.from_json(manifest["certificate"])
-        weights = load_file(directory / WEIGHTS_FILE)
+        with in_one_piece(pace, (directory / WEIGHTS_FILE).stat().st_size):
+            weights = load_file(directory / WEIGHTS_FILE)
         expected = dict(trained_tensors(model))
         _compare_tensors(weights, expected)
         trainer = json.loads((directory / TRAINER_FILE).read_text(encoding="utf-8"))
@@ -178,7 +184,8 @@ def restore(
         with torch.no_grad():
             for name, parameter in expected.items():
                 parameter.copy_(weights[name])
-        optimizer_state.load(optimizer, optimizer_document, load_file(directory / OPTIMIZER_TENSORS_FILE))
+        with in_one_piece(pace, (directory / OPTIMIZER_TENSORS_FILE).stat().st_size):
+            optimizer_state.load(optimizer, optimizer_document, load_file(directory / OPTIMIZER_TENSORS_FILE))
         if scaler is not None:
             scaler.load_state_dict(trainer["scaler"])
         measured = measure()

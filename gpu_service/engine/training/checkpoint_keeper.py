@@ -12,6 +12,7 @@ import torch
 
 from gpu_service.domain.planned_data import PlannedData
 from gpu_service.engine.failures import RunFailure
+from gpu_service.engine.pace import NOBODY, Pace
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.training import certificate, checkpoint, retention
 from gpu_service.engine.training.certificate import Certificate, Environment
@@ -37,6 +38,7 @@ class CheckpointKeeper:
     objective: Objective
     device: torch.device
     reporter: Reporter
+    pace: Pace = NOBODY
 
     def __post_init__(self) -> None:
         self._saved_step = 0
@@ -55,6 +57,7 @@ class CheckpointKeeper:
             scaler=self.scaler,
             device=self.device,
             measure=self._measure,
+            pace=self.pace,
         )
         progress = restored.progress
         self._saved_step = progress.steps_done
@@ -91,6 +94,7 @@ class CheckpointKeeper:
                 scaler=self.scaler,
                 progress=progress,
                 device=self.device,
+                pace=self.pace,
             )
         except RunFailure:
             # One that is not there is not the best.
@@ -129,6 +133,7 @@ class CheckpointKeeper:
             optimizer=self.optimizer,
             probe_loss=measure_probe(self.model, self.data, self.objective, self.device),
             environment=self._environment,
+            pace=self.pace,
         )
 
 

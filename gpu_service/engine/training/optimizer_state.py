@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from gpu_service.engine.pace import NOBODY, Pace
+
 _SEPARATOR = "/"
 
 
@@ -72,22 +74,23 @@ def load(optimizer: Any, document: Mapping[str, Any], tensors: Mapping[str, torc
     optimizer.load_state_dict({"state": state, "param_groups": document["param_groups"]})
 
 
-def digest_of_optimizer(optimizer: Any) -> str:
+def digest_of_optimizer(optimizer: Any, pace: Pace = NOBODY) -> str:
     """Lower-case hex SHA-256 over every moment, counter and setting that the optimizer holds now, on any device."""
     flat = flatten(optimizer)
-    return _digest(flat.tensors, flat.document())
+    return _digest(flat.tensors, flat.document(), pace)
 
 
-def digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+def digest_of_tensors(tensors: Mapping[str, torch.Tensor], pace: Pace = NOBODY) -> str:
     """Lower-case hex SHA-256 over names, types, shapes and bytes of tensors, on any device."""
-    return _digest(tensors, {})
+    return _digest(tensors, {}, pace)
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any]) -> str:
+def _digest(tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any], pace: Pace) -> str:
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         # One tensor at a time on the host: the whole state may be larger than what is free there.
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        pace.note_progress()
     return digest.hexdigest()

@@ -12,8 +12,8 @@ ENGINE = (
         name="a-checkpoints-files-are-not-synced",
         promise="R19",
         file="gpu_service/engine/durable.py",
-        snippet="                sync(Path(directory) / name)",
-        replacement="                pass",
+        snippet="                    sync(path)",
+        replacement="                    pass",
         tests=(f"{_DURABLE}test_a_checkpoint",),
     ),
     Mutation(

@@ -136,6 +136,36 @@ RUNS = (
         tests=(f"{_SHIM_PARTS}test_a_lock_is_held_by_one_and_freed_at_the_end",),
     ),
     Mutation(
+        name="a-machine-that-stood-still-hangs",
+        promise="R17",
+        file="gpu_service/shim/hang_clock.py",
+        snippet="now - self._slept_from",
+        replacement="late_seconds",
+        tests=(
+            "tests/unit/gpu_server/test_hang_clock.py::"
+            "test_a_machine_that_stood_still_beyond_the_deadline_gives_the_engine_time_to_go_on",
+        ),
+    ),
+    Mutation(
+        name="half-of-what-was-not-accepted-is-a-run",
+        promise="R1",
+        file="gpu_service/runs/node_files.py",
+        snippet="        durable_json.sync_directory(directory)\n        shutil",
+        replacement="        shutil",
+        tests=(
+            "tests/unit/gpu_server/test_node.py::"
+            "test_what_is_not_accepted_is_no_run_any_more_before_anything_else_of_it_goes",
+        ),
+    ),
+    Mutation(
+        name="a-cancel-is-said-while-processes-may-live",
+        promise="R14",
+        file="gpu_service/engine/service.py",
+        snippet="if not clear(run_directory) and outcome.state",
+        replacement="if clear(run_directory) is None and outcome.state",
+        tests=("tests/integration/engine/test_cancel_memory.py::test_what_nobody_could_clear_is_not_called_cancelled",),
+    ),
+    Mutation(
         name="a-twin-may-have-the-nodes-port",
         promise="R31",
         file="gpu_service/api/server_options.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +26,16 @@ def _cancel(workspace: Workspace, job_id: str, leak: list[Any], **options: Any) 
             leak.append(torch.ones(options.get("leak_bytes", 0), dtype=torch.uint8))
             switch.request(StopMode.CANCEL)
 
+    def clear(run_directory: Path) -> bool:
+        done.append(read_log(run_directory).states[-1])
+        return bool(options.get("cleared", True))
+
     outcome = carry_out(
         directory,
         shelf=BaseShelf(),
         switch=switch,
         notify=notify,
-        clear=lambda run_directory: done.append(read_log(run_directory).states[-1]),
+        clear=clear,
     )
     return outcome, read_log(directory), done
 
@@ -50,6 +55,12 @@ def test_memory_that_comes_back_is_told_once_nothing_of_the_run_is_left(workspac
     assert log.states == ["RUNNING", "STOPPING", "CANCELLED"]
     # Asked for before the outcome was written.
     assert cleared == ["STOPPING"]
+
+
+def test_what_nobody_could_clear_is_not_called_cancelled(workspace: Workspace) -> None:
+    outcome, log, _ = _cancel(workspace, "alone", [], cleared=False)
+    assert (outcome.is_told, outcome.ends_engine) == (False, True)
+    assert log.states == ["RUNNING", "STOPPING"]
 
 
 def test_a_models_memory_has_what_a_quantization_keeps_beside_the_weights() -> None:

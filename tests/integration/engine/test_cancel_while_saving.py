@@ -56,8 +56,9 @@ class _Pipe(ControlPipe):
             # The training thread is here; it goes on once the control thread has carried the stop to it.
             assert self._obeyed.wait(_TIMEOUT_SECONDS)
 
-    def clear(self, run_directory: Path) -> None:
+    def clear(self, run_directory: Path) -> bool:
         """The run leaves nothing."""
+        return True
 
     def _stop(self, run_directory: Path, mode: StopMode) -> None:
         super()._stop(run_directory, mode)

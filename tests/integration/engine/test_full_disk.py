@@ -82,19 +82,24 @@ def test_artifacts_without_room_are_a_typed_failure_and_leave_nothing(
     assert not list(run.glob("*artifacts*"))
 
 
+# These have room of their own, where the file system can keep some.
+_CLOSING = ("run_state", "memory_released")
+
+
 class _FullFor:
     """A journal's `append` that finds no room so many times, from the first event of a kind on."""
 
-    def __init__(self, kind: str, times: int) -> None:
+    def __init__(self, kind: str, times: int, *, spared: tuple[str, ...] = _CLOSING) -> None:
         self._append = Writer.append
         self._kind = kind
+        self._spared = spared
         self.left = times
         self.is_full = threading.Event()
 
     def __call__(self, writer: Writer, payload: event_pb2.EventPayload) -> int:
         kind = payload.WhichOneof("kind")
         begins = self.is_full.is_set() or kind == self._kind
-        if self.left and begins and kind not in ("run_state", "memory_released"):
+        if self.left and begins and kind not in self._spared:
             self.is_full.set()
             self.left -= 1
             raise JournalFull("no space is left for events")
@@ -140,3 +145,67 @@ def test_a_stop_is_carried_out_on_a_full_disk(
     log = run_in_process(workspace.make_run(f"stopped-{mode}", training_type="lora"), **options)
 
     assert log.states[-1] == {"CANCEL": "CANCELLED", "CHECKPOINT": "INTERRUPTED"}[mode]
+
+
+def test_a_stop_is_carried_out_where_even_its_beginning_finds_no_room(
+    workspace: Workspace, run_in_process: RunInProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_service.engine import room
+    from gpu_service.engine.stopping import StopMode, StopSwitch
+
+    switch = StopSwitch()
+    # The step; STOPPING, as the loop and as the run's end say it.
+    full = _FullFor("step", 3, spared=("memory_released", "memory_measured"))
+
+    def look_again(check: Callable[[], None]) -> None:
+        switch.request(StopMode.CANCEL)
+        check()
+
+    monkeypatch.setattr(room, "wait_for_room", look_again)
+    monkeypatch.setattr("gpu_service.engine.service.wait_for_room", look_again)
+    monkeypatch.setattr(Writer, "append", lambda writer, payload: full(writer, payload))
+    options: dict[str, Any] = {"switch": switch}
+
+    log = run_in_process(workspace.make_run("no-room-at-all", training_type="lora"), **options)
+
+    assert full.left == 0
+    assert log.states == ["RUNNING", "CANCELLED"]
+
+
+def test_a_stop_before_the_first_word_of_training_gives_the_base_back_as_it_was(
+    workspace: Workspace, run_in_process: RunInProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_service.engine import service
+    from gpu_service.engine.fast_path.model import FastModel
+    from gpu_service.engine.resident import BaseShelf
+    from gpu_service.engine.stopping import StopMode, StopSwitch
+
+    def make_run(name: str, trainer: str) -> Path:
+        return workspace.make_run(name, training_type="lora", hyperparameters={"num_steps": 2, "trainer": trainer})
+
+    expected = run_in_process(make_run("fresh", "reference"), shelf=BaseShelf())
+    shelf, switch = BaseShelf(), StopSwitch()
+    full, release = _FullFor("log", 1), FastModel.release
+    released: list[FastModel] = []
+
+    def note_release(model: FastModel) -> None:
+        released.append(model)
+        release(model)
+
+    def look_again(check: Callable[[], None]) -> None:
+        switch.request(StopMode.CANCEL)
+        check()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service, "wait_for_room", look_again)
+        patched.setattr(Writer, "append", lambda writer, payload: full(writer, payload))
+        patched.setattr(FastModel, "release", note_release)
+        log = run_in_process(make_run("stopped-early", "fast"), shelf=shelf, switch=switch)
+    assert log.states[-1] == "CANCELLED"
+    assert log.phases[-1] == "LOADING"
+    assert released
+    assert shelf.describe()
+
+    again = run_in_process(make_run("warm", "reference"), shelf=shelf)
+    assert again.states[-1] == "SUCCEEDED", again.payloads[-1]
+    assert again.losses == expected.losses

@@ -250,8 +250,9 @@ def test_damaged_checkpoint_is_refused(workspace: Workspace) -> None:
         def next_order(self) -> Path | None:
             return next(runs)
 
-        def clear(self, run_directory: Path) -> None:
+        def clear(self, run_directory: Path) -> bool:
             """The run leaves nothing."""
+            return True
 
         def notify(self, notice: dict[str, Any]) -> None:
             notices.append(notice)

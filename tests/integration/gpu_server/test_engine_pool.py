@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from gpu_service.devices import Device
+from gpu_service.journal import summarize
 from gpu_service.runs.engine_directories import KEPT_ENDED_ENGINES, EngineSettings
 from gpu_service.runs.engine_pool import EnginePool
+from gpu_service.runs.quarantine import Quarantine
 from gpu_service.runs.run import Run
 from gpu_service.shim.closing import close_run
+from gpu_service.shim.lock import hold, is_held
 from gpu_service.shim.records import ExitRecord
 from tests.fakes.gpu_runs import STUB_COMMAND, child_environment, processes_of, wait_until, write_run
 
@@ -26,7 +29,13 @@ def _children_find_us(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", child_environment()["PYTHONPATH"])
 
 
-def pool(directory: Path, *, answer_limit_seconds: float = 30, grace_seconds: float = 20) -> EnginePool:
+def pool(
+    directory: Path,
+    *,
+    answer_limit_seconds: float = 30,
+    grace_seconds: float = 20,
+    quarantine: Quarantine | None = None,
+) -> EnginePool:
     directory.mkdir(exist_ok=True)
     settings = EngineSettings(
         command=STUB_COMMAND,
@@ -36,7 +45,7 @@ def pool(directory: Path, *, answer_limit_seconds: float = 30, grace_seconds: fl
         hang_limit_seconds=600,
         answer_limit_seconds=answer_limit_seconds,
     )
-    return EnginePool(directory=directory, settings=settings)
+    return EnginePool(directory=directory, settings=settings, quarantine=quarantine)
 
 
 async def test_an_idle_engine_is_reused_for_the_same_base_only(tmp_path: Path) -> None:
@@ -68,6 +77,40 @@ async def test_a_shim_that_hangs_is_ended_and_buried_at_adoption(tmp_path: Path)
     os.kill(shim_pid, signal.SIGSTOP)
     await pool(tmp_path / "engines", answer_limit_seconds=0.2).adopt({})
     await wait_until(lambda: ExitRecord.read(engine.directory) is not None)
+    assert processes_of(engine.directory) == []
+
+
+async def test_an_engine_that_does_not_end_holds_up_neither_the_node_nor_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_service.runs.engine_pool._DYING_SECONDS", 0.2)
+    former = pool(tmp_path / "engines")
+    engine = await former.acquire(CPU, WANTED)
+    run_directory = write_run(tmp_path, num_steps=1000, script={"hang": {"at": 2, "way": "sleep"}})
+    content = {**json.loads((run_directory / "run.json").read_text()), "device": {"type": "cpu", "index": -1}}
+    run = Run(directory=run_directory, content=content, on_change=lambda: None)
+    await engine.start(run)
+    await wait_until(lambda: summarize(run_directory / "journal").last_run_sequence > 0)
+    shim_pid = (await engine.client.status())["shim_pid"]
+    await former.leave_alone()
+    os.kill(shim_pid, signal.SIGKILL)
+    await wait_until(lambda: not is_held(engine.directory / "shim.lock"))
+
+    left: list[Run] = []
+    quarantine = Quarantine()
+    engines = pool(tmp_path / "engines", answer_limit_seconds=0.2, quarantine=quarantine)
+    engines.on_run_left = lambda run, ending: left.append(run)
+    # As a burial does that waits for a process which the kernel keeps.
+    with hold(engine.directory / "shim.lock"):
+        await engines.adopt({str(run_directory): run})
+        assert quarantine.reason(CPU.id)
+        assert engines.engine_of(run) is not None
+        assert not summarize(run_directory / "journal").is_over
+        assert not left
+    await wait_until(lambda: left == [run])
+    await engines.leave_alone()
+    assert run.is_over
+    assert not quarantine.reason(CPU.id)
     assert processes_of(engine.directory) == []
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from gpu_service.engine.control import ControlPipe
 from gpu_service.engine.generation.order import GenerationOrder
+from gpu_service.engine.pace import SLOWEST_BYTES_PER_SECOND, in_one_piece
 from gpu_service.engine.stopping import StopMode, StopSwitch
 
 
@@ -149,3 +151,34 @@ def test_a_run_and_a_shutdown_end_generations(ends: tuple[ControlPipe, socket.so
     for order in (first, second):
         assert isinstance(order, GenerationOrder)
         assert order.switch.mode is StopMode.CANCEL
+
+
+def _said(shim: socket.socket) -> dict[str, object]:
+    with shim.makefile("rb") as lines:
+        said: dict[str, object] = json.loads(lines.readline())
+    return said
+
+
+def test_a_pause_is_announced_at_once_and_its_end_is_told(ends: tuple[ControlPipe, socket.socket]) -> None:
+    pipe, shim = ends
+    pipe.note_progress()
+    assert _said(shim) == {"type": "alive"}
+    switch = StopSwitch(pipe.note_progress, pipe.announce_pause)
+    with in_one_piece(switch, 3 * SLOWEST_BYTES_PER_SECOND):
+        assert _said(shim) == {"type": "alive", "next_pause_seconds": 3}
+    # Not held back, although the last sign is not a second ago.
+    assert _said(shim) == {"type": "alive"}
+
+
+def test_only_a_shim_that_lives_clears_what_a_run_left(ends: tuple[ControlPipe, socket.socket]) -> None:
+    pipe, shim = ends
+    with ThreadPoolExecutor(1) as pool:
+        cleared = pool.submit(pipe.clear, Path("/a"))
+        assert _said(shim) == {"type": "clear_run", "run_directory": "/a"}
+        _send(shim, {"type": "run_cleared", "run_directory": "/a"})
+        assert cleared.result(30)
+        again = pool.submit(pipe.clear, Path("/a"))
+        assert _said(shim)["type"] == "clear_run"
+        shim.shutdown(socket.SHUT_RDWR)
+        assert not again.result(30)
+    assert not pipe.clear(Path("/a"))

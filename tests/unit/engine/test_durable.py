@@ -66,3 +66,28 @@ def test_delete(tmp_path: Path) -> None:
     durable.delete(tmp_path / "made")
     durable.delete(tmp_path / "made")
     assert list(tmp_path.iterdir()) == []
+
+
+class _Heard:
+    def __init__(self) -> None:
+        self.said: list[int] = []
+
+    def note_progress(self) -> None:
+        self.said.append(0)
+
+    def announce_bytes(self, num_bytes: int) -> None:
+        self.said.append(num_bytes)
+
+
+def test_big_files_give_signs_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "_CHUNK_BYTES", 10)
+    heard = _Heard()
+    with durable.staged(tmp_path / "made", heard) as staging:
+        (staging / "big").write_bytes(b"x" * 30)
+        durable.write_manifest(staging, {}, durable.list_files(staging, heard))
+        # One for each chunk that was hashed.
+        assert heard.said == [0, 0, 0]
+    assert 30 in heard.said
+    heard.said.clear()
+    durable.read_manifest(tmp_path / "made", heard)
+    assert heard.said == [0, 0, 0]

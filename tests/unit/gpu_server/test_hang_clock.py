@@ -43,17 +43,36 @@ def test_what_was_slow_in_a_phase_may_be_slow_again_but_not_in_the_next() -> Non
     assert clock.limit_seconds == 10
 
 
+def test_a_pause_that_was_announced_is_allowed_once_and_nothing_is_judged_by_it() -> None:
+    clock = HangClock(limit_seconds=10)
+    clock.begin(0)
+    clock.note_progress(0, next_pause_seconds=200)
+    assert not clock.is_over(209)
+    assert clock.is_over(210)
+    clock.note_progress(205)
+    assert clock.limit_seconds == 10
+
+
 def test_time_in_which_the_shim_did_not_run_is_not_the_engines() -> None:
     clock = HangClock(limit_seconds=10)
     clock.begin(0)
-    clock.sleep_until(8)
+    clock.sleep_until(8, 1)
     # Stopped for ten minutes, together with its engine.
-    clock.wake_up(608)
+    assert clock.wake_up(608) == 600
     assert not clock.is_over(608)
-    assert clock.idle_seconds(608) == 8
-    clock.sleep_until(610)
-    clock.wake_up(611)
-    assert clock.is_over(611)
+    assert clock.idle_seconds(608) == 1
+    clock.sleep_until(617, 608)
+    assert clock.wake_up(618) == 0
+    assert clock.is_over(618)
+
+
+def test_a_machine_that_stood_still_beyond_the_deadline_gives_the_engine_time_to_go_on() -> None:
+    clock = HangClock(limit_seconds=10)
+    clock.begin(0)
+    clock.sleep_until(10, 0)
+    clock.wake_up(600)
+    assert not clock.is_over(600)
+    assert clock.deadline == 610
 
 
 def test_a_process_that_does_not_tell_its_stacks_is_told_of_by_the_kernel(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
 from gpu_service.runs.run_files import FileReference, ResumeRequest, find_file, prepare_resume, remove_tree
 from gpu_service.runs.signal import Signal, wait_for
 from gpu_service.runs.threads import finish_in_thread
+from gpu_service.shim import durable_json
 from tunesmith.common.v1 import errors_pb2
 
 GOOD = dict.fromkeys(doctor.REQUIRED, "99")
@@ -74,6 +75,23 @@ def test_node_facts_survive(tmp_path: Path) -> None:
     files.write_facts(later)
     assert files.read_facts("local") == later
     assert facts.highest_attempts == {}
+
+
+def test_what_is_not_accepted_is_no_run_any_more_before_anything_else_of_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = NodeFiles(tmp_path / "node", tmp_path / "models")
+    files.prepare()
+    key = RunKey(installation_id="i", job_id="j", attempt=1)
+    (files.run_directory(key) / "resume").mkdir(parents=True)
+    directory = files.write_run(key, {})
+    synced: list[list[str]] = []
+    monkeypatch.setattr(
+        durable_json, "sync_directory", lambda path: synced.append(sorted(entry.name for entry in path.iterdir()))
+    )
+    files.forget_unaccepted(key)
+    assert synced == [["resume"]]
+    assert not directory.exists()
 
 
 def test_what_was_never_accepted_frees_the_disk(tmp_path: Path) -> None:
