@@ -19,7 +19,6 @@ from tests.fakes.control_core import Core, quick_config, until
 from tests.fakes.control_node import FakeNode, FakeRun
 from tests.integration.control_core.conftest import OpenCore
 
-
 T = TypeVar("T")
 PATIENCE_SECONDS = 15.0
 
