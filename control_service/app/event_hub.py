@@ -33,8 +33,8 @@ class EventHubConfig:
     cache_bytes: int = 64 * 1024**2
     # More watchers than that, all together, are a crowd; fewer are woken at once.
     num_unpaced: int = 64
-    # Of a crowd that waits for its logs to grow.
-    max_woken_per_second: float = 1000.0
+    # How many of a large crowd are woken; the smaller it is, the faster, up to at once.
+    crowd_woken_per_second: float = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +157,9 @@ class EventHub:
 
     def _wake_soon(self) -> None:
         """Some, as soon as the pace allows; at the loop's next turn while there is no crowd."""
-        is_crowd = self._num_watchers > self._config.num_unpaced
-        pause_seconds = _WOKEN_TOGETHER / self._config.max_woken_per_second if is_crowd else 0.0
+        num_watchers, num_unpaced = self._num_watchers, self._config.num_unpaced
+        share = 1.0 - num_unpaced / num_watchers if num_watchers > num_unpaced else 0.0
+        pause_seconds = share * _WOKEN_TOGETHER / self._config.crowd_woken_per_second
         self._waking = asyncio.get_running_loop().call_at(self._woken_seconds + pause_seconds, self._wake_some)
 
     def _wake_some(self) -> None:
