@@ -21,6 +21,9 @@ from control_service.logs import configure_logs
 EXIT_BAD_SETTINGS: Final = 2
 EXIT_TAKEN: Final = 3
 
+# The event loop lets go of the interpreter at every turn; threads that read the store are not to keep it for 5 ms then.
+_SWITCH_SECONDS: Final = 0.0005
+
 _log: Final = structlog.get_logger("control.main")
 
 
@@ -42,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(json.dumps(as_text(settings), indent=2) + "\n")
         return 0
     configure_logs(service="control", level=settings.log_level)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         with locked(settings.data_directory):
             forget_earlier(settings.ready_file)

@@ -6,8 +6,8 @@ Health and reflection pass untouched. No servicer aborts, logs its call or check
 from __future__ import annotations
 
 import asyncio
+import random
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -32,6 +32,9 @@ from control_service.domain.failpoints import failpoint
 _OURS: Final = "/tunesmith."
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _log: Final = structlog.get_logger("control.api")
+
+# Nothing is kept safe by them. What asks the system for random bytes lets go of the interpreter, once a call.
+_request_ids: Final = random.Random()
 
 _HOUR_SECONDS: Final = 3600.0
 _READ_OUT_SECONDS: Final = 1.0
@@ -246,7 +249,7 @@ def _request_id(context: Any) -> str:
     for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
             return value
-    return secrets.token_hex(8)
+    return f"{_request_ids.getrandbits(64):016x}"
 
 
 def _accept(request: Message) -> None:

@@ -1,6 +1,6 @@
 """Serves watchers of jobs from encoded pages that all watchers of a job share. Keeps no queue per watcher: each reads
-by its own cursor, after commit, so a slow one holds up nobody. A crowd is woken at a pace, which leaves the event loop
-room for everybody else; who is woken later gets more events at a time."""
+by its own cursor, after commit, so a slow one holds up nobody. A few are woken at once; a crowd at a pace, which leaves
+the event loop room for everybody else, and who is woken later gets more events at a time."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ class EventHubConfig:
     max_page_events: int = 256
     max_page_bytes: int = 1024**2
     cache_bytes: int = 64 * 1024**2
-    # Of those who wait for their logs to grow, all together.
-    max_woken_per_second: float = 1000.0
+    # More watchers than that, all together, are a crowd; fewer are woken at once.
+    num_unpaced: int = 64
+    # How many of a large crowd are woken; the smaller it is, the faster, up to at once.
+    crowd_woken_per_second: float = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ class EventHub:
         self._to_wake: deque[asyncio.Future[None]] = deque()
         self._waking: asyncio.TimerHandle | None = None
         self._woken_seconds = 0.0
+        self._num_watchers = 0
         self._draining = False
         self.num_pages_read = 0
         store.subscribe(self._on_commit)
@@ -84,7 +87,7 @@ class EventHub:
     @property
     def num_watchers(self) -> int:
         """Watches that are open."""
-        return sum(feed.num_watchers for feed in self._feeds.values())
+        return self._num_watchers
 
     @property
     def num_cached_pages(self) -> int:
@@ -99,6 +102,7 @@ class EventHub:
         """
         feed = self._feeds.setdefault(job_id, _Feed())
         feed.num_watchers += 1
+        self._num_watchers += 1
         try:
             await self._look(job_id, feed, after_sequence)
             position = after_sequence
@@ -121,6 +125,7 @@ class EventHub:
                     yield self._codec.encode_heartbeat(position)
         finally:
             feed.num_watchers -= 1
+            self._num_watchers -= 1
             if feed.num_watchers == 0:
                 self._feeds.pop(job_id, None)
 
@@ -151,8 +156,10 @@ class EventHub:
             self._wake_soon()
 
     def _wake_soon(self) -> None:
-        """Some, as soon as the pace allows."""
-        pause_seconds = _WOKEN_TOGETHER / self._config.max_woken_per_second
+        """Some, as soon as the pace allows; at the loop's next turn while there is no crowd."""
+        num_watchers, num_unpaced = self._num_watchers, self._config.num_unpaced
+        share = 1.0 - num_unpaced / num_watchers if num_watchers > num_unpaced else 0.0
+        pause_seconds = share * _WOKEN_TOGETHER / self._config.crowd_woken_per_second
         self._waking = asyncio.get_running_loop().call_at(self._woken_seconds + pause_seconds, self._wake_some)
 
     def _wake_some(self) -> None:

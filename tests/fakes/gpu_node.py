@@ -15,11 +15,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import grpc
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
-from grpc_status import rpc_status
 
 from tests.fakes.gpu_inference import FakeInference
 from tests.fakes.gpu_inspection import inspect_rows
+from tests.fakes.gpu_refusal import Refusal, refuse
 from tests.fakes.run_script import (
     NUM_STEPS,
     artifact_files,
@@ -46,16 +45,6 @@ _OVER = (
     event_pb2.RUN_STATE_CANCELLED,
     event_pb2.RUN_STATE_INTERRUPTED,
 )
-
-
-@dataclass
-class Refusal:
-    """What a call is refused with."""
-
-    code: grpc.StatusCode
-    reason: str
-    message: str = "refused"
-    metadata: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -179,7 +168,7 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
 
     async def PlanRun(self, request: Any, context: Any) -> Any:
         await self._wait(lambda: not self.hold_plans)
-        await self._refuse(context, self.plan_refusal)
+        await refuse(context, self.plan_refusal)
         plan = plan_pb2.Plan(
             level=request.level, training_type=request.spec.training_type, num_steps=self.num_steps, device="cpu"
         )
@@ -189,11 +178,11 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
         """Every word is a token; in a row, what follows the first word carries loss."""
         self.inspected.append(request)
         await self._wait(lambda: not self.hold_plans)
-        await self._refuse(context, self.inspect_refusal)
+        await refuse(context, self.inspect_refusal)
         if request.base_model != MODEL:
-            await self._refuse(context, Refusal(grpc.StatusCode.FAILED_PRECONDITION, "MODEL_NOT_FOUND"))
+            await refuse(context, Refusal(grpc.StatusCode.FAILED_PRECONDITION, "MODEL_NOT_FOUND"))
         if request.dataset.sha256 not in self.blobs:
-            await self._refuse(context, Refusal(grpc.StatusCode.FAILED_PRECONDITION, "BLOB_NOT_FOUND"))
+            await refuse(context, Refusal(grpc.StatusCode.FAILED_PRECONDITION, "BLOB_NOT_FOUND"))
         answer = inspect_rows(self.blobs[request.dataset.sha256], request)
         del answer.rows[self.most_rows_shown :]
         return answer
@@ -202,12 +191,12 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
         key = (request.key.job_id, request.key.attempt)
         newest = max((attempt for job_id, attempt in self.runs if job_id == key[0]), default=0)
         if key[1] < newest:
-            await self._refuse(context, Refusal(grpc.StatusCode.FAILED_PRECONDITION, "STALE_EPOCH"))
+            await refuse(context, Refusal(grpc.StatusCode.FAILED_PRECONDITION, "STALE_EPOCH"))
         if key not in self.runs:
-            await self._refuse(context, self.start_refusal)
+            await refuse(context, self.start_refusal)
             missing = [dataset.sha256 for dataset in request.spec.datasets if dataset.sha256 not in self.blobs]
             if missing:
-                await self._refuse(
+                await refuse(
                     context,
                     Refusal(grpc.StatusCode.FAILED_PRECONDITION, "BLOB_NOT_FOUND", metadata={"sha256": missing[0]}),
                 )
@@ -223,7 +212,7 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         if self.runs[key].run.spec_digest != request.spec_digest:
-            await self._refuse(context, Refusal(grpc.StatusCode.ALREADY_EXISTS, "RUN_CONFLICT"))
+            await refuse(context, Refusal(grpc.StatusCode.ALREADY_EXISTS, "RUN_CONFLICT"))
         return run_service_pb2.StartRunResponse(run=self.runs[key].run)
 
     async def GetRun(self, request: Any, context: Any) -> Any:
@@ -280,7 +269,7 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
     async def ReleaseRun(self, request: Any, context: Any) -> Any:
         key = (request.key.job_id, request.key.attempt)
         if key in self.runs and not self.runs[key].is_over:
-            await self._refuse(context, Refusal(grpc.StatusCode.FAILED_PRECONDITION, "JOB_STATE"))
+            await refuse(context, Refusal(grpc.StatusCode.FAILED_PRECONDITION, "JOB_STATE"))
         if self.runs.pop(key, None) is not None:
             self.released.append(key)
             await self._wake()
@@ -298,13 +287,13 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
             sha256 = sha256 or request.sha256
             content += request.chunk
         if hashlib.sha256(content).hexdigest() != sha256:
-            await self._refuse(context, Refusal(grpc.StatusCode.INVALID_ARGUMENT, "CHECKSUM_MISMATCH"))
+            await refuse(context, Refusal(grpc.StatusCode.INVALID_ARGUMENT, "CHECKSUM_MISMATCH"))
         self.blobs[sha256] = bytes(content)
         return blob_service_pb2.WriteBlobResponse(stored_bytes=len(content))
 
     async def ReadBlob(self, request: Any, context: Any) -> AsyncIterator[Any]:
         if request.sha256 not in self.blobs:
-            await self._refuse(context, Refusal(grpc.StatusCode.NOT_FOUND, "BLOB_NOT_FOUND"))
+            await refuse(context, Refusal(grpc.StatusCode.NOT_FOUND, "BLOB_NOT_FOUND"))
         content = self.blobs[request.sha256][request.offset :]
         for start in range(0, len(content), 1024):
             yield blob_service_pb2.ReadBlobResponse(chunk=content[start : start + 1024])
@@ -385,17 +374,8 @@ class FakeGpuNode(FakeInference, run_service_pb2_grpc.RunServiceServicer, blob_s
 
     async def _run(self, key: Any, context: Any) -> FakeRun:
         if (key.job_id, key.attempt) not in self.runs:
-            await self._refuse(context, Refusal(grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND"))
+            await refuse(context, Refusal(grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND"))
         return self.runs[(key.job_id, key.attempt)]
-
-    async def _refuse(self, context: Any, refusal: Refusal | None) -> None:
-        if refusal is None:
-            return
-        status = status_pb2.Status(code=refusal.code.value[0], message=refusal.message)
-        status.details.add().Pack(
-            error_details_pb2.ErrorInfo(reason=refusal.reason, domain="tunesmith", metadata=refusal.metadata)
-        )
-        await context.abort_with_status(rpc_status.to_status(status))
 
     async def _wake(self) -> None:
         self._num_changes += 1

@@ -13,7 +13,7 @@ import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,8 +127,19 @@ class SqlStore:
                 return work(SqlTransaction(connection, Touched()))
             finally:
                 connection.exec_driver_sql("ROLLBACK")
-        except sa.exc.OperationalError as error:
+        except (sa.exc.DBAPIError, sa.exc.PendingRollbackError) as error:
+            self._replace_reader()
             raise _unavailable(error) from error
+
+    def _replace_reader(self) -> None:
+        """The thread's next read is over a new connection: what is left of this one is not known."""
+        connection: sa.Connection | None = getattr(self._reader_state, "connection", None)
+        self._reader_state.connection = None
+        if connection is not None:
+            self._reader_connections.remove(connection)
+            # What closing says of a broken connection is nobody's to act on.
+            with suppress(sa.exc.SQLAlchemyError):
+                connection.close()
 
     # In the writer thread.
 
@@ -161,8 +172,10 @@ class SqlStore:
             failpoint("store.after-commit")
         except (sa.exc.SQLAlchemyError, FailedPrecondition) as error:
             self._roll_back()
+            # A statement without room makes SQLite undo the whole transaction: then it is the savepoint that is missed.
+            is_full = any(isinstance(work.error, StoreFull) for work in group)
             for work in group:
-                work.error = _unavailable(error)
+                work.error = _full() if is_full else _unavailable(error)
             return Touched()
         return touched
 
@@ -203,26 +216,36 @@ class SqlStore:
     # On the event loop.
 
     def _answer(self, group: list[_Work], touched: Touched) -> None:
-        if touched:
-            failpoint("store.before-wake")
-            notice = CommitNotice(
-                job_sequences=touched.job_sequences, jobs_changed=touched.jobs, nodes_changed=touched.nodes
-            )
-            for listener in self._listeners:
-                listener(notice)
-        for work in group:
-            if work.answer.done():  # the caller was cancelled; its work is committed all the same
-                continue
-            if work.error is not None:
-                work.answer.set_exception(work.error)
-            else:
-                work.answer.set_result(work.result)
+        # The last one first: one that fails, which the loop logs, keeps neither the others nor the writers waiting.
+        with ExitStack() as told:
+            told.callback(_tell, group)
+            if touched:
+                failpoint("store.before-wake")
+                notice = CommitNotice(
+                    job_sequences=touched.job_sequences, jobs_changed=touched.jobs, nodes_changed=touched.nodes
+                )
+                for listener in reversed(self._listeners):
+                    told.callback(listener, notice)
+
+
+def _tell(group: list[_Work]) -> None:
+    for work in group:
+        if work.answer.done():  # the caller was cancelled; its work is committed all the same
+            continue
+        if work.error is not None:
+            work.answer.set_exception(work.error)
+        else:
+            work.answer.set_result(work.result)
 
 
 def _unavailable(error: BaseException) -> Unavailable:
     if getattr(getattr(error, "orig", None), "sqlite_errorcode", None) == _SQLITE_FULL:
-        return StoreFull("DISK_FULL", "the database's disk is full", retry_after_seconds=_FULL_RETRY_SECONDS)
+        return _full()
     return Unavailable("STORE_UNAVAILABLE", f"the database cannot be used just now: {error}", retry_after_seconds=1.0)
+
+
+def _full() -> StoreFull:
+    return StoreFull("DISK_FULL", "the database's disk is full", retry_after_seconds=_FULL_RETRY_SECONDS)
 
 
 def _open(database: Path) -> tuple[sa.Engine, sa.Connection, str]:

@@ -12,7 +12,8 @@ import pytest
 
 from tests.fakes.control import ROWS, Client, control, error_info, reason_of, violated_fields
 from tests.fakes.dataset_files import as_csv, as_json, as_parquet, zstd
-from tests.fakes.gpu_node import MODEL, FakeGpuNode, Refusal
+from tests.fakes.gpu_node import MODEL, FakeGpuNode
+from tests.fakes.gpu_refusal import Refusal
 from tunesmith.control.v1 import dataset_service_pb2
 
 PAIRS = [json.loads(line) for line in ROWS.splitlines()]

@@ -14,7 +14,8 @@ from control_service.app.ports import PlanLevel, StartRun
 from control_service.domain.errors import DeadlineTooShort, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from control_service.domain.run import ResumeFrom, RunKey, RunState, StopMode
 from control_service.domain.spec import DatasetReference, TrainingSpec, Trait, TraitDataset
-from tests.fakes.gpu_node import MODEL, FakeGpuNode, Refusal
+from tests.fakes.gpu_node import MODEL, FakeGpuNode
+from tests.fakes.gpu_refusal import Refusal
 
 CONTENT = bytes(range(256)) * 20_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -11,7 +11,8 @@ import pytest
 
 from control_service.config import NodeAddress
 from tests.fakes.control import Client, control, error_info, is_state, is_step, reason_of
-from tests.fakes.gpu_node import FakeGpuNode, Refusal
+from tests.fakes.gpu_node import FakeGpuNode
+from tests.fakes.gpu_refusal import Refusal
 from tests.fakes.run_script import NUM_STEPS, artifact_files
 from tunesmith.common.v1 import errors_pb2, event_pb2, plan_pb2
 from tunesmith.control.v1 import artifact_service_pb2, job_service_pb2, node_service_pb2

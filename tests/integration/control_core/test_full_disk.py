@@ -14,7 +14,7 @@ from control_service.domain.event import JobStateFact, WarningFact
 from control_service.domain.generation import ChatMessage, GenerationSource
 from control_service.domain.job_state import JobState
 from control_service.domain.run import RunState
-from tests.fakes.control_core import Core
+from tests.fakes.control_core import Core, until
 from tests.fakes.control_node import FakeNode
 
 from .conftest import OpenCore
@@ -44,6 +44,23 @@ async def test_artifacts_wait_for_room_and_the_job_says_so_once(open_core: OpenC
     core.blobs.is_full = False
     done = await core.until_state(job.job_id, JobState.SUCCEEDED)
     assert (done.attempt, done.num_retries) == (1, 0)
+
+
+async def test_a_job_whose_artifacts_wait_for_room_can_be_cancelled(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    core.blobs.is_full = True
+    node.run(job.job_id).succeed(b"adapter")
+    while not await _warnings(core, job.job_id):
+        await core.clock.sleep(0.01)
+    await core.cancel(job.job_id)
+    over = await core.until_state(job.job_id, JobState.CANCELLED)
+    assert over.run_state is RunState.SUCCEEDED
+    # Nobody wants it any more; the node gets its room back.
+    await until(lambda: len(node.released) == 1)
 
 
 async def test_a_node_without_room_takes_the_job_when_it_has_some(open_core: OpenCore) -> None:

@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import pytest
 
+from control_service.app.event_hub import EventHub, EventHubConfig
+from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.domain.errors import NotFound, OutOfRange, Unavailable
+from control_service.domain.event import StoredEvent
 from control_service.domain.job_state import JobState
 from tests.fakes.control_codec import page_of
 from tests.fakes.control_core import Core, quick_config, until
 from tests.fakes.control_node import FakeNode, FakeRun
 from tests.integration.control_core.conftest import OpenCore
+
+T = TypeVar("T")
+PATIENCE_SECONDS = 15.0
+
+
+class CountedReads:
+    """A store that counts what is read from it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.num_reads = 0
+
+    @property
+    def installation_id(self) -> str:
+        return self._store.installation_id
+
+    async def transact(self, work: Callable[[Transaction], T]) -> T:
+        return await self._store.transact(work)
+
+    async def read(self, work: Callable[[Transaction], T]) -> T:
+        self.num_reads += 1
+        return await self._store.read(work)
+
+    def subscribe(self, listener: Callable[[CommitNotice], None]) -> None:
+        self._store.subscribe(listener)
+
+
+async def _watched(hub: EventHub, job_id: str) -> list[StoredEvent]:
+    """Everything that a watcher is given until the watch ends by itself."""
+    events: list[StoredEvent] = []
+    async for message in hub.watch(job_id):
+        events += page_of(message)
+    return events
 
 
 async def _running(open_core: OpenCore) -> tuple[Core, str, FakeRun]:
@@ -85,35 +122,43 @@ async def test_a_watcher_that_reads_nothing_holds_up_nobody(open_core: OpenCore)
 
 
 async def test_a_crowd_costs_the_store_and_the_loop_little(open_core: OpenCore) -> None:
-    node = FakeNode("a")
-    config = quick_config()
-    events = replace(config.events, max_woken_per_second=20_000.0, heartbeat_seconds=30.0)
-    core = await open_core(node, config=replace(config, events=events))
-    await core.reachable()
-    job = await core.start((await core.project()).project_id)
-    await core.running(job.job_id)
-    run = node.run(job.job_id)
-    watchers = [asyncio.create_task(core.watch(job.job_id)) for _ in range(200)]
-    await until(lambda: core.runtime.hub.num_watchers == 200)
-    looks, pages = 0, core.runtime.hub.num_pages_read
-    look = core.runtime.hub._look
-
-    async def counted(*arguments: Any) -> None:
-        nonlocal looks
-        looks += 1
-        await look(*arguments)
-
-    core.runtime.hub._look = counted  # type: ignore[method-assign, assignment]
+    core, job_id, run = await _running(open_core)
+    reads = CountedReads(core.store)
+    hub = EventHub(
+        store=reads,
+        codec=core.codec,
+        config=EventHubConfig(heartbeat_seconds=30.0, max_page_events=8, crowd_woken_per_second=20_000.0),
+    )
+    watchers = [asyncio.create_task(_watched(hub, job_id)) for _ in range(200)]
+    await until(lambda: reads.num_reads - hub.num_pages_read >= 200)
+    looks, pages = reads.num_reads - hub.num_pages_read, hub.num_pages_read
     for step in range(1, 41):
         run.step(step)
-        await core.until_job(job.job_id, lambda j: j.run_cursor == len(run.events))
+        await core.until_job(job_id, lambda j: j.run_cursor == len(run.events))
     run.succeed()
     seen = await asyncio.gather(*watchers)
-    log = await core.log(job.job_id)
+    log = await core.log(job_id)
     assert all(events == log for events in seen)
     # One look for all, and only where a commit may have ended the job; woken together, they share their pages.
-    assert looks < 20
-    assert core.runtime.hub.num_pages_read - pages < 400
+    assert reads.num_reads - hub.num_pages_read - looks < 20
+    assert hub.num_pages_read - pages < 400
+
+
+async def test_a_few_watchers_wait_for_no_turn(open_core: OpenCore) -> None:
+    core, job_id, run = await _running(open_core)
+    # At this pace a crowd of so many would be woken once in hours.
+    config = EventHubConfig(heartbeat_seconds=3600.0, crowd_woken_per_second=0.01)
+    hub = EventHub(store=core.store, codec=core.codec, config=config)
+    watchers = [asyncio.create_task(_watched(hub, job_id)) for _ in range(config.num_unpaced)]
+    await until(lambda: hub.num_watchers == config.num_unpaced)
+    for step in range(1, 41):
+        run.step(step)
+        await core.until_job(job_id, lambda j: j.run_cursor == len(run.events))
+    run.succeed()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        seen = await asyncio.gather(*watchers)
+    log = await core.log(job_id)
+    assert all(events == log for events in seen)
 
 
 async def test_a_quiet_watch_sends_heartbeats_with_its_position(open_core: OpenCore) -> None:
