@@ -87,9 +87,12 @@ async def test_no_more_files_are_read_at_once_than_may_be_and_the_next_waits(ope
     core = await open_core()
     core.turns = ReadTurns(max_reads=2)
     files = [EndlessFile() for _ in range(4)]
-    uploading = [asyncio.create_task(_upload(core, file)) for file in files]
+    uploading = []
+    # One after the other: bytes are received in threads, and whoever is received first asks first.
     for file in files[:2]:
+        uploading.append(asyncio.create_task(_upload(core, file)))
         assert await asyncio.to_thread(file.reading.wait, 30)
+    uploading += [asyncio.create_task(_upload(core, file)) for file in files[2:]]
     await until(lambda: len(core.blobs.staged) >= 4)
 
     # One that waits goes: its bytes go with it, and nobody gets a place for it.
