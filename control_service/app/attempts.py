@@ -14,9 +14,10 @@ from control_service.app.placing import send_elsewhere
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeClient, StartRun
 from control_service.app.settle import Settler
 from control_service.app.store_ports import Store, Transaction
-from control_service.app.transitions import change_state
+from control_service.app.transitions import append_facts, change_state
 from control_service.domain import retry
 from control_service.domain.errors import DeadlineTooShort, InvalidArgument, TunesmithError, Unavailable
+from control_service.domain.event import WarningFact
 from control_service.domain.failpoints import failpoint
 from control_service.domain.failure import Failure, Fault
 from control_service.domain.job import Job, JobProgress
@@ -33,7 +34,8 @@ _NOT_NOW: frozenset[str] = frozenset({"NODE_BUSY", "NODE_DRAINING", "STALE_EPOCH
 _KNOWS_MORE: frozenset[str] = frozenset({"STALE_EPOCH", "RUN_CONFLICT"})
 
 # What the attempt was to go on from is not on the node, or not whole.
-_NOT_THERE: frozenset[str] = frozenset({"CHECKPOINT_NOT_FOUND", "RESUME_MISMATCH"})
+_DAMAGED = "RESUME_MISMATCH"
+_NOT_THERE: frozenset[str] = frozenset({"CHECKPOINT_NOT_FOUND", _DAMAGED})
 
 
 class AttemptStarter:
@@ -79,7 +81,7 @@ class AttemptStarter:
         except TunesmithError as error:
             if resume is not None and error.reason in _NOT_THERE:
                 # The keeper starts it again, from what is left.
-                await self._forget_on_node(job, resume)
+                await self._forget_on_node(job, resume, error)
             else:
                 await self._refused(job, error)
             return
@@ -108,16 +110,19 @@ class AttemptStarter:
 
         await self._store.transact(work)
 
-    async def _forget_on_node(self, job: Job, resume: ResumeFrom) -> None:
-        """The node does not have the checkpoint that it was to go on from; control may have a copy."""
+    async def _forget_on_node(self, job: Job, resume: ResumeFrom, error: TunesmithError) -> None:
+        """The node does not have the checkpoint that it was to go on from, or not whole; control may have a copy."""
         log = _log.bind(job_id=job.job_id, attempt=job.attempt, node=job.node)
-        log.warning("checkpoint-not-on-node", checkpoint=resume.checkpoint)
+        log.warning("checkpoint-not-on-node", checkpoint=resume.checkpoint, reason=error.reason, message=error.message)
         now = self._clock.utc_now()
 
         def work(tx: Transaction) -> None:
             current = tx.jobs.get(job.job_id)
             if current is None or current.attempt != job.attempt or current.state is not JobState.DISPATCHING:
                 return
+            if error.reason == _DAMAGED:
+                warning = WarningFact(code="checkpoint-damaged", message=f"node {job.node}: {error.message}")
+                append_facts(tx, current, [warning], codec=self._codec, now=now)
             forget_checkpoint(tx, current, resume.checkpoint, codec=self._codec, now=now)
 
         await self._store.transact(work)

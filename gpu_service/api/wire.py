@@ -14,9 +14,10 @@ from gpu_service.journal import Record
 from gpu_service.runs.capabilities import Capabilities, Entry
 from gpu_service.runs.inspection import InspectRequest
 from gpu_service.runs.manager import StartRequest
+from gpu_service.runs.manifests import FileReference
 from gpu_service.runs.node_files import RunKey
 from gpu_service.runs.run import Run
-from gpu_service.runs.run_files import FileReference, ResumeRequest
+from gpu_service.runs.run_files import ResumeRequest
 from tunesmith.common.v1 import errors_pb2, event_pb2, plan_pb2, training_spec_pb2
 from tunesmith.gpu.v1 import run_service_pb2
 

@@ -21,6 +21,9 @@ from gpu_service.journal.failpoints import failpoint
 MANIFEST_FILE = "manifest.json"
 _STAGING_PREFIX = ".staging-"
 _DELETING_PREFIX = ".deleting-"
+_DAMAGED_PREFIX = ".damaged-"
+# Key of the digest of a manifest's other facts.
+_DIGEST = "facts_sha256"
 _CHUNK_BYTES = 4 * 1024 * 1024
 
 
@@ -132,17 +135,28 @@ def write_manifest(directory: Path, facts: dict[str, Any], files: Sequence[Store
     """Write `manifest.json` with `facts` and `files` into a staged directory; every other file is complete by now."""
     path = directory / MANIFEST_FILE
     failpoint("checkpoint.before-manifest")
-    path.write_text(json.dumps(facts | {"files": [asdict(stored) for stored in files]}, indent=1), encoding="utf-8")
+    content = facts | {"files": [asdict(stored) for stored in files]}
+    path.write_text(json.dumps(content | {_DIGEST: _digest_of(content)}, indent=1), encoding="utf-8")
     return describe(path, directory)
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's own facts: files have theirs in it, it has nobody who would have its."""
+    facts = {name: fact for name, fact in content.items() if name != _DIGEST}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path, pace: Pace = NOBODY) -> dict[str, Any]:
     """The manifest of a directory after every file in it was compared with its SHA-256. Raises DamagedDirectory."""
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
-        files = [StoredFile(**entry) for entry in manifest["files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedDirectory(MANIFEST_FILE, str(error)) from error
+        files = [_stored_file(**entry) for entry in manifest["files"]]
+        # One that was written before manifests had it has none.
+        digest = _digest_of(manifest)
+        if manifest.get(_DIGEST, digest) != digest:
+            raise ValueError(f"its facts have SHA-256 {digest}, not {manifest[_DIGEST]}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedDirectory(MANIFEST_FILE, f"{type(error).__name__}: {error}") from error
     for stored in files:
         try:
             found = describe(directory / stored.path, directory, pace)
@@ -151,3 +165,24 @@ def read_manifest(directory: Path, pace: Pace = NOBODY) -> dict[str, Any]:
         if found != stored:
             raise DamagedDirectory(stored.path, f"has SHA-256 {found.sha256}, not {stored.sha256}")
     return manifest
+
+
+def _stored_file(*, path: str, sha256: str, size_bytes: int) -> StoredFile:
+    """Raises TypeError for values that a manifest cannot have."""
+    if not (isinstance(path, str) and isinstance(sha256, str) and isinstance(size_bytes, int)):
+        raise TypeError(f"a file's entry is {path!r}, {sha256!r}, {size_bytes!r}")
+    return StoredFile(path=path, sha256=sha256, size_bytes=size_bytes)
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Take the name of a directory that was found damaged away, so that nobody takes it for whole; where it lies now,
+    None when it is not there any more. Raises OSError.
+    """
+    aside = directory.parent / f"{_DAMAGED_PREFIX}{directory.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        directory.rename(aside)
+    except FileNotFoundError:
+        return None
+    sync(directory.parent)
+    return aside

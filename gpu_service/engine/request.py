@@ -22,11 +22,14 @@ class DeviceChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """A committed checkpoint to go on from. `directory` holds its manifest; `step` steps were done."""
+    """A committed checkpoint to go on from. `directory` holds its manifest; `step` steps were done; `source` is where
+    an earlier attempt on this node wrote it, None for one that came from elsewhere.
+    """
 
     directory: Path
     name: str
     step: int
+    source: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +94,17 @@ def read(run_directory: Path) -> RunRequest:
         blobs_directory=Path(document["blobs_directory"]),
         cache_directory=Path(document["cache_directory"]),
         device=DeviceChoice(type=document["device"]["type"], index=int(document["device"].get("index", -1))),
-        resume=None
-        if resume is None
-        else ResumePoint(
-            directory=Path(resume["checkpoint_directory"]), name=resume["checkpoint"], step=int(resume["step"])
-        ),
+        resume=None if resume is None else _resume_point(resume),
         calibrations=document.get("calibrations") or {},
         start=None if start is None else StartPoint(directory=Path(start["directory"]), name=start["name"]),
+    )
+
+
+def _resume_point(resume: dict[str, Any]) -> ResumePoint:
+    source = resume.get("source_directory")
+    return ResumePoint(
+        directory=Path(resume["checkpoint_directory"]),
+        name=resume["checkpoint"],
+        step=int(resume["step"]),
+        source=Path(source) if source else None,
     )

@@ -132,6 +132,7 @@ class Run:
                 device=self.device.torch_device,
                 resident_model=None if self.resident is None else self.resident.model,
                 start=self.request.start,
+                pace=self.switch,
             ),
             loaded,
             switch=self.switch,

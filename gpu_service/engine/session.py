@@ -104,8 +104,9 @@ class Session:
         self._reporter.emit(event_pb2.LogEvent(level="info", message=message))
         # Evaluations count too: they may take more than the steps.
         self._device.start_counting()
-        if self._request.resume is not None:
-            self._progress = self._checkpoints.resume(self._request.resume.directory)
+        resume = self._request.resume
+        if resume is not None:
+            self._progress = self._checkpoints.resume(resume.directory, resume.source)
         else:
             self._switch.check()
             self._measure(event_pb2.EVALUATION_MOMENT_BASE)

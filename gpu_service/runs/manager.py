@@ -312,7 +312,9 @@ class RunManager:
         blob = self._blobs.path(sha256)
         if await asyncio.to_thread(blob.is_file):
             return blob
-        return await asyncio.to_thread(find_file, [run.directory for run in self._runs.values()], sha256)
+        # The newest first: it is what is asked for, as a rule, and its disk was written last.
+        directories = [run.directory for run in reversed(self._runs.values())]
+        return await asyncio.to_thread(find_file, directories, sha256)
 
     async def accepting(self) -> bool:
         """Whether a run can be started now."""

@@ -14,21 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import structlog
+
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.domain.spec import StartFrom
-from gpu_service.shim import durable_json
+from gpu_service.runs.manifests import (
+    MANIFEST,
+    DamagedManifest,
+    FileReference,
+    parse_artifacts,
+    parse_checkpoint,
+    read,
+    set_aside,
+)
 
-_MANIFEST = "manifest.json"
+_log = structlog.get_logger(__name__)
 _CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileReference:
-    """A file by content; `path` is relative with forward slashes."""
-
-    path: str
-    sha256: str
-    size_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,40 +43,62 @@ class ResumeRequest:
 
 
 def find_file(run_directories: Iterable[Path], sha256: str) -> Path | None:
-    """A file of a run's artifacts or committed checkpoints with this content, or None."""
+    """A file of a run's artifacts or committed checkpoints with this content, or None.
+
+    What is damaged is passed over: it must not keep the content of others from being found. Raises `Refusal`
+    PATH_NOT_ALLOWED.
+    """
     for directory in run_directories:
-        for path, digest in _listed_files(directory):
-            if digest == sha256 and path.is_file():
+        for path, file in _listed_files(directory):
+            if file.sha256 == sha256 and _has_size(path, file.size_bytes):
                 return path
     return None
 
 
-def _listed_files(directory: Path) -> Iterator[tuple[Path, str]]:
-    artifacts = durable_json.read(directory / "artifacts" / _MANIFEST) or {"artifacts": []}
-    for artifact in artifacts["artifacts"]:
-        root = _inside(directory / "artifacts", artifact["name"])
-        for file in artifact["files"]:
-            yield _inside(root, file["path"]), file["sha256"]
-    for path in directory.glob(f"checkpoints/*/{_MANIFEST}"):
-        # Hidden directories are still being staged.
+def _listed_files(directory: Path) -> Iterator[tuple[Path, FileReference]]:
+    path = directory / "artifacts" / MANIFEST
+    try:
+        artifacts = parse_artifacts(read(path))
+    except FileNotFoundError:
+        artifacts = []
+    except DamagedManifest as error:
+        _log.error("artifacts-damaged", directory=str(path.parent), problem=str(error))
+        artifacts = []
+    for name, files in artifacts:
+        root = _inside(directory / "artifacts", name)
+        for file in files:
+            yield _inside(root, file.path), file
+    for path in directory.glob(f"checkpoints/*/{MANIFEST}"):
+        # Hidden directories are still being staged, or were set aside.
         if path.parent.name.startswith("."):
             continue
         try:
-            raw = path.read_bytes()
+            raw = read(path)
+            files = parse_checkpoint(raw)
         except FileNotFoundError:
             # Released or pruned since it was listed.
             continue
-        yield path, hashlib.sha256(raw).hexdigest()
-        for file in _read_manifest(path)["files"]:
-            yield _inside(path.parent, file["path"]), file["sha256"]
+        except DamagedManifest as error:
+            _set_aside(path.parent, str(error))
+            continue
+        yield path, FileReference(path=MANIFEST, sha256=hashlib.sha256(raw).hexdigest(), size_bytes=len(raw))
+        for file in files:
+            yield _inside(path.parent, file.path), file
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _has_size(path: Path, size_bytes: int) -> bool:
     try:
-        manifest = durable_json.read(path)
-    except ValueError as error:
-        raise _mismatch(f"{path.name} of checkpoint {path.parent.name} is not JSON: {error}") from error
-    return manifest or {"files": []}
+        return path.is_file() and path.stat().st_size == size_bytes
+    except OSError:
+        return False
+
+
+def _set_aside(checkpoint: Path, problem: str) -> None:
+    try:
+        set_aside(checkpoint, problem)
+    except OSError as error:
+        # It keeps its name, and is found damaged again by whoever reads it.
+        _log.error("checkpoint-not-set-aside", checkpoint=checkpoint.name, error=str(error))
 
 
 def _inside(root: Path, relative: str) -> Path:
@@ -95,17 +118,19 @@ def prepare_resume(
     """
     if not _CHECKPOINT_NAME.fullmatch(request.checkpoint):
         raise refuse_user("INVALID_FIELD", "checkpoint is not a name", field="resume_from.checkpoint")
-    sources = (
-        _from_blobs(request, blob_path)
-        if request.files
-        else _from_attempt(job_directory / str(request.attempt) / "checkpoints" / request.checkpoint)
-    )
+    written = None if request.files else job_directory / str(request.attempt) / "checkpoints" / request.checkpoint
+    sources = _from_blobs(request, blob_path) if written is None else _from_attempt(written)
     directory = target / request.checkpoint
     for relative, source in sources:
         path = _inside(directory, relative)
         path.parent.mkdir(parents=True, exist_ok=True)
         _link(source, path)
-    return {"checkpoint_directory": str(directory), "checkpoint": request.checkpoint, "step": request.step}
+    return {
+        "checkpoint_directory": str(directory),
+        "checkpoint": request.checkpoint,
+        "step": request.step,
+        "source_directory": "" if written is None else str(written),
+    }
 
 
 def prepare_start(start: StartFrom | None, *, target: Path, blob_path: Callable[[str], Path]) -> dict[str, Any] | None:
@@ -130,8 +155,8 @@ def prepare_start(start: StartFrom | None, *, target: Path, blob_path: Callable[
 
 
 def _from_blobs(request: ResumeRequest, blob_path: Callable[[str], Path]) -> list[tuple[str, Path]]:
-    if _MANIFEST not in {file.path for file in request.files}:
-        raise _mismatch(f"checkpoint {request.checkpoint} comes without its {_MANIFEST}")
+    if MANIFEST not in {file.path for file in request.files}:
+        raise _mismatch(f"checkpoint {request.checkpoint} comes without its {MANIFEST}")
     sources = [(file.path, blob_path(file.sha256)) for file in request.files]
     missing = [path.name for _, path in sources if not path.exists()]
     if missing:
@@ -140,16 +165,21 @@ def _from_blobs(request: ResumeRequest, blob_path: Callable[[str], Path]) -> lis
 
 
 def _from_attempt(directory: Path) -> list[tuple[str, Path]]:
-    if not (directory / _MANIFEST).exists():
+    """What is not whole at a glance is set aside; what its files hold, the engine compares."""
+    try:
+        files = parse_checkpoint(read(directory / MANIFEST))
+        sources = [(file.path, _inside(directory, file.path)) for file in files]
+        for file, (_, path) in zip(files, sources, strict=True):
+            if not _has_size(path, file.size_bytes):
+                raise DamagedManifest(f"{file.path} is not there with its {file.size_bytes} bytes")
+    except FileNotFoundError:
         raise Refusal(
             "CHECKPOINT_NOT_FOUND", Fault.PLATFORM, f"no checkpoint {directory.name} is here", field="resume_from"
-        )
-    names = [str(file["path"]) for file in _read_manifest(directory / _MANIFEST)["files"]]
-    sources = [(name, _inside(directory, name)) for name in (*names, _MANIFEST)]
-    for name, path in sources:
-        if not path.is_file():
-            raise _mismatch(f"{name} of checkpoint {directory.name} is gone")
-    return sources
+        ) from None
+    except DamagedManifest as error:
+        _set_aside(directory, str(error))
+        raise _mismatch(f"checkpoint {directory.name} is damaged: {error}") from error
+    return [*sources, (MANIFEST, directory / MANIFEST)]
 
 
 def _link(source: Path, target: Path) -> None:

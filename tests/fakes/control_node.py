@@ -158,6 +158,8 @@ class FakeNode:
         self.runs: dict[tuple[str, int], FakeRun] = {}
         self.blobs: dict[str, bytes] = {}
         self.released: list[RunKey] = []
+        # Names of those that it finds damaged when a run is to go on from them.
+        self.damaged_checkpoints: set[str] = set()
         # True: its disk has no room for a blob.
         self.is_full = False
         self.start_error: TunesmithError | None = None
@@ -277,6 +279,8 @@ class FakeNodeClient:
         resume = request.resume_from
         if resume is not None and not resume.files and (key[0], resume.attempt) not in node.runs:
             raise NotFound("CHECKPOINT_NOT_FOUND", f"no checkpoint {resume.checkpoint} is here")
+        if resume is not None and not resume.files and resume.checkpoint in node.damaged_checkpoints:
+            raise FailedPrecondition("RESUME_MISMATCH", f"checkpoint {resume.checkpoint} is damaged")
         highest = max((attempt for job_id, attempt in node.runs if job_id == key[0]), default=0)
         if key[1] < highest:
             raise FailedPrecondition("STALE_EPOCH", f"attempt {highest} is known")

@@ -44,7 +44,7 @@ def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, s
         raise CoverageMismatch(
             f"{loaded.num_covered_linears} linear layers are covered; the plan says {request.plan.num_covered_linears}"
         )
-    started = {} if request.start is None else starting.put(request.start, loaded)
+    started = {} if request.start is None else starting.put(request.start, loaded, request.pace)
     progress(1, 1, "adapters")
     trainable = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
     details = {"covered_linears": str(loaded.num_covered_linears), "trainable_parameters": str(trainable)}

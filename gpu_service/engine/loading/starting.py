@@ -6,6 +6,7 @@ none of this, it begins afresh. A whole model of an earlier job is read in stage
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from gpu_service.engine import durable
 from gpu_service.engine.loading.weights import MODEL_ARTIFACT
 from gpu_service.engine.loading.work import Loaded
+from gpu_service.engine.pace import Pace, in_one_piece
 from gpu_service.engine.request import StartPoint
 from gpu_service.engine.training.checkpoint import WEIGHTS_FILE
 
@@ -26,19 +28,19 @@ class StartDoesNotFit(ValueError):
     """The earlier job's tensors are not those that are trained here."""
 
 
-def put(start: StartPoint, loaded: Loaded) -> dict[str, str]:
+def put(start: StartPoint, loaded: Loaded, pace: Pace) -> dict[str, str]:
     """Change `loaded.model` in place. Raises StartDoesNotFit, DamagedDirectory, OSError, SafetensorError."""
     if start.name == MODEL_ARTIFACT:
         return {}
     if start.name == ADAPTER_ARTIFACT:
         loaded.file = f"start/{ADAPTER_FILE}"
-        found = load_file(start.directory / ADAPTER_FILE)
+        found = _read(start.directory / ADAPTER_FILE, pace)
         # These are the model's own tensors, under the names that PEFT writes.
         wanted = get_peft_model_state_dict(loaded.model, save_embedding_layers=False)
     else:
         loaded.file = f"start/{WEIGHTS_FILE}"
-        durable.read_manifest(start.directory)
-        found = load_file(start.directory / WEIGHTS_FILE)
+        durable.read_manifest(start.directory, pace)
+        found = _read(start.directory / WEIGHTS_FILE, pace)
         wanted = dict(_trained(loaded.model))
     _compare(found, wanted, start)
     with torch.no_grad():
@@ -46,6 +48,11 @@ def put(start: StartPoint, loaded: Loaded) -> dict[str, str]:
             tensor.copy_(found[name])
     loaded.file = ""
     return {"start_from": start.name, "start_tensors": str(len(wanted))}
+
+
+def _read(path: Path, pace: Pace) -> dict[str, torch.Tensor]:
+    with in_one_piece(pace, path.stat().st_size):
+        return load_file(path)
 
 
 def _trained(model: Any) -> dict[str, torch.Tensor]:

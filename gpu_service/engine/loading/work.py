@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gpu_service.engine.pace import NOBODY, Pace
 from gpu_service.engine.request import StartPoint
 from tunesmith.common.v1 import plan_pb2
 
@@ -55,6 +56,8 @@ class LoadRequest:
     resident_model: Any | None = None
     # What an earlier job left, to begin with; None: the base as it is.
     start: StartPoint | None = None
+    # Hears of work on a big file, beside the progress that is reported.
+    pace: Pace = NOBODY
 
 
 @dataclass(kw_only=True)

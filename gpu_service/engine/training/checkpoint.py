@@ -24,6 +24,7 @@ from gpu_service.engine.training import optimizer_state, random_state
 from gpu_service.engine.training.certificate import Certificate, CertificateBroken, trained_tensors
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.journal.events import failure
+from tunesmith.common.v1 import errors_pb2
 
 _VERSION = 4
 WEIGHTS_FILE = "weights.safetensors"
@@ -141,6 +142,11 @@ def save(
     )
 
 
+def is_damage(failure: errors_pb2.Failure) -> bool:
+    """Whether `restore` failed because a file is not what was written."""
+    return failure.reason == errors_pb2.ERROR_REASON_RESUME_MISMATCH and failure.fault == errors_pb2.FAULT_HARDWARE
+
+
 class _Contradiction(Exception):
     """A fact of the manifest that is not the run's."""
 
@@ -170,8 +176,8 @@ def restore(
     """
     try:
         manifest = durable.read_manifest(directory, pace)
+        saved = _certificate(manifest)
         _compare(manifest, identity)
-        saved = Certificate.from_json(manifest["certificate"])
         with in_one_piece(pace, (directory / WEIGHTS_FILE).stat().st_size):
             weights = load_file(directory / WEIGHTS_FILE)
         expected = dict(trained_tensors(model))
@@ -203,6 +209,13 @@ def restore(
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _mismatch(f"{type(error).__name__}: {error}", directory) from error
     return Restored(progress=progress, saved=saved, measured=measured)
+
+
+def _certificate(manifest: dict[str, Any]) -> Certificate:
+    try:
+        return Certificate.from_json(manifest["certificate"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise durable.DamagedDirectory(durable.MANIFEST_FILE, f"{type(error).__name__}: {error}") from error
 
 
 def _compare(manifest: dict[str, Any], identity: Identity) -> None:

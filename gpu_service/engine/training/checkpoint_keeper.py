@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gpu_service.domain.planned_data import PlannedData
+from gpu_service.engine import durable
 from gpu_service.engine.failures import RunFailure
 from gpu_service.engine.pace import NOBODY, Pace
 from gpu_service.engine.reporter import Reporter
@@ -47,18 +48,25 @@ class CheckpointKeeper:
             device=self.device, compute_dtype=quantization.compute_dtype, quantization=quantization.method
         )
 
-    def resume(self, directory: Path) -> TrainingProgress:
-        """Go on from a checkpoint and tell of it. Raises RunFailure RESUME_MISMATCH."""
-        restored = checkpoint.restore(
-            directory,
-            identity=self.identity,
-            model=self.unwrapped_model,
-            optimizer=self.optimizer,
-            scaler=self.scaler,
-            device=self.device,
-            measure=self._measure,
-            pace=self.pace,
-        )
+    def resume(self, directory: Path, source: Path | None = None) -> TrainingProgress:
+        """Go on from a checkpoint and tell of it. `source` is the earlier attempt's, whose files `directory` links; it
+        is set aside when one of them is damaged. Raises RunFailure RESUME_MISMATCH.
+        """
+        try:
+            restored = checkpoint.restore(
+                directory,
+                identity=self.identity,
+                model=self.unwrapped_model,
+                optimizer=self.optimizer,
+                scaler=self.scaler,
+                device=self.device,
+                measure=self._measure,
+                pace=self.pace,
+            )
+        except RunFailure as error:
+            if checkpoint.is_damage(error.failure):
+                self._set_aside(source, error.failure.message)
+            raise
         progress = restored.progress
         self._saved_step = progress.steps_done
         self.reporter.emit(
@@ -70,6 +78,16 @@ class CheckpointKeeper:
             )
         )
         return progress
+
+    def _set_aside(self, source: Path | None, problem: str) -> None:
+        """A copy, or an earlier checkpoint, may do; this one must not be taken for whole again."""
+        try:
+            aside = durable.set_aside(source) if source is not None else None
+        except OSError as error:
+            problem += f"; it could not be set aside: {error}"
+        else:
+            problem += f"; it was set aside as {aside.name}" if aside is not None else ""
+        self.reporter.warn("checkpoint-damaged", problem)
 
     def save(self, progress: TrainingProgress) -> None:
         """Commit a checkpoint of the steps done, unless it is there; then delete those beyond the settings.

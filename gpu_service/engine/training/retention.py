@@ -30,7 +30,7 @@ def committed(directory: Path) -> list[Kept]:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             step, best = int(manifest["step"]), bool(manifest["best"])
-        except (ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
         found.append(Kept(name=path.parent.name, step=step, path=path.parent, best=best))
     return sorted(found, key=lambda kept: kept.step)

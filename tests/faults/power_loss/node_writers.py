@@ -16,9 +16,10 @@ from gpu_service.journal import Reader, events, summarize
 from gpu_service.journal import Writer as JournalWriter
 from gpu_service.planner.staging import stage_directory
 from gpu_service.runs.blobs import BlobStore
+from gpu_service.runs.manifests import FileReference
 from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.node_files import NodeFiles, RunKey
-from gpu_service.runs.run_files import FileReference, ResumeRequest, prepare_resume, remove_tree
+from gpu_service.runs.run_files import ResumeRequest, prepare_resume, remove_tree
 from gpu_service.shim import durable_json
 from gpu_service.shim.configuration import EngineConfiguration
 from gpu_service.shim.records import ExitRecord, ShimRecord

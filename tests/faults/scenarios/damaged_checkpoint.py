@@ -72,7 +72,8 @@ def run(trial: Trial) -> list[Finding]:
         world.wait_until_over()
         events = world.events(job_id)
         # What a trial damages on purpose is not the product's to answer for.
-        newest.rename(newest.with_name(f".damaged-{newest.name}"))
+        if newest.exists():
+            newest.rename(newest.with_name(f".damaged-{newest.name}"))
         world.stop()
         resumed = [event.payload.resumed.checkpoint for event in events if event.kind == event_pb2.EVENT_KIND_RESUMED]
         expected = told[-1] if has_copy else told[-2]

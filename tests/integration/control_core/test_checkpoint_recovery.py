@@ -114,6 +114,36 @@ async def test_a_damaged_checkpoint_is_forgotten_and_the_next_best_gone_on_from(
     assert [known.sha256 for known in resume.files] == ([file.sha256] if has_copy else [])
 
 
+@pytest.mark.parametrize("has_copy", [True, False])
+async def test_a_node_that_finds_its_checkpoint_damaged_is_given_the_next_best_and_the_log_says_so(
+    open_core: OpenCore, has_copy: bool
+) -> None:
+    node = FakeNode("a")
+    core = await open_core(node, config=quick_config(None if has_copy else _NO_COPIES))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    first = node.run(job.job_id)
+    first.checkpoint(20, b"earlier")
+    file = first.checkpoint(40, b"later")
+    await core.until_job(job.job_id, lambda j: j.run_cursor == len(first.events))
+    if has_copy:
+        await until(lambda: file.sha256 in core.blobs.blobs)
+    node.damaged_checkpoints.add("step-00000040")
+    first.fail("ENGINE_KILLED", Fault.HARDWARE)
+
+    again = await core.until_job(job.job_id, lambda j: j.is_over or (j.attempt == 2 and j.state is JobState.RUNNING))
+
+    # The same attempt: it costs no retry that the node looked first.
+    assert (again.state, again.num_retries) == (JobState.RUNNING, 1)
+    resume = node.run(job.job_id, 2).request.resume_from
+    assert resume is not None
+    assert (resume.step, len(resume.files)) == ((40, 1) if has_copy else (20, 0))
+    (warning,) = [fact for fact in await core.facts(job.job_id) if isinstance(fact, WarningFact)]
+    assert warning.code == "checkpoint-damaged"
+    assert "step-00000040" in warning.message
+
+
 async def test_the_only_checkpoint_is_damaged(open_core: OpenCore) -> None:
     """Training begins anew, and the log says so."""
     node = FakeNode("a")

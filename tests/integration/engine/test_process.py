@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -241,7 +242,13 @@ def test_damaged_checkpoint_is_refused(workspace: Workspace) -> None:
     whole = workspace.make_run("damaged", hyperparameters={"num_steps": 2})
     # What the loop does after the first run is at hand when it asks, so the damage is done in between.
     path = whole / "checkpoints/step-00000002/weights.safetensors"
-    resume = {"checkpoint_directory": str(path.parent), "checkpoint": path.parent.name, "step": 2}
+    linked = workspace.root / "linked" / path.parent.name
+    resume = {
+        "checkpoint_directory": str(linked),
+        "checkpoint": path.parent.name,
+        "step": 2,
+        "source_directory": str(path.parent),
+    }
     again = workspace.make_run("damaged", hyperparameters={"num_steps": 2}, attempt=2, resume=resume)
     notices: list[dict[str, Any]] = []
     runs = iter((whole, again))
@@ -260,6 +267,7 @@ def test_damaged_checkpoint_is_refused(workspace: Workspace) -> None:
                 damaged = bytearray(path.read_bytes())
                 damaged[-1] ^= 1
                 path.write_bytes(damaged)
+                shutil.copytree(path.parent, linked)
 
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -272,6 +280,12 @@ def test_damaged_checkpoint_is_refused(workspace: Workspace) -> None:
     assert (failure.fault, failure.details["checkpoint"]) == (errors_pb2.FAULT_HARDWARE, "step-00000002")
     assert failure.file == "checkpoints/step-00000002/weights.safetensors"
     assert read_log(again).of("memory_released")[0].engine_ended
+    # Nobody takes it for whole again, and the log says where it is.
+    assert [one.name for one in path.parent.parent.iterdir()] == [".damaged-step-00000002"]
+    (warning,) = read_log(again).of("warning")
+    assert warning.code == "checkpoint-damaged"
+    assert "weights.safetensors" in warning.message
+    assert ".damaged-step-00000002" in warning.message
 
 
 def test_checkpoint_stop_interrupts_and_can_be_resumed(workspace: Workspace, engine: EngineProcess) -> None:

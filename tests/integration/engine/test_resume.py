@@ -186,7 +186,10 @@ def _edit_tensors(name: str, change: Callable[[dict[str, Any]], None]) -> Callab
 def _edit_manifest(**facts: Any) -> Callable[[Path], None]:
     def edit(checkpoint: Path) -> None:
         path = checkpoint / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+        manifest = json.loads(path.read_text()) | facts
+        # As whoever wrote it so would have: with a digest of these facts, or none.
+        manifest.pop("facts_sha256")
+        path.write_text(json.dumps(manifest))
 
     return edit
 

@@ -54,11 +54,53 @@ def test_damage_is_named(damage: str, tmp_path: Path) -> None:
     assert caught.value.file == "inner/file.txt"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": [{"path": "x"}]}', json.dumps({"step": 1})])
-def test_a_manifest_that_is_none_is_damage(content: str, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(content)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b'{"files": [{"path": "x"}]}',
+        b'{"files": [{"path": 5, "sha256": "", "size_bytes": 0}]}',
+        b'{"files": [["path"]]}',
+        b'{"files": 3}',
+        b'{"step": 1}',
+    ],
+)
+def test_a_manifest_that_is_none_is_damage(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(durable.DamagedDirectory):
         durable.read_manifest(tmp_path)
+
+
+def test_a_fact_that_changed_is_damage(tmp_path: Path) -> None:
+    """Every file has the hash that the manifest names, but the manifest is not what was written."""
+    _write(tmp_path / "made")
+    path = tmp_path / "made/manifest.json"
+    written = path.read_text()
+    for damaged in (written.replace('"step": 3', '"step": 7'), written.replace('"step"', '"stop"')):
+        path.write_text(damaged)
+        with pytest.raises(durable.DamagedDirectory, match="facts") as caught:
+            durable.read_manifest(tmp_path / "made")
+        assert caught.value.file == "manifest.json"
+    manifest = json.loads(written)
+    del manifest["facts_sha256"]
+    path.write_text(json.dumps(manifest))
+    # One of before there was such a digest.
+    assert durable.read_manifest(tmp_path / "made")["step"] == 3
+
+
+def test_what_is_set_aside_has_lost_its_name(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        _write(tmp_path / "made", content)
+        aside = durable.set_aside(tmp_path / "made")
+        assert aside is not None
+        assert (aside / "inner/file.txt").read_text() == content
+        assert list(tmp_path.iterdir()) == [aside]
+    assert durable.set_aside(tmp_path / "made") is None
 
 
 def test_delete(tmp_path: Path) -> None:

@@ -50,12 +50,13 @@ def test_newest_and_best_stay(
     assert [one.step for one in deleted] == [step for step in (10, 20, 30, 40, 50) if step not in left]
 
 
-def test_what_is_no_committed_checkpoint_counts_for_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("manifest", [b"{", b"", b"[]", b"null", b"\xff{}", b'{"step": null, "best": true}'])
+def test_what_is_no_committed_checkpoint_counts_for_nothing(tmp_path: Path, manifest: bytes) -> None:
     _commit(tmp_path, 10)
     (tmp_path / ".staging-step-00000020").mkdir()
     (tmp_path / "step-00000030").mkdir()
     _commit(tmp_path, 40)
-    (tmp_path / "step-00000040/manifest.json").write_text("{")
+    (tmp_path / "step-00000040/manifest.json").write_bytes(manifest)
 
     assert prune(tmp_path, keep=1, keep_best=True) == []
     assert _steps(tmp_path) == [10]

@@ -17,8 +17,9 @@ from gpu_service import doctor
 from gpu_service.api.errors import _CODES, status_of
 from gpu_service.domain.errors import Fault, Refusal
 from gpu_service.runs.blobs import BlobStore
+from gpu_service.runs.manifests import FileReference
 from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
-from gpu_service.runs.run_files import FileReference, ResumeRequest, find_file, prepare_resume, remove_tree
+from gpu_service.runs.run_files import ResumeRequest, find_file, prepare_resume, remove_tree
 from gpu_service.runs.signal import Signal, wait_for
 from gpu_service.runs.threads import finish_in_thread
 from gpu_service.shim import durable_json
