@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 # What was slow before may be slow again: a phase may pause for so many times its longest pause so far.
 _TIMES_LONGEST_PAUSE = 20.0
+# But never longer than so many times the limit as it was set: one slow piece of work must not hide a hang for days.
+_MOST_TIMES_LIMIT = 4.0
 # A look that comes later than it was due by more than this finds that the shim itself did not run: it was stopped, or
 # the machine was. The engine may not have run either.
 _OVERSLEPT_SECONDS = 5.0
@@ -57,7 +59,8 @@ class HangClock:
 
     @property
     def limit_seconds(self) -> float:
-        return max(self._limit_seconds, _TIMES_LONGEST_PAUSE * self._longest_pause) + self._announced_seconds
+        stretched = min(_TIMES_LONGEST_PAUSE * self._longest_pause, _MOST_TIMES_LIMIT * self._limit_seconds)
+        return max(self._limit_seconds, stretched) + self._announced_seconds
 
     @property
     def deadline(self) -> float | None:

@@ -34,13 +34,26 @@ def test_progress_moves_the_deadline_and_its_lack_is_a_hang() -> None:
 def test_what_was_slow_in_a_phase_may_be_slow_again_but_not_in_the_next() -> None:
     clock = HangClock(limit_seconds=10)
     clock.begin(0)
-    clock.note_progress(9)
-    clock.note_progress(9.1)
-    assert clock.limit_seconds == 180
-    assert not clock.is_over(189)
-    assert clock.is_over(189.1)
+    clock.note_progress(1)
+    clock.note_progress(1.1)
+    assert clock.limit_seconds == 20
+    assert not clock.is_over(21)
+    assert clock.is_over(21.1)
     clock.begin(200)
     assert clock.limit_seconds == 10
+
+
+def test_however_slow_a_phase_was_its_limit_is_bounded() -> None:
+    """Else each pause would allow one that is twenty times as long: a hang would never be found."""
+    clock = HangClock(limit_seconds=10)
+    clock.begin(0)
+    now = 0.0
+    for pause in (9.9, 39, 39):
+        now += pause
+        assert not clock.is_over(now)
+        clock.note_progress(now)
+        assert clock.limit_seconds == 40
+    assert clock.is_over(now + 40)
 
 
 def test_a_pause_that_was_announced_is_allowed_once_and_nothing_is_judged_by_it() -> None:
