@@ -28,6 +28,7 @@ _CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
         "DISK_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
         "DOES_NOT_FIT": grpc.StatusCode.FAILED_PRECONDITION,
         "GENERATION": grpc.StatusCode.INTERNAL,
+        "HOST_OUT_OF_MEMORY": grpc.StatusCode.RESOURCE_EXHAUSTED,
         "JOB_STATE": grpc.StatusCode.FAILED_PRECONDITION,
         "LIBRARY_KNOWN_BAD": grpc.StatusCode.FAILED_PRECONDITION,
         "MODEL_INVALID": grpc.StatusCode.FAILED_PRECONDITION,

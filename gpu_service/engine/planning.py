@@ -6,6 +6,7 @@ Counts nothing itself: a run without data needs no planner, only the checks.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.request import RunRequest
 from gpu_service.engine.stopping import StopSwitch
 from gpu_service.journal.events import failure
+from gpu_service.oom_counter import oom_kills
 from tunesmith.common.v1 import event_pb2, plan_pb2
 
 _LOG_INTERVAL_SECONDS = 2.0
@@ -44,7 +46,8 @@ def plan(
 ) -> Path:
     """The plan directory of the run, made anew or from the planner's cache.
 
-    Raises RunFailure when the planner refuses (its own reason and fault) or dies (PLANNING), StopRequested, OSError.
+    Raises RunFailure when the planner refuses (its own reason and fault) or dies (HOST_OUT_OF_MEMORY where the kernel
+    killed it for memory, else PLANNING), StopRequested, OSError.
     """
     request_path = request.run_directory / "planner-request.json"
     request_path.write_text(
@@ -62,6 +65,7 @@ def plan(
         encoding="utf-8",
     )
     errors_path = request.run_directory / "planner.log"
+    oom_kills_before = oom_kills()
     with errors_path.open("wb") as errors:
         child = subprocess.Popen(
             [*command, str(request_path)],
@@ -79,15 +83,26 @@ def plan(
     if answer.get("type") == "refused":
         raise _refusal(answer["failure"])
     output = errors_path.read_text(encoding="utf-8", errors="replace")[-_MAX_OUTPUT_CHARACTERS:]
-    raise RunFailure(
+    raise _death(child.returncode, output, out_of_memory=oom_kills() > oom_kills_before)
+
+
+def _death(code: int, output: str, *, out_of_memory: bool) -> RunFailure:
+    """The failure of a planner that ended without an answer, by what `Popen` says of its end."""
+    out_of_memory = out_of_memory and code == -signal.SIGKILL
+    what = (
+        "was killed by the kernel because the machine's memory ran out"
+        if out_of_memory
+        else f"ended with status {code}"
+    )
+    return RunFailure(
         failure(
-            reason="PLANNING",
-            fault="PLATFORM",
-            message=f"the planner ended with status {child.returncode} and no answer: {output}",
+            reason="HOST_OUT_OF_MEMORY" if out_of_memory else "PLANNING",
+            fault="HARDWARE" if out_of_memory else "PLATFORM",
+            message=f"the planner {what}, without an answer: {output}",
             stage="PLANNING",
             versions=library_versions(),
-            exit_status=child.returncode if child.returncode >= 0 else None,
-            signal=-child.returncode if child.returncode < 0 else None,
+            exit_status=code if code >= 0 else None,
+            signal=-code if code < 0 else None,
         )
     )
 

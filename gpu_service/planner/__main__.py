@@ -71,11 +71,19 @@ def _print_trace() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
+def _reason_of(error: Exception) -> tuple[str, Fault]:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "DISK_FULL", Fault.PLATFORM
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return "HOST_OUT_OF_MEMORY", Fault.HARDWARE
+    return "PLANNING", Fault.PLATFORM
+
+
 def _describe(error: Exception) -> Refusal:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    reason, fault = _reason_of(error)
     return Refusal(
-        "DISK_FULL" if full else "PLANNING",
-        Fault.PLATFORM,
+        reason,
+        fault,
         str(error) or type(error).__name__,
         stage="PLANNING",
         exception_type=f"{type(error).__module__}.{type(error).__qualname__}",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_service.domain.errors import Fault, Refusal
+from gpu_service.oom_counter import oom_kills
 from gpu_service.runs.room import full_disk_is_a_refusal
 from gpu_service.runs.undisturbed import undisturbed
 from gpu_service.shim import durable_json
@@ -48,7 +50,8 @@ class PlannerProcess:
     async def ask(self, request: Mapping[str, Any], *, answer: str) -> dict[str, Any]:
         """The planner's answer, whose `type` must be `answer`. Call it in a `turn`. Cancelling it kills the planner.
 
-        Raises `Refusal`: the planner's own, or PLANNING when it ended without an answer.
+        Raises `Refusal`: the planner's own; when it ended without an answer, HOST_OUT_OF_MEMORY where the kernel killed
+        it for memory, else PLANNING.
         """
         path = self._requests_directory / f"{uuid.uuid4().hex}.json"
         try:
@@ -59,6 +62,7 @@ class PlannerProcess:
             await asyncio.to_thread(path.unlink, missing_ok=True)
 
     async def _run(self, path: Path, answer: str) -> dict[str, Any]:
+        oom_kills_before = await asyncio.to_thread(oom_kills)
         process = await asyncio.create_subprocess_exec(
             *_COMMAND,
             str(path),
@@ -78,6 +82,9 @@ class PlannerProcess:
             return last
         if process.returncode == _EXIT_REFUSED and last.get("type") == "refused":
             raise Refusal.from_failure(last["failure"])
+        if process.returncode == -signal.SIGKILL and await asyncio.to_thread(oom_kills) > oom_kills_before:
+            message = "the planner was killed by the kernel because the machine's memory ran out"
+            raise Refusal("HOST_OUT_OF_MEMORY", Fault.HARDWARE, message, stage="PLANNING")
         raise planner_failed(
             f"the planner ended with status {process.returncode}: {errors.decode(errors='replace')[-2000:]}"
         )

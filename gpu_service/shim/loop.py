@@ -21,7 +21,7 @@ from gpu_service.shim.configuration import EngineConfiguration
 from gpu_service.shim.engine_process import EngineProcess
 from gpu_service.shim.hang_clock import Hang, HangClock
 from gpu_service.shim.log import write_line
-from gpu_service.shim.oom_counter import oom_kills
+from gpu_service.oom_counter import oom_kills
 from gpu_service.shim.protocol import Channel, Message, ProtocolBroken
 from gpu_service.shim.records import ExitRecord, ShimRecord
 from gpu_service.shim.server_connections import ServerConnections

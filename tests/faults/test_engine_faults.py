@@ -147,3 +147,21 @@ def test_the_kernels_kill_for_memory_is_named(tmp_path: Path) -> None:
         assert failure is not None
         assert failure.reason == errors_pb2.ERROR_REASON_HOST_OUT_OF_MEMORY
         assert shim.wait(WAIT_SECONDS) == 0
+
+
+def test_the_kernels_kill_of_a_planner_for_memory_is_named(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        try:
+            processes = stack.enter_context(limited_memory(300 << 20))
+        except OSError as error:
+            pytest.skip(f"no control group that limits memory: {error}")
+        command = f"echo $$ > {processes} && exec {sys.executable} -m tests.fakes.hungry_planner {tmp_path} {1 << 30}"
+        done = subprocess.run(
+            ["sh", "-c", command],
+            env=child_environment(),
+            capture_output=True,
+            text=True,
+            timeout=WAIT_SECONDS,
+            check=False,
+        )
+    assert done.stdout.split() == ["ERROR_REASON_HOST_OUT_OF_MEMORY", "9"], done.stderr

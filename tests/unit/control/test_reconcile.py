@@ -28,6 +28,7 @@ from tests.fakes.control_jobs import NOW, make_job
 JOB = make_job(attempt=1, node="a")
 KILLED = Failure(reason="ENGINE_KILLED", fault=Fault.HARDWARE)
 PLANNER_KILLED = Failure(reason="PLANNING", fault=Fault.PLATFORM, signal=9)
+PLANNER_STARVED = Failure(reason="HOST_OUT_OF_MEMORY", fault=Fault.HARDWARE, stage="PLANNING")
 PLANNER_FAILED = Failure(reason="PLANNING", fault=Fault.PLATFORM, exit_status=1)
 
 
@@ -84,6 +85,7 @@ SETTLED: list[tuple[str, Job, Observation, JobState, bool]] = [
     ("killed", _job(R, RunState.FAILED, failure=KILLED), SILENT, JobState.QUEUED, True),
     ("killed while pausing", _job(PG, RunState.FAILED, failure=KILLED), SILENT, JobState.QUEUED, True),
     ("killed, no retry", _job(R, RunState.FAILED, failure=KILLED, max_retries=0), SILENT, JobState.FAILED, False),
+    ("planner starved", _job(R, RunState.FAILED, failure=PLANNER_STARVED), SILENT, JobState.QUEUED, True),
     ("planner killed", _job(R, RunState.FAILED, failure=PLANNER_KILLED), SILENT, JobState.QUEUED, True),
     ("planner failed", _job(R, RunState.FAILED, failure=PLANNER_FAILED), SILENT, JobState.FAILED, False),
     ("lost by its node", _job(R), _seen(None), JobState.QUEUED, True),

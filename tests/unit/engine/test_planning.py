@@ -102,6 +102,31 @@ def test_killed(tmp_path: Path) -> None:
     assert not caught.value.failure.HasField("exit_status")
 
 
+@pytest.mark.parametrize(
+    ("script", "num_kills", "reason"),
+    [
+        ("kill -9 $$", 1, "HOST_OUT_OF_MEMORY"),
+        # Killed by somebody, and the kernel killed nobody meanwhile.
+        ("kill -9 $$", 0, "PLANNING"),
+        # Somebody else was killed for memory.
+        ("kill -11 $$", 1, "PLANNING"),
+        ("exit 5", 1, "PLANNING"),
+    ],
+)
+def test_a_planner_that_the_kernel_killed_for_memory_is_named(
+    script: str, num_kills: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter([7, 7 + num_kills])
+    monkeypatch.setattr(planning, "oom_kills", lambda: next(counts))
+    with pytest.raises(RunFailure) as caught:
+        _plan(tmp_path, script)
+    failure = caught.value.failure
+    assert errors_pb2.ErrorReason.Name(failure.reason) == f"ERROR_REASON_{reason}"
+    assert failure.stage == "PLANNING"
+    wanted = errors_pb2.FAULT_HARDWARE if reason == "HOST_OUT_OF_MEMORY" else errors_pb2.FAULT_PLATFORM
+    assert failure.fault == wanted
+
+
 def test_stop_ends_the_child_and_what_it_started(tmp_path: Path) -> None:
     switch = StopSwitch()
     fifo = tmp_path / "started"
