@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from gpu_service.journal.failpoints import failpoint
+from gpu_service.oom_counter import oom_kills
 from gpu_service.shim import device_memory, process_tree, stacks
 from gpu_service.shim.closing import has_begun, settle
 from gpu_service.shim.configuration import EngineConfiguration
 from gpu_service.shim.engine_process import EngineProcess
 from gpu_service.shim.hang_clock import Hang, HangClock
 from gpu_service.shim.log import write_line
-from gpu_service.oom_counter import oom_kills
 from gpu_service.shim.protocol import Channel, Message, ProtocolBroken
 from gpu_service.shim.records import ExitRecord, ShimRecord
 from gpu_service.shim.server_connections import ServerConnections

@@ -40,7 +40,7 @@ def main(directory: Path, num_bytes: int) -> None:
                 reporter=Reporter(run_directory=directory, writer=writer, notify=lambda notice: None),
             )
         except RunFailure as error:
-            print(errors_pb2.ErrorReason.Name(error.failure.reason), error.failure.signal)
+            sys.stdout.write(f"{errors_pb2.ErrorReason.Name(error.failure.reason)} {error.failure.signal}\n")
 
 
 if __name__ == "__main__":
