@@ -6,6 +6,7 @@ and the event contract only, so that the shim stays small. Refuses to be written
 
 from gpu_service.journal.file import (
     DURABLE_KINDS,
+    STEPS_LOST,
     JournalDamaged,
     JournalFull,
     JournalLocked,
@@ -17,6 +18,7 @@ from gpu_service.journal.summary import TERMINAL_RUN_STATES, RunSummary, summari
 
 __all__ = [
     "DURABLE_KINDS",
+    "STEPS_LOST",
     "TERMINAL_RUN_STATES",
     "JournalDamaged",
     "JournalFull",

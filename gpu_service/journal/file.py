@@ -52,6 +52,8 @@ DURABLE_KINDS = frozenset(
 )
 # May be written into the reserve.
 _CLOSING_KINDS = frozenset({event_pb2.EVENT_KIND_RUN_STATE, event_pb2.EVENT_KIND_MEMORY_RELEASED})
+# Code of the one warning that may too: a stop that found no room for a checkpoint must be able to say so.
+STEPS_LOST = "steps-lost"
 
 
 class JournalLocked(Exception):
@@ -175,7 +177,7 @@ class Writer:
             if len(event) > MAX_EVENT_BYTES:
                 raise ValueError(f"an event of {len(event)} bytes is over the limit of {MAX_EVENT_BYTES}")
             record = _HEADER.pack(len(event), _checksum(sequence, event), sequence) + event
-            if kind not in _CLOSING_KINDS:
+            if kind not in _CLOSING_KINDS and payload.warning.code != STEPS_LOST:
                 self._keep_reserve(len(record))
             failpoint("journal.before-append")
             self._write(record)

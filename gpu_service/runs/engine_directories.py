@@ -5,6 +5,7 @@ Refuses to talk to a shim.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from gpu_service.runs.run import Run
 from gpu_service.runs.shim_client import spawn
 from gpu_service.shim import durable_json
 from gpu_service.shim.configuration import EngineConfiguration
-from gpu_service.shim.records import ExitRecord
+from gpu_service.shim.records import EXIT_DISK_FULL, ExitRecord
 
 ENGINE_ENVIRONMENT: Mapping[str, str] = {
     # Segments of torch's allocator grow in place: without it gaps between blocks take a part that no estimate knows.
@@ -31,6 +32,7 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = {
 # Directories of engines that ended, kept for their logs.
 KEPT_ENDED_ENGINES = 8
 _LOG_TAIL_BYTES = 2000
+_LAST_WORDS_SECONDS = 2.0
 # Of an engine that nobody saw end.
 NO_ENDING = ExitRecord(status=None, signal=None, phase="", run_directory=None, stop_mode=None)
 
@@ -94,13 +96,22 @@ def needs_burial(directory: Path, runs: Mapping[str, Run]) -> bool:
     return run is not None and not run.is_over
 
 
-def ending_with_log(directory: Path) -> ExitRecord:
-    """How an engine ended that did not come up."""
+def end_shim(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of a shim that does not answer; one that is on its way out says why first. Blocks."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(_LAST_WORDS_SECONDS)
+    process.kill()
+    return process.wait()
+
+
+def ending_with_log(directory: Path, exit_status: int) -> ExitRecord:
+    """How an engine ended that did not come up, whose shim ended with this status."""
     with (directory / "engine.log").open("rb") as log:
         log.seek(max(0, log.seek(0, 2) - _LOG_TAIL_BYTES))
         tail = log.read().decode(errors="replace")
     ending = ExitRecord.read(directory) or NO_ENDING
-    return replace(ending, note=f"the engine did not come up; its log ends with: {tail}")
+    note = f"the engine did not come up; its log ends with: {tail}"
+    return replace(ending, disk_full=exit_status == EXIT_DISK_FULL, note=note)
 
 
 def remove_ended(directory: Path, alive: set[str]) -> None:

@@ -26,6 +26,7 @@ from gpu_service.runs.engine_directories import (
     NO_ENDING,
     EngineSettings,
     EngineStartFailed,
+    end_shim,
     ending_with_log,
     make,
     needs_burial,
@@ -221,10 +222,9 @@ class EnginePool:
         try:
             status = await engine.connect()
         except ShimGone as error:
-            process.kill()
-            await asyncio.to_thread(process.wait)
+            exit_status = await asyncio.to_thread(end_shim, process)
             await self._burials.bury(directory)
-            raise EngineStartFailed(await asyncio.to_thread(ending_with_log, directory)) from error
+            raise EngineStartFailed(await asyncio.to_thread(ending_with_log, directory, exit_status)) from error
         _log.info("engine-started", engine=engine.id, shim_pid=status["shim_pid"], device=device.id)
         self._keep(engine)
         return engine

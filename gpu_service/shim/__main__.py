@@ -1,12 +1,15 @@
 """`python -m gpu_service.shim <engine directory>` starts an engine; `--bury` closes the books of one that is gone.
 
 Exit codes: 0 when the engine's end is on record, 2 for an engine directory that cannot be used, 3 when another shim
-has it.
+has it, 4 when the disk has no room for the shim's files.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from gpu_service.shim.bury import bury
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
 from gpu_service.shim.lock import AlreadyHeld, hold
 from gpu_service.shim.loop import Shim
+from gpu_service.shim.records import EXIT_DISK_FULL
 
 
 def main(arguments: list[str]) -> int:
@@ -35,6 +39,13 @@ def main(arguments: list[str]) -> int:
     except EngineDirectoryInvalid as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # Past the interpreter's buffers: what they cannot write when it ends would change the exit status.
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"{error}\n".encode())
+        return EXIT_DISK_FULL
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from gpu_service.journal import JournalFull, Writer, events, summarize
+from gpu_service.journal import STEPS_LOST, JournalFull, Writer, events, summarize
 from gpu_service.journal.failpoints import failpoint
 from gpu_service.shim import durable_json
 from gpu_service.shim.records import ExitRecord
@@ -63,6 +63,13 @@ def close_run(run_directory: Path, ending: ExitRecord) -> int | None:
         nothing_lost = bool(summary.checkpoints) or summary.last_run_sequence == 0
         _tell(writer, ending)
         state, failure = _outcome(ending, phase=phase, nothing_lost=nothing_lost)
+        if state == event_pb2.RUN_STATE_INTERRUPTED and summary.last_checkpoint is not None:
+            message = (
+                "the engine ended before it wrote the checkpoint that it was stopped for: "
+                f"what was trained after step {summary.last_checkpoint.step} is lost"
+            )
+            with suppress(JournalFull):
+                writer.append(events.wrap(event_pb2.WarningEvent(code=STEPS_LOST, message=message)))
         if ending.stop_mode is not None:
             writer.append(
                 events.wrap(

@@ -9,6 +9,8 @@ from gpu_service.shim import durable_json
 
 SHIM_FILE_NAME = "shim.json"
 EXIT_FILE_NAME = "exit.json"
+# Exit status of a shim that found no room on the disk for its files.
+EXIT_DISK_FULL = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ goes on from one of an earlier attempt. What is in a checkpoint, and which ones 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from gpu_service.engine import durable
 from gpu_service.engine.failures import RunFailure
 from gpu_service.engine.pace import NOBODY, Pace
 from gpu_service.engine.reporter import Reporter
+from gpu_service.engine.stopping import StopRequested
 from gpu_service.engine.training import certificate, checkpoint, retention
 from gpu_service.engine.training.certificate import Certificate, Environment
 from gpu_service.engine.training.objectives import Objective
 from gpu_service.engine.training.probe import measure_probe
 from gpu_service.engine.training.progress import TrainingProgress
+from gpu_service.journal import STEPS_LOST, JournalFull
 from gpu_service.journal.failpoints import failpoint
 from tunesmith.common.v1 import event_pb2, file_pb2, training_spec_pb2
 
@@ -144,6 +147,16 @@ class CheckpointKeeper:
             self.reporter.emit(
                 event_pb2.CheckpointEvent(name=one.name, step=one.step, status=event_pb2.CHECKPOINT_STATUS_DELETED)
             )
+
+    def tell_lost_steps(self, progress: TrainingProgress) -> None:
+        """Behind a stop that was to write a checkpoint: says which steps are in none, if any are."""
+        if progress.steps_done == self._saved_step:
+            return
+        what = f"what was trained after step {self._saved_step}" if self._saved_step else "all that was trained"
+        message = f"stopped at step {progress.steps_done}, of which no checkpoint could be written: {what} is lost"
+        # Room of the closing events; where there is not even that, nobody waits behind the end.
+        with suppress(JournalFull, StopRequested):
+            self.reporter.warn(STEPS_LOST, message)
 
     def _measure(self) -> Certificate:
         return certificate.measure(

@@ -79,7 +79,7 @@ class TrainingLoop:
         except StopRequested as stop:
             self.reporter.enter_stopping()
             if stop.mode is StopMode.CHECKPOINT:
-                self.save()
+                self._save_at_stop()
             raise
         self.save()
         return stopped_early
@@ -235,6 +235,13 @@ class TrainingLoop:
                 raise
             message = f"no checkpoint of step {self.progress.steps_done}: {error.failure.message}"
             self.reporter.warn(CHECKPOINT_FAILED, message)
+
+    def _save_at_stop(self) -> None:
+        """`save`, or a word on what is lost; a disk without room even for its events ends the waiting for some."""
+        try:
+            self.save()
+        finally:
+            self.checkpoints.tell_lost_steps(self.progress)
 
 
 def _is_due(steps_done: int, interval: int) -> bool:

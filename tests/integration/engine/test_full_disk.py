@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gpu_service.journal import JournalFull, Writer
+from gpu_service.journal import STEPS_LOST, JournalFull, Writer
 from tests.fakes.engine_runs import RunLog, Workspace
 from tunesmith.common.v1 import errors_pb2, event_pb2
 
@@ -99,7 +99,7 @@ class _FullFor:
     def __call__(self, writer: Writer, payload: event_pb2.EventPayload) -> int:
         kind = payload.WhichOneof("kind")
         begins = self.is_full.is_set() or kind == self._kind
-        if self.left and begins and kind not in self._spared:
+        if self.left and begins and kind not in self._spared and payload.warning.code != STEPS_LOST:
             self.is_full.set()
             self.left -= 1
             raise JournalFull("no space is left for events")
@@ -145,6 +145,45 @@ def test_a_stop_is_carried_out_on_a_full_disk(
     log = run_in_process(workspace.make_run(f"stopped-{mode}", training_type="lora"), **options)
 
     assert log.states[-1] == {"CANCEL": "CANCELLED", "CHECKPOINT": "INTERRUPTED"}[mode]
+    # Whoever pauses a job is told what that cost; of what is cancelled nothing was to be kept.
+    told = [warning.message for warning in log.of("warning")]
+    if mode == "CANCEL":
+        assert told == []
+    else:
+        assert told == ["stopped at step 1, of which no checkpoint could be written: all that was trained is lost"]
+
+
+def test_a_checkpoint_stop_without_room_for_the_checkpoint_says_what_is_lost(
+    workspace: Workspace, run_in_process: RunInProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_service.engine import room
+    from gpu_service.engine.stopping import StopMode, StopSwitch
+
+    switch = StopSwitch()
+    append, require = Writer.append, room.require
+
+    def stop_at_the_third_step(writer: Writer, payload: event_pb2.EventPayload) -> int:
+        if payload.step.step == 3:
+            switch.request(StopMode.CHECKPOINT)
+        return append(writer, payload)
+
+    def have_none_once_stopped(directory: Path, num_bytes: int) -> None:
+        if switch.mode is not None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        require(directory, num_bytes)
+
+    monkeypatch.setattr(Writer, "append", stop_at_the_third_step)
+    monkeypatch.setattr(room, "require", have_none_once_stopped)
+    run = workspace.make_run(
+        "paused-full", training_type="lora", hyperparameters={"num_steps": 4, "save_every_steps": 2}
+    )
+    options: dict[str, Any] = {"switch": switch}
+
+    log = run_in_process(run, **options)
+
+    assert log.states == ["RUNNING", "STOPPING", "INTERRUPTED"]
+    assert [warning.code for warning in log.of("warning")] == ["checkpoint-failed", "steps-lost"]
+    assert "what was trained after step 2 is lost" in log.of("warning")[-1].message
 
 
 def test_a_stop_is_carried_out_where_even_its_beginning_finds_no_room(

@@ -64,3 +64,37 @@ def test_a_run_announces_what_it_writes_and_reads_in_one_piece(workspace: Worksp
     assert resumed
     # Every pause is followed by a sign that ends it.
     assert all(after == "progress" for one, after in pairwise(signs) if one == "pause")
+
+
+def test_what_a_run_starts_from_gives_signs_while_it_is_hashed_and_read(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of a whole model is many gigabytes: hashing it must not look like a hang."""
+    from gpu_service.engine import durable
+    from gpu_service.engine.loading import starting
+
+    hyperparameters = {"num_steps": 1, "save_every_steps": 0}
+    earlier = workspace.make_run("earlier", training_type="lora", hyperparameters=hyperparameters)
+    carry_out(earlier, shelf=BaseShelf(), switch=StopSwitch(), notify=lambda notice: None)
+    start = earlier / "checkpoints/step-00000001"
+    num_bytes = sum(file.stat().st_size for file in start.iterdir())
+    monkeypatch.setattr(durable, "_CHUNK_BYTES", 4096)
+    signs: list[str] = []
+    heard: list[str] = []
+    put = starting.put
+
+    def note_what_is_heard(*arguments: Any) -> dict[str, str]:
+        signs.clear()
+        told = put(*arguments)
+        heard.extend(signs)
+        return told
+
+    monkeypatch.setattr(starting, "put", note_what_is_heard)
+    later = workspace.make_run("later", training_type="lora", hyperparameters=hyperparameters, start=start)
+    switch = StopSwitch(lambda: signs.append("progress"), lambda seconds: signs.append("pause"))
+    carry_out(later, shelf=BaseShelf(), switch=switch, notify=lambda notice: None)
+
+    assert read_log(later).states[-1] == "SUCCEEDED"
+    # One for each part that was hashed; then the tensors are read in one piece, which is announced.
+    assert heard.count("progress") >= num_bytes // 4096
+    assert heard[-2:] == ["pause", "progress"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from gpu_service.devices import Device
 from gpu_service.journal import summarize
-from gpu_service.runs.engine_directories import KEPT_ENDED_ENGINES, EngineSettings
+from gpu_service.runs.engine_directories import KEPT_ENDED_ENGINES, EngineSettings, EngineStartFailed
 from gpu_service.runs.engine_pool import EnginePool
 from gpu_service.runs.quarantine import Quarantine
 from gpu_service.runs.run import Run
@@ -59,6 +60,42 @@ async def test_an_idle_engine_is_reused_for_the_same_base_only(tmp_path: Path) -
     assert ExitRecord.read(first.directory) is not None
     await engines.shut_down(20)
     assert processes_of(second.directory) == []
+
+
+@pytest.mark.parametrize("place", ["shim.lock", "shim.json"])
+async def test_an_engine_that_finds_no_room_for_its_files_is_named(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory found some; its shim does not. The run is told DISK_FULL, and waits for room as others do."""
+    # The first file that a shim writes, or the last before it serves, on a disk that got full meanwhile; whoever
+    # buries it finds room again.
+    program = (
+        "import errno, os, sys\n"
+        "from pathlib import Path\n"
+        "from gpu_service.shim import __main__ as process, lock, records\n"
+        "def full(*arguments, **options): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
+        "if '--bury' not in sys.argv:\n"
+        "    process.hold = full if sys.argv[1] == 'shim.lock' else process.hold\n"
+        "    records.durable_json.write_over = full\n"
+        "sys.exit(process.main(sys.argv[2:]))\n"
+    )
+    monkeypatch.setattr("gpu_service.runs.shim_client._SHIM_COMMAND", (sys.executable, "-c", program, place))
+    engines = pool(tmp_path / "engines")
+    with pytest.raises(EngineStartFailed, match="No space left on device") as caught:
+        await engines.acquire(CPU, WANTED)
+    assert caught.value.ending.disk_full
+    (directory,) = (tmp_path / "engines").iterdir()
+    assert processes_of(directory) == []
+
+
+async def test_an_engine_that_does_not_come_up_for_another_reason_is_not_said_to_want_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = "import sys; sys.exit(0 if '--bury' in sys.argv else 'no such shim')"
+    monkeypatch.setattr("gpu_service.runs.shim_client._SHIM_COMMAND", (sys.executable, "-c", program))
+    with pytest.raises(EngineStartFailed, match="no such shim") as caught:
+        await pool(tmp_path / "engines").acquire(CPU, WANTED)
+    assert not caught.value.ending.disk_full
 
 
 async def test_room_is_made_only_when_an_engine_that_is_leaving_already_is_gone(tmp_path: Path) -> None:

@@ -118,6 +118,10 @@ def test_an_engines_end_becomes_one_terminal_event(
     assert (last.previous_state, last.state, last.failure.reason) == (event_pb2.RUN_STATE_RUNNING, state, reason)
     if reason:
         assert last.failure.stage == "TRAINING"
+    lost = [payload.warning.message for payload in payloads(directory) if payload.warning.code == "steps-lost"]
+    assert [message.endswith("what was trained after step 1 is lost") for message in lost] == (
+        [True] if state == event_pb2.RUN_STATE_INTERRUPTED else []
+    )
     has_memory = any(payload.HasField("memory_released") for payload in payloads(directory))
     assert has_memory == (record.stop_mode is not None)
     # What was recorded is the outcome: another end changes nothing.

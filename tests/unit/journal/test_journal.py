@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from gpu_service.journal import JournalDamaged, JournalFull, JournalLocked, Reader, Writer, events, file, summarize
+from gpu_service.journal import (
+    STEPS_LOST,
+    JournalDamaged,
+    JournalFull,
+    JournalLocked,
+    Reader,
+    Writer,
+    events,
+    file,
+    summarize,
+)
 from tunesmith.common.v1 import event_pb2
 
 
@@ -149,7 +159,11 @@ def test_a_full_disk_leaves_room_for_the_closing_events(tmp_path: Path, monkeypa
         writer._reserved_end = 0
         with pytest.raises(JournalFull):
             writer.append(step(2))
-        assert writer.append(state(event_pb2.RUN_STATE_FAILED)) == 2
+        with pytest.raises(JournalFull):
+            writer.append(events.wrap(event_pb2.WarningEvent(code="non-finite-loss")))
+        # What a stop could not keep is said behind it, when no room may come any more.
+        assert writer.append(events.wrap(event_pb2.WarningEvent(code=STEPS_LOST))) == 2
+        assert writer.append(state(event_pb2.RUN_STATE_FAILED)) == 3
 
 
 def test_the_reserve_does_not_change_the_size(tmp_path: Path) -> None:
