@@ -120,3 +120,8 @@ def _problems(writer: Writer, root: Path, acknowledged: frozenset[str]) -> Itera
         yield from writer.problems(root, acknowledged)
     except Exception as error:  # noqa: BLE001 - recovery must get through whatever it finds: that it did not is the finding
         yield f"recovery raised {type(error).__name__}: {error}"
+
+
+def highest_number(acknowledged: frozenset[str], prefix: str) -> int:
+    """The highest number that was acknowledged under this prefix; 0 when none was."""
+    return max((int(what.partition(":")[2]) for what in acknowledged if what.startswith(f"{prefix}:")), default=0)

@@ -1,40 +1,32 @@
-"""What a node writes, as writers whose every moment the power may go: runs, facts, journals, checkpoints, artifacts,
-blobs, plans. Recovery is the product's own."""
+"""What a node writes of its runs, as writers whose every moment the power may go: runs, facts, journals, checkpoints,
+artifacts. Recovery is the product's own; what a node stores for runs to come is in `store_writers`."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from gpu_service.domain.errors import Refusal
 from gpu_service.engine import durable
 from gpu_service.engine.training import retention
 from gpu_service.journal import Reader, events, summarize
 from gpu_service.journal import Writer as JournalWriter
-from gpu_service.planner.staging import stage_directory
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.manifests import FileReference
-from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.node_files import NodeFiles, RunKey
 from gpu_service.runs.run_files import ResumeRequest, prepare_resume, remove_tree
 from gpu_service.shim import durable_json
 from gpu_service.shim.configuration import EngineConfiguration
 from gpu_service.shim.records import ExitRecord, ShimRecord
-from tests.faults.power_loss.harness import Acknowledged, Writer
+from tests.faults.power_loss.harness import Acknowledged, Writer, highest_number
+from tests.faults.power_loss.store_writers import chunks
 from tunesmith.common.v1 import event_pb2
 
 JOB = "01JOB"
 INSTALLATION = "f" * 32
 _ENDED_JOURNAL = "ended-journal"
-_CONTENT = b"rows\n" * 40
-
-
-def _number(acknowledged: frozenset[str], prefix: str) -> int:
-    """The highest number that was acknowledged under this prefix; 0 when none was."""
-    return max((int(what.partition(":")[2]) for what in acknowledged if what.startswith(f"{prefix}:")), default=0)
 
 
 # Small JSON files that are replaced whole.
@@ -48,7 +40,7 @@ def _write_json(root: Path, acknowledge: Acknowledged) -> None:
 
 def _json_problems(root: Path, acknowledged: frozenset[str]) -> Iterator[str]:
     content = durable_json.read(root / "node.json") or {"number": 0}
-    if content["number"] < _number(acknowledged, "written"):
+    if content["number"] < highest_number(acknowledged, "written"):
         yield f"the file has write {content['number']}"
 
 
@@ -149,7 +141,7 @@ def _run_problems(root: Path, acknowledged: frozenset[str]) -> Iterator[str]:
     facts = files.read_facts("gpu")
     # As the server does when it starts.
     highest = max([facts.highest_attempts.get(JOB, 0), *runs])
-    accepted = _number(acknowledged, "accepted")
+    accepted = highest_number(acknowledged, "accepted")
     if highest < accepted:
         yield f"attempt {accepted} was accepted, the highest epoch is {highest}"
     for attempt in range(1, accepted + 1):
@@ -184,7 +176,7 @@ def _append(root: Path, acknowledge: Acknowledged) -> None:
 
 
 def _journal_problems(root: Path, acknowledged: frozenset[str]) -> Iterator[str]:
-    needed = _number(acknowledged, "durable")
+    needed = highest_number(acknowledged, "durable")
     if not (root / "journal").exists():
         if needed:
             yield f"the journal is gone, {needed} events were durable"
@@ -237,8 +229,8 @@ def _checkpoint_problems(root: Path, acknowledged: frozenset[str]) -> Iterator[s
     told = summarize(run / "journal")
     newest = told.last_checkpoint
     step = newest.step if newest else 0
-    if step < _number(acknowledged, "committed"):
-        yield f"step {_number(acknowledged, 'committed')} was committed, the journal tells of step {step}"
+    if step < highest_number(acknowledged, "committed"):
+        yield f"step {highest_number(acknowledged, 'committed')} was committed, the journal tells of step {step}"
     if newest is not None:
         yield from _whole(run / "checkpoints" / newest.name, "the newest checkpoint that was told of")
     for directory in (run / "checkpoints").glob("step-*"):
@@ -276,87 +268,7 @@ def _artifact_problems(root: Path, acknowledged: frozenset[str]) -> Iterator[str
             yield f"artifact {file['path']} is not whole"
 
 
-# Blobs of a node.
-
-
-async def _chunks(data: bytes) -> AsyncIterator[bytes]:
-    for start in range(0, len(data), 64):
-        yield data[start : start + 64]
-
-
-def _push_blobs(root: Path, acknowledge: Acknowledged) -> None:
-    for number, data in enumerate((_CONTENT, _CONTENT[1:]), start=1):
-        durable_json.make_directory(root / "blobs")
-        digest = hashlib.sha256(data).hexdigest()
-        store = BlobStore(root / "blobs")
-        asyncio.run(store.write(sha256=digest, size_bytes=len(data), offset=0, chunks=_chunks(data)))
-        acknowledge(f"pushed:{number}")
-
-
-def _blob_problems(root: Path, acknowledged: frozenset[str]) -> Iterator[str]:
-    directory = root / "blobs"
-    directory.mkdir(exist_ok=True)
-    store = BlobStore(directory)
-    for number, data in enumerate((_CONTENT, _CONTENT[1:]), start=1):
-        digest = hashlib.sha256(data).hexdigest()
-        missing = asyncio.run(store.find_missing([digest]))
-        if not missing:
-            if store.path(digest).read_bytes() != data:
-                yield f"blob {number} is there and not whole"
-            continue
-        if number <= _number(acknowledged, "pushed"):
-            yield f"blob {number} was pushed and is gone"
-        # The next push goes on from what is here, or begins anew where that is not what was sent.
-        for offset in (missing[0][1], 0):
-            rest = _chunks(data[offset:])
-            try:
-                asyncio.run(store.write(sha256=digest, size_bytes=len(data), offset=offset, chunks=rest))
-                break
-            except Refusal as refusal:
-                if offset == 0:
-                    yield f"blob {number} cannot be pushed again: {refusal}"
-        if store.path(digest).read_bytes() != data:
-            yield f"blob {number} was pushed again and is not whole"
-
-
-# Plans and token shards.
-
-
-def _is_whole_plan(directory: Path) -> bool:
-    return (directory / "plan.json").exists()
-
-
-def _plan(root: Path, acknowledge: Acknowledged) -> None:
-    with stage_directory(root / "plans" / "digest", is_whole=_is_whole_plan) as staged:
-        (staged / "selection.bin").write_bytes(bytes(range(200)))
-        (staged / "plan.json").write_text(json.dumps({"num_steps": 3}))
-    acknowledge("planned:1")
-
-
-def _plan_problems(root: Path, _acknowledged: frozenset[str]) -> Iterator[str]:
-    # One that is gone is planned again.
-    directory = root / "plans" / "digest"
-    if _is_whole_plan(directory):
-        if durable_json.read(directory / "plan.json") != {"num_steps": 3}:
-            yield "the plan is not whole"
-        if (directory / "selection.bin").read_bytes() != bytes(range(200)):
-            yield "the selection is not whole"
-
-
-# What was measured of memory.
-
-
-def _measure(root: Path, acknowledge: Acknowledged) -> None:
-    records = MemoryRecords(root / "memory.json")
-    for number in (1, 2):
-        asyncio.run(records.observe("kind", analytic_bytes=100 * number, peak_bytes=90 * number))
-        acknowledge(f"measured:{number}")
-
-
-def _measured_problems(root: Path, acknowledged: frozenset[str]) -> Iterator[str]:
-    cells = MemoryRecords(root / "memory.json").of_kind("kind").get("kind", [])
-    if len(cells) < _number(acknowledged, "measured"):
-        yield f"{len(cells)} measurements are there"
+# A run that goes on from control's copy.
 
 
 def _from_blobs(root: Path, acknowledge: Acknowledged) -> None:
@@ -367,7 +279,7 @@ def _from_blobs(root: Path, acknowledge: Acknowledged) -> None:
     manifest = json.dumps({"step": 2, "best": False, "files": []}).encode()
     digest = hashlib.sha256(manifest).hexdigest()
     (files.blobs / digest[:2]).mkdir(exist_ok=True)
-    write = BlobStore(files.blobs).write(sha256=digest, size_bytes=len(manifest), offset=0, chunks=_chunks(manifest))
+    write = BlobStore(files.blobs).write(sha256=digest, size_bytes=len(manifest), offset=0, chunks=chunks(manifest))
     asyncio.run(write)
     key = RunKey(installation_id=INSTALLATION, job_id=JOB, attempt=2)
     if not files.read_runs():
@@ -412,8 +324,4 @@ NODE_WRITERS: tuple[Writer, ...] = (
     Writer(name="journal", promise="R8", act=_append, problems=_journal_problems, can_be_killed=False),
     Writer(name="checkpoints", promise="R19", act=_save_and_prune, problems=_checkpoint_problems, can_be_killed=False),
     Writer(name="artifacts", promise="R7", act=_write_artifacts, problems=_artifact_problems, can_be_killed=False),
-    # One that a killed server had not synced is found missing and pushed again.
-    Writer(name="node-blobs", promise="R19", act=_push_blobs, problems=_blob_problems, can_be_killed=False),
-    Writer(name="plans", promise="R19", act=_plan, problems=_plan_problems),
-    Writer(name="memory-records", promise="R1", act=_measure, problems=_measured_problems),
 )

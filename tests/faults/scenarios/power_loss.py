@@ -11,9 +11,10 @@ from tests.faults.power_loss.control_writers import CONTROL_WRITERS
 from tests.faults.power_loss.harness import SURE_FATES, Outcome, Writer, lose_power, record
 from tests.faults.power_loss.node_writers import NODE_WRITERS
 from tests.faults.power_loss.replay import at_random
+from tests.faults.power_loss.store_writers import STORE_WRITERS
 from tests.faults.scenario import Finding, Scenario, Trial
 
-WRITERS: tuple[Writer, ...] = (*NODE_WRITERS, *CONTROL_WRITERS)
+WRITERS: tuple[Writer, ...] = (*NODE_WRITERS, *STORE_WRITERS, *CONTROL_WRITERS)
 _NUM_RANDOM_FATES = 6
 _NUM_KILLS = 2
 
