@@ -21,10 +21,16 @@ class PromiseCount:
     worst: float | None = None
     unit: str = ""
     what: str = ""
+    # Findings of machines that could not try it, and why the newest could not.
+    skipped: int = 0
+    skipped_why: str = ""
 
     def add(self, finding: dict[str, Any]) -> None:
         self.tried += finding["tried"]
         self.held += finding["held"]
+        # Results of before there was such a thing have none.
+        if why := finding.get("skipped"):
+            self.skipped, self.skipped_why = self.skipped + 1, why
         worst = finding["worst"]
         if worst is not None and (self.worst is None or worst > self.worst):
             self.worst, self.unit, self.what = worst, finding["unit"], finding["what"]
@@ -52,6 +58,8 @@ def render(results: Sequence[TrialResult], *, real_engine: Collection[str]) -> l
         line = f"{promise:4} tried {counted.tried:7}  held {counted.held:7}"
         if counted.worst is not None:
             line += f"  worst {counted.worst:.2f} {counted.unit} ({counted.what})"
+        if counted.skipped:
+            line += f"  skipped {counted.skipped} ({counted.skipped_why})"
         lines.append(line + ("" if counted.held == counted.tried else "  BROKEN"))
     kills = sum(result.num_kills for result in results)
     real = sum(result.num_engine_kills for result in results if result.scenario in real_engine)

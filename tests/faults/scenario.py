@@ -36,6 +36,8 @@ class Finding:
     worst: float | None = None
     unit: str = ""
     what: str = ""
+    # Why the machine could not try it; then nothing was tried, and the report counts that.
+    skipped: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -49,6 +49,25 @@ ENGINE = (
         tests=("tests/unit/engine/test_durable.py::test_damage_is_named",),
     ),
     Mutation(
+        name="a-damaged-manifest-is-believed",
+        promise="R19",
+        file="gpu_service/engine/durable.py",
+        snippet="if manifest.get(_DIGEST, digest) != digest:",
+        replacement="if False:",
+        tests=("tests/unit/engine/test_durable.py::test_a_fact_that_changed_is_damage",),
+    ),
+    Mutation(
+        name="what-a-stop-lost-is-not-told",
+        promise="R21",
+        file="gpu_service/engine/training/checkpoint_keeper.py",
+        snippet="if progress.steps_done == self._saved_step:\n            return\n        what",
+        replacement="if True:\n            return\n        what",
+        tests=(
+            "tests/integration/engine/test_full_disk.py::"
+            "test_a_checkpoint_stop_without_room_for_the_checkpoint_says_what_is_lost",
+        ),
+    ),
+    Mutation(
         name="half-a-deleted-checkpoint-is-one",
         promise="R19",
         file="gpu_service/engine/durable.py",

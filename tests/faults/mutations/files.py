@@ -7,6 +7,7 @@ from tests.faults.mutations.mutation import Mutation
 _DURABLE = "tests/unit/faults/test_durable_writes.py::"
 _FENCES = "tests/unit/gpu_server/test_fences.py::"
 _JOURNAL = "tests/unit/journal/test_journal.py::"
+_DAMAGED = "tests/unit/gpu_server/test_damaged_checkpoints.py::"
 _NODE = "tests/unit/gpu_server/test_node.py::"
 _SHIM_PARTS = "tests/unit/gpu_server/test_shim_parts.py::"
 
@@ -90,7 +91,7 @@ FILES = (
         name="nothing-is-reserved-for-the-end",
         promise="R21",
         file="gpu_service/journal/file.py",
-        snippet="if kind not in _CLOSING_KINDS:",
+        snippet="if kind not in _CLOSING_KINDS and payload.warning.code != STEPS_LOST:",
         replacement="if True:",
         tests=(f"{_JOURNAL}test_a_full_disk_leaves_room_for_the_closing_events",),
     ),
@@ -211,5 +212,29 @@ FILES = (
         snippet="os.link(source, target)",
         replacement="os.symlink(source, target)",
         tests=(f"{_NODE}test_a_checkpoint_is_linked_and_outlives_its_attempt",),
+    ),
+    Mutation(
+        name="what-a-stop-lost-has-no-room",
+        promise="R21",
+        file="gpu_service/journal/file.py",
+        snippet="if kind not in _CLOSING_KINDS and payload.warning.code != STEPS_LOST:",
+        replacement="if kind not in _CLOSING_KINDS:",
+        tests=(f"{_JOURNAL}test_a_full_disk_leaves_room_for_the_closing_events",),
+    ),
+    Mutation(
+        name="a-damaged-checkpoint-hides-everything",
+        promise="R19",
+        file="gpu_service/runs/run_files.py",
+        snippet="            _set_aside(path.parent, str(error))\n            continue\n",
+        replacement="            raise\n",
+        tests=(f"{_DAMAGED}test_a_damaged_manifest_hides_nothing_of_others",),
+    ),
+    Mutation(
+        name="a-damaged-checkpoint-keeps-its-name",
+        promise="R19",
+        file="gpu_service/runs/run_files.py",
+        snippet="        _set_aside(directory, str(error))\n",
+        replacement="",
+        tests=(f"{_DAMAGED}test_a_checkpoint_with_a_damaged_manifest_is_refused_and_set_aside",),
     ),
 )

@@ -136,6 +136,32 @@ RUNS = (
         tests=(f"{_SHIM_PARTS}test_a_lock_is_held_by_one_and_freed_at_the_end",),
     ),
     Mutation(
+        name="a-slow-phase-hides-a-hang",
+        promise="R17",
+        file="gpu_service/shim/hang_clock.py",
+        snippet="min(_TIMES_LONGEST_PAUSE * self._longest_pause, _MOST_TIMES_LIMIT * self._limit_seconds)",
+        replacement="_TIMES_LONGEST_PAUSE * self._longest_pause",
+        tests=("tests/unit/gpu_server/test_hang_clock.py::test_however_slow_a_phase_was_its_limit_is_bounded",),
+    ),
+    Mutation(
+        name="an-engine-without-room-is-lost",
+        promise="R21",
+        file="gpu_service/runs/engine_directories.py",
+        snippet="disk_full=exit_status == EXIT_DISK_FULL",
+        replacement="disk_full=False",
+        tests=(
+            "tests/integration/gpu_server/test_engine_pool.py::test_an_engine_that_finds_no_room_for_its_files_is_named",
+        ),
+    ),
+    Mutation(
+        name="a-starved-planner-is-a-defect",
+        promise="R18",
+        file="gpu_service/engine/planning.py",
+        snippet="out_of_memory and code == -signal.SIGKILL",
+        replacement="False",
+        tests=("tests/unit/engine/test_planning.py::test_a_planner_that_the_kernel_killed_for_memory_is_named",),
+    ),
+    Mutation(
         name="a-machine-that-stood-still-hangs",
         promise="R17",
         file="gpu_service/shim/hang_clock.py",
