@@ -6,7 +6,9 @@ Tried again until it works: until then nobody may call the engine's run over. Re
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from gpu_service.runs.quarantine import Quarantine
 from gpu_service.runs.shim_client import ShimGone, bury
 from gpu_service.shim import device_memory
 from gpu_service.shim.closing import describe_held
-from gpu_service.shim.configuration import EngineConfiguration
+from gpu_service.shim.configuration import FILE_NAME as ENGINE_FILE_NAME
+from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
 from gpu_service.shim.records import ExitRecord
 
 _log = structlog.get_logger(__name__)
@@ -68,9 +71,35 @@ class Burials:
         if not ending.held_bytes:
             return
         configuration = await asyncio.to_thread(EngineConfiguration.read, directory)
-        index, before = int(configuration.device["index"]), configuration.device_memory_bytes
-        self._quarantine.impose(
-            device_id,
-            describe_held(ending.held_bytes),
-            lambda: self._memory.held_bytes(index) - before <= device_memory.SLACK_BYTES,
-        )
+        self._quarantine.impose(device_id, describe_held(ending.held_bytes), partial(self._is_free, configuration))
+
+    async def look_again_at_devices(self, directory: Path) -> None:
+        """At a start: in quarantine is what the newest engine of a device did not give back, where that is not free
+        yet. `directory` has the engines' directories.
+        """
+        for engine, configuration in (await asyncio.to_thread(_newest_of_each_device, directory)).items():
+            ending = await asyncio.to_thread(ExitRecord.read, engine)
+            # Without a record it lives, or is being buried.
+            if ending is None or not ending.held_bytes or await asyncio.to_thread(self._is_free, configuration):
+                continue
+            device = configuration.device
+            reason = describe_held(ending.held_bytes)
+            self._quarantine.impose(
+                f"{device['type']}:{device['index']}", reason, partial(self._is_free, configuration)
+            )
+
+    def _is_free(self, configuration: EngineConfiguration) -> bool:
+        """Whether the device has what it had before that engine. Blocks for the driver."""
+        held_bytes = self._memory.held_bytes(int(configuration.device["index"]))
+        return held_bytes - configuration.device_memory_bytes <= device_memory.SLACK_BYTES
+
+
+def _newest_of_each_device(directory: Path) -> dict[Path, EngineConfiguration]:
+    newest: dict[tuple[str, int], tuple[Path, EngineConfiguration]] = {}
+    # What an engine is started from is written once.
+    for path in sorted(directory.glob(f"*/{ENGINE_FILE_NAME}"), key=lambda path: path.stat().st_mtime_ns):
+        with contextlib.suppress(EngineDirectoryInvalid):
+            configuration = EngineConfiguration.read(path.parent)
+            device = configuration.device
+            newest[(str(device["type"]), int(device["index"]))] = (path.parent, configuration)
+    return dict(newest.values())

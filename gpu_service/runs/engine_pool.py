@@ -90,6 +90,7 @@ class EnginePool:
         """Take over every engine that a former server left, and bury the dead. `runs` is by run directory."""
         for directory in await asyncio.to_thread(lambda: sorted(self._directory.iterdir())):
             await self._adopt_one(directory, runs)
+        await self._burials.look_again_at_devices(self._directory)
         await asyncio.to_thread(remove_ended, self._directory, {engine.id for engine in self._engines.values()})
 
     async def _adopt_one(self, directory: Path, runs: Mapping[str, Run]) -> None:

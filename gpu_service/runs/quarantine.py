@@ -1,7 +1,7 @@
 """Devices that are not to be used, because what an ended or killed engine held of them is not free.
 
-Looks again and again, and lifts a quarantine when its reason is gone; nothing of it survives the server. Refuses to
-touch the device.
+Looks again and again, and lifts a quarantine when its reason is gone; nothing of it survives the server, whose next one
+finds out anew. Refuses to touch the device.
 """
 
 from __future__ import annotations

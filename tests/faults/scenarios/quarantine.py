@@ -66,6 +66,17 @@ def lose_memory(server: GpuServer) -> tuple[list[str], float]:
     wait_for(lambda: _reasons(server)[0], what="a device in quarantine again")
     if server.terminate() != 0:
         problems.append("the server does not end in order")
+    server.start()
+    found = wait_for(lambda: any(reasons := _reasons(server)) and reasons, what="the quarantine behind a restart")
+    if found[1]:
+        problems.append("behind a restart the other device is in quarantine")
+    held_file(server.root, 0).unlink()
+    wait_for(lambda: not _reasons(server)[0], what="the end of the quarantine behind a restart")
+    if server.terminate() != 0:
+        problems.append("the server does not end in order behind a restart")
+    server.start()
+    if any(_reasons(server)):
+        problems.append("what is free again is in quarantine behind a restart")
     return problems, seconds
 
 
