@@ -1,46 +1,21 @@
-"""A small trial of each kill scenario, and every failpoint of both services hit once. `make faults` does the rest."""
+"""A small trial of each kill scenario but for kills at failpoints, which have a file of their own. `make faults` does the
+rest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from control_service.domain import failpoints as control_failpoints
-from gpu_service.journal import failpoints as gpu_failpoints
-from tests.faults.scenario import Finding, Trial
+from tests.faults.expecting import expect_held
+from tests.faults.scenario import Trial
 from tests.faults.scenarios.adoption import kill_servers
 from tests.faults.scenarios.create import create_at_once
-from tests.faults.scenarios.kill_at_failpoints import ROLES, Site, kill_everywhere
 from tests.faults.scenarios.kill_random import kill_at_random
 from tests.faults.scenarios.outage import go_out
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
-
-# Promises that compare times with a limit; a machine that does other things at the time is no witness.
-_TIMED = frozenset({"R5", "R6"})
-
-
-def expect_held(findings: Iterable[Finding]) -> None:
-    broken = [finding for finding in findings if finding.held != finding.tried]
-    assert not [finding for finding in broken if finding.worst is None or finding.promise not in _TIMED], broken
-
-
-def test_every_failpoint_is_hit_and_whoever_dies_there_loses_nothing(tmp_path: Path) -> None:
-    halves = {
-        "control": [Site(name=name) for name in control_failpoints.DECLARED],
-        "gpu": [Site(name=name) for name in gpu_failpoints.DECLARED],
-        "roles": ROLES[::2],
-    }
-    with ThreadPoolExecutor(len(halves)) as pool:
-        running = {
-            name: pool.submit(kill_everywhere, Trial(directory=tmp_path / name, seed=1), sites)
-            for name, sites in halves.items()
-        }
-    for future in running.values():
-        expect_held(future.result())
 
 
 def test_a_small_trial_of_each_other_scenario(tmp_path: Path) -> None:
