@@ -1,4 +1,4 @@
-"""What the suite makes of a small trial's findings: every promise held, but for those that a busy machine cannot witness."""
+"""What the suite makes of a small trial's findings: every promise held, but for those that need a quiet machine."""
 
 from __future__ import annotations
 

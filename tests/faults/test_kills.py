@@ -1,5 +1,4 @@
-"""A small trial of each kill scenario but for kills at failpoints, which have a file of their own. `make faults` does the
-rest."""
+"""A small trial of each kill scenario; kills at failpoints have a file of their own. `make faults` does the rest."""
 
 from __future__ import annotations
 

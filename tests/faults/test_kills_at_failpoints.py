@@ -1,4 +1,4 @@
-"""Every failpoint of both services is hit once, in few worlds: whoever dies there loses nothing. `make faults` has a world
+"""Every failpoint of both services is hit once, in few worlds: who dies there loses nothing. `make faults` has a world
 for each."""
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,15 @@ def test_a_trial_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert json.loads((tmp_path / runner.FINDINGS_FILE).read_text())[0]["held"] == 2
     refused = runner._carry_out(PlannedTrial(scenario="no-such", number=0, seconds=1.0), tmp_path)
     assert "it ended with status 1" in refused
+
+
+def test_what_the_machine_could_not_try_is_counted_and_said() -> None:
+    skipped = Finding(promise="R18", tried=0, held=0, skipped="it takes four cores")
+    tried = Finding(promise="R18", tried=3, held=3)
+    results = [
+        TrialResult(trial=f"one-{number}", scenario="one", seconds=1.0, findings=[asdict(finding)])
+        for number, finding in enumerate((skipped, tried, skipped))
+    ]
+    # Of before a finding could be skipped.
+    results[1].findings[0].pop("skipped")
+    assert render(results, real_engine=())[0].endswith("held       3  skipped 2 (it takes four cores)")
