@@ -18,7 +18,7 @@ from tests.fakes.control import PATIENCE_SECONDS, Client, ControlProcess, is_sta
 from tests.fakes.gpu_node import FakeGpuNode
 from tests.fakes.run_script import NUM_STEPS
 from tunesmith.common.v1 import event_pb2
-from tunesmith.control.v1 import job_service_pb2, project_service_pb2
+from tunesmith.control.v1 import job_service_pb2, job_service_pb2_grpc, project_service_pb2
 
 
 @asynccontextmanager
@@ -86,6 +86,32 @@ async def test_sigterm_ends_watches_with_a_reason_and_exits_clean(tmp_path: Path
         assert reason_of(caught.value) == "SHUTTING_DOWN"
         assert not process.ready_file.exists()
     await node.release()
+
+
+async def _call_until_gone(address: str) -> list[tuple[grpc.StatusCode, str]]:
+    """Bare calls without a pause, until nobody listens; what they were told."""
+    told: list[tuple[grpc.StatusCode, str]] = []
+    async with grpc.aio.insecure_channel(address, options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
+        jobs = job_service_pb2_grpc.JobServiceStub(channel)
+        while True:
+            try:
+                await jobs.ListJobs(job_service_pb2.ListJobsRequest(), timeout=PATIENCE_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                told.append((error.code(), str(error.details())))
+                if "Connection refused" in str(error.details()):
+                    return told
+
+
+async def test_bare_calls_that_meet_a_stop_are_told_to_call_again_and_nothing_else(tmp_path: Path) -> None:
+    # What a server has received and not begun to serve when it stops is where gRPC itself says CANCELLED.
+    async with _running(tmp_path) as (process, client):
+        address = await process.until_ready()
+        callers = [asyncio.create_task(_call_until_gone(address)) for _ in range(24)]
+        await client.projects.ListProjects(project_service_pb2.ListProjectsRequest())
+        assert await process.end(signal.SIGTERM) == 0
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            told = [each for caller in await asyncio.gather(*callers) for each in caller]
+        assert {code for code, _ in told} == {grpc.StatusCode.UNAVAILABLE}, told
 
 
 async def test_a_health_watch_does_not_hold_up_the_stop(tmp_path: Path) -> None:
