@@ -239,6 +239,10 @@ class JobKeeper:
             current = tx.jobs.get(job.job_id)
             if current is None or current.attempt != job.attempt or current.state not in ON_NODE:
                 return
+            # It may have been heard since this was decided.
+            view = self._ports.nodes.view(current.node)
+            if unreachable and view is not None and view.state is not NodeState.UNREACHABLE:
+                return
             if current.node_unreachable is not unreachable:
                 tx.jobs.update(replace(current, node_unreachable=unreachable))
                 fact = NodeReachabilityFact(node=current.node, reachable=not unreachable)

@@ -29,7 +29,8 @@ class NodeMonitorConfig:
     lease_seconds: float = 30.0
     heartbeat_seconds: float = 5.0
     capabilities_refresh_seconds: float = 15.0
-    back_off: BackOffConfig = field(default_factory=BackOffConfig)
+    # A server that was started again must be heard within its node's lease.
+    back_off: BackOffConfig = field(default_factory=lambda: BackOffConfig(max_seconds=2.0))
 
 
 class NodeMonitor:
@@ -156,6 +157,7 @@ class NodeMonitor:
                 capabilities = await client.capabilities()
                 async for report in client.watch_node(heartbeat_seconds=self._config.heartbeat_seconds):
                     back_off.reset()
+                    self._renew(name)
                     if report.instance_id != capabilities.instance_id:
                         capabilities = await client.capabilities()
                     self._heard(name, report, capabilities)
@@ -168,9 +170,15 @@ class NodeMonitor:
                 self._silent(name, "")
             await self._clock.sleep(back_off.next_seconds())
 
-    def _heard(self, name: str, report: NodeReport, capabilities: NodeCapabilities) -> None:
+    def _renew(self, name: str) -> None:
+        """Whatever else is to be asked before the node can be used: it is not silent."""
         view = self._views[name]
         self._heard_seconds[name] = self._clock.monotonic_seconds()
+        if view.state is NodeState.UNREACHABLE:
+            self._put(replace(view, state=NodeState.CONNECTING, last_heard_time=self._clock.utc_now()))
+
+    def _heard(self, name: str, report: NodeReport, capabilities: NodeCapabilities) -> None:
+        view = self._views[name]
         if view.capabilities is not None and view.capabilities.instance_id == report.instance_id:
             capabilities = view.capabilities
         problem = "" if capabilities.problem is None else capabilities.problem.message or capabilities.problem.reason
