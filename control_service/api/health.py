@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from control_service.app.ports import Clock
 from control_service.app.store_ports import Store
+from control_service.domain.errors import StoreFull
 
 _log: Final = structlog.get_logger("control.health")
 _CHECK_SECONDS: Final = 5.0
@@ -62,7 +63,11 @@ class HealthReporter:
                 await self._store.read(lambda tx: tx.nodes.list_all())
                 # Changes nothing; only the lock is taken.
                 await self._store.transact(lambda tx: None)
+                await self._store.check_room()
             serving = True
+        except StoreFull as error:
+            _log.warning("the store has no room", reason=error.reason, message=error.message)
+            serving = False
         except Exception:  # noqa: BLE001  # the outermost boundary of this task: whatever it is, the store does not work
             _log.exception("the store does not answer")
             serving = False

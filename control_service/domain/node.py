@@ -120,7 +120,7 @@ class NodeView:
 
     @property
     def is_lost(self) -> bool:
-        """Nothing was heard from it within the lease. One that speaks again, but is not known again yet, is not lost."""
+        """Nothing was heard from it within the lease. One that speaks again and is not known again yet is not lost."""
         if self.state is NodeState.CONNECTING:
             return self.last_heard_time is None
         return self.state is NodeState.UNREACHABLE

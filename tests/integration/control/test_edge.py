@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from control_service.api.health import HealthReporter
 from control_service.api.interceptors import CallConfig, CallInterceptor
 from control_service.api.registration import register
-from control_service.domain.errors import Unavailable
+from control_service.domain.errors import StoreFull, Unavailable
 from tests.fakes.control import reason_of, until
 from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import job_service_pb2, job_service_pb2_grpc
@@ -190,6 +190,8 @@ class _Store:
 
     def __init__(self) -> None:
         self.failure: Exception | None = None
+        # It takes the lock, and has no room for changes.
+        self.is_full = False
 
     async def read(self, work: Any) -> None:
         """Reads go on when only writes fail."""
@@ -197,6 +199,10 @@ class _Store:
     async def transact(self, work: Any) -> None:
         if self.failure is not None:
             raise self.failure
+
+    async def check_room(self) -> None:
+        if self.is_full:
+            raise StoreFull("DISK_FULL", "the database's disk is full")
 
 
 class _Clock:
@@ -229,6 +235,12 @@ async def test_health_follows_the_store_and_ends_with_the_drain(failure: Excepti
         clock.wake.set()
         assert (await watch.read()).status == states.NOT_SERVING
         store.failure = None
+        clock.wake.set()
+        assert (await watch.read()).status == states.SERVING
+        store.is_full = True
+        clock.wake.set()
+        assert (await watch.read()).status == states.NOT_SERVING
+        store.is_full = False
         clock.wake.set()
         assert (await watch.read()).status == states.SERVING
         await reporter.drain()

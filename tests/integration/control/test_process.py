@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,28 @@ async def test_a_health_watch_does_not_hold_up_the_stop(tmp_path: Path) -> None:
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         assert await process.end(signal.SIGTERM) == 0
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.mark.parametrize("place", ["store.before-commit", "store.after-commit"])
+async def test_an_error_at_the_store_ends_no_writer(tmp_path: Path, place: str) -> None:
+    for name in ("armed", "taken"):
+        (tmp_path / "failpoints" / name).mkdir(parents=True)
+    process = await ControlProcess.start(tmp_path, environment={"TUNESMITH_FAILPOINTS": str(tmp_path / "failpoints")})
+    try:
+        client = Client(await process.until_ready())
+        order = json.dumps({"action": "raise", "errno": errno.EIO})
+        (tmp_path / "failpoints" / "armed" / place).write_text(order)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            # By then somebody met it: health takes the lock every few seconds.
+            for number in range(3):
+                with suppress(grpc.aio.AioRpcError):
+                    await client.upload(f"rows-{number}")
+            assert not any((tmp_path / "failpoints" / "armed").iterdir())
+            await client.upload("afterwards")
+        await client.close()
+        assert await process.end() == 0
+    finally:
+        await process.end(signal.SIGKILL)
 
 
 async def test_a_second_process_refuses_and_leaves_the_first_unharmed(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ async def test_a_node_is_lost_when_its_lease_ends_and_not_before(tmp_path: Path)
         await store.close()
 
 
-async def test_a_new_server_of_a_node_that_speaks_is_not_silent_while_it_is_asked_what_it_can_do(
+async def test_a_new_server_that_speaks_is_not_silent_while_it_is_asked_what_it_can_do(
     tmp_path: Path,
 ) -> None:
     clock, node = FakeClock(), FakeNode("a")
