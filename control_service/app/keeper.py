@@ -133,14 +133,14 @@ class JobKeeper:
     # Looking.
 
     async def _observe(self, job: Job) -> Observation:
-        if job.run_state in RUN_OVER:
-            return Observation(sight=NodeSight.SILENT)
         view = self._ports.nodes.view(job.node)
         client = self._ports.nodes.client(job.node)
         if view is None or client is None or view.state is NodeState.UNREACHABLE:
             return Observation(sight=NodeSight.LOST)
         if not view.is_reachable:
             return Observation(sight=NodeSight.SILENT)
+        if job.run_state in RUN_OVER:
+            return Observation(sight=NodeSight.ANSWERED)
         if not self._is_active():
             try:
                 self._seen_run = await client.get_run(job.run_key(self._ports.store.installation_id))

@@ -20,6 +20,9 @@ _log = structlog.get_logger(__name__)
 
 # Leases are looked at this often, in heartbeats: the most that a stop of this process adds to a silence.
 _LEASE_TICK = 0.2
+# A node times its heartbeats by its own clock. With one that runs half as fast as time, and control's twice as fast, a
+# heartbeat comes after four times what was asked for; that, and the way, must fit into a lease.
+_MIN_HEARTBEATS_OF_A_LEASE = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class NodeMonitor:
         self._dialer = dialer
         self._clock = clock
         self._config = config
+        self._heartbeat_seconds = min(config.heartbeat_seconds, config.lease_seconds / _MIN_HEARTBEATS_OF_A_LEASE)
         self._clients: dict[str, NodeClient] = {}
         self._heard_seconds: dict[str, float] = {}
         self._views: dict[str, NodeView] = {}
@@ -155,7 +159,7 @@ class NodeMonitor:
             try:
                 # Before the first report, so that a node that counts as reachable is known to have models.
                 capabilities = await client.capabilities()
-                async for report in client.watch_node(heartbeat_seconds=self._config.heartbeat_seconds):
+                async for report in client.watch_node(heartbeat_seconds=self._heartbeat_seconds):
                     back_off.reset()
                     self._renew(name)
                     if report.instance_id != capabilities.instance_id:
@@ -210,7 +214,7 @@ class NodeMonitor:
                 elif self._views[name].state is not NodeState.UNREACHABLE:
                     _log.warning("node-unreachable", node=name, lease_seconds=lease)
                     self._put(replace(self._views[name], state=NodeState.UNREACHABLE))
-            pause = min(*left, self._config.heartbeat_seconds * _LEASE_TICK)
+            pause = min(*left, self._heartbeat_seconds * _LEASE_TICK)
             await self._clock.sleep(pause)
             # Time in which this process was stopped, or its loop blocked, is no silence of a node: what nodes said
             # meanwhile has yet to be read.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.faults.full_disk import run_trial
 from tests.faults.scenario import Finding, Scenario, Trial
 
-# In the order of what they break: control's database, its bytes, a backup, then the node's saves, starts, events and ends.
+# In the order of what they break: control's database, its bytes, a backup; the node's saves, starts, events and ends.
 STUB_TRIALS = ("database", "blobs", "backup", "save", "start", "journal", "cancel", "killed")
 
 
