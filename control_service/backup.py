@@ -125,18 +125,25 @@ def _take_away(target: Path) -> None:
     with suppress(OSError):
         for name in (_STAGED, f"{_STAGED}-journal", f"{_STAGED}-wal", f"{_STAGED}-shm", _FINISHED, f".{_SUMMARY}"):
             (target / name).unlink(missing_ok=True)
-        try:
-            _read_summary(target)
-        except BackupError:
+        if _is_unfinished(target):
             (target / DATABASE_NAME).unlink(missing_ok=True)
             shutil.rmtree(target / "blobs", ignore_errors=True)
             # Last: among other files nothing would be written again.
             (target / _SUMMARY).unlink(missing_ok=True)
-            return
-        blobs = BlobDirectory(target / "blobs")
-        blobs.open()
-        for sha256 in set(blobs.list_all()).difference(_named(target / DATABASE_NAME)):
-            blobs.delete(sha256)
+        elif (target / DATABASE_NAME).exists():
+            blobs = BlobDirectory(target / "blobs")
+            blobs.open()
+            for sha256 in set(blobs.list_all()).difference(_named(target / DATABASE_NAME)):
+                blobs.delete(sha256)
+
+
+def _is_unfinished(target: Path) -> bool:
+    """Its summary says so; one that cannot be read says nothing."""
+    try:
+        value = json.loads((target / _SUMMARY).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(value, dict) and value.get("finished") is False
 
 
 def restore_backup(*, source: Path, data_directory: Path, output_root: Path) -> BackupSummary:
