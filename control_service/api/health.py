@@ -12,7 +12,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from control_service.app.ports import Clock
-from control_service.app.store_ports import Store
+from control_service.app.store_ports import StoreWithRoom
 from control_service.domain.errors import StoreFull
 
 _log: Final = structlog.get_logger("control.health")
@@ -26,7 +26,7 @@ LIVENESS: Final = "liveness"
 class HealthReporter:
     """Reports for the whole server (the empty name) and for each service."""
 
-    def __init__(self, *, store: Store, clock: Clock) -> None:
+    def __init__(self, *, store: StoreWithRoom, clock: Clock) -> None:
         self._store = store
         self._clock = clock
         self._servicer = health.aio.HealthServicer()
