@@ -92,7 +92,7 @@ SERVICE = (
         file="control_service/api/health.py",
         snippet="await self._store.check_room()",
         replacement="pass",
-        tests=("tests/integration/control/test_edge.py::test_health_follows_the_store_and_ends_with_the_drain",),
+        tests=("tests/integration/control/test_edge.py::test_a_store_without_room_is_not_ready_until_it_has_some",),
     ),
     Mutation(
         name="a-copy-without-room-is-not-made-again",

@@ -237,12 +237,6 @@ async def test_health_follows_the_store_and_ends_with_the_drain(failure: Excepti
         store.failure = None
         clock.wake.set()
         assert (await watch.read()).status == states.SERVING
-        store.is_full = True
-        clock.wake.set()
-        assert (await watch.read()).status == states.NOT_SERVING
-        store.is_full = False
-        clock.wake.set()
-        assert (await watch.read()).status == states.SERVING
         await reporter.drain()
         assert (await watch.read()).status == states.NOT_SERVING
         # Which is no reason to kill the process.
@@ -250,6 +244,29 @@ async def test_health_follows_the_store_and_ends_with_the_drain(failure: Excepti
         assert alive.status == states.SERVING
         watch.cancel()
     await server.stop(None)
+
+
+async def test_a_store_without_room_is_not_ready_until_it_has_some() -> None:
+    store, clock = _Store(), _Clock()
+    parts: Any = {"store": store, "clock": clock}
+    reporter = HealthReporter(**parts)
+    told: list[Any] = []
+
+    async def note(status: Any) -> None:
+        told.append(status)
+
+    reporter._tell = note  # type: ignore[method-assign]
+    await reporter.start()
+    try:
+        for is_full in (True, False):
+            store.is_full = is_full
+            clock.wake.set()
+            await until(lambda: not clock.wake.is_set())
+            await asyncio.sleep(0)
+    finally:
+        await reporter.drain()
+    states = health_pb2.HealthCheckResponse
+    assert told == [states.SERVING, states.NOT_SERVING, states.SERVING, states.NOT_SERVING]
 
 
 async def test_a_reader_that_takes_nothing_is_cut_off_with_a_reason() -> None:
