@@ -2,7 +2,8 @@
 
 A backup is a directory: `control.sqlite` (by SQLite's backup interface, one consistent snapshot), `blobs/` with every
 content that the snapshot names, and `backup.json`, which says whether it is finished. Blobs never change, so a backup
-into the directory of an earlier one copies only what is new.
+into the directory of an earlier one copies only what is new. One that cannot be made, for want of room or else, takes
+away what it had written: an earlier backup is as it was, and a new directory is left empty.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,9 +25,13 @@ from control_service.adapters.sql.engine import sqlite_module
 from control_service.adapters.sql.store import DATABASE_NAME
 from control_service.data_directory import locked
 from control_service.domain.artifact import FileReference
+from control_service.domain.errors import TunesmithError
 from control_service.domain.failpoints import failpoint
 
 _SUMMARY: Final = "backup.json"
+# Of a backup that is being made; renamed at its end.
+_STAGED: Final = f".{DATABASE_NAME}"
+_FINISHED: Final = ".finished.json"
 _VERSION: Final = 1
 _UNFINISHED: Final = json.dumps({"version": _VERSION, "finished": False}) + "\n"
 # A dataset or artifact that is deleted while it is being copied makes the snapshot stale; the next one is without it.
@@ -53,18 +58,48 @@ class BackupSummary:
 
 
 def make_backup(*, data_directory: Path, target: Path) -> BackupSummary:
-    """Makes or renews the backup in `target`; the service may run. BackupError; OSError when a disk refuses."""
+    """Makes or renews the backup in `target`; the service may run. BackupError, TunesmithError DISK_FULL; OSError when
+    a disk refuses at the very end."""
     database = data_directory / DATABASE_NAME
     if not database.is_file():
         raise BackupError(f"{data_directory} holds no {DATABASE_NAME}: it is no control service's data directory")
     make_directories(target)
     if any(target.iterdir()) and not (target / _SUMMARY).exists():
         raise BackupError(f"{target} is not empty and has no {_SUMMARY}: nothing is written among other files")
+    blobs = BlobDirectory(target / "blobs")
+    try:
+        summary, named = _stage(database, BlobDirectory(data_directory / "blobs"), target, blobs)
+    except sqlite_module().Error as error:
+        _take_away(target)
+        raise BackupError(f"the database cannot be copied to {target}: {error}") from error
+    except OSError as error:
+        _take_away(target)
+        raise BackupError(f"{target} cannot be written: {error}") from error
+    except (BackupError, TunesmithError):
+        _take_away(target)
+        raise
+    # From here to the end the directory is no backup, and says so. Nothing that follows needs room.
+    _write_durably(target / _SUMMARY, _UNFINISHED)
+    failpoint("backup.before-rename")
+    (target / _STAGED).rename(target / DATABASE_NAME)
+    # Before the summary says that it is finished.
+    _fsync(target)
+    failpoint("backup.after-rename")
+    for sha256 in set(blobs.list_all()).difference(named):
+        blobs.delete(sha256)
+    (target / _FINISHED).rename(target / _SUMMARY)
+    _fsync(target)
+    return summary
+
+
+def _stage(
+    database: Path, source: BlobDirectory, target: Path, blobs: BlobDirectory
+) -> tuple[BackupSummary, Sequence[str]]:
+    """Everything that needs room: snapshot, blobs and summary, beside what an earlier backup has."""
     if not (target / _SUMMARY).exists():
         _write_durably(target / _SUMMARY, _UNFINISHED)
-    source, blobs = BlobDirectory(data_directory / "blobs"), BlobDirectory(target / "blobs")
     blobs.open()
-    staged = target / f".{DATABASE_NAME}"
+    staged = target / _STAGED
     for _ in range(_MAX_SNAPSHOTS):
         _snapshot(database, staged)
         named = _named(staged)
@@ -72,24 +107,43 @@ def make_backup(*, data_directory: Path, target: Path) -> BackupSummary:
             break
     else:
         raise BackupError(f"data was deleted faster than it could be copied, {_MAX_SNAPSHOTS} times; try again later")
-    # From here to the end the directory is no backup, and says so.
-    _write_durably(target / _SUMMARY, _UNFINISHED)
-    failpoint("backup.before-rename")
-    staged.rename(target / DATABASE_NAME)
-    # Before the summary says that it is finished.
-    _fsync(target)
-    failpoint("backup.after-rename")
-    for sha256 in set(blobs.list_all()).difference(named):
-        blobs.delete(sha256)
     summary = BackupSummary(
-        installation_id=_installation_id(target / DATABASE_NAME),
+        installation_id=_installation_id(staged),
         create_time=datetime.now(UTC).isoformat(timespec="seconds"),
         num_blobs=len(named),
-        size_bytes=(target / DATABASE_NAME).stat().st_size + sum(blobs.path(s).stat().st_size for s in named),
+        size_bytes=staged.stat().st_size + sum(blobs.path(s).stat().st_size for s in named),
     )
     finished = {"version": _VERSION, "finished": True, **vars(summary)}
-    _write_durably(target / _SUMMARY, json.dumps(finished, indent=2) + "\n")
-    return summary
+    (target / _FINISHED).write_text(json.dumps(finished, indent=2) + "\n")
+    _fsync(target / _FINISHED)
+    return summary, named
+
+
+def _take_away(target: Path) -> None:
+    """Deletes what a backup that could not be made has written, and nothing of a finished one."""
+    # A disk that refuses this, too, has a summary that says unfinished.
+    with suppress(OSError):
+        for name in (_STAGED, f"{_STAGED}-journal", f"{_STAGED}-wal", f"{_STAGED}-shm", _FINISHED, f".{_SUMMARY}"):
+            (target / name).unlink(missing_ok=True)
+        if _is_unfinished(target):
+            (target / DATABASE_NAME).unlink(missing_ok=True)
+            shutil.rmtree(target / "blobs", ignore_errors=True)
+            # Last: among other files nothing would be written again.
+            (target / _SUMMARY).unlink(missing_ok=True)
+        elif (target / DATABASE_NAME).exists():
+            blobs = BlobDirectory(target / "blobs")
+            blobs.open()
+            for sha256 in set(blobs.list_all()).difference(_named(target / DATABASE_NAME)):
+                blobs.delete(sha256)
+
+
+def _is_unfinished(target: Path) -> bool:
+    """Its summary says so; one that cannot be read says nothing."""
+    try:
+        value = json.loads((target / _SUMMARY).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(value, dict) and value.get("finished") is False
 
 
 def restore_backup(*, source: Path, data_directory: Path, output_root: Path) -> BackupSummary:

@@ -19,6 +19,7 @@ from control_service.adapters.files.reader import DatasetFileReader
 from control_service.adapters.gpu_client.client import GrpcNodeDialer, NodeClientConfig
 from control_service.adapters.sql.store import DATABASE_NAME, SqlStore
 from control_service.api.artifacts import ArtifactServicer
+from control_service.api.connections import hang_up
 from control_service.api.datasets import DatasetServicer
 from control_service.api.dependencies import Dependencies, EdgeConfig
 from control_service.api.health import HealthReporter
@@ -49,6 +50,7 @@ from tunesmith.control.v1 import (
 )
 
 _LAST_ANSWERS_SECONDS: Final = 1.0
+_LAST_WORDS_SECONDS: Final = 0.1
 
 
 @dataclass(kw_only=True)
@@ -83,14 +85,20 @@ class Application:
             parts.push_async_callback(self.health.drain)
 
     async def _end_calls(self) -> None:
-        grace_seconds = self.settings.grace_seconds
         self.calls.drain()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(grace_seconds):
-                await self.calls.until_idle()
+        await self._until_idle(self.settings.grace_seconds)
+        # Watches of health are still to say that nothing is served.
+        await asyncio.sleep(_LAST_WORDS_SECONDS)
         self.calls.cut()
-        # Last answers are still on their way out; health watches of others would stay for ever.
-        await self.server.stop(min(grace_seconds, _LAST_ANSWERS_SECONDS))
+        await self._until_idle(_LAST_ANSWERS_SECONDS)
+        # Before the server stops: what it has not begun to serve would be told CANCELLED.
+        hang_up(int(self.address.rpartition(":")[2]))
+        await self.server.stop(_LAST_ANSWERS_SECONDS)
+
+    async def _until_idle(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.calls.until_idle()
 
 
 async def build(settings: Settings) -> Application:

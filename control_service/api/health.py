@@ -12,7 +12,8 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from control_service.app.ports import Clock
-from control_service.app.store_ports import Store
+from control_service.app.store_ports import StoreWithRoom
+from control_service.domain.errors import StoreFull
 
 _log: Final = structlog.get_logger("control.health")
 _CHECK_SECONDS: Final = 5.0
@@ -25,7 +26,7 @@ LIVENESS: Final = "liveness"
 class HealthReporter:
     """Reports for the whole server (the empty name) and for each service."""
 
-    def __init__(self, *, store: Store, clock: Clock) -> None:
+    def __init__(self, *, store: StoreWithRoom, clock: Clock) -> None:
         self._store = store
         self._clock = clock
         self._servicer = health.aio.HealthServicer()
@@ -62,7 +63,11 @@ class HealthReporter:
                 await self._store.read(lambda tx: tx.nodes.list_all())
                 # Changes nothing; only the lock is taken.
                 await self._store.transact(lambda tx: None)
+                await self._store.check_room()
             serving = True
+        except StoreFull as error:
+            _log.warning("the store has no room", reason=error.reason, message=error.message)
+            serving = False
         except Exception:  # noqa: BLE001  # the outermost boundary of this task: whatever it is, the store does not work
             _log.exception("the store does not answer")
             serving = False

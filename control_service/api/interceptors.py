@@ -1,6 +1,7 @@
 """What every call of ours goes through: request id, deadline, validation, one mapping of errors, one line of log.
 
-Health and reflection pass untouched. No servicer aborts, logs its call or checks a field's declaration by itself.
+Health and reflection pass untouched, but that watches of health are told when the server stops. No servicer aborts,
+logs its call or checks a field's declaration by itself.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from control_service.domain.errors import DeadlineTooShort, FieldViolation, Inva
 from control_service.domain.failpoints import failpoint
 
 _OURS: Final = "/tunesmith."
+_HEALTH_WATCH: Final = "/grpc.health.v1.Health/Watch"
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _log: Final = structlog.get_logger("control.api")
 
@@ -76,6 +78,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._open: set[asyncio.Task[Any]] = set()
         # Those of them that `cut` has ended.
         self._cut: set[asyncio.Task[Any]] = set()
+        # And those whose answer is still on its way out.
+        self._unanswered: set[asyncio.Task[Any]] = set()
+        # Watches of health, which end by nothing else than a cut.
+        self._endless: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -85,14 +91,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._draining = True
 
     async def until_idle(self) -> None:
-        """Waits until no call of ours is open. Health watches and reflection, which need not end, do not count."""
+        """Waits until every call of ours has its answer. Health watches and reflection, which need not end, do
+        not count."""
         await self._idle.wait()
 
     def cut(self) -> None:
         """Ends the calls that are open with SHUTTING_DOWN: a server that just stops would tell them CANCELLED, which
         is no word to call again."""
-        self._cut |= self._open
-        for task in self._open:
+        for task in self._endless:
+            self._expect_answer(task)
+        self._cut |= self._open | self._endless
+        for task in self._open | self._endless:
             task.cancel()
 
     async def intercept_service(
@@ -103,6 +112,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Gives the handler with the boundary around it; an unknown method stays unknown."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
+        if handler is not None and method == _HEALTH_WATCH:
+            return grpc.unary_stream_rpc_method_handler(
+                self._endless_stream(handler.unary_stream),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
         if handler is None or not method.startswith(_OURS):
             return handler
         for kind, (wrap, make) in _KINDS.items():
@@ -191,7 +206,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         task = asyncio.current_task()
         assert task is not None, "a call is served in a task"
         self._open.add(task)
-        self._idle.clear()
+        self._expect_answer(task)
         try:
             if self._draining:
                 raise _shutting_down()
@@ -210,8 +225,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         finally:
             self._open.discard(task)
             self._cut.discard(task)
-            if not self._open:
-                self._idle.set()
             if refusal is not None:
                 code = status_code(refusal)
             _log.info(
@@ -225,6 +238,39 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await context.abort(
                 code, status_message(refusal), trailing_metadata=trailing_metadata(refusal, request_id=request_id)
             )
+
+    def _endless_stream(self, behavior: Any) -> Any:
+        """A watch of health that is told SHUTTING_DOWN when it is cut."""
+
+        async def serve(request: Any, context: Any) -> None:
+            task = asyncio.current_task()
+            assert task is not None, "a call is served in a task"
+            self._endless.add(task)
+            try:
+                await behavior(request, context)
+            except asyncio.CancelledError:
+                if task not in self._cut:
+                    raise
+                task.uncancel()
+            finally:
+                self._endless.discard(task)
+                self._cut.discard(task)
+            # What a watch of health ends with, if it ends.
+            refusal = _shutting_down()
+            await context.abort(status_code(refusal), status_message(refusal))
+
+        return serve
+
+    def _expect_answer(self, task: asyncio.Task[Any]) -> None:
+        # grpc writes the answer in the same task, after the behavior has ended.
+        self._unanswered.add(task)
+        self._idle.clear()
+        task.add_done_callback(self._answered)
+
+    def _answered(self, task: asyncio.Task[Any]) -> None:
+        self._unanswered.discard(task)
+        if not self._unanswered:
+            self._idle.set()
 
     def _seconds(self, method: str, context: Any) -> float:
         remaining = context.time_remaining()

@@ -17,6 +17,7 @@ from control_service.app.ingest import ingest
 from control_service.app.node_monitor import NodeMonitor
 from control_service.app.placing import send_elsewhere
 from control_service.app.ports import Clock, EventCodec, NodeClient
+from control_service.app.replication import Replication
 from control_service.app.replicator import Replicator
 from control_service.app.settle import Settler
 from control_service.app.store_ports import Store, Transaction
@@ -60,9 +61,7 @@ class JobKeeper:
         self._attempt = 0
         self._doing = Activity.NONE
         self._activity: asyncio.Task[None] | None = None
-        self._replication: asyncio.Task[None] | None = None
-        # The job as it was when it had a checkpoint that nobody has begun to copy.
-        self._unreplicated: Job | None = None
+        self._replication = Replication(ports.replicator, ports.clock)
         self._seen_run: ObservedRun | None = None
         self._agreed_stop: StopMode | None = None
         # The run's events were followed to the end of the run.
@@ -85,14 +84,14 @@ class JobKeeper:
                 await self._turn(job)
         finally:
             await self._end_activity()
-            if self._replication is not None:
-                await end(self._replication)
+            await self._replication.stop()
 
     async def _turn(self, job: Job) -> None:
         if job.attempt != self._attempt:
             await self._end_activity()
             self._attempt, self.node = job.attempt, job.node
-            self._agreed_stop = self._seen_run = self._unreplicated = None
+            self._agreed_stop = self._seen_run = None
+            await self._replication.stop()
             self._heard_all = False
             self._log = _log.bind(job_id=job.job_id, attempt=job.attempt, node=job.node)
         if self._is_active() and not _fits(self._doing, job):
@@ -134,14 +133,14 @@ class JobKeeper:
     # Looking.
 
     async def _observe(self, job: Job) -> Observation:
-        if job.run_state in RUN_OVER:
-            return Observation(sight=NodeSight.SILENT)
         view = self._ports.nodes.view(job.node)
         client = self._ports.nodes.client(job.node)
         if view is None or client is None or view.state is NodeState.UNREACHABLE:
             return Observation(sight=NodeSight.LOST)
         if not view.is_reachable:
             return Observation(sight=NodeSight.SILENT)
+        if job.run_state in RUN_OVER:
+            return Observation(sight=NodeSight.ANSWERED)
         if not self._is_active():
             try:
                 self._seen_run = await client.get_run(job.run_key(self._ports.store.installation_id))
@@ -180,18 +179,10 @@ class JobKeeper:
             brought = await ingest(job.job_id, job.attempt, batch, store=self._ports.store, codec=self._ports.codec)
             self._back_off.reset()
             if brought.has_new_checkpoint:
-                self._unreplicated = brought.job
-                if self._replication is None or self._replication.done():
-                    self._replication = asyncio.create_task(self._replicate(client), name=f"replicate-{job.job_id}")
+                self._replication.want(brought.job, client)
             if brought.job.run_state in RUN_OVER:
                 return
         self._heard_all = True
-
-    async def _replicate(self, client: NodeClient) -> None:
-        """Also what was committed while an earlier checkpoint was being copied: no later one may come for long."""
-        while (job := self._unreplicated) is not None:
-            self._unreplicated = None
-            await self._ports.replicator.replicate_newest(job, client)
 
     async def _take_outcome(self, job: Job, run: ObservedRun) -> None:
         """The log is whole and does not say how the run ended, or not so that it can be read: the node's word counts.
@@ -211,8 +202,7 @@ class JobKeeper:
     async def _replicate_last(self, job: Job) -> None:
         """Copies the last checkpoint before the job leaves its node, so that it may go on elsewhere."""
         view, client = self._ports.nodes.view(job.node), self._ports.nodes.client(job.node)
-        if self._replication is not None:
-            await asyncio.wait({self._replication})
+        await self._replication.settle()
         if view is not None and view.is_reachable and client is not None:
             await self._ports.replicator.replicate_newest(job, client)
 
@@ -238,6 +228,10 @@ class JobKeeper:
         def work(tx: Transaction) -> None:
             current = tx.jobs.get(job.job_id)
             if current is None or current.attempt != job.attempt or current.state not in ON_NODE:
+                return
+            # It may have been heard since this was decided.
+            view = self._ports.nodes.view(current.node)
+            if unreachable and view is not None and view.state is not NodeState.UNREACHABLE:
                 return
             if current.node_unreachable is not unreachable:
                 tx.jobs.update(replace(current, node_unreachable=unreachable))

@@ -20,6 +20,9 @@ _log = structlog.get_logger(__name__)
 
 # Leases are looked at this often, in heartbeats: the most that a stop of this process adds to a silence.
 _LEASE_TICK = 0.2
+# A node times its heartbeats by its own clock. With one that runs half as fast as time, and control's twice as fast, a
+# heartbeat comes after four times what was asked for; that, and the way, must fit into a lease.
+_MIN_HEARTBEATS_OF_A_LEASE = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,8 @@ class NodeMonitorConfig:
     lease_seconds: float = 30.0
     heartbeat_seconds: float = 5.0
     capabilities_refresh_seconds: float = 15.0
-    back_off: BackOffConfig = field(default_factory=BackOffConfig)
+    # A server that was started again must be heard within its node's lease.
+    back_off: BackOffConfig = field(default_factory=lambda: BackOffConfig(max_seconds=2.0))
 
 
 class NodeMonitor:
@@ -40,6 +44,7 @@ class NodeMonitor:
         self._dialer = dialer
         self._clock = clock
         self._config = config
+        self._heartbeat_seconds = min(config.heartbeat_seconds, config.lease_seconds / _MIN_HEARTBEATS_OF_A_LEASE)
         self._clients: dict[str, NodeClient] = {}
         self._heard_seconds: dict[str, float] = {}
         self._views: dict[str, NodeView] = {}
@@ -154,8 +159,9 @@ class NodeMonitor:
             try:
                 # Before the first report, so that a node that counts as reachable is known to have models.
                 capabilities = await client.capabilities()
-                async for report in client.watch_node(heartbeat_seconds=self._config.heartbeat_seconds):
+                async for report in client.watch_node(heartbeat_seconds=self._heartbeat_seconds):
                     back_off.reset()
+                    self._renew(name)
                     if report.instance_id != capabilities.instance_id:
                         capabilities = await client.capabilities()
                     self._heard(name, report, capabilities)
@@ -168,9 +174,15 @@ class NodeMonitor:
                 self._silent(name, "")
             await self._clock.sleep(back_off.next_seconds())
 
-    def _heard(self, name: str, report: NodeReport, capabilities: NodeCapabilities) -> None:
+    def _renew(self, name: str) -> None:
+        """Whatever else is to be asked before the node can be used: it is not silent."""
         view = self._views[name]
         self._heard_seconds[name] = self._clock.monotonic_seconds()
+        if view.state is NodeState.UNREACHABLE:
+            self._put(replace(view, state=NodeState.CONNECTING, last_heard_time=self._clock.utc_now()))
+
+    def _heard(self, name: str, report: NodeReport, capabilities: NodeCapabilities) -> None:
+        view = self._views[name]
         if view.capabilities is not None and view.capabilities.instance_id == report.instance_id:
             capabilities = view.capabilities
         problem = "" if capabilities.problem is None else capabilities.problem.message or capabilities.problem.reason
@@ -202,7 +214,7 @@ class NodeMonitor:
                 elif self._views[name].state is not NodeState.UNREACHABLE:
                     _log.warning("node-unreachable", node=name, lease_seconds=lease)
                     self._put(replace(self._views[name], state=NodeState.UNREACHABLE))
-            pause = min(*left, self._config.heartbeat_seconds * _LEASE_TICK)
+            pause = min(*left, self._heartbeat_seconds * _LEASE_TICK)
             await self._clock.sleep(pause)
             # Time in which this process was stopped, or its loop blocked, is no silence of a node: what nodes said
             # meanwhile has yet to be read.

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from control_service.app.store_ports import Transaction
+from control_service.domain.artifact import CheckpointStatus
 from control_service.domain.job import Job, JobView
 from control_service.domain.job_state import ON_NODE, JobState
 from control_service.domain.node import NodeView
 from control_service.domain.queue_policy import Place, QueueDecision, QueuedJob, decide
 from control_service.domain.resume import bound_node
-from control_service.domain.run import RUN_OVER
+from control_service.domain.run import RUN_OVER, RunState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +43,14 @@ def read_queue(tx: Transaction) -> QueueSnapshot:
 
 
 def _may_move(tx: Transaction, job: Job) -> bool:
-    # A run whose outcome the log has is not moved; and work that only the lost node has is waited for.
-    if (
-        job.state not in (JobState.DISPATCHING, JobState.RUNNING)
-        or not job.node_unreachable
-        or job.run_state in RUN_OVER
-    ):
+    if job.state not in (JobState.DISPATCHING, JobState.RUNNING) or not job.node_unreachable:
         return False
-    return not bound_node(tx.checkpoints.list_for_job(job.job_id))
+    checkpoints = tx.checkpoints.list_for_job(job.job_id)
+    if job.run_state is RunState.SUCCEEDED:
+        # Its artifacts are on the lost node, and are waited for unless little is to be done again.
+        return any(checkpoint.status is CheckpointStatus.REPLICATED for checkpoint in checkpoints)
+    # Another outcome is settled, wherever the node is; and work that only the lost node has is waited for.
+    return job.run_state not in RUN_OVER and not bound_node(checkpoints)
 
 
 def views_of(tx: Transaction, jobs: Sequence[Job], nodes: Sequence[NodeView], now: datetime) -> list[JobView]:

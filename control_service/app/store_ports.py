@@ -229,3 +229,10 @@ class Store(Protocol):
 
     def subscribe(self, listener: Callable[[CommitNotice], None]) -> None:
         """Has the listener called on the event loop after each commit, before the writers get their answers."""
+
+
+class StoreWithRoom(Store, Protocol):
+    """A store that can tell whether the next change would be taken."""
+
+    async def check_room(self) -> None:
+        """Finds out whether changes have room, where that is in doubt. StoreFull DISK_FULL when they have none."""

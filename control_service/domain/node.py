@@ -119,6 +119,13 @@ class NodeView:
         return self.state is NodeState.REACHABLE
 
     @property
+    def is_lost(self) -> bool:
+        """Nothing was heard from it within the lease. One that speaks again and is not known again yet is not lost."""
+        if self.state is NodeState.CONNECTING:
+            return self.last_heard_time is None
+        return self.state is NodeState.UNREACHABLE
+
+    @property
     def is_draining(self) -> bool:
         """By the operator's wish or its own."""
         return self.node.draining or (self.report is not None and self.report.draining)

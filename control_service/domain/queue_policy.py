@@ -86,6 +86,8 @@ def eligible_nodes(queued: QueuedJob, nodes: Sequence[NodeView]) -> tuple[WaitRe
     """Nodes that could run the job, free or not; when there are none, why and a message."""
     job = queued.job
     lost_node = job.node if queued.moving else ""
+    if any(view.node.name == lost_node and not view.is_lost for view in nodes):
+        return WaitReason.NO_NODE, f"node {lost_node} is back, and its attempt goes on", []
     reachable = [view for view in nodes if view.is_reachable and view.node.name != lost_node]
     if not reachable:
         problems = [f"node {view.node.name}: {view.problem}" for view in nodes if view.problem]

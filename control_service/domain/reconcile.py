@@ -83,7 +83,7 @@ def reconcile(job: Job, seen: Observation) -> Decision:
     if job.state not in ON_NODE:
         return Decision()
     if job.run_state in RUN_OVER:
-        return _after_outcome(job, job.run_state)
+        return _after_outcome(job, job.run_state, seen.sight)
     if seen.sight is NodeSight.LOST:
         return Decision(mark_unreachable=None if job.node_unreachable else True)
     if seen.sight is NodeSight.SILENT:
@@ -123,14 +123,21 @@ _AFTER_OUTCOME: Mapping[tuple[JobState, RunState], Settle] = {
 }
 
 
-def _after_outcome(job: Job, outcome: RunState) -> Decision:
+def _after_outcome(job: Job, outcome: RunState, sight: NodeSight) -> Decision:
     if outcome is RunState.FAILED:
         return Decision(settle=after_failure(job, job.failure or _untold_failure()))
     settle = _AFTER_OUTCOME.get((job.state, outcome))
     if settle is not None:
         return Decision(settle=settle)
+    # Its artifacts may be lost with the node; then another one makes them again from the last checkpoint.
+    lost = sight is NodeSight.LOST
+    is_told = lost is job.node_unreachable or sight is NodeSight.SILENT
     # SUCCEEDED while DISPATCHING: the node finished before control had stored that it began.
-    return Decision(activity=Activity.COLLECT, mark_running=job.state is JobState.DISPATCHING)
+    return Decision(
+        activity=Activity.COLLECT,
+        mark_running=job.state is JobState.DISPATCHING,
+        mark_unreachable=None if is_told else lost,
+    )
 
 
 def after_failure(job: Job, failure: Failure) -> Settle:

@@ -149,6 +149,10 @@ class FakeNode:
         self.models = list(models)
         self.num_devices = num_devices
         self.is_up = True
+        # Rises with every server of the node.
+        self.instance = 1
+        # What it is and can do is told once it is set.
+        self.capabilities_gate: asyncio.Event | None = None
         self.obeys_stop = True
         # False: its bytes cannot be had just now.
         self.reads_blobs = True
@@ -191,7 +195,7 @@ class FakeNode:
         busy = sum(1 for run in self.runs.values() if not run.is_over)
         return NodeReport(
             node_name=self.name,
-            instance_id=f"{self.name}-1",
+            instance_id=f"{self.name}-{self.instance}",
             devices=tuple(_device(index) for index in range(self.num_devices)),
             runs=tuple(run.observed() for run in self.runs.values()),
             accepting=busy < self.num_devices,
@@ -215,9 +219,11 @@ class FakeNodeClient:
 
     async def capabilities(self) -> NodeCapabilities:
         node = self._answer()
+        if node.capabilities_gate is not None:
+            await node.capabilities_gate.wait()
         return NodeCapabilities(
             node_name=node.name,
-            instance_id=f"{node.name}-1",
+            instance_id=f"{node.name}-{node.instance}",
             devices=tuple(_device(index) for index in range(node.num_devices)),
             models=tuple(_model(name) for name in node.models),
             model_types=(CatalogEntry(id="llama", description="Llama", details={"config_types": "llama"}),),

@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 import psutil
 
 from control_service.backup import make_backup, restore_backup
+from control_service.domain.failpoints import ENVIRONMENT_VARIABLE
 from tests.fakes.gpu_runs import is_alive
 from tests.fakes.gpu_server import GpuServer
+from tests.faults.driver.failpoints import Failpoints
 from tunesmith.common.v1 import event_pb2, training_spec_pb2
 from tunesmith.control.v1 import job_service_pb2, node_service_pb2, project_service_pb2
 from tunesmith_cli.services import ServiceProcess
@@ -42,6 +44,8 @@ class Cluster:
 
     def __init__(self, root: Path, names: str) -> None:
         self.root = root
+        # Of control alone.
+        self.failpoints = Failpoints(root / "failpoints")
         self.control_directory = root / "control"
         self.nodes: dict[str, GpuServer] = {}
         self._num_projects = 0
@@ -79,6 +83,7 @@ class Cluster:
         for name, server in self.nodes.items():
             command += ["--node", f"{name}={server.address}"]
         ready_file = self.root / "run" / "control.json"
+        command = ["env", f"{ENVIRONMENT_VARIABLE}={self.failpoints.directory}", *command]
         self._control = ServiceProcess(
             "control", command, ready_file=ready_file, sink=lambda name, line: self._lines.append(line)
         )
@@ -90,6 +95,13 @@ class Cluster:
         assert self._control is not None
         assert self._control.status() is None, self._control.ended_text()
         return False
+
+    def wait_for_end_of_control(self) -> None:
+        """Waits until it died of a failpoint."""
+        control = self._control
+        assert control is not None
+        wait_for("control's end", lambda: control.status() is not None)
+        self.client.close()
 
     def kill_control(self) -> None:
         """SIGKILL."""

@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.fakes.pair import STUB_ENGINE, PairUnderTest, running_pair
 from tests.fakes.tiny_models import place, place_header_only
@@ -54,11 +58,14 @@ def _database(directory: Path, ledger: Ledger) -> None:
                 f"the refusal is RESOURCE_EXHAUSTED with DISK_FULL, not {refusals[:1]}",
                 all(refusal == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL") for refusal in refusals),
             )
+            ledger.comes_true("readiness says so", lambda: not _is_ready(pair))
+            ledger.hold("the process is alive all the same", _is_ready(pair, service="liveness"))
             ledger.hold("reads are answered", pair.client.jobs.get(job.job_id).job_id == job.job_id)
             held.touch()
             # The run ends on its node meanwhile.
             run = data / "node-local/runs" / job.job_id / "1/artifacts/manifest.json"
             ledger.comes_true("the run goes on while control cannot write", run.exists)
+        ledger.comes_true("readiness comes back alone", lambda: _is_ready(pair))
         ledger.comes_true("the job ends well once there is room", lambda: _state(pair, job.job_id) == _SUCCEEDED)
         _hold_log(pair, job.job_id, ledger)
         later = pair.client.jobs.start(project.project_id)
@@ -267,9 +274,54 @@ def _training(directory: Path, ledger: Ledger) -> None:
     _hold_integrity(data / "control/control.sqlite", ledger)
 
 
+def _backup(directory: Path, ledger: Ledger) -> None:
+    """Where a backup goes there is no room: it says so, leaves nothing, and an earlier backup is as it was."""
+    data, volume = directory / "data", Volume(directory / "backups", size_bytes=24 * _MEBIBYTE)
+    with _stub_pair(directory) as pair:
+        pids = _pids(pair)
+        job = pair.start("first", num_steps=3)
+        ledger.comes_true("the job ends well", partial(_has_succeeded, pair, job.job_id))
+        # Room for no database; for the database, and not for all blobs.
+        for number, leave_bytes in enumerate((0, 64 * 1024, 400 * 1024)):
+            target = volume.directory / f"new-{number}"
+            volume.fill(leave_bytes=leave_bytes)
+            status, words = _chore("backup", "--data-directory", data / "control", "--to", target)
+            volume.empty()
+            if status == 0:
+                continue
+            ledger.hold(f"it ends with 1, not {status}", status == 1)
+            ledger.hold(f"it says why, without a trace: {words[-300:]!r}", "full" in words or "No space" in words)
+            ledger.hold(f"it does not show its insides: {words[-300:]!r}", "Traceback" not in words)
+            left = [path for path in target.rglob("*") if path.is_file()] if target.exists() else []
+            ledger.hold(f"nothing is left that looks like a backup: {left}", not left)
+        ledger.hold("a disk without room was tried", ledger.tried > 1)
+        kept = volume.directory / "kept"
+        status, words = _chore("backup", "--data-directory", data / "control", "--to", kept)
+        ledger.hold(f"with room it is made: {words}", status == 0)
+        before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+        later = pair.start("second", num_steps=3)
+        ledger.comes_true("the later job ends well", partial(_has_succeeded, pair, later.job_id))
+        with volume.full():
+            status, _ = _chore("backup", "--data-directory", data / "control", "--to", kept)
+        ledger.hold("the earlier backup is not renewed without room", status == 1)
+        after = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+        ledger.hold("the earlier backup is as it was", before == after)
+        restored = directory / "restored"
+        status, words = _chore("restore", "--from", kept, "--data-directory", restored)
+        ledger.hold(f"it can be put back: {words}", status == 0)
+        ledger.hold("no service was restarted", _pids(pair) == pids)
+
+
+def _chore(*arguments: object) -> tuple[int, str]:
+    command = [sys.executable, "-m", "control_service", *(str(argument) for argument in arguments)]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True)
+    return ended.returncode, ended.stdout
+
+
 TRIALS: Mapping[str, Callable[[Path, Ledger], None]] = {
     "database": _database,
     "blobs": _blobs,
+    "backup": _backup,
     "save": _save,
     "start": _start,
     "journal": _journal,
@@ -284,6 +336,13 @@ TRIALS: Mapping[str, Callable[[Path, Ledger], None]] = {
 
 def _pids(pair: PairUnderTest) -> tuple[int, int]:
     return pair.pair.control.pid, pair.pair.gpu.pid
+
+
+def _is_ready(pair: PairUnderTest, *, service: str = "") -> bool:
+    with grpc.insecure_channel(pair.client.config.address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=30.0)
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def _state(pair: PairUnderTest, job_id: str) -> event_pb2.JobState.ValueType:

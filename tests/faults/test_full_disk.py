@@ -13,7 +13,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.mark.usefixtures("mount_namespace")
-@pytest.mark.parametrize("trial", ["database", "blobs", "save", "journal"])
+@pytest.mark.parametrize("trial", ["database", "blobs", "backup", "save", "journal"])
 def test_what_a_full_disk_costs(trial: str, tmp_path: Path) -> None:
     (finding,) = full_disk.run_trial(trial, tmp_path)
     assert finding.violations == ()

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.faults.scenario import Scenario, Trial
-from tests.faults.scenarios import fencing, old_backup
+from tests.faults.scenarios import fencing, lost_node, old_backup
 
 pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.mark.parametrize(
     ("scenario", "seed"),
-    [(fencing.SCENARIO, 0), (old_backup.SCENARIO, 0), (old_backup.SCENARIO, 1)],
-    ids=["fencing", "restored", "wiped"],
+    [(fencing.SCENARIO, 0), (old_backup.SCENARIO, 0), (old_backup.SCENARIO, 1), (lost_node.SCENARIO, 9)],
+    ids=["fencing", "restored", "wiped", "lost-while-collecting"],
 )
 def test_a_trial_holds(scenario: Scenario, seed: int, tmp_path: Path) -> None:
     for finding in scenario.run(Trial(directory=tmp_path, seed=seed)):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,21 @@ def test_a_seed_is_a_schedule() -> None:
     first, again = simulate(7, traced=True), simulate(7, traced=True)
     assert first.trace == again.trace
     assert simulate(8).digest != first.digest
+
+
+def test_a_schedule_does_not_depend_on_the_order_of_sets() -> None:
+    script = "from tests.faults.simulation.world import simulate; print([simulate(s).digest for s in range(20, 32)])"
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for seed in ("0", "1")
+    }
+    assert len(told) == 1, told
 
 
 def test_schedules_are_about_something() -> None:

@@ -1,6 +1,7 @@
 """One blocking call: deadline, request id, repeats on UNAVAILABLE, typed errors. Knows no noun."""
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -9,8 +10,8 @@ import grpc
 from google.protobuf.message import Message
 
 from tunesmith_client._config import DEFAULT_DEADLINE_SECONDS, ClientConfig
-from tunesmith_client._errors import TunesmithError, error_from_sync
-from tunesmith_client._retry import give_request_id, method_of, pause_after, pauses
+from tunesmith_client._errors import error_from_sync
+from tunesmith_client._retry import Repeats, give_request_id, lost_if_cancelled, method_of
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -26,6 +27,7 @@ class Caller:
     def __init__(self, config: ClientConfig) -> None:
         self.config = config
         self._random = random.Random()
+        self._closed = threading.Event()
 
     def call(
         self,
@@ -41,15 +43,19 @@ class Caller:
         return self.repeat(lambda: method(request, timeout=max(0.001, ends_at - time.monotonic())), ends_at=ends_at)
 
     def repeat(self, attempt: Callable[[], Result], *, ends_at: float) -> Result:
-        """Runs `attempt` until it returns, up to the policy's attempts; `ends_at` is on the monotonic clock."""
-        waits = pauses(self.config.retry, self._random)
-        for remaining in range(self.config.retry.max_attempts - 1, -1, -1):
+        """Runs `attempt` until it returns, or the policy ends it; `ends_at` is on the monotonic clock."""
+        repeats = Repeats(self.config.retry, self._random)
+        while True:
             try:
                 return attempt()
             except grpc.RpcError as error:
                 typed = error_from_sync(error)
-                pause_seconds = pause_after(typed, next(waits))
-                if not remaining or pause_seconds is None or time.monotonic() + pause_seconds >= ends_at:
+                if not self._closed.is_set():
+                    typed = lost_if_cancelled(typed)
+                pause_seconds = repeats.pause(typed, remaining_seconds=ends_at - time.monotonic())
+                if pause_seconds is None or self._closed.wait(pause_seconds):
                     raise typed from error
-                time.sleep(pause_seconds)
-        raise TunesmithError("the retry policy allows no attempt at all")
+
+    def close(self) -> None:
+        """No call is repeated any more; to be called before the channel is closed."""
+        self._closed.set()

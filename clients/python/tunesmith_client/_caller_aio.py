@@ -10,8 +10,8 @@ import grpc
 from google.protobuf.message import Message
 
 from tunesmith_client._config import DEFAULT_DEADLINE_SECONDS, ClientConfig
-from tunesmith_client._errors import TunesmithError, error_from_aio
-from tunesmith_client._retry import give_request_id, method_of, pause_after, pauses
+from tunesmith_client._errors import error_from_aio
+from tunesmith_client._retry import Repeats, give_request_id, lost_if_cancelled, method_of
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -44,15 +44,15 @@ class AsyncCaller:
         )
 
     async def repeat(self, attempt: Callable[[], Awaitable[Result]], *, ends_at: float) -> Result:
-        """Runs `attempt` until it returns, up to the policy's attempts; `ends_at` is on the monotonic clock."""
-        waits = pauses(self.config.retry, self._random)
-        for remaining in range(self.config.retry.max_attempts - 1, -1, -1):
+        """Runs `attempt` until it returns, or the policy ends it; `ends_at` is on the monotonic clock."""
+        repeats = Repeats(self.config.retry, self._random)
+        while True:
             try:
                 return await attempt()
             except grpc.aio.AioRpcError as error:
-                typed = error_from_aio(error)
-                pause_seconds = pause_after(typed, next(waits))
-                if not remaining or pause_seconds is None or time.monotonic() + pause_seconds >= ends_at:
+                # Of a task that was cancelled, or a channel that was closed here, asyncio itself tells.
+                typed = lost_if_cancelled(error_from_aio(error))
+                pause_seconds = repeats.pause(typed, remaining_seconds=ends_at - time.monotonic())
+                if pause_seconds is None:
                     raise typed from error
                 await asyncio.sleep(pause_seconds)
-        raise TunesmithError("the retry policy allows no attempt at all")

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 ADDRESS_VARIABLE = "TUNESMITH_ADDRESS"
 
-# Seconds for a whole call, repeats included. What is not named here takes DEFAULT_DEADLINE_SECONDS.
-DEFAULT_DEADLINE_SECONDS = 15.0
+# Seconds for a whole call, repeats included. What is not named here takes DEFAULT_DEADLINE_SECONDS: longer than a
+# service needs to end in order (10 s of grace) and to be started again on a busy machine.
+DEFAULT_DEADLINE_SECONDS = 45.0
 # GetDataset and PreviewDataset with a base model: a node counts or renders, and may have to be given the rows first.
 INSPECTION_SECONDS = 300.0
 # PlanTraining with a memory probe: the base is loaded as well.
@@ -20,7 +21,7 @@ DEADLINE_SECONDS = {
     # An EXACT plan reads and tokenizes the data.
     "PlanTraining": 300.0,
     # A plan at level CHECK comes first.
-    "StartTraining": 30.0,
+    "StartTraining": 60.0,
     # Every row is read before the answer.
     "RegisterDataset": 600.0,
     # Frees disk.
@@ -38,11 +39,10 @@ UPLOAD_BASE_SECONDS = 120.0
 class RetryPolicy:
     """How a call that met UNAVAILABLE is repeated, and how a watch reconnects."""
 
-    # Calls in all, the first one counted. With the pauses between them enough for a service that is started again;
-    # a call's deadline ends it sooner.
-    max_attempts: int = 10
+    # Calls in all, the first one counted; None: as many as the call's deadline has room for.
+    max_attempts: int | None = None
     initial_backoff_seconds: float = 0.2
-    max_backoff_seconds: float = 5.0
+    max_backoff_seconds: float = 2.0
     # Each pause is drawn from [1 - jitter, 1] of the back-off, so that many clients do not return together.
     jitter: float = 0.5
 

@@ -12,8 +12,8 @@ import grpc
 from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import job_service_pb2
 from tunesmith_client._config import ClientConfig
-from tunesmith_client._errors import CallCancelled, ResourceExhausted, ServiceDefect, TunesmithError, Unavailable
-from tunesmith_client._retry import pause_after, pauses
+from tunesmith_client._errors import ResourceExhausted, ServiceDefect, TunesmithError, Unavailable
+from tunesmith_client._retry import lost_if_cancelled, pause_after, pauses
 
 
 class Cursor:
@@ -58,8 +58,7 @@ class Cursor:
 
     def pause_before_reopening(self, error: TunesmithError) -> float:
         """Seconds to wait before the next stream. Raises `error` when another stream cannot help or time is up."""
-        # A CANCELLED that this side did not ask for is a server that stopped without saying so.
-        lost = Unavailable(error.message, code=error.code) if isinstance(error, CallCancelled) else error
+        lost = lost_if_cancelled(error)
         # Too many watches, one of which may be this one's own, on a link that the service has not yet found broken.
         if isinstance(error, ResourceExhausted) and self._was_heard and error.retry_after_seconds is not None:
             lost = Unavailable(

@@ -1,7 +1,7 @@
 """When a call is repeated and how long the pause is; pure. Makes no call and reads no clock of its own.
 
-Every unary call may be repeated on UNAVAILABLE: a read changes nothing, a mutating one carries a request_id that gives
-the first answer again, and the rest are idempotent by content.
+Every unary call may be repeated on UNAVAILABLE, and on a CANCELLED that this side did not ask for: a read changes
+nothing, a mutating one carries a request_id that gives the first answer again, and the rest are idempotent by content.
 """
 
 import random
@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from google.protobuf.message import Message
 
 from tunesmith_client._config import RetryPolicy
-from tunesmith_client._errors import TunesmithError, Unavailable
+from tunesmith_client._errors import CallCancelled, TunesmithError, Unavailable
+
+_LEAST_ATTEMPT_SECONDS = 0.05
 
 
 def pauses(policy: RetryPolicy, random_source: random.Random) -> Iterator[float]:
@@ -27,6 +29,36 @@ def pause_after(error: TunesmithError, pause_seconds: float) -> float | None:
     if not isinstance(error, Unavailable):
         return None
     return max(pause_seconds, error.retry_after_seconds or 0.0)
+
+
+def lost_if_cancelled(error: TunesmithError) -> TunesmithError:
+    """A CANCELLED that nobody here asked for is a server that stopped without saying so; other errors as they are."""
+    return Unavailable(error.message, code=error.code) if isinstance(error, CallCancelled) else error
+
+
+class Repeats:
+    """Of one call: whether it is made again after an error, and after how long."""
+
+    def __init__(self, policy: RetryPolicy, random_source: random.Random) -> None:
+        self._policy = policy
+        self._pauses = pauses(policy, random_source)
+        self._num_attempts = 0
+
+    def pause(self, error: TunesmithError, *, remaining_seconds: float) -> float | None:
+        """Seconds to wait before the next attempt; None when there is none. `remaining_seconds` is up to the deadline.
+
+        As the deadline comes nearer the pauses get shorter, so that a service that is back in time is found in time.
+        """
+        self._num_attempts += 1
+        if self._policy.max_attempts is not None and self._num_attempts >= self._policy.max_attempts:
+            return None
+        least_seconds = error.retry_after_seconds or 0.0
+        pause_seconds = pause_after(error, next(self._pauses))
+        if pause_seconds is None:
+            return None
+        pause_seconds = max(least_seconds, min(pause_seconds, remaining_seconds / 2))
+        # An attempt needs time itself.
+        return pause_seconds if remaining_seconds - pause_seconds > _LEAST_ATTEMPT_SECONDS else None
 
 
 def method_of(request: Message) -> str:

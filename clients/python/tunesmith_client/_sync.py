@@ -23,7 +23,7 @@ class Client:
             raise ValueError("give an address or a config, not both: the config has the address")
         self.config = config or ClientConfig(address=address or address_from_environment())
         self._channel = grpc.insecure_channel(self.config.address, options=self.config.channel_options())
-        caller = Caller(self.config)
+        caller = self._caller = Caller(self.config)
         self.projects = Projects(self._channel, caller)
         self.datasets = Datasets(self._channel, caller)
         self.models = Models(self._channel, caller)
@@ -33,7 +33,8 @@ class Client:
         self.inference = Inference(self._channel, caller)
 
     def close(self) -> None:
-        """Closes the channel; open watches end."""
+        """Closes the channel; open watches end, and so do calls of other threads."""
+        self._caller.close()
         self._channel.close()
 
     def __enter__(self) -> Self:

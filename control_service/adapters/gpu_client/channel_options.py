@@ -21,7 +21,7 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     # The monitor paces its own attempts; the channel must not hold a node that came back away for minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 2000),
-    ("grpc.max_reconnect_backoff_ms", 5000),
+    ("grpc.max_reconnect_backoff_ms", 2000),
     # A node is dialed, never asked for through a proxy of the environment.
     ("grpc.enable_http_proxy", 0),
     # Clients of one process to one node (after a new registration) share nothing.

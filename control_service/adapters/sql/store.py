@@ -20,13 +20,13 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from control_service.adapters.sql import schema
+from control_service.adapters.sql import room, schema
 from control_service.adapters.sql.engine import BUSY_TIMEOUT_MILLISECONDS, connect, make_engine
 from control_service.adapters.sql.migrate import migrate
 from control_service.adapters.sql.touched import Touched
 from control_service.adapters.sql.transaction import SqlTransaction
 from control_service.app.store_ports import CommitNotice, Transaction
-from control_service.domain.errors import FailedPrecondition, StoreFull, Unavailable
+from control_service.domain.errors import StoreFull, Unavailable
 from control_service.domain.failpoints import failpoint
 
 T = TypeVar("T")
@@ -64,6 +64,8 @@ class SqlStore:
         self._waiting: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._listeners: list[Callable[[CommitNotice], None]] = []
         self._closed = False
+        # A commit found no room, and nobody has found any since.
+        self._was_full = False
         self.num_commits = 0
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="store-reader")
         self._reader_state = threading.local()
@@ -109,6 +111,18 @@ class SqlStore:
         """See the port."""
         self._refuse_if_closed()
         return await self._loop.run_in_executor(self._readers, self._read, work)
+
+    async def check_room(self) -> None:
+        """See the port."""
+        self._refuse_if_closed()
+        await asyncio.to_thread(self._check_room)
+
+    def _check_room(self) -> None:
+        directory = Path(str(self._engine.url.database)).parent
+        if self._was_full or room.is_short(directory):
+            if not room.can_be_written(directory):
+                raise _full()
+            self._was_full = False
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -160,6 +174,7 @@ class SqlStore:
 
     def _commit_group(self, group: list[_Work]) -> Touched:
         touched = Touched()
+        is_committed = False
         try:
             if self._connection is None:
                 self._connection = connect(self._engine, read_only=False)
@@ -169,14 +184,17 @@ class SqlStore:
             failpoint("store.before-commit")
             self._connection.exec_driver_sql("COMMIT")
             self.num_commits += 1
+            is_committed = True
             failpoint("store.after-commit")
-        except (sa.exc.SQLAlchemyError, FailedPrecondition) as error:
-            self._roll_back()
+        except Exception as error:  # noqa: BLE001 - a thread's boundary: told to all who wait, and the thread goes on
+            if not is_committed:
+                self._roll_back()
+                touched = Touched()
             # A statement without room makes SQLite undo the whole transaction: then it is the savepoint that is missed.
             is_full = any(isinstance(work.error, StoreFull) for work in group)
             for work in group:
                 work.error = _full() if is_full else _unavailable(error)
-            return Touched()
+        self._was_full |= any(isinstance(work.error, StoreFull) for work in group)
         return touched
 
     def _run_in_savepoint(self, connection: sa.Connection, work: _Work) -> Touched:
@@ -220,12 +238,12 @@ class SqlStore:
         with ExitStack() as told:
             told.callback(_tell, group)
             if touched:
-                failpoint("store.before-wake")
                 notice = CommitNotice(
                     job_sequences=touched.job_sequences, jobs_changed=touched.jobs, nodes_changed=touched.nodes
                 )
                 for listener in reversed(self._listeners):
                     told.callback(listener, notice)
+                failpoint("store.before-wake")
 
 
 def _tell(group: list[_Work]) -> None:

@@ -67,9 +67,39 @@ async def test_a_group_in_which_a_change_finds_no_room_is_told_so_and_nothing_of
     refusals = [answer for answer in answers if answer is not None]
     assert refusals
     assert all(isinstance(one, StoreFull) and one.reason == "DISK_FULL" for one in refusals), refusals
+    assert store._was_full
+    # There is room beside the database.
+    await store.check_room()
+    assert not store._was_full
     await store.transact(lambda tx: _limit_pages(tx, more=10_000))
     await store.transact(lambda tx: tx.nodes.put(_node("large", address=large)))
     assert await store.read(lambda tx: tx.nodes.get("large")) == _node("large", address=large)
+
+
+class _Failing:
+    """A connection whose next commit meets what no table of errors has; an injected fault is one."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._fails = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def exec_driver_sql(self, statement: str) -> Any:
+        if statement == "COMMIT" and self._fails:
+            self._fails = False
+            raise OSError(5, "Input/output error")
+        return self._connection.exec_driver_sql(statement)
+
+
+async def test_whatever_a_commit_meets_the_writer_goes_on(store: SqlStore) -> None:
+    store._connection = _Failing(store._connection)  # type: ignore[assignment]
+    async with asyncio.timeout(30.0):
+        with pytest.raises(Unavailable, match="Input/output error"):
+            await store.transact(lambda tx: tx.nodes.put(_node("lost")))
+        await store.transact(lambda tx: tx.nodes.put(_node("kept")))
+    assert [node.name for node in await store.read(lambda tx: tx.nodes.list_all())] == ["kept"]
 
 
 async def test_a_reader_whose_connection_broke_gets_another(store: SqlStore) -> None:

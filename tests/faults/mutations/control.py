@@ -186,7 +186,7 @@ JOBS = (
         name="the-node-is-asked-before-the-log",
         promise="R7",
         file="control_service/domain/reconcile.py",
-        snippet="    if job.run_state in RUN_OVER:\n        return _after_outcome(job, job.run_state)\n",
+        snippet="    if job.run_state in RUN_OVER:\n        return _after_outcome(job, job.run_state, seen.sight)\n",
         replacement="",
         tests=(f"{_RECONCILE}test_table", f"{_RECONCILE}test_settled"),
     ),

@@ -8,5 +8,6 @@ from tests.faults.mutations.engine import ENGINE
 from tests.faults.mutations.files import FILES
 from tests.faults.mutations.mutation import Mutation
 from tests.faults.mutations.runs import RUNS
+from tests.faults.mutations.service import SERVICE
 
-MUTATIONS: tuple[Mutation, ...] = (*CLIENT, *CONTROL, *FILES, *RUNS, *ENGINE)
+MUTATIONS: tuple[Mutation, ...] = (*CLIENT, *CONTROL, *SERVICE, *FILES, *RUNS, *ENGINE)

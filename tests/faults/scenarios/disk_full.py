@@ -5,8 +5,8 @@ from __future__ import annotations
 from tests.faults.full_disk import run_trial
 from tests.faults.scenario import Finding, Scenario, Trial
 
-# In the order of what they break: control's database, its bytes, then the node's saves, starts, events and ends.
-STUB_TRIALS = ("database", "blobs", "save", "start", "journal", "cancel", "killed")
+# In the order of what they break: control's database, its bytes, a backup; the node's saves, starts, events and ends.
+STUB_TRIALS = ("database", "blobs", "backup", "save", "start", "journal", "cancel", "killed")
 
 
 def _run_stub(trial: Trial) -> list[Finding]:
@@ -21,7 +21,7 @@ SCENARIO = Scenario(
     name="disk-full",
     promises=("R21",),
     # Each kind a few times: when exactly the disk is full differs from one to the next.
-    num_trials=28,
+    num_trials=32,
     trial_seconds=15.0,
     run=_run_stub,
 )

@@ -19,32 +19,83 @@ _MAX_RETRIES = 2
 _LIMIT_SECONDS = LEASE_SECONDS + 5.0
 
 # Where the run stands when its node dies; None: its engine dies of the job itself, every time.
-_PLACES: Sequence[str | int | None] = ("PLANNING", "LOADING", "TRAINING", 3, 12, 27, "SAVING", None)
+_PLACES: Sequence[str | int | None] = (
+    *("PLANNING", "LOADING", "TRAINING", 3, 12, 27, "SAVING", None),
+    *("DISPATCHING", "COLLECTING"),
+)
+# What kills control while it collects: the first artifact is here, the next is not.
+_COLLECTING = "collect.before-output"
 
 
 def run(trial: Trial) -> list[Finding]:
     """One job, two nodes; the seed chooses where the node dies."""
     place = _PLACES[trial.seed % len(_PLACES)]
     with running_cluster(trial.directory, "ab") as cluster:
-        return _try_poison(cluster) if place is None else _try_loss(cluster, place)
+        if place is None:
+            return _try_poison(cluster)
+        ways = {"DISPATCHING": _lose_while_dispatching, "COLLECTING": _lose_while_collecting}
+        return _judge(cluster, place, *ways.get(str(place), _lose_while_running)(cluster, place))
 
 
-def _try_loss(cluster: Cluster, place: str | int) -> list[Finding]:
+def _lose_while_running(cluster: Cluster, place: str | int) -> tuple[str, str, float]:
+    """The job, the node that it was on, and the seconds from its death to the second attempt."""
     free = cluster.root / "go-on"
-    script: dict[str, Any] = {"step_seconds": 0.01, "hold_at": place, "until_file": str(free)}
-    job_id = cluster.start_job(
+    job_id = _start(cluster, {"step_seconds": 0.01, "hold_at": place, "until_file": str(free)})
+    first = cluster.node_of(job_id)
+    wait_for(f"the run to reach {place}", lambda: _stands_at(cluster, first, job_id, place))
+    wait_for(f"step {_last_saved(place)} in control", lambda: cluster.replicated_step(job_id) == _last_saved(place))
+    cluster.signal_node(first, signal.SIGKILL)
+    moved_seconds = _wait_for_second(cluster, job_id)
+    free.touch()
+    return job_id, first, moved_seconds
+
+
+def _lose_while_dispatching(cluster: Cluster, _: str | int) -> tuple[str, str, float]:
+    """The node is stopped before it hears of the run, and killed once control waits for its answer."""
+    first = "a"
+    for name in cluster.nodes:
+        cluster.client.nodes.drain(name)
+    job_id = _start(cluster, {"step_seconds": 0.01})
+    cluster.signal_node(first, signal.SIGSTOP)
+    cluster.client.nodes.drain(first, undo=True)
+    wait_for("the dispatch", lambda: cluster.job(job_id).state == event_pb2.JOB_STATE_DISPATCHING)
+    assert cluster.job(job_id).node == first
+    for name in set(cluster.nodes) - {first}:
+        cluster.client.nodes.drain(name, undo=True)
+    cluster.signal_node(first, signal.SIGKILL)
+    return job_id, first, _wait_for_second(cluster, job_id)
+
+
+def _lose_while_collecting(cluster: Cluster, _: str | int) -> tuple[str, str, float]:
+    """Training is over and control has some of what it came to, when control and the node die; control comes back."""
+    free = cluster.root / "go-on"
+    job_id = _start(cluster, {"step_seconds": 0.01, "hold_at": "SAVING", "until_file": str(free)})
+    first = cluster.node_of(job_id)
+    wait_for("the last step in control", lambda: cluster.replicated_step(job_id) == _NUM_STEPS)
+    cluster.failpoints.arm(_COLLECTING)
+    free.touch()
+    cluster.wait_for_end_of_control()
+    cluster.signal_node(first, signal.SIGKILL)
+    cluster.start_control()
+    return job_id, first, _wait_for_second(cluster, job_id)
+
+
+def _wait_for_second(cluster: Cluster, job_id: str) -> float:
+    """Seconds until the second attempt."""
+    started = time.monotonic()
+    wait_for("the second attempt", lambda: cluster.job(job_id).attempt == 2)
+    return time.monotonic() - started
+
+
+def _start(cluster: Cluster, script: dict[str, Any]) -> str:
+    return cluster.start_job(
         num_steps=_NUM_STEPS, save_every_steps=_SAVE_EVERY, script=script, max_retries=_MAX_RETRIES
     )
-    first = cluster.node_of(job_id)
+
+
+def _judge(cluster: Cluster, place: str | int, job_id: str, first: str, moved_seconds: float) -> list[Finding]:
     second = "b" if first == "a" else "a"
-    wait_for(f"the run to reach {place}", lambda: _stands_at(cluster, first, job_id, place))
     expected = _last_saved(place)
-    wait_for(f"step {expected} in control", lambda: cluster.replicated_step(job_id) == expected)
-    cluster.signal_node(first, signal.SIGKILL)
-    died_at = time.monotonic()
-    wait_for("the second attempt", lambda: cluster.job(job_id).attempt == 2)
-    moved_seconds = time.monotonic() - died_at
-    free.touch()
     job = cluster.wait_for_state(job_id, event_pb2.JOB_STATE_SUCCEEDED)
     log = cluster.log(job_id)
     resumed = [event.payload.resumed.from_step for event in log if event.payload.HasField("resumed")]
@@ -98,7 +149,7 @@ def _last_saved(place: str | int) -> int:
     """The newest checkpoint before the place. A step is held before it is made."""
     if isinstance(place, int):
         return (place - 1) // _SAVE_EVERY * _SAVE_EVERY
-    return _NUM_STEPS if place == "SAVING" else 0
+    return _NUM_STEPS if place in ("SAVING", "COLLECTING") else 0
 
 
-SCENARIO = Scenario(name="lost_node", promises=("R4",), num_trials=64, trial_seconds=18.0, run=run)
+SCENARIO = Scenario(name="lost_node", promises=("R4",), num_trials=70, trial_seconds=18.0, run=run)

@@ -37,9 +37,13 @@ class Watch:
     num_devices: Mapping[str, int]
     jobs: dict[str, Job] = field(default_factory=dict)
     log_lengths: dict[str, int] = field(default_factory=dict)
-    # Node -> seconds of control's own waking time since its last report.
+    # Node -> seconds of control's own waking time, by its own clock, since its last report.
     silence_seconds: Callable[[str], float] = lambda _: 0.0
     lease_seconds: float = 30.0
+    # Node -> something of what it said since that report came late, or not at all.
+    was_disturbed: Callable[[str], bool] = lambda _: True
+    # How fast control's clocks run.
+    clock_rate: float = 1.0
     # Node -> jobs that it said to be too small for, which may be given elsewhere first.
     too_small_for: Mapping[str, set[str]] = field(default_factory=dict)
     # The simulation's own time, and how many lives control has had: what the product's clocks are held to.
@@ -86,6 +90,7 @@ class Watch:
             if isinstance(fact, NodeReachabilityFact) and not fact.reachable:
                 silence = self.silence_seconds(fact.node)
                 hold(silence >= self.lease_seconds - 6.0, f"{fact.node} was given up after {silence:.1f} s")
+                hold(self.was_disturbed(fact.node), f"{fact.node} was given up although all it said came")
         if before is None:
             hold([fact.state for fact in states][:1] == [JobState.QUEUED], "a new job is not queued")
             return
@@ -121,7 +126,7 @@ class Watch:
         self.on_dispatch()
         failed_at, life = self._failed_at.pop(job.job_id, (0.0, -1))
         if life == self.num_lives():
-            waited, due = self.now_seconds() - failed_at, min(60.0, 2.0 ** (job.num_retries - 1))
+            waited, due = (self.now_seconds() - failed_at) * self.clock_rate, min(60.0, 2.0 ** (job.num_retries - 1))
             hold(waited > due - 0.05, f"{job.job_id} was tried again after {waited:.2f} s, not {due:.2f} s")
         for other in self.jobs.values():
             if other.state is JobState.QUEUED and other.job_id != job.job_id and self._goes_before(other, before):

@@ -40,10 +40,12 @@ class Dead(BaseException):
 
 
 class WallClock:
-    """The machine's clocks; the time of day is set wrong by `jump`. Outlives lives of control."""
+    """A machine's clocks: they run at `rate` of true time, and the time of day is set wrong by `jump`. Outlives lives
+    of control."""
 
-    def __init__(self, loop: VirtualLoop) -> None:
+    def __init__(self, loop: VirtualLoop, *, rate: float = 1.0) -> None:
         self._loop = loop
+        self.rate = rate
         self._offset = timedelta(0)
         self._steady_offset = timedelta(0)
 
@@ -55,16 +57,16 @@ class WallClock:
         self._offset += timedelta(seconds=seconds)
 
     def utc_now(self) -> datetime:
-        return datetime(2030, 1, 1, tzinfo=UTC) + timedelta(seconds=self._loop.time()) + self._offset
+        return datetime(2030, 1, 1, tzinfo=UTC) + timedelta(seconds=self.monotonic_seconds()) + self._offset
 
     def steady_utc_now(self) -> datetime:
         return self.utc_now() - self._offset + self._steady_offset
 
     def monotonic_seconds(self) -> float:
-        return self._loop.time()
+        return self._loop.time() * self.rate
 
     async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds / self.rate)
 
 
 @dataclass

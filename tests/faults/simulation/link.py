@@ -37,6 +37,8 @@ class Weather:
     stream_dropped: float = 0.0
     batch_repeated: float = 0.0
     trace: Callable[[str], None] = field(default=lambda _: None)
+    # When something of it last came late, or not at all.
+    disturbed_at: float = 0.0
     # The node's report has just reached control.
     heard: Callable[[], None] = field(default=lambda: None)
 
@@ -48,9 +50,14 @@ class Weather:
         self._let_go.set()
         self._let_go = asyncio.Event()
 
+    def disturb(self) -> None:
+        """What is sent now comes late, or not at all."""
+        self.disturbed_at = asyncio.get_running_loop().time()
+
     async def pass_stream(self) -> None:
         """Waits while streams are held back."""
         if self.is_held:
+            self.disturb()
             await self._let_go.wait()
 
     def calm(self) -> None:
@@ -76,6 +83,7 @@ class SimClient:
         weather, dice = self._weather, self._weather.dice
         await asyncio.sleep(dice.uniform(0.001, 0.05))
         if weather.is_black_hole:
+            weather.disturb()
             await asyncio.sleep(_KEEPALIVE_SECONDS)
         self._refuse_if_away()
         if dice.random() < weather.request_lost:
@@ -106,9 +114,11 @@ class SimClient:
 
     def _refuse_if_away(self) -> None:
         if not self._node.is_serving or self._weather.is_cut or self._weather.is_black_hole:
+            self._weather.disturb()
             raise Unavailable("NODE_UNREACHABLE", f"node {self._node.name} does not answer")
 
     def _lost(self, what: str) -> Unavailable:
+        self._weather.disturb()
         self._weather.trace(f"{self._node.name}: {what} is lost")
         return Unavailable("NODE_UNREACHABLE", "the connection was lost")
 
@@ -191,7 +201,8 @@ class SimClient:
 
     async def _quiet(self, seconds: float) -> None:
         try:
-            await asyncio.wait_for(self._node.wait_changed(), seconds)
+            # The node's own clock times it.
+            await asyncio.wait_for(self._node.wait_changed(), seconds / self._node.rate)
         except TimeoutError:
             return
 

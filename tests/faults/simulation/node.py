@@ -8,7 +8,7 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from control_service.app.ports import StartRun
 from control_service.domain.artifact import ArtifactKind, CheckpointStatus, FileReference
@@ -98,9 +98,19 @@ class SimNode:
     """One machine. `script_of` says how an attempt goes."""
 
     def __init__(
-        self, name: str, *, num_devices: int, dice: random.Random, script_of: Callable[[StartRun], Script]
+        self,
+        name: str,
+        *,
+        num_devices: int,
+        dice: random.Random,
+        script_of: Callable[[StartRun], Script],
+        rate: float = 1.0,
+        ahead_seconds: float = 0.0,
     ) -> None:
+        """`rate`: of its clocks to true time; `ahead_seconds`: what its time of day began wrong by."""
         self.name = name
+        self.rate = rate
+        self._ahead_seconds = ahead_seconds
         self.num_devices = num_devices
         self._dice = dice
         self._script_of = script_of
@@ -274,7 +284,7 @@ class SimNode:
             self.stop(earlier.request.key.job_id, earlier.request.key.attempt, StopMode.CANCEL)
         while any(not earlier.is_over for earlier in older):
             await self.wait_changed()
-        await asyncio.sleep(run.script.step_seconds)
+        await asyncio.sleep(run.script.step_seconds / self.rate)
         self._emit(run, RunStateFact(state=RunState.RUNNING), PhaseFact(phase=Phase.PLANNING))
         if run.stop is None:
             run.state = RunState.RUNNING
@@ -285,7 +295,7 @@ class SimNode:
             self._emit(run, ResumedFact(from_step=resume.step, checkpoint=resume.checkpoint))
         self._emit(run, PhaseFact(phase=Phase.TRAINING))
         while run.step < run.script.num_steps:
-            await asyncio.sleep(run.script.step_seconds)
+            await asyncio.sleep(run.script.step_seconds / self.rate)
             if run.stop is not None:
                 await asyncio.sleep(run.script.stop_seconds)
                 self._obey(run)
@@ -294,7 +304,7 @@ class SimNode:
             if run.step == run.script.fail_at_step and run.script.failure is not None:
                 self._fail(run, run.script.failure)
                 return
-        await asyncio.sleep(run.script.step_seconds)
+        await asyncio.sleep(run.script.step_seconds / self.rate)
         file = self.add_file(f"adapter of {run.request.key.job_id}".encode(), "adapter_model.safetensors")
         self._emit(run, ArtifactFact(name="adapter", kind=ArtifactKind.ADAPTER, files=(file,)))
         self._end(run, RunState.SUCCEEDED)
@@ -352,11 +362,15 @@ class SimNode:
                 attempt=run.request.key.attempt,
                 run_sequence=len(run.journal) + 1,
                 kind=kind,
-                time=datetime(2030, 1, 1, tzinfo=UTC),
+                time=self._utc_now(),
                 payload=payload,
             )
             run.journal.append(event)
         self.changed()
+
+    def _utc_now(self) -> datetime:
+        seconds = asyncio.get_running_loop().time() * self.rate + self._ahead_seconds
+        return datetime(2030, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
 
     def add_file(self, data: bytes, path: str) -> FileReference:
         sha256 = hashlib.sha256(data).hexdigest()

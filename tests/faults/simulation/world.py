@@ -38,6 +38,8 @@ _DATA = b'{"text": "row"}\n'
 # Trouble ends here; then everything works, and this much later every job must be over.
 _TROUBLE_SECONDS = 150.0
 _CALM_SECONDS = 3600.0
+# How fast the clocks of a machine may run, to true time. A lease bears any two of them; `docs/operations.md` says so.
+_RATES = (0.5, 0.8, 1.0, 1.0, 1.25, 2.0)
 
 _FAILURES: tuple[tuple[str, Fault], ...] = (
     ("ENGINE_KILLED", Fault.PLATFORM),
@@ -76,7 +78,7 @@ class World:
         self._dice = random.Random(seed)
         self._lines: list[str] | None = [] if traced else None
         self._codec = PickleCodec()
-        clock = WallClock(loop)
+        clock = WallClock(loop, rate=self._dice.choice(_RATES))
         self.disk = Disk(
             tables=_tables(clock),
             blobs=MemoryBlobStore(),
@@ -89,11 +91,20 @@ class World:
         self.disk.blobs.add(_DATA)
         dice = self._dice
         self.nodes = [
-            SimNode(name, num_devices=dice.choice((1, 1, 2)), dice=dice, script_of=self._script)
+            SimNode(
+                name,
+                num_devices=dice.choice((1, 1, 2)),
+                dice=dice,
+                script_of=self._script,
+                rate=dice.choice(_RATES),
+                ahead_seconds=dice.choice((0.0, 0.0, -3600.0, 3600.0)),
+            )
             for name in "abc"[: dice.choice((1, 2, 2, 3))]
         ]
         self._weather = {node.name: Weather(dice=dice, trace=self.trace) for node in self.nodes}
         self._heard_at: dict[str, float] = {}
+        # As above, by the loop's time.
+        self._told_at: dict[str, float] = {}
         for node in self.nodes:
             self._weather[node.name].heard = partial(self._heard, node.name)
         self.watch = Watch(
@@ -102,7 +113,9 @@ class World:
             num_lives=lambda: self.num_crashes,
             on_dispatch=self._let_go,
             too_small_for={node.name: node.too_small_for for node in self.nodes},
-            silence_seconds=lambda name: self._awake_seconds() - self._heard_at.get(name, 0.0),
+            silence_seconds=lambda name: clock.rate * (self._awake_seconds() - self._heard_at.get(name, 0.0)),
+            was_disturbed=lambda name: self._weather[name].disturbed_at >= self._told_at.get(name, 0.0),
+            clock_rate=clock.rate,
         )
         self._backup: tuple[Tables, dict[str, bytes], dict[str, Any]] | None = None
         self._restores = False
@@ -126,6 +139,7 @@ class World:
 
     def _heard(self, name: str) -> None:
         self._heard_at[name] = self._awake_seconds()
+        self._told_at[name] = self._loop.time()
 
     @property
     def lines(self) -> list[str]:
@@ -507,11 +521,14 @@ class World:
 
     def _script(self, request: StartRun) -> Script:
         dice = self._dice
-        num_steps = dice.randint(3, 10)
+        num_steps, step_seconds = dice.randint(3, 10), dice.choice((0.1, 1.0, 3.0))
+        if dice.random() < 0.2:
+            # So long that nothing but heartbeats is heard in between.
+            num_steps, step_seconds = 3, 40.0
         begins = request.resume_from.step if request.resume_from else 0
         script = Script(
             num_steps=max(num_steps, begins + 1),
-            step_seconds=dice.choice((0.1, 1.0, 3.0)),
+            step_seconds=step_seconds,
             save_every=dice.choice((0, 2, 3)),
             stop_seconds=dice.choice((0.0, 0.0, 5.0)),
         )

@@ -1,6 +1,7 @@
 """The blocking and the asyncio client against a real server: errors, repeats, uploads, downloads."""
 
 import hashlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tunesmith_client import (
     RetryPolicy,
     TransferDamaged,
     TransferProgress,
+    TunesmithError,
     Unavailable,
 )
 
@@ -120,8 +122,52 @@ def test_a_refusal_is_not_repeated() -> None:
 def test_nobody_there_is_unavailable_after_the_policys_attempts() -> None:
     with FakeControl() as control:
         address = control.address
-    with Client(config=config(address)) as client, pytest.raises(Unavailable):
+    policy = RetryPolicy(max_attempts=3, initial_backoff_seconds=0.01, max_backoff_seconds=0.02)
+    with Client(config=ClientConfig(address=address, retry=policy)) as client, pytest.raises(Unavailable):
         client.nodes.list()
+
+
+class CutShort:
+    """Ends calls with the bare CANCELLED of a server that was stopped under them, a few times; then answers."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def __call__(self, request: project_service_pb2.DeleteProjectRequest, context: grpc.ServicerContext) -> Any:
+        self.num_calls += 1
+        if self.num_calls <= 12:
+            context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
+        return project_service_pb2.DeleteProjectResponse()
+
+
+async def test_a_call_that_a_stopped_server_cut_short_is_made_again() -> None:
+    with FakeControl() as control:
+        control.handlers["DeleteProject"] = CutShort()
+        with Client(config=config(control.address)) as client:
+            client.projects.delete(7)
+        control.handlers["DeleteProject"] = CutShort()
+        async with AsyncClient(config=config(control.address)) as asking:
+            await asking.projects.delete(8)
+
+
+def test_closing_a_client_ends_the_repeats_of_its_other_threads() -> None:
+    with FakeControl() as control:
+        address = control.address
+    caught: list[TunesmithError] = []
+    client = Client(config=ClientConfig(address=address, deadline_seconds=3600.0))
+
+    def call() -> None:
+        try:
+            client.nodes.list()
+        except TunesmithError as error:
+            caught.append(error)
+
+    calling = threading.Thread(target=call)
+    calling.start()
+    client.close()
+    calling.join(60.0)
+    assert not calling.is_alive()
+    assert len(caught) == 1
 
 
 def test_pages_are_fetched_while_iterating() -> None:

@@ -113,6 +113,30 @@ async def test_what_would_not_be_whole_is_refused(
     assert run("restore", "--from", backup, "--data-directory", restored) == 0
 
 
+async def test_a_backup_that_cannot_be_made_leaves_what_was_there(
+    tmp_path: Path, node: FakeGpuNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, backup, fresh = tmp_path / "control", tmp_path / "backup", tmp_path / "fresh"
+    async with _served(data, node) as client:
+        await _finished_job(client, "first")
+        assert run("backup", "--data-directory", data, "--to", backup) == 0
+        later = {"prompt": "later", "completion": "later"}
+        added = await client.upload("later", (json.dumps(later) + "\n").encode())
+    blob = data / "blobs" / added.sha256[:2] / added.sha256
+    blob.chmod(0o644)
+    blob.write_bytes(b"damaged")
+    before = {path: path.read_bytes() for path in backup.rglob("*") if path.is_file()}
+    for target in (backup, fresh):
+        assert run("backup", "--data-directory", data, "--to", target) == 1
+        assert "is damaged" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in backup.rglob("*") if path.is_file()} == before
+    assert list(fresh.iterdir()) == []
+    # What another version made is not ours to delete.
+    (backup / "backup.json").write_text(json.dumps({"version": 99, "finished": True}))
+    assert run("backup", "--data-directory", data, "--to", backup) == 1
+    assert (backup / "control.sqlite").exists()
+
+
 async def test_a_job_that_was_live_goes_on_from_the_backup(tmp_path: Path, node: FakeGpuNode) -> None:
     data, backup, restored = tmp_path / "control", tmp_path / "backup", tmp_path / "restored"
     node.hold_at_step = 2

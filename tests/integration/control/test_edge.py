@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from control_service.api.health import HealthReporter
 from control_service.api.interceptors import CallConfig, CallInterceptor
 from control_service.api.registration import register
-from control_service.domain.errors import Unavailable
+from control_service.domain.errors import StoreFull, Unavailable
 from tests.fakes.control import reason_of, until
 from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import job_service_pb2, job_service_pb2_grpc
@@ -190,6 +190,8 @@ class _Store:
 
     def __init__(self) -> None:
         self.failure: Exception | None = None
+        # It takes the lock, and has no room for changes.
+        self.is_full = False
 
     async def read(self, work: Any) -> None:
         """Reads go on when only writes fail."""
@@ -197,6 +199,10 @@ class _Store:
     async def transact(self, work: Any) -> None:
         if self.failure is not None:
             raise self.failure
+
+    async def check_room(self) -> None:
+        if self.is_full:
+            raise StoreFull("DISK_FULL", "the database's disk is full")
 
 
 class _Clock:
@@ -238,6 +244,29 @@ async def test_health_follows_the_store_and_ends_with_the_drain(failure: Excepti
         assert alive.status == states.SERVING
         watch.cancel()
     await server.stop(None)
+
+
+async def test_a_store_without_room_is_not_ready_until_it_has_some() -> None:
+    store, clock = _Store(), _Clock()
+    parts: Any = {"store": store, "clock": clock}
+    reporter = HealthReporter(**parts)
+    told: list[Any] = []
+
+    async def note(status: Any) -> None:
+        told.append(status)
+
+    reporter._tell = note  # type: ignore[method-assign]
+    await reporter.start()
+    try:
+        for is_full in (True, False):
+            store.is_full = is_full
+            clock.wake.set()
+            await until(lambda: not clock.wake.is_set())
+            await asyncio.sleep(0)
+    finally:
+        await reporter.drain()
+    states = health_pb2.HealthCheckResponse
+    assert told == [states.SERVING, states.NOT_SERVING, states.SERVING, states.NOT_SERVING]
 
 
 async def test_a_reader_that_takes_nothing_is_cut_off_with_a_reason() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.fakes.control import PATIENCE_SECONDS, Client, ControlProcess, is_sta
 from tests.fakes.gpu_node import FakeGpuNode
 from tests.fakes.run_script import NUM_STEPS
 from tunesmith.common.v1 import event_pb2
-from tunesmith.control.v1 import job_service_pb2, project_service_pb2
+from tunesmith.control.v1 import job_service_pb2, job_service_pb2_grpc, project_service_pb2
 
 
 @asynccontextmanager
@@ -88,6 +89,32 @@ async def test_sigterm_ends_watches_with_a_reason_and_exits_clean(tmp_path: Path
     await node.release()
 
 
+async def _call_until_gone(address: str) -> list[tuple[grpc.StatusCode, str]]:
+    """Bare calls without a pause, until nobody listens; what they were told."""
+    told: list[tuple[grpc.StatusCode, str]] = []
+    async with grpc.aio.insecure_channel(address, options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
+        jobs = job_service_pb2_grpc.JobServiceStub(channel)
+        while True:
+            try:
+                await jobs.ListJobs(job_service_pb2.ListJobsRequest(), timeout=PATIENCE_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                told.append((error.code(), str(error.details())))
+                if "Connection refused" in str(error.details()):
+                    return told
+
+
+async def test_bare_calls_that_meet_a_stop_are_told_to_call_again_and_nothing_else(tmp_path: Path) -> None:
+    # What a server has received and not begun to serve when it stops is where gRPC itself says CANCELLED.
+    async with _running(tmp_path) as (process, client):
+        address = await process.until_ready()
+        callers = [asyncio.create_task(_call_until_gone(address)) for _ in range(24)]
+        await client.projects.ListProjects(project_service_pb2.ListProjectsRequest())
+        assert await process.end(signal.SIGTERM) == 0
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            told = [each for caller in await asyncio.gather(*callers) for each in caller]
+        assert {code for code, _ in told} == {grpc.StatusCode.UNAVAILABLE}, told
+
+
 async def test_a_health_watch_does_not_hold_up_the_stop(tmp_path: Path) -> None:
     # Longer than the patience of the test: waiting for the grace would fail it.
     async with _running(tmp_path, "--grace-seconds", "600") as (process, client):
@@ -96,6 +123,28 @@ async def test_a_health_watch_does_not_hold_up_the_stop(tmp_path: Path) -> None:
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         assert await process.end(signal.SIGTERM) == 0
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.mark.parametrize("place", ["store.before-commit", "store.after-commit"])
+async def test_an_error_at_the_store_ends_no_writer(tmp_path: Path, place: str) -> None:
+    for name in ("armed", "taken"):
+        (tmp_path / "failpoints" / name).mkdir(parents=True)
+    process = await ControlProcess.start(tmp_path, environment={"TUNESMITH_FAILPOINTS": str(tmp_path / "failpoints")})
+    try:
+        client = Client(await process.until_ready())
+        order = json.dumps({"action": "raise", "errno": errno.EIO})
+        (tmp_path / "failpoints" / "armed" / place).write_text(order)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            # By then somebody met it: health takes the lock every few seconds.
+            for number in range(3):
+                with suppress(grpc.aio.AioRpcError):
+                    await client.upload(f"rows-{number}")
+            assert not any((tmp_path / "failpoints" / "armed").iterdir())
+            await client.upload("afterwards")
+        await client.close()
+        assert await process.end() == 0
+    finally:
+        await process.end(signal.SIGKILL)
 
 
 async def test_a_second_process_refuses_and_leaves_the_first_unharmed(tmp_path: Path) -> None:

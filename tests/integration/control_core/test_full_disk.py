@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from control_service.adapters.sql import store as sql_store
 from control_service.app import inference
+from control_service.domain.artifact import CheckpointStatus
 from control_service.domain.errors import ResourceExhausted, StoreFull, Unavailable
 from control_service.domain.event import JobStateFact, WarningFact
 from control_service.domain.generation import ChatMessage, GenerationSource
@@ -61,6 +62,46 @@ async def test_a_job_whose_artifacts_wait_for_room_can_be_cancelled(open_core: O
     assert over.run_state is RunState.SUCCEEDED
     # Nobody wants it any more; the node gets its room back.
     await until(lambda: len(node.released) == 1)
+
+
+async def test_a_checkpoint_that_control_has_no_room_for_is_said_once_and_copied_when_there_is_room(
+    open_core: OpenCore,
+) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    core.blobs.is_full = True
+    node.run(job.job_id).checkpoint(1)
+    while not await _warnings(core, job.job_id):
+        await core.clock.sleep(0.01)
+    assert await _warnings(core, job.job_id) == ["checkpoint-not-replicated"]
+
+    async def is_replicated() -> bool:
+        kept = await core.store.read(lambda tx: tx.checkpoints.list_for_job(job.job_id))
+        return [checkpoint.status for checkpoint in kept] == [CheckpointStatus.REPLICATED]
+
+    assert not await is_replicated()
+    # No later checkpoint comes.
+    core.blobs.is_full = False
+    while not await is_replicated():
+        await core.clock.sleep(0.05)
+    assert await _warnings(core, job.job_id) == ["checkpoint-not-replicated"]
+
+
+async def test_a_job_leaves_its_node_although_control_has_no_room_for_its_checkpoint(open_core: OpenCore) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    await core.running(job.job_id)
+    core.blobs.is_full = True
+    node.run(job.job_id).checkpoint(1)
+    while not await _warnings(core, job.job_id):
+        await core.clock.sleep(0.01)
+    await core.pause(job.job_id)
+    await core.until_state(job.job_id, JobState.PAUSED)
 
 
 async def test_a_node_without_room_takes_the_job_when_it_has_some(open_core: OpenCore) -> None:

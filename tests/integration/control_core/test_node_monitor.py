@@ -8,6 +8,7 @@ from pathlib import Path
 from control_service.adapters.sql.store import SqlStore
 from control_service.app.node_monitor import NodeMonitor, NodeMonitorConfig
 from control_service.app.nodes import list_nodes, register_node
+from control_service.domain.event import NodeReachabilityFact
 from control_service.domain.job_state import JobState
 from control_service.domain.node import NodeState
 from tests.fakes.control_clock import FakeClock
@@ -38,6 +39,45 @@ async def test_a_node_is_lost_when_its_lease_ends_and_not_before(tmp_path: Path)
     finally:
         await monitor.stop()
         await store.close()
+
+
+async def test_a_new_server_that_speaks_is_not_silent_while_it_is_asked_what_it_can_do(
+    tmp_path: Path,
+) -> None:
+    clock, node = FakeClock(), FakeNode("a")
+    store = await SqlStore.open(tmp_path / "control.db")
+    # Asked for what it can do only when its server is another one.
+    config = NodeMonitorConfig(lease_seconds=30.0, capabilities_refresh_seconds=10_000.0)
+    monitor = NodeMonitor(store=store, dialer=FakeDialer(node), clock=clock, config=config)
+    await register_node("a", "a", store=store, nodes=monitor, clock=clock)
+    await monitor.start()
+    try:
+        await until(lambda: _state(monitor) is NodeState.REACHABLE)
+        await clock.pass_time(25.0)
+        node.instance, node.capabilities_gate = 2, asyncio.Event()
+        node.changed()
+        await clock.pass_time(25.0)
+        assert _state(monitor) is NodeState.REACHABLE
+        # Now it has been silent for as long as a lease.
+        await clock.pass_time(6.0)
+        await until(lambda: _state(monitor) is NodeState.UNREACHABLE)
+        node.capabilities_gate.set()
+        await until(lambda: _state(monitor) is NodeState.REACHABLE)
+    finally:
+        await monitor.stop()
+        await store.close()
+
+
+async def test_a_job_is_not_called_unreachable_once_its_node_was_heard_again(open_core: OpenCore) -> None:
+    core = await open_core(FakeNode("a"))
+    await core.reachable("a")
+    job = await core.start((await core.project()).project_id)
+    running = await core.running(job.job_id)
+    keeper = core.runtime._supervisor._keepers[job.job_id]
+    # What was decided while it was silent, and is carried out when it is not.
+    await keeper._mark_unreachable(running, True)
+    assert not (await core.view(job.job_id)).job.node_unreachable
+    assert not [fact for fact in await core.facts(job.job_id) if isinstance(fact, NodeReachabilityFact)]
 
 
 async def test_time_in_which_control_itself_was_stopped_is_no_silence_of_a_node(tmp_path: Path) -> None:

@@ -215,6 +215,43 @@ async def test_a_lost_job_goes_on_elsewhere_and_the_first_run_is_stopped(open_co
     _assert_whole(await core.log(job.job_id))
 
 
+@pytest.mark.parametrize("is_saved", [True, False], ids=["saved", "not-saved"])
+async def test_a_job_whose_artifacts_are_lost_with_their_node_goes_on_from_its_last_checkpoint(
+    open_core: OpenCore, is_saved: bool
+) -> None:
+    first, second = FakeNode("a"), FakeNode("b")
+    config = quick_config()
+    core = await open_core(first, second, config=replace(config, nodes=replace(config.nodes, lease_seconds=0.3)))
+    await core.reachable()
+    job = await core.start((await core.project()).project_id)
+    assert (await core.running(job.job_id)).node == "a"
+    run = first.run(job.job_id)
+    if is_saved:
+        run.checkpoint(20)
+        await until(lambda: len(core.blobs.blobs) == 2)  # the data set and the replicated checkpoint
+    # It is trained, and its bytes do not come.
+    first.reads_blobs = False
+    run.succeed()
+    await core.until_job(job.job_id, lambda j: j.run_state is RunState.SUCCEEDED)
+    first.set_up(False)
+    lost = await core.until_job(job.job_id, lambda j: j.node_unreachable or j.attempt == 2)
+    if is_saved:
+        moved = await core.until_job(job.job_id, lambda j: j.attempt == 2 and j.state is JobState.RUNNING)
+        assert moved.node == "b"
+        resume = second.run(job.job_id, 2).request.resume_from
+        assert resume is not None
+        assert resume.step == 20
+        second.run(job.job_id, 2).succeed()
+    else:
+        # All of the training would be done again; what it came to is waited for.
+        assert lost.attempt == 1
+        first.reads_blobs = True
+        first.set_up(True)
+    done = await core.until_state(job.job_id, JobState.SUCCEEDED)
+    assert (done.attempt, done.node) == ((2, "b") if is_saved else (1, "a"))
+    _assert_whole(await core.log(job.job_id))
+
+
 async def test_artifacts_that_cannot_be_had_fail_the_job_typed(open_core: OpenCore) -> None:
     node = FakeNode("a")
     core = await open_core(node)

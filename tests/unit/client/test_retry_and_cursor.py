@@ -1,7 +1,7 @@
 """The pure rules of repeating a call and of going on with a watch."""
 
 import random
-from itertools import islice
+from itertools import islice, pairwise
 
 import grpc
 import pytest
@@ -23,7 +23,7 @@ from tunesmith_client._nouns import Datasets, Models, Nodes, Projects
 from tunesmith_client._nouns_aio import AsyncDatasets, AsyncModels, AsyncNodes, AsyncProjects
 from tunesmith_client._nouns_training import Artifacts, Jobs
 from tunesmith_client._nouns_training_aio import AsyncArtifacts, AsyncJobs
-from tunesmith_client._retry import give_request_id, method_of, pause_after, pauses
+from tunesmith_client._retry import Repeats, give_request_id, lost_if_cancelled, method_of, pause_after, pauses
 
 
 def response(*sequences: int) -> job_service_pb2.WatchJobResponse:
@@ -51,6 +51,44 @@ def test_only_unavailable_is_worth_repeating_and_the_service_says_how_soon() -> 
     assert pause_after(Unavailable("x", retry_after_seconds=3.0), 1.0) == 3.0
 
 
+def _attempts_until(deadline_seconds: float, policy: RetryPolicy, *, seed: int) -> list[float]:
+    """When a call is made that always meets a refused connection, in seconds."""
+    repeats, now, made = Repeats(policy, random.Random(seed)), 0.0, [0.0]
+    while True:
+        pause = repeats.pause(Unavailable("connection refused"), remaining_seconds=deadline_seconds - now)
+        if pause is None:
+            return made
+        now += pause
+        made.append(now)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_call_is_made_again_up_to_its_deadline_however_often_that_is(seed: int) -> None:
+    made = _attempts_until(45.0, RetryPolicy(), seed=seed)
+    assert len(made) > 20
+    # A service that is back shortly before the deadline is found.
+    assert 44.0 < made[-1] < 45.0
+    gaps = [later - earlier for earlier, later in pairwise(made)]
+    assert max(gaps) <= 2.0
+
+
+def test_a_policy_may_end_the_attempts_before_the_deadline_does() -> None:
+    assert len(_attempts_until(45.0, RetryPolicy(max_attempts=4), seed=1)) == 4
+    assert len(_attempts_until(45.0, RetryPolicy(max_attempts=1), seed=1)) == 1
+
+
+def test_what_the_service_asks_for_is_waited_or_the_call_ends() -> None:
+    asked = Unavailable("busy", retry_after_seconds=5.0)
+    assert Repeats(RetryPolicy(), random.Random(1)).pause(asked, remaining_seconds=6.0) == 5.0
+    assert Repeats(RetryPolicy(), random.Random(1)).pause(asked, remaining_seconds=4.0) is None
+
+
+def test_a_cancellation_that_nobody_here_asked_for_is_a_lost_service() -> None:
+    assert isinstance(lost_if_cancelled(CallCancelled("CANCELLED")), Unavailable)
+    refusal = NotFound("no such job")
+    assert lost_if_cancelled(refusal) is refusal
+
+
 def test_mutating_requests_get_an_id_once_and_keep_the_callers() -> None:
     request = project_service_pb2.DeleteProjectRequest(project_id=1)
     give_request_id(request)
@@ -69,7 +107,7 @@ def test_mutating_requests_get_an_id_once_and_keep_the_callers() -> None:
 
 def test_deadlines_by_method() -> None:
     config = ClientConfig()
-    assert config.deadline_of("GetJob") == 15.0
+    assert config.deadline_of("GetJob") == 45.0
     assert config.deadline_of("PlanTraining") > config.deadline_of("StartTraining") > config.deadline_of("GetJob")
     assert ClientConfig(deadline_seconds=1.0).deadline_of("PlanTraining") == 1.0
 

@@ -148,11 +148,22 @@ def test_pinned_weights_and_bound_checkpoints_choose_the_node() -> None:
 def test_a_job_that_moves_comes_after_the_queue_and_never_to_the_node_it_lost() -> None:
     moving = replace(_job(0), moving=True)
     moving = replace(moving, job=replace(moving.job, node="a"))
-    nodes = [_node("a", "org/base"), _node("b", "org/base")]
+    nodes = [replace(_node("a", "org/base"), state=NodeState.UNREACHABLE), _node("b", "org/base")]
     assert _assigned([moving], nodes) == [(0, "b")]
     decision = decide([moving, _job(1)], [nodes[1]], jobs_on_node={}, now=NOW)
     assert [int(job_id) for job_id, _ in decision.assignments] == [1]
     assert list(decision.places) == [_job(1).job.job_id]
+
+
+def test_a_job_whose_node_is_back_before_it_was_given_away_stays_there() -> None:
+    moving = replace(_job(0), moving=True)
+    moving = replace(moving, job=replace(moving.job, node="a"))
+    lost, other = replace(_node("a", "org/base"), state=NodeState.UNREACHABLE), _node("b", "org/base")
+    assert _assigned([moving], [replace(lost, state=NodeState.REACHABLE), other]) == []
+    # It speaks, and is asked who it is; or control has just begun, and nothing was heard of it yet.
+    speaks = replace(lost, state=NodeState.CONNECTING, last_heard_time=NOW)
+    assert _assigned([moving], [speaks, other]) == []
+    assert _assigned([moving], [replace(speaks, last_heard_time=None), other]) == [(0, "b")]
 
 
 def test_jobs_before_it_that_want_other_nodes_are_not_why_a_job_waits() -> None:
