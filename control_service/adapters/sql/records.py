@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from control_service.domain.artifact import (
     Artifact,
@@ -25,6 +25,9 @@ from control_service.domain.run import Phase, RunState
 from control_service.domain.spec import TrainingSpec, Trait
 
 Row = Mapping[str, Any]
+
+_MAX_SPECS: Final = 64
+_specs: Final[dict[str, TrainingSpec]] = {}
 
 
 def draft_to_json(draft: ProjectDraft) -> dict[str, Any]:
@@ -83,13 +86,24 @@ def job_to_row(job: Job) -> dict[str, Any]:
 def job_from_row(row: Row) -> Job:
     """A row of `jobs`."""
     values = dict(row)
-    values["spec"] = TrainingSpec.from_json(row["spec"])
+    values["spec"] = _spec(row["spec_digest"], row["spec"])
     values["state"] = JobState(row["state"])
     values["phase"] = Phase(row["phase"])
     values["progress"] = JobProgress(**row["progress"])
     values["failure"] = None if row["failure"] is None else Failure.from_json(row["failure"])
     values["run_state"] = None if row["run_state"] is None else RunState(row["run_state"])
     return Job(**values)
+
+
+def _spec(digest: str, value: Any) -> TrainingSpec:
+    """The spec that a digest names; of those that were read last, one value for all."""
+    spec = _specs.get(digest)
+    if spec is None:
+        spec = TrainingSpec.from_json(value)
+        if len(_specs) >= _MAX_SPECS:
+            _specs.clear()
+        _specs[digest] = spec
+    return spec
 
 
 def event_to_row(job_id: str, event: StoredEvent) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""The store over SQLAlchemy Core: one writer thread that commits in groups, readers on connections of their own, whom
-what is asked for in one turn of the event loop is given together.
+"""The store over SQLAlchemy Core: one writer thread that commits in groups; readers on connections of their own, which
+read in groups too: what is asked for while one reads is the next one's, unless that takes long.
 
 The writer takes every function that waits, runs each in a savepoint of one BEGIN IMMEDIATE, commits once, and then
 answers all. It never retries a function and never commits half of one. Whatever the database does, the thread goes on:
@@ -37,7 +37,9 @@ DATABASE_NAME = "control.sqlite"
 _MAX_GROUP = 256
 _NUM_READERS = 4
 # Of one snapshot. A slow one keeps its neighbors waiting, so that there are not many.
-_MAX_READS = 16
+_MAX_READS = 32
+# What is asked for waits for a reader that is at work only so long before it goes to another one.
+_READ_PATIENCE_SECONDS = 0.003
 # Nobody waits for an answer yet when the database is opened, and a failure would end the service.
 _OPEN_TIMEOUT_MILLISECONDS = 30_000
 # SQLite's result code.
@@ -70,6 +72,8 @@ class SqlStore:
         self.num_commits = 0
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="store-reader")
         self._wanted: list[_Work] = []
+        self._num_reading = 0
+        self._sending: asyncio.Handle | None = None
         self._reader_state = threading.local()
         self._reader_connections: list[sa.Connection] = []
         self._writer = threading.Thread(target=self._write_groups, name="store-writer")
@@ -113,22 +117,34 @@ class SqlStore:
         """See the port."""
         self._refuse_if_closed()
         answer: asyncio.Future[T] = self._loop.create_future()
-        if not self._wanted:
-            self._loop.call_soon(self._send_reads)
         self._wanted.append(_Work(function=work, answer=answer))
+        if self._sending is None:
+            if self._num_reading:
+                self._sending = self._loop.call_later(_READ_PATIENCE_SECONDS, self._send_reads)
+            else:
+                self._sending = self._loop.call_soon(self._send_reads)
         return await answer
 
     def _send_reads(self) -> None:
+        self._sending = None
         wanted, self._wanted = self._wanted, []
         for start in range(0, len(wanted), _MAX_READS):
+            group = wanted[start : start + _MAX_READS]
             try:
-                self._readers.submit(self._read_group, wanted[start : start + _MAX_READS])
+                self._readers.submit(self._read_group, group)
+                self._num_reading += 1
             except RuntimeError:
                 # The store was closed since.
-                for work in wanted[start:]:
+                for work in group:
                     work.error = _closed()
-                _tell(wanted[start:])
-                return
+                _tell(group)
+
+    def _have_read(self, group: list[_Work]) -> None:
+        self._num_reading -= 1
+        if self._wanted and self._sending is not None:
+            self._sending.cancel()
+            self._send_reads()
+        _tell(group)
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -154,7 +170,7 @@ class SqlStore:
             self._replace_reader()
             for work in group:
                 work.error = _unavailable(error)
-        self._loop.call_soon_threadsafe(_tell, group)
+        self._loop.call_soon_threadsafe(self._have_read, group)
 
     def _replace_reader(self) -> None:
         """The thread's next read is over a new connection: what is left of this one is not known."""
