@@ -12,6 +12,7 @@ from benchmarks.control_plane_world import Child, World, child, world
 
 _LOAD = "benchmarks.control_plane_load"
 _ROUNDS = 3
+_WRITERS = 128
 
 
 async def reads(directory: Path, *, seconds: float) -> dict[str, Any]:
@@ -29,10 +30,12 @@ async def writes(directory: Path, *, seconds: float) -> dict[str, Any]:
         world(directory / "slow", with_node=False, module=slow) as delayed,
         child("benchmarks.control_plane_echo") as echo,
     ):
-        found = await _beside_echo(at, echo, ("CreateProject",), seconds=seconds)
+        # So many in flight that one group of writes is being made while another is being committed.
+        found = await _beside_echo(at, echo, ("CreateProject",), seconds=seconds, in_flight=_WRITERS)
         pairs = []
         for _ in range(_ROUNDS):
-            result = await _load([at.call("CreateProject", seconds), delayed.call("CreateProject", seconds)])
+            calls = [one.call("CreateProject", seconds, in_flight=_WRITERS) for one in (at, delayed)]
+            result = await _load(calls)
             pairs.append((result[0]["per_second"], result[1]["per_second"]))
     found["with_5_ms_added"] = {
         "plain_per_second": statistics.median(pair[0] for pair in pairs),
@@ -42,12 +45,12 @@ async def writes(directory: Path, *, seconds: float) -> dict[str, Any]:
     return found
 
 
-async def _beside_echo(at: World, echo: Child, names: tuple[str, ...], *, seconds: float) -> dict[str, Any]:
+async def _beside_echo(at: World, echo: Child, names: tuple[str, ...], *, seconds: float, **load: Any) -> dict[str, Any]:
     address = (await echo.line())["address"]
-    empty = {"address": address, "call": "echo", "seconds": seconds}
+    empty = {"address": address, "call": "echo", "seconds": seconds, **load}
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in ("echo", *names)}
     for number in range(_ROUNDS):
-        order = [(name, at.call(name, seconds)) for name in names]
+        order = [(name, at.call(name, seconds, **load)) for name in names]
         order.insert(0 if number % 2 else len(order), ("echo", empty))
         for name, call in order:
             server = echo if name == "echo" else at.control
@@ -62,7 +65,7 @@ async def _beside_echo(at: World, echo: Child, names: tuple[str, ...], *, second
             one["per_second"] / empty["per_second"] for one, empty in zip(results, rounds["echo"], strict=True)
         )
         half = found[name]["per_second"] / 2
-        call = empty if name == "echo" else at.call(name, seconds)
+        call = empty if name == "echo" else at.call(name, seconds, **load)
         result = (await _load([{**call, "per_second": half}]))[0]
         found[name] |= {"half_load_p50_ms": result["p50_ms"], "half_load_p99_ms": result["p99_ms"]}
     return found

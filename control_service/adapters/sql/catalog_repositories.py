@@ -205,7 +205,8 @@ class SqlRequests:
 
     def put(self, record: RequestRecord) -> None:
         """See the port."""
-        self._connection.execute(statements.INSERT_REQUEST, asdict(record))
+        row = {name: getattr(record, name) for name in RequestRecord.__dataclass_fields__}
+        self._connection.execute(statements.INSERT_REQUEST, row)
 
     def delete_older_than(self, time: datetime) -> int:
         """See the port."""

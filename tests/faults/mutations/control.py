@@ -44,9 +44,9 @@ STORE = (
     Mutation(
         name="no-revision-is-compared",
         promise="R3",
-        file="control_service/adapters/sql/job_repositories.py",
-        snippet=".where(table.c.job_id == job.job_id, table.c.revision == job.revision)",
-        replacement=".where(table.c.job_id == job.job_id)",
+        file="control_service/adapters/sql/statements.py",
+        snippet='.where(_jobs.job_id == sa.bindparam("at_job_id"), _jobs.revision == sa.bindparam("at_revision"))',
+        replacement='.where(_jobs.job_id == sa.bindparam("at_job_id"))',
         tests=(f"{_STORE}test_an_update_of_an_old_revision_is_refused",),
     ),
     Mutation(
@@ -132,8 +132,8 @@ LOG = (
         name="the-cursor-does-not-move-with-the-events",
         promise="R8",
         file="control_service/adapters/sql/event_log.py",
-        snippet="sa.update(table).where(table.c.job_id == job_id).values(run_cursor=fresh[-1].run_sequence)",
-        replacement="sa.update(table).where(table.c.job_id == job_id).values(run_cursor=row.run_cursor)",
+        snippet="run_cursor=fresh[-1].run_sequence)",
+        replacement="run_cursor=row.run_cursor)",
         tests=(f"{_STORE}test_sequences_have_no_gap_and_run_events_are_stored_once",),
     ),
     Mutation(
