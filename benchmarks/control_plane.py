@@ -24,7 +24,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Options:
     mlflow: str
 
 
-Row = Callable[[Path, Options], Awaitable[dict[str, Any]]]
+Row = Callable[[Path, Options], Coroutine[Any, Any, dict[str, Any]]]
 ROWS: Mapping[str, Row] = {
     "live_100x16": lambda at, o: control_plane_events.live(at, rate=100, num_watchers=16, seconds=2 * o.seconds),
     "live_1000x64": lambda at, o: control_plane_events.live(at, rate=1000, num_watchers=64, seconds=2 * o.seconds),

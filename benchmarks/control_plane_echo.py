@@ -21,7 +21,7 @@ async def _echo(request: bytes, context: Any) -> bytes:
 
 async def _main() -> None:
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
-    handlers = {"Echo": grpc.unary_unary_rpc_method_handler(_echo)}
+    handlers: dict[str, Any] = {"Echo": grpc.unary_unary_rpc_method_handler(_echo)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("benchmark.Echo", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

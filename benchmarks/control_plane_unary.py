@@ -45,7 +45,9 @@ async def writes(directory: Path, *, seconds: float) -> dict[str, Any]:
     return found
 
 
-async def _beside_echo(at: World, echo: Child, names: tuple[str, ...], *, seconds: float, **load: Any) -> dict[str, Any]:
+async def _beside_echo(
+    at: World, echo: Child, names: tuple[str, ...], *, seconds: float, **load: Any
+) -> dict[str, Any]:
     address = (await echo.line())["address"]
     empty = {"address": address, "call": "echo", "seconds": seconds, **load}
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in ("echo", *names)}

@@ -1,7 +1,7 @@
 """What every call of ours goes through: request id, deadline, validation, one mapping of errors, one line of log.
 
-Handlers are wrapped once, before a server has them: a server's own interceptors are run again for every call. Health and
-reflection pass untouched. No servicer aborts, logs its call or checks a field's declaration by itself.
+Handlers are wrapped once, before a server has them: a server's own interceptors are run again for every call. Health
+and reflection pass untouched. No servicer aborts, logs its call or checks a field's declaration by itself.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from control_service.app.jobs import check_position
 from control_service.app.lookups import job_of
@@ -15,9 +16,12 @@ from control_service.app.pacing import Pacer, PacerConfig, WaitingRoom
 from control_service.app.ports import EventCodec
 from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.domain.errors import Unavailable
+from control_service.domain.event import StoredEvent
 
 # Behind the end of the log by less than this, a watcher is at its end.
 _MANY_EVENTS = 32
+# Of events that are not shown yet, so many are kept; where there are more, pages are read from the store.
+_MAX_NEWEST = 4096
 # What a page takes in memory besides its message: at the tail of a log a page is one small event.
 _PAGE_OVERHEAD_BYTES = 512
 
@@ -49,12 +53,15 @@ class _Page:
 class _Feed(WaitingRoom):
     """What the hub knows of one watched job; those who have read all that was shown wait in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_show: Callable[[_Feed], None]) -> None:
         super().__init__()
+        self._on_show = on_show
         # The newest event that is committed, and the newest that watchers are given. They differ for a moment, so that
         # all watchers are given the same pages.
         self.last_sequence = 0
         self.shown_sequence = 0
+        # The newest events as they were committed, those that are not shown yet among them.
+        self.newest: list[StoredEvent] = []
         self.is_over = False
         # A commit may have ended the job; whoever comes to the end of the log looks, once for all.
         self.may_be_over = False
@@ -62,7 +69,18 @@ class _Feed(WaitingRoom):
 
     def show(self) -> None:
         """Gives everybody what there is."""
+        self._on_show(self)
         self.shown_sequence = self.last_sequence
+        self.newest = []
+
+    def take(self, events: Sequence[StoredEvent], last_sequence: int) -> None:
+        """What a commit brought."""
+        self.last_sequence = max(self.last_sequence, last_sequence)
+        if not self.newest or not events or self.newest[-1].sequence + 1 != events[0].sequence:
+            self.newest = []
+        self.newest += events
+        if len(self.newest) > _MAX_NEWEST:
+            self.newest = []
 
 
 class EventHub:
@@ -97,7 +115,7 @@ class EventHub:
         Ends after the last event of a job that is over. NotFound JOB_NOT_FOUND; OutOfRange HISTORY_COMPACTED with
         `oldest_sequence`, SEQUENCE_IN_FUTURE; Unavailable SHUTTING_DOWN once `drain` was called.
         """
-        feed = self._feeds.setdefault(job_id, _Feed())
+        feed = self._feeds.setdefault(job_id, _Feed(partial(self._keep_newest, job_id)))
         self._pacer.enter(feed)
         try:
             await self._look(job_id, feed, after_sequence)
@@ -140,7 +158,7 @@ class EventHub:
             feed = self._feeds.get(job_id)
             if feed is None:
                 continue
-            feed.last_sequence = max(feed.last_sequence, last_sequence)
+            feed.take(notice.events.get(job_id, ()), last_sequence)
             feed.may_be_over |= notice.jobs_changed
             self._pacer.tell(feed)
 
@@ -209,13 +227,7 @@ class EventHub:
         limit = min(self._end(key), shown_sequence) - after_sequence
 
         def read(tx: Transaction) -> _Page:
-            events = tx.events.page(job_id, after_sequence=after_sequence, limit=limit)
-            size_bytes = 0
-            for count, event in enumerate(events):
-                size_bytes += len(event.payload)
-                if count and size_bytes > self._config.max_page_bytes:
-                    events = events[:count]
-                    break
+            events = self._cut(tx.events.page(job_id, after_sequence=after_sequence, limit=limit))
             if not events or events[0].sequence != after_sequence + 1:
                 # Deleted or compacted while it was watched: said, never passed over.
                 job_of(tx, job_id)
@@ -228,6 +240,27 @@ class EventHub:
         if page.last_sequence > after_sequence:
             self._keep(key, page)
         return page
+
+    def _keep_newest(self, job_id: str, feed: _Feed) -> None:
+        """Pages of what is about to be shown, from the events as they were committed."""
+        start = feed.shown_sequence
+        events = [event for event in feed.newest if event.sequence > start]
+        if not events or events[0].sequence != start + 1 or events[-1].sequence != feed.last_sequence:
+            return
+        while events:
+            cut = self._cut(events[: self._config.max_page_events])
+            page = _Page(last_sequence=cut[-1].sequence, message=self._codec.encode_page(cut))
+            self._keep((job_id, cut[0].sequence - 1), page)
+            events = events[len(cut) :]
+
+    def _cut(self, events: Sequence[StoredEvent]) -> Sequence[StoredEvent]:
+        """As many as go into a page, one at least."""
+        size_bytes = 0
+        for count, event in enumerate(events):
+            size_bytes += len(event.payload)
+            if count and size_bytes > self._config.max_page_bytes:
+                return events[:count]
+        return events
 
     def _keep(self, key: tuple[str, int], page: _Page) -> None:
         earlier = self._pages.pop(key, None)

@@ -1,5 +1,5 @@
-"""Wakes watchers: all that wait for the same thing together, some in each turn of the event loop, a crowd at a pace that
-leaves the loop to everybody else for most of the time. Knows nothing of what they wait for, and keeps no timer of theirs:
+"""Wakes watchers: all that wait for the same thing together, some in each turn of the event loop, a crowd at a pace
+that leaves half of the loop's time to everybody else. Knows nothing of what they wait for, and keeps no timer of theirs:
 one for the next to be woken, one for the next heartbeat."""
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _LEFT_TO_OTHERS = 1.0
 class PacerConfig:
     """How often whom. What one watcher's message costs both ends decides: 50 to 100 microseconds."""
 
-    # Between two showings of one log, for each of its watchers: what comes meanwhile is shown together. What comes after
-    # a silence is shown at once.
+    # Between two showings of one log, for each of its watchers: what comes meanwhile is shown together. What comes
+    # after a silence is shown at once.
     window_seconds_per_watcher: float = 0.00025
     max_window_seconds: float = 0.05
     # More watchers than that, all together, are a crowd; fewer are woken as fast as the loop turns.

@@ -47,7 +47,7 @@ class SqlProjects:
     def get(self, project_id: int) -> Project | None:
         """See the port."""
         row = self._connection.execute(statements.GET_PROJECT, {"at_project_id": project_id}).mappings().first()
-        return None if row is None else project_from_row(row)
+        return None if row is None else project_from_row({**row})
 
     def list_page(self, *, after_id: int, limit: int, name_contains: str) -> Sequence[Project]:
         """See the port."""
@@ -55,7 +55,7 @@ class SqlProjects:
         if name_contains:
             statement = statement.where(contains(schema.projects.c.name, name_contains))
         rows = self._connection.execute(statement, {"at_project_id": after_id, "num_projects": limit})
-        return [project_from_row(row) for row in rows.mappings()]
+        return [project_from_row({**row}) for row in rows.mappings()]
 
     def update(self, project: Project) -> None:
         """See the port."""
@@ -126,13 +126,13 @@ class SqlDatasets:
     def get(self, dataset_id: int) -> Dataset | None:
         """See the port."""
         row = self._connection.execute(statements.GET_DATASET, {"at_dataset_id": dataset_id}).mappings().first()
-        return None if row is None else dataset_from_row(row)
+        return None if row is None else dataset_from_row({**row})
 
     def get_by_name(self, name: str) -> Dataset | None:
         """See the port."""
         statement = sa.select(schema.datasets).where(schema.datasets.c.name == name)
         row = self._connection.execute(statement).mappings().first()
-        return None if row is None else dataset_from_row(row)
+        return None if row is None else dataset_from_row({**row})
 
     def get_many(self, dataset_ids: Collection[int]) -> Mapping[int, Dataset]:
         """See the port."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import sqlalchemy as sa
@@ -115,7 +115,20 @@ class SqlEventLog:
             )
             for sequence, event in enumerate(events, start=first)
         ]
-        self._connection.execute(statements.INSERT_EVENTS, [event_to_row(job_id, event) for event in numbered])
-        self._touched.job_sequences[job_id] = last
+        self._insert([event_to_row(job_id, event) for event in numbered])
+        self._touched.append(job_id, numbered)
         self._touched.jobs |= any(event.kind in _MOVES_JOB for event in numbered)
         return numbered
+
+    def _insert(self, rows: Sequence[Mapping[str, object]]) -> None:
+        """Many rows a statement: between two the driver lets go of the interpreter and waits to have it back."""
+        start = 0
+        for size in statements.INSERT_SIZES:
+            while len(rows) - start >= size:
+                values = {
+                    f"{name}_{index}": value
+                    for index, row in enumerate(rows[start : start + size])
+                    for name, value in row.items()
+                }
+                self._connection.execute(statements.insert_events(size), values)
+                start += size

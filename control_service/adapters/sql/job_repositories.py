@@ -47,7 +47,7 @@ class SqlJobs:
     def get(self, job_id: str) -> Job | None:
         """See the port."""
         row = self._connection.execute(statements.GET_JOB, {"at_job_id": job_id}).mappings().first()
-        return None if row is None else job_from_row(row)
+        return None if row is None else job_from_row({**row})
 
     def list_unneeded_starts(self) -> Sequence[str]:
         """See the port."""

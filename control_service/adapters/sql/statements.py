@@ -3,6 +3,7 @@ run it. Names of parameters are those of the columns, with `at_` before those th
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Final
 
 import sqlalchemy as sa
@@ -35,7 +36,8 @@ NUMBER_EVENTS: Final = (
     .returning(_jobs.last_sequence)
 )
 NUMBER_RUN_EVENTS: Final = NUMBER_EVENTS.values(run_cursor=sa.bindparam("run_cursor"))
-INSERT_EVENTS: Final = sa.insert(schema.events)
+# Rows of one INSERT, so that any number needs few statements and few texts.
+INSERT_SIZES: Final = (64, 16, 4, 1)
 EVENTS_AFTER: Final = (
     sa.select(_events.sequence, _events.attempt, _events.run_sequence, _events.kind, _events.time, _events.payload)
     .where(_events.job_id == sa.bindparam("at_job_id"), _events.sequence > sa.bindparam("at_sequence"))
@@ -62,3 +64,15 @@ GET_REQUEST: Final = sa.select(schema.requests).where(
 )
 INSERT_REQUEST: Final = sa.insert(schema.requests)
 FORGET_REQUESTS: Final = sa.delete(schema.requests).where(_requests.create_time < sa.bindparam("at_time"))
+
+
+@cache
+def insert_events(num_rows: int) -> sa.Insert:
+    """An INSERT of so many events; the parameters of each row are named `<column>_<row from 0>`."""
+    names = [column.name for column in schema.events.c]
+    return sa.insert(schema.events).values(
+        [
+            {name: sa.bindparam(f"{name}_{row}", type_=schema.events.c[name].type) for name in names}
+            for row in range(num_rows)
+        ]
+    )

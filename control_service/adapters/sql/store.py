@@ -263,7 +263,10 @@ class SqlStore:
             if touched:
                 failpoint("store.before-wake")
                 notice = CommitNotice(
-                    job_sequences=touched.job_sequences, jobs_changed=touched.jobs, nodes_changed=touched.nodes
+                    job_sequences=touched.job_sequences,
+                    jobs_changed=touched.jobs,
+                    nodes_changed=touched.nodes,
+                    events=touched.events,
                 )
                 for listener in reversed(self._listeners):
                     told.callback(listener, notice)
