@@ -1,8 +1,8 @@
 """A GPU node for the control plane's benchmark: a process whose runs write real journals at a pace, and train nothing.
 
 `python -m benchmarks.control_plane_node '{"directory": "/tmp/x"}'` prints `{"address": "host:port"}`; a line
-`{"rate": 1000}` on standard input lets its runs do so many steps a second, `{"burst": 5000}` that many at once. Journals
-are written by the journal's own writer and served by the GPU service's own `Run`.
+`{"rate": 1000}` on standard input lets its runs do so many steps a second, `{"burst": 5000}` that many at once.
+Journals are written by the journal's own writer and served by the GPU service's own `Run`.
 """
 
 from __future__ import annotations

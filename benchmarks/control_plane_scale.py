@@ -1,5 +1,5 @@
-"""The control plane's benchmark with much history: databases filled through the product's own schema, and what start-up,
-reads and memory come to."""
+"""The control plane's benchmark with much history: databases filled through the product's own schema, and what
+start-up, reads and memory come to."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class World:
             *("--ready-file", str(ready), "--node", node, "--log-level", "warning", *self._flags),
         )
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while not ready.exists():  # noqa: ASYNC110 - a file gives no sign
+            while not ready.exists():
                 assert self.control.process.returncode is None, "control did not start"
                 await asyncio.sleep(0.01)
         self.address = json.loads(ready.read_text())["address"]

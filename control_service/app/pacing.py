@@ -1,6 +1,6 @@
 """Wakes watchers: all that wait for the same thing together, some in each turn of the event loop, a crowd at a pace
-that leaves half of the loop's time to everybody else. Knows nothing of what they wait for, and keeps no timer of theirs:
-one for the next to be woken, one for the next heartbeat."""
+that leaves half of the loop's time to everybody else. Knows nothing of what they wait for, and keeps no timer of
+theirs: one for the next to be woken, one for the next heartbeat."""
 
 from __future__ import annotations
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import sqlalchemy as sa
 
 from control_service.adapters.sql import schema, statements
-from control_service.adapters.sql.records import event_from_row, event_to_row
+from control_service.adapters.sql.records import event_from_row, event_to_driver
 from control_service.adapters.sql.touched import Touched
 from control_service.domain.errors import FailedPrecondition, Internal, NotFound
 from control_service.domain.event import EventKind, StoredEvent
@@ -115,20 +116,17 @@ class SqlEventLog:
             )
             for sequence, event in enumerate(events, start=first)
         ]
-        self._insert([event_to_row(job_id, event) for event in numbered])
+        self._insert(job_id, numbered)
         self._touched.append(job_id, numbered)
         self._touched.jobs |= any(event.kind in _MOVES_JOB for event in numbered)
         return numbered
 
-    def _insert(self, rows: Sequence[Mapping[str, object]]) -> None:
+    def _insert(self, job_id: str, events: Sequence[StoredEvent]) -> None:
         """Many rows a statement: between two the driver lets go of the interpreter and waits to have it back."""
         start = 0
         for size in statements.INSERT_SIZES:
-            while len(rows) - start >= size:
-                values = {
-                    f"{name}_{index}": value
-                    for index, row in enumerate(rows[start : start + size])
-                    for name, value in row.items()
-                }
-                self._connection.execute(statements.insert_events(size), values)
+            text = statements.insert_events(size, self._connection.dialect)
+            while len(events) - start >= size:
+                rows = (event_to_driver(job_id, event) for event in events[start : start + size])
+                self._connection.exec_driver_sql(text, tuple(chain.from_iterable(rows)))
                 start += size

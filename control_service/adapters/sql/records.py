@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
+from control_service.adapters.sql.schema import to_microseconds
 from control_service.domain.artifact import (
     Artifact,
     ArtifactKind,
@@ -106,17 +107,17 @@ def _spec(digest: str, value: Any) -> TrainingSpec:
     return spec
 
 
-def event_to_row(job_id: str, event: StoredEvent) -> dict[str, Any]:
-    """An event as a row of `events`."""
-    return {
-        "job_id": job_id,
-        "sequence": event.sequence,
-        "attempt": event.attempt,
-        "run_sequence": event.run_sequence or None,
-        "kind": event.kind,
-        "time": event.time,
-        "payload": event.payload,
-    }
+def event_to_driver(job_id: str, event: StoredEvent) -> tuple[Any, ...]:
+    """An event as a row of `events`, in the order of its columns, with the values that a driver takes."""
+    return (
+        job_id,
+        event.sequence,
+        event.attempt,
+        event.run_sequence or None,
+        int(event.kind),
+        to_microseconds(event.time),
+        event.payload,
+    )
 
 
 def event_from_row(row: Row) -> StoredEvent:

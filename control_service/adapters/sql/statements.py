@@ -67,12 +67,11 @@ FORGET_REQUESTS: Final = sa.delete(schema.requests).where(_requests.create_time 
 
 
 @cache
-def insert_events(num_rows: int) -> sa.Insert:
-    """An INSERT of so many events; the parameters of each row are named `<column>_<row from 0>`."""
+def insert_events(num_rows: int, dialect: sa.Dialect) -> str:
+    """The text of an INSERT of so many events. Parameters by position: each row's values in the table's order of
+    columns, as the driver takes them. SQLAlchemy would compile it anew each time."""
     names = [column.name for column in schema.events.c]
-    return sa.insert(schema.events).values(
-        [
-            {name: sa.bindparam(f"{name}_{row}", type_=schema.events.c[name].type) for name in names}
-            for row in range(num_rows)
-        ]
-    )
+    rows: list[dict[str, sa.BindParameter[object]]] = [
+        {name: sa.bindparam(f"{name}_{row}") for name in names} for row in range(num_rows)
+    ]
+    return str(sa.insert(schema.events).values(rows).compile(dialect=dialect))
