@@ -9,6 +9,7 @@ alternate within a row, and every row says what processor time a thing took, whi
     history_cold        64 watchers read a log from its start, from a service that has just been started
     unary_reads         GetJob, GetProject, ListProjects beside the empty service, and at half of each one's own rate
     durable_writes      CreateProject with request_id beside the empty service, and with 5 ms added to every commit
+    crowd_2000          2,000 watchers of ten steps a second beside 200 calls a second and a probe of health
     watchers            memory and processor time of 500, 1,000 and 2,000 watchers
     scale               start-up, reads and memory with 1,000 and 10,000 jobs and 100,000 and 1,000,000 events
     scale_full          the same with 10,000 jobs and 10,000,000 events (the file takes some GB and a minute)
@@ -50,6 +51,7 @@ ROWS: Mapping[str, Row] = {
     "history_cold": lambda at, _: control_plane_events.history_cold(at, num_events=20_000, num_watchers=64),
     "unary_reads": lambda at, o: control_plane_unary.reads(at, seconds=o.seconds),
     "durable_writes": lambda at, o: control_plane_unary.writes(at, seconds=o.seconds),
+    "crowd_2000": lambda at, o: control_plane_events.crowd_and_calls(at, num_watchers=2000, seconds=4 * o.seconds),
     "watchers": lambda at, o: control_plane_events.crowd(at, counts=(500, 1000, 2000), seconds=2 * o.seconds),
     "scale": lambda at, _: control_plane_scale.scale(at, sizes=((1_000, 100_000), (10_000, 1_000_000))),
     "scale_full": lambda at, _: control_plane_scale.scale(at, sizes=((10_000, 10_000_000),)),

@@ -58,6 +58,25 @@ async def _measure(at: World, load: Any, *, rate: float, num_watchers: int, seco
     }
 
 
+async def crowd_and_calls(directory: Path, *, num_watchers: int, seconds: float) -> dict[str, Any]:
+    """A crowd watches ten steps a second while others call, 200 times a second, and ask for health."""
+    async with world(directory) as at, child(_LOAD, _order(at, num_watchers, num_decoding=20)) as load:
+        await load.line()
+        calls = [
+            at.call("GetJob", seconds, per_second=100),
+            at.call("ListProjects", seconds, per_second=100),
+            at.call("Health", seconds, per_second=20),
+        ]
+        measuring = asyncio.create_task(_measure(at, load, rate=10, num_watchers=num_watchers, seconds=seconds))
+        await asyncio.sleep(_SETTLE_SECONDS)
+        async with child(_LOAD, json.dumps({"kind": "calls", "together": True, "calls": calls})) as callers:
+            answers = await callers.line()
+        found = await measuring
+    for call, answer in zip(calls, answers, strict=True):
+        found[call["call"]] = {name: answer[name] for name in ("p50_ms", "p99_ms")}
+    return found
+
+
 async def history_cold(directory: Path, *, num_events: int, num_watchers: int) -> dict[str, Any]:
     """Everybody reads the whole log from a service that has read none of it."""
     async with world(directory) as at:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2
 
 from benchmarks.control_plane_echo import METHOD as ECHO
 from tunesmith.common.v1 import training_spec_pb2
@@ -113,6 +114,11 @@ _CALLS = {
         method="/tunesmith.control.v1.JobService/ListJobs",
         request=lambda _: jobs.ListJobsRequest(page_size=50),
         response=jobs.ListJobsResponse,
+    ),
+    "Health": _Call(
+        method="/grpc.health.v1.Health/Check",
+        request=lambda _: health_pb2.HealthCheckRequest(),
+        response=health_pb2.HealthCheckResponse,
     ),
     "CreateProject": _Call(
         method="/tunesmith.control.v1.ProjectService/CreateProject",
@@ -242,7 +248,9 @@ async def _line() -> None:
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
 
 
-async def _calls(orders: list[dict[str, Any]]) -> list[dict[str, Any]]:
+async def _calls(orders: list[dict[str, Any]], *, together: bool) -> list[dict[str, Any]]:
+    if together:
+        return await asyncio.gather(*(call_all(UnaryLoad(**order)) for order in orders))
     return [await call_all(UnaryLoad(**order)) for order in orders]
 
 
@@ -251,7 +259,7 @@ def main() -> None:
     if order.pop("kind") == "watch":
         result: Any = asdict(asyncio.run(watch_all(WatchLoad(**order))))
     else:
-        result = asyncio.run(_calls(order["calls"]))
+        result = asyncio.run(_calls(order["calls"], together=order.get("together", False)))
     sys.stdout.write(json.dumps(result) + "\n")
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ from control_service.api.errors import (
     status_message,
     trailing_metadata,
 )
+from control_service.api.limits import TimeLimits
 from control_service.api.validation import check
 from control_service.domain.errors import DeadlineTooShort, FieldViolation, InvalidArgument, TunesmithError, Unavailable
 from control_service.domain.failpoints import failpoint
@@ -75,12 +77,11 @@ class CallInterceptor:
 
     def __init__(self, *, config: CallConfig) -> None:
         self._config = config
-        # Tasks of calls that are open, and until when by the loop's clock.
-        self._open: dict[asyncio.Task[Any], float] = {}
+        # Tasks of calls that are open.
+        self._open: set[asyncio.Task[Any]] = set()
         # Those of them that were ended here, and why.
-        self._ended: dict[asyncio.Task[Any], TunesmithError] = {}
-        # One timer for all: nearly every call is over long before its time is.
-        self._expiring: asyncio.TimerHandle | None = None
+        self._ended: dict[asyncio.Task[Any], Callable[[], TunesmithError]] = {}
+        self._limits = TimeLimits(self._end)
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -97,7 +98,7 @@ class CallInterceptor:
         """Ends the calls that are open with SHUTTING_DOWN: a server that just stops would tell them CANCELLED, which
         is no word to call again."""
         for task in self._open:
-            self._end(task, _shutting_down())
+            self._end(task, _shutting_down)
 
     def wrap(self, method: str, handler: Any) -> Any:
         """The handler with the boundary around it. `method`: the full name, `/package.Service/Method`."""
@@ -131,32 +132,21 @@ class CallInterceptor:
     def unary_stream(self, behavior: Any, method: str) -> Any:
         """One request, a stream of answers."""
 
+        seconds = self._config.stalled_reader_seconds
+        why = partial(_stalled, seconds)
+
         async def serve(request: Message, context: Any) -> None:
-            async with _Boundary(self, method, context, math.inf):
+            async with _Boundary(self, method, context, math.inf) as task:
                 _accept(request)
                 # A reader that goes away cancels this; the behavior's generator must end with it.
                 async with aclosing(behavior(request, context)) as messages:
                     async for message in messages:
                         # Not by yielding: what waits at a yield can neither be timed nor told why it ends.
-                        await self._write(context, message)
+                        self._limits.set(task, seconds, why)
+                        await context.write(message)
+                        self._limits.clear(task)
 
         return serve
-
-    async def _write(self, context: Any, message: Any) -> None:
-        """Gives the reader a message. Unavailable READER_STALLED when it takes none for too long."""
-        seconds = self._config.stalled_reader_seconds
-        limit = asyncio.timeout(seconds)
-        try:
-            async with limit:
-                await context.write(message)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise Unavailable(
-                "READER_STALLED",
-                f"nothing was taken for {seconds:g} s; go on from the last message",
-                retry_after_seconds=1.0,
-            ) from error
 
     def stream_unary(self, behavior: Any, method: str) -> Any:
         """A stream of requests, one answer."""
@@ -184,43 +174,29 @@ class CallInterceptor:
 
     def begin(self, task: asyncio.Task[Any], context: Any, max_seconds: float) -> None:
         """A call is open. Unavailable SHUTTING_DOWN, DeadlineTooShort."""
-        loop = asyncio.get_running_loop()
-        until = self._open[task] = loop.time() + max_seconds
+        self._open.add(task)
         self._idle.clear()
         if self._draining:
             raise _shutting_down()
         remaining = context.time_remaining()
         if remaining is not None and remaining < self._config.min_remaining_seconds:
             raise DeadlineTooShort("DEADLINE_TOO_SHORT", f"only {max(0.0, remaining):.3f} s are left for the call")
-        if max_seconds < math.inf and (self._expiring is None or self._expiring.when() > until):
-            self._expire_at(until, loop)
+        if max_seconds < math.inf:
+            self._limits.set(task, max_seconds, partial(_too_long, max_seconds))
 
     def finish(self, task: asyncio.Task[Any]) -> TunesmithError | None:
         """A call is over; why, if it was ended from here."""
-        self._open.pop(task, None)
+        self._open.discard(task)
+        self._limits.clear(task)
         if not self._open:
             self._idle.set()
-        return self._ended.pop(task, None)
+        why = self._ended.pop(task, None)
+        return None if why is None else why()
 
-    def _end(self, task: asyncio.Task[Any], why: TunesmithError) -> None:
+    def _end(self, task: asyncio.Task[Any], why: Callable[[], TunesmithError]) -> None:
         if task not in self._ended:
             self._ended[task] = why
             task.cancel()
-
-    def _expire_at(self, time_seconds: float, loop: asyncio.AbstractEventLoop) -> None:
-        if self._expiring is not None:
-            self._expiring.cancel()
-        self._expiring = loop.call_at(time_seconds, self._expire, loop)
-
-    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._expiring = None
-        now = loop.time()
-        for task, until in self._open.items():
-            if until <= now:
-                self._end(task, DeadlineTooShort("DEADLINE_TOO_SHORT", "the call took longer than it may"))
-        following = min((until for task, until in self._open.items() if task not in self._ended), default=math.inf)
-        if following < math.inf:
-            self._expire_at(following, loop)
 
 
 class _Boundary:
@@ -234,7 +210,7 @@ class _Boundary:
         self._context = context
         self._max_seconds = max_seconds
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> asyncio.Task[Any]:
         context = self._context
         self._request_id = _request_id(context)
         structlog.contextvars.clear_contextvars()
@@ -248,6 +224,7 @@ class _Boundary:
             self._calls.begin(task, context, self._max_seconds)
         except TunesmithError as error:
             await self._refuse(error)
+        return task
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -293,6 +270,16 @@ _KINDS: Final[Mapping[str, tuple[Callable[[CallInterceptor, Any, str], Any], Cal
     "unary_stream": (CallInterceptor.unary_stream, grpc.unary_stream_rpc_method_handler),
     "stream_unary": (CallInterceptor.stream_unary, grpc.stream_unary_rpc_method_handler),
 }
+
+
+def _too_long(seconds: float) -> DeadlineTooShort:
+    return DeadlineTooShort("DEADLINE_TOO_SHORT", f"the call took longer than {seconds:g} s")
+
+
+def _stalled(seconds: float) -> Unavailable:
+    return Unavailable(
+        "READER_STALLED", f"nothing was taken for {seconds:g} s; go on from the last message", retry_after_seconds=1.0
+    )
 
 
 def _shutting_down() -> Unavailable:
