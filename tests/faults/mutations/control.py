@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.faults.mutations.mutation import Mutation
 
 _STORE = "tests/contract/control/test_store.py::"
+_PACING = "tests/unit/control/test_pacing.py::"
 _RECOVERY = "tests/integration/control_core/test_recovery.py::"
 _REQUESTS = "tests/integration/control_core/test_requests.py::"
 _STOPPING = "tests/integration/control_core/test_stopping.py::"
@@ -143,6 +144,22 @@ LOG = (
         snippet="if newest and after_sequence < oldest - 1:",
         replacement="if False:",
         tests=(f"{_COMPACTION}test_a_log_that_is_old_enough_keeps_its_last_event_only",),
+    ),
+    Mutation(
+        name="a-crowd-is-woken-without-a-pace",
+        promise="R13",
+        file="control_service/app/pacing.py",
+        snippet="            self._next_seconds += share * pause",
+        replacement="            self._next_seconds += 0.0 * share * pause",
+        tests=(f"{_PACING}test_a_crowd_is_not_woken_at_once",),
+    ),
+    Mutation(
+        name="a-crowd-is-woken-in-one-turn",
+        promise="R13",
+        file="control_service/app/pacing.py",
+        snippet="_WOKEN_TOGETHER = 8",
+        replacement="_WOKEN_TOGETHER = 8_000_000",
+        tests=(f"{_PACING}test_others_have_the_loop_between_the_turns_of_a_crowd",),
     ),
     Mutation(
         name="a-watch-passes-over-a-gap",
