@@ -26,11 +26,12 @@ class Child:
         self.process = process
 
     @classmethod
-    async def start(cls, *arguments: str) -> Child:
+    async def start(cls, *arguments: str, log: Path | None = None) -> Child:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", *arguments),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            stderr=None if log is None else log.open("ab"),
             limit=2**28,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
@@ -74,6 +75,7 @@ class World:
     """One control service with one node, and what the rows of the benchmark need of them."""
 
     def __init__(self, directory: Path, *, module: str, flags: tuple[str, ...]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self._module, self._flags = module, flags
         self.node: Child | None = None
@@ -95,7 +97,9 @@ class World:
         ready = self.directory / "ready.json"
         self.control = await Child.start(
             *(self._module, "--address", "127.0.0.1:0", "--data-directory", str(self.directory / "control")),
-            *("--ready-file", str(ready), "--node", node, "--log-level", "warning", *self._flags),
+            *("--ready-file", str(ready), "--node", node, *self._flags),
+            # A line for every call, as it is by itself.
+            log=self.directory / "control.log",
         )
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not ready.exists():

@@ -112,7 +112,7 @@ async def test_a_crowd_in_one_room_does_not_hold_up_another_one() -> None:
     pacer.tell(crowd.room)
     pacer.tell(single.room)
     async with asyncio.timeout(30):
-        while not single.num_woken:
+        while not single.num_woken:  # noqa: ASYNC110 - a pacer tells nobody else
             await asyncio.sleep(0.01)
     # In the order of their coming it would have been the last of all.
     assert crowd.num_woken < 500
@@ -129,7 +129,7 @@ async def test_what_comes_within_the_window_is_shown_together_and_not_forgotten(
     for _ in range(10):
         pacer.tell(watchers.room)
     async with asyncio.timeout(30):
-        while watchers.num_woken < 4:
+        while watchers.num_woken < 4:  # noqa: ASYNC110 - a pacer tells nobody else
             await asyncio.sleep(0.01)
     assert (watchers.num_woken, watchers.room.num_shown) == (4, 2)
     await watchers.end()
@@ -153,7 +153,7 @@ async def test_heartbeats_come_to_those_who_wait_and_to_nobody_else() -> None:
     pacer = _pacer(heartbeat_seconds=0.05)
     watchers = _Watchers(pacer, _Room(), 20)
     async with asyncio.timeout(30):
-        while watchers.heartbeats < 40:
+        while watchers.heartbeats < 40:  # noqa: ASYNC110 - a pacer tells nobody else
             await asyncio.sleep(0.01)
     assert watchers.num_woken == 0
     await watchers.end()
