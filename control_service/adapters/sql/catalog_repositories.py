@@ -40,22 +40,22 @@ class SqlProjects:
         """See the port."""
         self._refuse_taken(draft.name, project_id=0)
         values = {"draft": draft_to_json(draft), "create_time": now, "update_time": now, "etag": secrets.token_hex(8)}
-        project_id = self._connection.execute(statements.INSERT_PROJECT, {"name": draft.name, **values}).scalar_one()
+        project_id = statements.INSERT_PROJECT.run(self._connection, {"name": draft.name, **values})[0]["project_id"]
         self._link_datasets(project_id, draft)
         return Project(project_id=project_id, draft=draft, create_time=now, update_time=now, etag=str(values["etag"]))
 
     def get(self, project_id: int) -> Project | None:
         """See the port."""
-        row = self._connection.execute(statements.GET_PROJECT, {"at_project_id": project_id}).mappings().first()
-        return None if row is None else project_from_row({**row})
+        row = statements.GET_PROJECT.first(self._connection, {"at_project_id": project_id})
+        return None if row is None else project_from_row(row)
 
     def list_page(self, *, after_id: int, limit: int, name_contains: str) -> Sequence[Project]:
         """See the port."""
-        statement = statements.PROJECTS_AFTER
-        if name_contains:
-            statement = statement.where(contains(schema.projects.c.name, name_contains))
-        rows = self._connection.execute(statement, {"at_project_id": after_id, "num_projects": limit})
-        return [project_from_row({**row}) for row in rows.mappings()]
+        where = {"at_project_id": after_id, "num_projects": limit}
+        if not name_contains:
+            return [project_from_row(row) for row in statements.PROJECTS_AFTER.run(self._connection, where)]
+        statement = statements.PROJECTS_AFTER_STATEMENT.where(contains(schema.projects.c.name, name_contains))
+        return [project_from_row({**row}) for row in self._connection.execute(statement, where).mappings()]
 
     def update(self, project: Project) -> None:
         """See the port."""
@@ -90,8 +90,8 @@ class SqlProjects:
         return list(self._connection.execute(statement).scalars())
 
     def _refuse_taken(self, name: str, *, project_id: int) -> None:
-        other_id = self._connection.execute(statements.PROJECT_NAMED, {"at_name": name}).scalar()
-        if other_id is not None and other_id != project_id:
+        other = statements.PROJECT_NAMED.first(self._connection, {"at_name": name})
+        if other is not None and (other_id := other["project_id"]) != project_id:
             raise AlreadyExists(
                 "PROJECT_NAME_TAKEN",
                 f"project {other_id} has the name {name!r}",
@@ -100,8 +100,8 @@ class SqlProjects:
 
     def _link_datasets(self, project_id: int, draft: ProjectDraft) -> None:
         rows = [{"project_id": project_id, "dataset_id": dataset_id} for dataset_id in dataset_ids(draft.traits)]
-        if rows:
-            self._connection.execute(statements.INSERT_PROJECT_DATASETS, rows)
+        for row in rows:
+            statements.INSERT_PROJECT_DATASETS.run(self._connection, row)
 
 
 class SqlDatasets:
@@ -125,8 +125,8 @@ class SqlDatasets:
 
     def get(self, dataset_id: int) -> Dataset | None:
         """See the port."""
-        row = self._connection.execute(statements.GET_DATASET, {"at_dataset_id": dataset_id}).mappings().first()
-        return None if row is None else dataset_from_row({**row})
+        row = statements.GET_DATASET.first(self._connection, {"at_dataset_id": dataset_id})
+        return None if row is None else dataset_from_row(row)
 
     def get_by_name(self, name: str) -> Dataset | None:
         """See the port."""
@@ -200,14 +200,14 @@ class SqlRequests:
     def get(self, method: str, request_id: str) -> RequestRecord | None:
         """See the port."""
         where = {"at_method": method, "at_request_id": request_id}
-        row = self._connection.execute(statements.GET_REQUEST, where).mappings().first()
-        return None if row is None else RequestRecord(**{**row})
+        row = statements.GET_REQUEST.first(self._connection, where)
+        return None if row is None else RequestRecord(**row)
 
     def put(self, record: RequestRecord) -> None:
         """See the port."""
         row = {name: getattr(record, name) for name in RequestRecord.__dataclass_fields__}
-        self._connection.execute(statements.INSERT_REQUEST, row)
+        statements.INSERT_REQUEST.run(self._connection, row)
 
     def delete_older_than(self, time: datetime) -> int:
         """See the port."""
-        return self._connection.execute(statements.FORGET_REQUESTS, {"at_time": time}).rowcount
+        return statements.FORGET_REQUESTS.count(self._connection, {"at_time": time})

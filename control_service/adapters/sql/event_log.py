@@ -32,17 +32,18 @@ class SqlEventLog:
 
     def append_run_events(self, job_id: str, *, attempt: int, events: Sequence[StoredEvent]) -> Sequence[StoredEvent]:
         """See the port."""
-        row = self._connection.execute(statements.GET_CURSOR, {"at_job_id": job_id}).one_or_none()
-        if row is None or row.attempt != attempt:
+        row = statements.GET_CURSOR.first(self._connection, {"at_job_id": job_id})
+        if row is None or row["attempt"] != attempt:
             raise FailedPrecondition(
                 "STALE_EPOCH",
                 f"attempt {attempt} of job {job_id} is over",
-                details={"attempt": str(0 if row is None else row.attempt)},
+                details={"attempt": str(0 if row is None else row["attempt"])},
             )
-        fresh = [event for event in events if event.run_sequence > row.run_cursor]
-        expected = range(row.run_cursor + 1, row.run_cursor + 1 + len(fresh))
+        cursor = row["run_cursor"]
+        fresh = [event for event in events if event.run_sequence > cursor]
+        expected = range(cursor + 1, cursor + 1 + len(fresh))
         if [event.run_sequence for event in fresh] != list(expected):
-            raise Internal("INTERNAL", f"events of job {job_id} do not continue at run sequence {row.run_cursor + 1}")
+            raise Internal("INTERNAL", f"events of job {job_id} do not continue at run sequence {cursor + 1}")
         if not fresh:
             return []
         return self._store(job_id, fresh, attempt=attempt, run_cursor=fresh[-1].run_sequence)
@@ -50,20 +51,7 @@ class SqlEventLog:
     def page(self, job_id: str, *, after_sequence: int, limit: int) -> Sequence[StoredEvent]:
         """See the port."""
         where = {"at_job_id": job_id, "at_sequence": after_sequence, "num_events": limit}
-        # In the order of the columns that were asked for.
-        return [
-            StoredEvent(
-                sequence=sequence,
-                attempt=attempt,
-                run_sequence=run_sequence or 0,
-                kind=kind,
-                time=time,
-                payload=payload,
-            )
-            for sequence, attempt, run_sequence, kind, time, payload in self._connection.execute(
-                statements.EVENTS_AFTER, where
-            )
-        ]
+        return [event_from_row(row) for row in statements.EVENTS_AFTER.run(self._connection, where)]
 
     def of_kind(self, job_id: str, *, attempt: int, kind: EventKind) -> Sequence[StoredEvent]:
         """See the port."""
@@ -77,9 +65,9 @@ class SqlEventLog:
 
     def bounds(self, job_id: str) -> tuple[int, int]:
         """See the port."""
-        newest = self._connection.execute(statements.NEWEST_SEQUENCE, {"at_job_id": job_id}).scalar()
-        oldest = self._connection.execute(statements.OLDEST_SEQUENCE, {"at_job_id": job_id}).scalar()
-        return oldest or 0, newest or 0
+        newest = statements.NEWEST_SEQUENCE.first(self._connection, {"at_job_id": job_id})
+        oldest = statements.OLDEST_SEQUENCE.first(self._connection, {"at_job_id": job_id})
+        return (oldest["oldest"] or 0 if oldest else 0), (newest["last_sequence"] if newest else 0)
 
     def compact(self, job_id: str, *, before_sequence: int, limit: int) -> int:
         """See the port."""
@@ -101,9 +89,10 @@ class SqlEventLog:
         if run_cursor is not None:
             statement = statements.NUMBER_RUN_EVENTS
             values["run_cursor"] = run_cursor
-        last = self._connection.execute(statement, values).scalar()
-        if last is None:
+        row = statement.first(self._connection, values)
+        if row is None:
             raise NotFound("JOB_NOT_FOUND", f"no job {job_id}")
+        last = row["last_sequence"]
         first = last - len(events) + 1
         numbered = [
             StoredEvent(

@@ -46,8 +46,8 @@ class SqlJobs:
 
     def get(self, job_id: str) -> Job | None:
         """See the port."""
-        row = self._connection.execute(statements.GET_JOB, {"at_job_id": job_id}).mappings().first()
-        return None if row is None else job_from_row({**row})
+        row = statements.GET_JOB.first(self._connection, {"at_job_id": job_id})
+        return None if row is None else job_from_row(row)
 
     def list_unneeded_starts(self) -> Sequence[str]:
         """See the port."""
@@ -72,7 +72,7 @@ class SqlJobs:
         row = job_to_row(following)
         values = {name: row[name] for name in statements.JOB_COLUMNS}
         values |= {"at_job_id": job.job_id, "at_revision": job.revision}
-        if self._connection.execute(statements.UPDATE_JOB, values).rowcount != 1:
+        if statements.UPDATE_JOB.count(self._connection, values) != 1:
             raise Aborted("ETAG_MISMATCH", f"job {job.job_id} was changed by someone else")
         return following
 
