@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Final
 
 import grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from control_service.adapters.blobs.imports import DirectoryImportRoot
@@ -22,7 +23,7 @@ from control_service.api.artifacts import ArtifactServicer
 from control_service.api.connections import hang_up
 from control_service.api.datasets import DatasetServicer
 from control_service.api.dependencies import Dependencies, EdgeConfig
-from control_service.api.health import HealthReporter
+from control_service.api.health import HEALTH, HealthReporter
 from control_service.api.inference import InferenceServicer
 from control_service.api.interceptors import CallConfig, CallInterceptor
 from control_service.api.jobs import JobServicer
@@ -105,7 +106,6 @@ async def build(settings: Settings) -> Application:
     """Everything, wired and bound to its port, with nothing running. Taken: the port is another process's."""
     calls = CallInterceptor(config=CallConfig(stalled_reader_seconds=settings.stalled_reader_seconds))
     server = grpc.aio.server(
-        interceptors=[calls],
         options=SERVER_OPTIONS,
         maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
     )
@@ -141,9 +141,8 @@ async def build(settings: Settings) -> Application:
         config=EdgeConfig(upload_idle_seconds=settings.upload_idle_seconds, max_watches=settings.max_watches),
     )
     health = HealthReporter(store=store, clock=clock)
-    services = register_services(server, dependencies)
-    health.add_to(server, services=services)
-    reflection.enable_server_reflection((*services, reflection.SERVICE_NAME, "grpc.health.v1.Health"), server)
+    services = register_services(server, dependencies, calls=calls, health=health)
+    reflection.enable_server_reflection((*services, reflection.SERVICE_NAME), server)
     return Application(
         server=server,
         calls=calls,
@@ -156,8 +155,10 @@ async def build(settings: Settings) -> Application:
     )
 
 
-def register_services(server: grpc.aio.Server, dependencies: Dependencies) -> tuple[str, ...]:
-    """Adds every service of the contract; their full names."""
+def register_services(
+    server: grpc.aio.Server, dependencies: Dependencies, *, calls: CallInterceptor, health: HealthReporter
+) -> tuple[str, ...]:
+    """Adds every service of the contract, and health; their full names."""
     handlers = register(
         server,
         (project_service_pb2_grpc.add_ProjectServiceServicer_to_server, ProjectServicer(dependencies)),
@@ -167,7 +168,10 @@ def register_services(server: grpc.aio.Server, dependencies: Dependencies) -> tu
         (artifact_service_pb2_grpc.add_ArtifactServiceServicer_to_server, ArtifactServicer(dependencies)),
         (node_service_pb2_grpc.add_NodeServiceServicer_to_server, NodeServicer(dependencies)),
         (inference_service_pb2_grpc.add_InferenceServiceServicer_to_server, InferenceServicer(dependencies)),
+        (health_pb2_grpc.add_HealthServicer_to_server, health.servicer),
+        wrap=calls.wrap,
     )
+    health.report_for(service for service in handlers if service != HEALTH)
     return tuple(handlers)
 
 

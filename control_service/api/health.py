@@ -4,12 +4,12 @@ drains. `liveness` alone is SERVING for as long as anything answers."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Any, Final
 
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
 
 from control_service.app.ports import Clock
 from control_service.app.store_ports import StoreWithRoom
@@ -21,6 +21,8 @@ _CHECK_SECONDS: Final = 5.0
 _PATIENCE_SECONDS: Final = 5.0
 # Whether the process should be restarted, which no other process' lock is a reason for.
 LIVENESS: Final = "liveness"
+# The service's own full name.
+HEALTH: Final = "grpc.health.v1.Health"
 
 
 class HealthReporter:
@@ -33,10 +35,14 @@ class HealthReporter:
         self._services: Collection[str] = ("",)
         self._task: asyncio.Task[None] | None = None
 
-    def add_to(self, server: Any, *, services: Collection[str]) -> None:
-        """Registers the health service; `services` are full names."""
+    @property
+    def servicer(self) -> Any:
+        """What serves the calls."""
+        return self._servicer
+
+    def report_for(self, services: Iterable[str]) -> None:
+        """Also for these services, by their full names."""
         self._services = ("", *services)
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     async def start(self) -> None:
         """Looks at the store once, then every few seconds."""

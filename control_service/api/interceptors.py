@@ -1,18 +1,22 @@
 """What every call of ours goes through: request id, deadline, validation, one mapping of errors, one line of log.
 
-Health and reflection pass untouched, but that watches of health are told when the server stops. No servicer aborts,
-logs its call or checks a field's declaration by itself.
+Handlers are wrapped once, before a server has them: a server's own interceptors are run again for every call. Health
+and reflection pass untouched, but that watches of health are told when the server stops. No servicer aborts, logs its
+call or checks a field's declaration by itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
 from typing import Any, Final
 
 import grpc
@@ -26,6 +30,7 @@ from control_service.api.errors import (
     status_message,
     trailing_metadata,
 )
+from control_service.api.limits import TimeLimits
 from control_service.api.validation import check
 from control_service.domain.errors import DeadlineTooShort, FieldViolation, InvalidArgument, TunesmithError, Unavailable
 from control_service.domain.failpoints import failpoint
@@ -69,19 +74,20 @@ class CallConfig:
     )
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler of ours, unary or streaming in either direction."""
+class CallInterceptor:
+    """Wraps handlers of ours, unary or streaming in either direction, and knows the calls that are open."""
 
     def __init__(self, *, config: CallConfig) -> None:
         self._config = config
         # Tasks of calls that are open.
         self._open: set[asyncio.Task[Any]] = set()
-        # Those of them that `cut` has ended.
-        self._cut: set[asyncio.Task[Any]] = set()
         # And those whose answer is still on its way out.
         self._unanswered: set[asyncio.Task[Any]] = set()
         # Watches of health, which end by nothing else than a cut.
         self._endless: set[asyncio.Task[Any]] = set()
+        # Those of them all that were ended here, and why.
+        self._ended: dict[asyncio.Task[Any], Callable[[], TunesmithError]] = {}
+        self._limits = TimeLimits(self._end)
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -100,25 +106,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         is no word to call again."""
         for task in self._endless:
             self._expect_answer(task)
-        self._cut |= self._open | self._endless
         for task in self._open | self._endless:
-            task.cancel()
+            self._end(task, _shutting_down)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Gives the handler with the boundary around it; an unknown method stays unknown."""
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is not None and method == _HEALTH_WATCH:
+    def wrap(self, method: str, handler: Any) -> Any:
+        """The handler with the boundary around it. `method`: the full name, `/package.Service/Method`."""
+        if method == _HEALTH_WATCH:
             return grpc.unary_stream_rpc_method_handler(
                 self._endless_stream(handler.unary_stream),
                 request_deserializer=handler.request_deserializer,
                 response_serializer=handler.response_serializer,
             )
-        if handler is None or not method.startswith(_OURS):
+        if not method.startswith(_OURS):
             return handler
         for kind, (wrap, make) in _KINDS.items():
             behavior = getattr(handler, kind)
@@ -132,12 +131,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def unary_unary(self, behavior: Any, method: str) -> Any:
         """One request, one answer."""
+        seconds = self._max_seconds(method)
 
         async def serve(request: Message, context: Any) -> Any:
-            async with self._boundary(method, context) as seconds:
+            async with _Boundary(self, method, context, seconds):
                 _accept(request)
-                async with _limited(seconds):
-                    answer = await behavior(request, context)
+                answer = await behavior(request, context)
                 # The job that the call made is on its line of log, so that its request can be found by it.
                 _bind_job_id(getattr(answer, "job", None))
                 failpoint("reply.before-send")
@@ -148,35 +147,25 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def unary_stream(self, behavior: Any, method: str) -> Any:
         """One request, a stream of answers."""
 
+        seconds = self._config.stalled_reader_seconds
+        why = partial(_stalled, seconds)
+
         async def serve(request: Message, context: Any) -> None:
-            async with self._boundary(method, context):
+            async with _Boundary(self, method, context, math.inf) as task:
                 _accept(request)
                 # A reader that goes away cancels this; the behavior's generator must end with it.
                 async with aclosing(behavior(request, context)) as messages:
                     async for message in messages:
                         # Not by yielding: what waits at a yield can neither be timed nor told why it ends.
-                        await self._write(context, message)
+                        self._limits.set(task, seconds, why)
+                        await context.write(message)
+                        self._limits.clear(task)
 
         return serve
 
-    async def _write(self, context: Any, message: Any) -> None:
-        """Gives the reader a message. Unavailable READER_STALLED when it takes none for too long."""
-        seconds = self._config.stalled_reader_seconds
-        limit = asyncio.timeout(seconds)
-        try:
-            async with limit:
-                await context.write(message)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise Unavailable(
-                "READER_STALLED",
-                f"nothing was taken for {seconds:g} s; go on from the last message",
-                retry_after_seconds=1.0,
-            ) from error
-
     def stream_unary(self, behavior: Any, method: str) -> Any:
         """A stream of requests, one answer."""
+        seconds = self._max_seconds(method)
 
         async def serve(requests: AsyncIterator[Message], context: Any) -> Any:
             async def accepted() -> AsyncIterator[Message]:
@@ -184,60 +173,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     _accept(request)
                     yield request
 
-            async with self._boundary(method, context) as seconds:
+            async with _Boundary(self, method, context, seconds):
                 try:
-                    async with _limited(seconds):
-                        return await behavior(accepted(), context)
+                    return await behavior(accepted(), context)
                 except TunesmithError:
                     await _read_out(requests, limit_bytes=self._config.read_out_bytes)
                     raise
 
         return serve
-
-    @asynccontextmanager
-    async def _boundary(self, method: str, context: Any) -> AsyncIterator[float]:
-        """Gives the seconds that the call may take; turns what is raised inside into the call's status."""
-        request_id = _request_id(context)
-        structlog.contextvars.clear_contextvars()
-        structlog.contextvars.bind_contextvars(request_id=request_id, method=method)
-        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
-        start = time.monotonic()
-        code, refusal = grpc.StatusCode.OK, None
-        task = asyncio.current_task()
-        assert task is not None, "a call is served in a task"
-        self._open.add(task)
-        self._expect_answer(task)
-        try:
-            if self._draining:
-                raise _shutting_down()
-            yield self._seconds(method, context)
-        except TunesmithError as error:
-            refusal = error
-        except (asyncio.CancelledError, GeneratorExit):
-            if task not in self._cut:
-                code = grpc.StatusCode.CANCELLED
-                raise
-            task.uncancel()
-            refusal = _shutting_down()
-        except Exception:  # noqa: BLE001  # the outermost boundary of a call: a defect must not leak to the caller
-            _log.exception("call failed by a defect")
-            refusal = internal_error(request_id)
-        finally:
-            self._open.discard(task)
-            self._cut.discard(task)
-            if refusal is not None:
-                code = status_code(refusal)
-            _log.info(
-                "call",
-                code=code.name,
-                seconds=round(time.monotonic() - start, 6),
-                reason=refusal.reason if refusal else None,
-                message=refusal.message if refusal else None,
-            )
-        if refusal is not None:
-            await context.abort(
-                code, status_message(refusal), trailing_metadata=trailing_metadata(refusal, request_id=request_id)
-            )
 
     def _endless_stream(self, behavior: Any) -> Any:
         """A watch of health that is told SHUTTING_DOWN when it is cut."""
@@ -249,12 +192,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 await behavior(request, context)
             except asyncio.CancelledError:
-                if task not in self._cut:
+                if task not in self._ended:
                     raise
                 task.uncancel()
             finally:
                 self._endless.discard(task)
-                self._cut.discard(task)
+                self._ended.pop(task, None)
             # What a watch of health ends with, if it ends.
             refusal = _shutting_down()
             await context.abort(status_code(refusal), status_message(refusal))
@@ -272,11 +215,100 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if not self._unanswered:
             self._idle.set()
 
-    def _seconds(self, method: str, context: Any) -> float:
+    def _max_seconds(self, method: str) -> float:
+        return self._config.max_seconds_by_method.get(method.rsplit("/", 1)[-1], self._config.max_seconds)
+
+    # Of a call's boundary.
+
+    def begin(self, task: asyncio.Task[Any], context: Any, max_seconds: float) -> None:
+        """A call is open. Unavailable SHUTTING_DOWN, DeadlineTooShort."""
+        self._open.add(task)
+        self._expect_answer(task)
+        if self._draining:
+            raise _shutting_down()
         remaining = context.time_remaining()
         if remaining is not None and remaining < self._config.min_remaining_seconds:
             raise DeadlineTooShort("DEADLINE_TOO_SHORT", f"only {max(0.0, remaining):.3f} s are left for the call")
-        return self._config.max_seconds_by_method.get(method.rsplit("/", 1)[-1], self._config.max_seconds)
+        if max_seconds < math.inf:
+            self._limits.set(task, max_seconds, partial(_too_long, max_seconds))
+
+    def finish(self, task: asyncio.Task[Any]) -> TunesmithError | None:
+        """A call is over; why, if it was ended from here."""
+        self._open.discard(task)
+        self._limits.clear(task)
+        why = self._ended.pop(task, None)
+        return None if why is None else why()
+
+    def _end(self, task: asyncio.Task[Any], why: Callable[[], TunesmithError]) -> None:
+        if task not in self._ended:
+            self._ended[task] = why
+            task.cancel()
+
+
+class _Boundary:
+    """Around one call: turns what is raised inside into the call's status."""
+
+    __slots__ = ("_calls", "_context", "_max_seconds", "_method", "_request_id", "_start", "_task")
+
+    def __init__(self, calls: CallInterceptor, method: str, context: Any, max_seconds: float) -> None:
+        self._calls = calls
+        self._method = method
+        self._context = context
+        self._max_seconds = max_seconds
+
+    async def __aenter__(self) -> asyncio.Task[Any]:
+        context = self._context
+        self._request_id = _request_id(context)
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=self._request_id, method=self._method)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, self._request_id),))
+        self._start = time.monotonic()
+        task = asyncio.current_task()
+        assert task is not None, "a call is served in a task"
+        self._task = task
+        try:
+            self._calls.begin(task, context, self._max_seconds)
+        except TunesmithError as error:
+            await self._refuse(error)
+        return task
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._calls.finish(self._task)
+            self._tell(grpc.StatusCode.OK, None)
+        elif isinstance(error, TunesmithError):
+            await self._refuse(error)
+        elif isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            ended = self._calls.finish(self._task)
+            if ended is None:
+                self._tell(grpc.StatusCode.CANCELLED, None)
+                return
+            self._task.uncancel()
+            await self._refuse(ended)
+        elif isinstance(error, Exception):
+            # The outermost boundary of a call: a defect must not leak to the caller.
+            _log.error("call failed by a defect", exc_info=error)
+            await self._refuse(internal_error(self._request_id))
+        else:
+            self._calls.finish(self._task)
+
+    async def _refuse(self, refusal: TunesmithError) -> None:
+        self._calls.finish(self._task)
+        code = status_code(refusal)
+        self._tell(code, refusal)
+        metadata = trailing_metadata(refusal, request_id=self._request_id)
+        await self._context.abort(code, status_message(refusal), trailing_metadata=metadata)
+
+    def _tell(self, code: grpc.StatusCode, refusal: TunesmithError | None) -> None:
+        _log.info(
+            "call",
+            code=code.name,
+            seconds=round(time.monotonic() - self._start, 6),
+            reason=refusal.reason if refusal else None,
+            message=refusal.message if refusal else None,
+        )
 
 
 _KINDS: Final[Mapping[str, tuple[Callable[[CallInterceptor, Any, str], Any], Callable[..., Any]]]] = {
@@ -284,6 +316,16 @@ _KINDS: Final[Mapping[str, tuple[Callable[[CallInterceptor, Any, str], Any], Cal
     "unary_stream": (CallInterceptor.unary_stream, grpc.unary_stream_rpc_method_handler),
     "stream_unary": (CallInterceptor.stream_unary, grpc.stream_unary_rpc_method_handler),
 }
+
+
+def _too_long(seconds: float) -> DeadlineTooShort:
+    return DeadlineTooShort("DEADLINE_TOO_SHORT", f"the call took longer than {seconds:g} s")
+
+
+def _stalled(seconds: float) -> Unavailable:
+    return Unavailable(
+        "READER_STALLED", f"nothing was taken for {seconds:g} s; go on from the last message", retry_after_seconds=1.0
+    )
 
 
 def _shutting_down() -> Unavailable:
@@ -328,15 +370,3 @@ async def _read_out(requests: AsyncIterator[Message], *, limit_bytes: int) -> No
                 num_bytes += request.ByteSize()
                 if num_bytes > limit_bytes:
                     return
-
-
-@asynccontextmanager
-async def _limited(seconds: float) -> AsyncIterator[None]:
-    limit = asyncio.timeout(seconds)
-    try:
-        async with limit:
-            yield
-    except TimeoutError as error:
-        if not limit.expired():
-            raise
-        raise DeadlineTooShort("DEADLINE_TOO_SHORT", f"the call took longer than {seconds:g} s") from error

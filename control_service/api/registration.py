@@ -1,7 +1,8 @@
-"""Registers servicers with a server through the generated functions, with one method's answers sent as they are.
+"""Collects the handlers of servicers through the generated functions and gives a server all of them in one table.
 
-WatchJob's pages are encoded once and shared by all watchers of a job, so its handler must not serialize. grpc differs
-between versions in which of two registered handlers wins; here the generated one is replaced before a server sees it.
+They are given as generic handlers only: for every method that is registered by name grpc.aio keeps a call that it waits
+for, and goes through all of them for each call that comes. WatchJob's pages are encoded once and shared by all watchers
+of a job, so its handler must not serialize.
 """
 
 from __future__ import annotations
@@ -32,14 +33,33 @@ class HandlerCollector:
         }
 
 
-def register(server: Any, *additions: tuple[Callable[[Any, Any], None], object]) -> Mapping[str, Mapping[str, Any]]:
-    """Adds servicers, each as (generated `add_..._to_server`, servicer); gives the handlers by service and method."""
+class _Table(grpc.GenericRpcHandler):
+    """Handlers by a call's full name."""
+
+    def __init__(self, handlers: Mapping[str, Any]) -> None:
+        self._handlers = handlers
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """None for a method that is not here."""
+        return self._handlers.get(handler_call_details.method)
+
+
+def register(
+    server: Any,
+    *additions: tuple[Callable[[Any, Any], None], object],
+    wrap: Callable[[str, Any], Any],
+) -> Mapping[str, Mapping[str, Any]]:
+    """Adds servicers, each as (generated `add_..._to_server`, servicer), every handler as `wrap` gives it for its full
+    name; gives the handlers by service and method."""
     collector = HandlerCollector()
     for add, servicer in additions:
         add(servicer, collector)
-    for service, handlers in collector.handlers.items():
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-        server.add_registered_method_handlers(service, handlers)
+    table = {
+        f"/{service}/{name}": wrap(f"/{service}/{name}", handler)
+        for service, handlers in collector.handlers.items()
+        for name, handler in handlers.items()
+    }
+    server.add_generic_rpc_handlers((_Table(table),))
     return collector.handlers
 
 

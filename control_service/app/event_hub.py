@@ -1,24 +1,27 @@
 """Serves watchers of jobs from encoded pages that all watchers of a job share. Keeps no queue per watcher: each reads
-by its own cursor, after commit, so a slow one holds up nobody. A few are woken at once; a crowd at a pace, which leaves
-the event loop room for everybody else, and who is woken later gets more events at a time."""
+by its own cursor, after commit, so a slow one holds up nobody. What a job's log gains is shown to all of its watchers
+together, the more of them the more events at a time; `pacing` wakes them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from control_service.app.jobs import check_position
 from control_service.app.lookups import job_of
+from control_service.app.pacing import Pacer, PacerConfig, WaitingRoom
 from control_service.app.ports import EventCodec
 from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.domain.errors import Unavailable
+from control_service.domain.event import StoredEvent
 
-# Watchers that are woken in one turn of the event loop. Between two turns a call that has just come is taken up.
-_WOKEN_TOGETHER = 8
 # Behind the end of the log by less than this, a watcher is at its end.
 _MANY_EVENTS = 32
+# Of events that are not shown yet, so many are kept; where there are more, pages are read from the store.
+_MAX_NEWEST = 4096
 # What a page takes in memory besides its message: at the tail of a log a page is one small event.
 _PAGE_OVERHEAD_BYTES = 512
 
@@ -31,10 +34,7 @@ class EventHubConfig:
     max_page_events: int = 256
     max_page_bytes: int = 1024**2
     cache_bytes: int = 64 * 1024**2
-    # More watchers than that, all together, are a crowd; fewer are woken at once.
-    num_unpaced: int = 64
-    # How many of a large crowd are woken; the smaller it is, the faster, up to at once.
-    crowd_woken_per_second: float = 1000.0
+    pace: PacerConfig = field(default_factory=PacerConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +50,37 @@ class _Page:
         return len(self.message) + _PAGE_OVERHEAD_BYTES
 
 
-@dataclass(kw_only=True)
-class _Feed:
-    """What the hub knows of one watched job."""
+class _Feed(WaitingRoom):
+    """What the hub knows of one watched job; those who have read all that was shown wait in it."""
 
-    num_watchers: int = 0
-    last_sequence: int = 0
-    is_over: bool = False
-    # A commit may have ended the job; whoever comes to the end of the log looks, once for all.
-    may_be_over: bool = False
-    looking: asyncio.Task[None] | None = None
-    # Those who have read everything.
-    waiting: dict[asyncio.Future[None], None] = field(default_factory=dict)
+    def __init__(self, on_show: Callable[[_Feed], None]) -> None:
+        super().__init__()
+        self._on_show = on_show
+        # The newest event that is committed, and the newest that watchers are given. They differ for a moment, so that
+        # all watchers are given the same pages.
+        self.last_sequence = 0
+        self.shown_sequence = 0
+        # The newest events as they were committed, those that are not shown yet among them.
+        self.newest: list[StoredEvent] = []
+        self.is_over = False
+        # A commit may have ended the job; whoever comes to the end of the log looks, once for all.
+        self.may_be_over = False
+        self.looking: asyncio.Task[None] | None = None
+
+    def show(self) -> None:
+        """Gives everybody what there is."""
+        self._on_show(self)
+        self.shown_sequence = self.last_sequence
+        self.newest = []
+
+    def take(self, events: Sequence[StoredEvent], last_sequence: int) -> None:
+        """What a commit brought."""
+        self.last_sequence = max(self.last_sequence, last_sequence)
+        if not self.newest or not events or self.newest[-1].sequence + 1 != events[0].sequence:
+            self.newest = []
+        self.newest += events
+        if len(self.newest) > _MAX_NEWEST:
+            self.newest = []
 
 
 class EventHub:
@@ -75,11 +94,7 @@ class EventHub:
         self._pages: OrderedDict[tuple[str, int], _Page] = OrderedDict()
         self._cached_bytes = 0
         self._reading: dict[tuple[str, int], asyncio.Task[_Page]] = {}
-        # Those whose log has grown, in the order in which they are woken.
-        self._to_wake: deque[asyncio.Future[None]] = deque()
-        self._waking: asyncio.TimerHandle | None = None
-        self._woken_seconds = 0.0
-        self._num_watchers = 0
+        self._pacer = Pacer(config=config.pace, heartbeat_seconds=config.heartbeat_seconds)
         self._draining = False
         self.num_pages_read = 0
         store.subscribe(self._on_commit)
@@ -87,7 +102,7 @@ class EventHub:
     @property
     def num_watchers(self) -> int:
         """Watches that are open."""
-        return self._num_watchers
+        return self._pacer.num_watchers
 
     @property
     def num_cached_pages(self) -> int:
@@ -100,42 +115,37 @@ class EventHub:
         Ends after the last event of a job that is over. NotFound JOB_NOT_FOUND; OutOfRange HISTORY_COMPACTED with
         `oldest_sequence`, SEQUENCE_IN_FUTURE; Unavailable SHUTTING_DOWN once `drain` was called.
         """
-        feed = self._feeds.setdefault(job_id, _Feed())
-        feed.num_watchers += 1
-        self._num_watchers += 1
+        feed = self._feeds.setdefault(job_id, _Feed(partial(self._keep_newest, job_id)))
+        self._pacer.enter(feed)
         try:
             await self._look(job_id, feed, after_sequence)
             position = after_sequence
             while True:
                 self._refuse_if_draining()
-                if position < feed.last_sequence:
-                    page = await self._page(job_id, position, feed.last_sequence)
+                if position < feed.shown_sequence:
+                    page = await self._page(job_id, position, feed.shown_sequence)
                     position = page.last_sequence
                     yield page.message
-                    # The log may have grown while that was taken. Whoever is at its end waits for a turn all the same:
-                    # a crowd that is slow would else never let go of the loop.
-                    if feed.last_sequence - _MANY_EVENTS < position < feed.last_sequence:
-                        await self._turn()
-                elif feed.is_over:
+                    # More may have been shown while that was taken. Whoever is at its end waits for a turn all the
+                    # same: a crowd that is slow would else never let go of the loop.
+                    if feed.shown_sequence - _MANY_EVENTS < position < feed.shown_sequence:
+                        await self._pacer.turn(feed)
+                elif position >= feed.last_sequence and feed.is_over:
                     return
-                elif feed.may_be_over or feed.looking is not None:
+                elif position >= feed.last_sequence and (feed.may_be_over or feed.looking is not None):
                     await self._look_for_all(job_id, feed, position)
                 # Nothing is awaited since the last look at the feed, so that no growth is missed.
-                elif not await self._has_grown(feed):
+                elif not await self._pacer.wait(feed):
                     yield self._codec.encode_heartbeat(position)
         finally:
-            feed.num_watchers -= 1
-            self._num_watchers -= 1
+            self._pacer.leave(feed)
             if feed.num_watchers == 0:
                 self._feeds.pop(job_id, None)
 
     def drain(self) -> None:
         """Ends every watch with Unavailable SHUTTING_DOWN after what it has already been given."""
         self._draining = True
-        for feed in self._feeds.values():
-            self._to_wake.extend(feed.waiting)
-        while self._to_wake:
-            self._wake_next()
+        self._pacer.wake_all(self._feeds.values())
 
     def _refuse_if_draining(self) -> None:
         if self._draining:
@@ -148,35 +158,9 @@ class EventHub:
             feed = self._feeds.get(job_id)
             if feed is None:
                 continue
-            feed.last_sequence = max(feed.last_sequence, last_sequence)
+            feed.take(notice.events.get(job_id, ()), last_sequence)
             feed.may_be_over |= notice.jobs_changed
-            self._to_wake.extend(feed.waiting)
-            feed.waiting = {}
-        if self._to_wake and self._waking is None:
-            self._wake_soon()
-
-    def _wake_soon(self) -> None:
-        """Some, as soon as the pace allows; at the loop's next turn while there is no crowd."""
-        num_watchers, num_unpaced = self._num_watchers, self._config.num_unpaced
-        share = 1.0 - num_unpaced / num_watchers if num_watchers > num_unpaced else 0.0
-        pause_seconds = share * _WOKEN_TOGETHER / self._config.crowd_woken_per_second
-        self._waking = asyncio.get_running_loop().call_at(self._woken_seconds + pause_seconds, self._wake_some)
-
-    def _wake_some(self) -> None:
-        self._waking = None
-        self._woken_seconds = asyncio.get_running_loop().time()
-        for _ in range(_WOKEN_TOGETHER):
-            self._wake_next()
-        if self._to_wake:
-            self._wake_soon()
-
-    def _wake_next(self) -> None:
-        """The next one that has not had a heartbeat, or left, meanwhile."""
-        while self._to_wake:
-            waiter = self._to_wake.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
+            self._pacer.tell(feed)
 
     async def _look_for_all(self, job_id: str, feed: _Feed, position: int) -> None:
         """One look for all who have come to the end of the log."""
@@ -207,43 +191,27 @@ class EventHub:
         # Several watchers look at once; an older look never takes back a newer one.
         if last_sequence >= feed.last_sequence:
             feed.last_sequence, feed.is_over = last_sequence, is_over
-
-    async def _has_grown(self, feed: _Feed) -> bool:
-        """Waits for the log to grow; False when a heartbeat is due first."""
-        waiter = asyncio.get_running_loop().create_future()
-        feed.waiting[waiter] = None
-        try:
-            async with asyncio.timeout(self._config.heartbeat_seconds):
-                await waiter
-        except TimeoutError:
-            return False
-        finally:
-            feed.waiting.pop(waiter, None)
-        return True
-
-    async def _turn(self) -> None:
-        """Waits to be woken like those whose log has grown."""
-        waiter = asyncio.get_running_loop().create_future()
-        self._to_wake.append(waiter)
-        if self._waking is None:
-            self._wake_soon()
-        await waiter
+        # Where others watch already, a newcomer is given what they are given, and the rest with them.
+        if feed.num_watchers == 1 or feed.shown_sequence < position:
+            feed.show()
+        elif feed.shown_sequence < feed.last_sequence:
+            self._pacer.tell(feed)
 
     # Pages.
 
-    async def _page(self, job_id: str, after_sequence: int, last_sequence: int) -> _Page:
+    async def _page(self, job_id: str, after_sequence: int, shown_sequence: int) -> _Page:
         key = (job_id, after_sequence)
         page = self._pages.get(key)
         # One that was read at the end of the log, which has grown since, would make many small ones of history.
         if page is not None and (
-            page.last_sequence >= min(after_sequence + _MANY_EVENTS, last_sequence, self._end(key))
+            page.last_sequence >= min(after_sequence + _MANY_EVENTS, shown_sequence, self._end(key))
             or page.size_bytes > self._config.max_page_bytes // 2
         ):
             self._pages.move_to_end(key)
             return page
         reading = self._reading.get(key)
         if reading is None:
-            reading = self._reading[key] = asyncio.create_task(self._read_page(key))
+            reading = self._reading[key] = asyncio.create_task(self._read_page(key, shown_sequence))
             reading.add_done_callback(lambda _: self._reading.pop(key, None))
         # One watcher that goes away must not take the page from the others.
         return await asyncio.shield(reading)
@@ -254,18 +222,12 @@ class EventHub:
         size = self._config.max_page_events
         return (key[1] // size + 1) * size
 
-    async def _read_page(self, key: tuple[str, int]) -> _Page:
+    async def _read_page(self, key: tuple[str, int], shown_sequence: int) -> _Page:
         job_id, after_sequence = key
-        limit = self._end(key) - after_sequence
+        limit = min(self._end(key), shown_sequence) - after_sequence
 
         def read(tx: Transaction) -> _Page:
-            events = tx.events.page(job_id, after_sequence=after_sequence, limit=limit)
-            size_bytes = 0
-            for count, event in enumerate(events):
-                size_bytes += len(event.payload)
-                if count and size_bytes > self._config.max_page_bytes:
-                    events = events[:count]
-                    break
+            events = self._cut(tx.events.page(job_id, after_sequence=after_sequence, limit=limit))
             if not events or events[0].sequence != after_sequence + 1:
                 # Deleted or compacted while it was watched: said, never passed over.
                 job_of(tx, job_id)
@@ -278,6 +240,27 @@ class EventHub:
         if page.last_sequence > after_sequence:
             self._keep(key, page)
         return page
+
+    def _keep_newest(self, job_id: str, feed: _Feed) -> None:
+        """Pages of what is about to be shown, from the events as they were committed."""
+        start = feed.shown_sequence
+        events = [event for event in feed.newest if event.sequence > start]
+        if not events or events[0].sequence != start + 1 or events[-1].sequence != feed.last_sequence:
+            return
+        while events:
+            cut = self._cut(events[: self._config.max_page_events])
+            page = _Page(last_sequence=cut[-1].sequence, message=self._codec.encode_page(cut))
+            self._keep((job_id, cut[0].sequence - 1), page)
+            events = events[len(cut) :]
+
+    def _cut(self, events: Sequence[StoredEvent]) -> Sequence[StoredEvent]:
+        """As many as go into a page, one at least."""
+        size_bytes = 0
+        for count, event in enumerate(events):
+            size_bytes += len(event.payload)
+            if count and size_bytes > self._config.max_page_bytes:
+                return events[:count]
+        return events
 
     def _keep(self, key: tuple[str, int], page: _Page) -> None:
         earlier = self._pages.pop(key, None)

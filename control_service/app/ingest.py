@@ -46,8 +46,8 @@ async def ingest(
         if not fresh:
             return Ingested(job=job, has_new_checkpoint=False)
         has_new_checkpoint = False
-        # Read again: the event log moved the cursor.
-        job = job_of(tx, job_id)
+        # As the event log has just written it.
+        job = replace(job, run_cursor=fresh[-1].run_sequence, last_sequence=fresh[-1].sequence)
         for event in fresh:
             fact = facts[event.run_sequence]
             job = apply_fact(job, fact)

@@ -13,6 +13,7 @@ import structlog
 from control_service.app.attempts import AttemptStarter
 from control_service.app.back_off import BackOff, BackOffConfig
 from control_service.app.collector import Collector
+from control_service.app.gathering import gathered
 from control_service.app.ingest import ingest
 from control_service.app.node_monitor import NodeMonitor
 from control_service.app.placing import send_elsewhere
@@ -175,7 +176,7 @@ class JobKeeper:
 
     async def _follow(self, job: Job, client: NodeClient) -> None:
         key = job.run_key(self._ports.store.installation_id)
-        async for batch in client.watch_run(key, after_run_sequence=job.run_cursor):
+        async for batch in gathered(client.watch_run(key, after_run_sequence=job.run_cursor)):
             brought = await ingest(job.job_id, job.attempt, batch, store=self._ports.store, codec=self._ports.codec)
             self._back_off.reset()
             if brought.has_new_checkpoint:

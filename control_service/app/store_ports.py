@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol, TypeVar
 
@@ -28,6 +28,9 @@ class CommitNotice:
     jobs_changed: bool
     # True when a node's record was stored.
     nodes_changed: bool
+    # By job, the newest events in sequence and without a gap, up to its `job_sequences`: for whom they would be read
+    # again at once. May be missing.
+    events: Mapping[str, Sequence[StoredEvent]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,4 +40,14 @@ def trait_value(message: training_spec_pb2.Trait) -> Trait:
 
 def trait_message(trait: Trait) -> training_spec_pb2.Trait:
     """A trait for the wire."""
-    return json_format.ParseDict(trait.to_json(), training_spec_pb2.Trait())
+    # Fields that are None stay unset.
+    return training_spec_pb2.Trait(
+        trait_type=trait.trait_type,
+        weight=trait.weight,
+        datasets=[
+            training_spec_pb2.TraitDataset(dataset_id=part.dataset_id, percentage=part.percentage)
+            for part in trait.datasets
+        ],
+        held_out_dataset_ids=trait.held_out_dataset_ids,
+        held_out_fraction=trait.held_out_fraction,
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -21,16 +22,22 @@ V = TypeVar("V", bound=int)
 _UNSPECIFIED = "UNSPECIFIED"
 
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@cache
 def _prefix(enum: _EnumTypeWrapper[V]) -> str:
     """`JOB_STATE_` of JobState: every enum of the contract starts with `<PREFIX>UNSPECIFIED` (buf lint holds it)."""
     return str(enum.DESCRIPTOR.values[0].name).removesuffix(_UNSPECIFIED)
 
 
+@lru_cache(maxsize=1024)
 def enum_number(enum: _EnumTypeWrapper[V], name: str) -> V:
     """The number of a domain name (`QUEUED`); a name that the contract does not have is a ValueError."""
     return enum.Value(_prefix(enum) + name)
 
 
+@lru_cache(maxsize=1024)
 def enum_name(enum: _EnumTypeWrapper[V], number: int) -> str:
     """The domain name of a number; `UNSPECIFIED` for one that this version does not know."""
     value = enum.DESCRIPTOR.values_by_number.get(number)
@@ -41,14 +48,13 @@ def timestamp(time: datetime | None) -> Timestamp | None:
     """A time for the wire; None stays unset."""
     if time is None:
         return None
-    message = Timestamp()
-    message.FromDatetime(time)
-    return message
+    since = time - _EPOCH
+    return Timestamp(seconds=since.days * 86400 + since.seconds, nanos=since.microseconds * 1000)
 
 
 def utc_time(message: Timestamp) -> datetime:
     """A time from the wire, aware, in UTC, to the microsecond."""
-    return message.ToDatetime(tzinfo=UTC)
+    return _EPOCH + timedelta(seconds=message.seconds, microseconds=message.nanos // 1000)
 
 
 def failure_message(failure: Failure | None) -> errors_pb2.Failure | None:

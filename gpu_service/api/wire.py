@@ -99,7 +99,10 @@ def run_to_wire(run: Run) -> run_service_pb2.Run:
 
 def records_to_wire(records: Sequence[Record]) -> run_service_pb2.WatchRunResponse:
     """The events as they lie in the journal; their payloads are not looked at."""
-    return run_service_pb2.WatchRunResponse(events=[record.decode() for record in records])
+    response = run_service_pb2.WatchRunResponse()
+    for record in records:
+        response.events.add().MergeFromString(record.event)
+    return response
 
 
 def plan_to_wire(plan: Mapping[str, Any]) -> plan_pb2.Plan:

@@ -32,6 +32,8 @@ _SEQUENCE = struct.Struct("<Q")
 MAX_EVENT_BYTES = 256 * 1024
 # Kept allocated behind the end of the file, so that a full disk never keeps a run from saying how it ended.
 RESERVE_BYTES = 256 * 1024
+# Read at a time.
+_BLOCK_BYTES = 64 * 1024
 _RESERVE_STRIDE_BYTES = 1024 * 1024
 _SYNC_INTERVAL_SECONDS = 0.2
 _FALLOC_FL_KEEP_SIZE = 1
@@ -84,18 +86,27 @@ def _checksum(sequence: int, event: bytes) -> int:
 
 
 def _records(descriptor: int, offset: int, expected_sequence: int) -> Iterator[tuple[Record, int]]:
-    """Whole records from `offset`, each with the offset behind it; ends at the first that is not whole."""
+    """Whole records from `offset`, each with the offset behind it; ends at the first that is not whole. Reads many
+    records at a time: what is written meanwhile may be seen by the next call only."""
+    block, start = b"", 0
     while True:
-        header = os.pread(descriptor, _HEADER.size, offset)
-        if len(header) < _HEADER.size:
-            return
-        length, checksum, sequence = _HEADER.unpack(header)
+        if len(block) - start < _HEADER.size:
+            block, start = os.pread(descriptor, _BLOCK_BYTES, offset), 0
+            if len(block) < _HEADER.size:
+                return
+        length, checksum, sequence = _HEADER.unpack_from(block, start)
         if sequence != expected_sequence or not 0 < length <= MAX_EVENT_BYTES:
             return
-        event = os.pread(descriptor, length, offset + _HEADER.size)
-        if len(event) < length or _checksum(sequence, event) != checksum:
+        size = _HEADER.size + length
+        if len(block) - start < size:
+            block, start = os.pread(descriptor, max(size, _BLOCK_BYTES), offset), 0
+            if len(block) < size:
+                return
+        event = block[start + _HEADER.size : start + size]
+        if _checksum(sequence, event) != checksum:
             return
-        offset += _HEADER.size + length
+        start += size
+        offset += size
         expected_sequence += 1
         yield Record(run_sequence=sequence, event=event), offset
 

@@ -21,6 +21,7 @@ from tunesmith.common.v1 import event_pb2
 
 # Watchers are woken by the engine's notices; this is for a notice that was lost with its shim.
 _LOOK_ANYWAY_SECONDS = 2.0
+_AGAIN_SECONDS = 0.004
 _BATCH_EVENTS = 256
 # An engine maps its plan and tokens before the first of these.
 _PHASES_BEHIND_THE_PLAN = frozenset({event_pb2.PHASE_EVALUATING, event_pb2.PHASE_TRAINING, event_pb2.PHASE_SAVING})
@@ -89,6 +90,9 @@ class Run:
         while self._dirty:
             self._dirty = False
             await self.refresh()
+            if self._dirty:
+                # Steps that follow each other so closely are read together: each reading is a turn of a thread.
+                await asyncio.sleep(_AGAIN_SECONDS)
 
     async def refresh(self) -> None:
         """Take in what the journal has by now. Raises OSError, JournalDamaged."""

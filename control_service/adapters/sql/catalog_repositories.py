@@ -9,7 +9,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from control_service.adapters.sql import schema
+from control_service.adapters.sql import schema, statements
 from control_service.adapters.sql.records import (
     dataset_from_row,
     dataset_to_row,
@@ -40,22 +40,22 @@ class SqlProjects:
         """See the port."""
         self._refuse_taken(draft.name, project_id=0)
         values = {"draft": draft_to_json(draft), "create_time": now, "update_time": now, "etag": secrets.token_hex(8)}
-        statement = sa.insert(schema.projects).values(name=draft.name, **values).returning(schema.projects.c.project_id)
-        project_id = self._connection.execute(statement).scalar_one()
+        project_id = statements.INSERT_PROJECT.run(self._connection, {"name": draft.name, **values})[0]["project_id"]
         self._link_datasets(project_id, draft)
         return Project(project_id=project_id, draft=draft, create_time=now, update_time=now, etag=str(values["etag"]))
 
     def get(self, project_id: int) -> Project | None:
         """See the port."""
-        return self._first(schema.projects.c.project_id == project_id)
+        row = statements.GET_PROJECT.first(self._connection, {"at_project_id": project_id})
+        return None if row is None else project_from_row(row)
 
     def list_page(self, *, after_id: int, limit: int, name_contains: str) -> Sequence[Project]:
         """See the port."""
-        table = schema.projects
-        statement = sa.select(table).where(table.c.project_id > after_id).order_by(table.c.project_id).limit(limit)
-        if name_contains:
-            statement = statement.where(contains(table.c.name, name_contains))
-        return [project_from_row({**row}) for row in self._connection.execute(statement).mappings()]
+        where = {"at_project_id": after_id, "num_projects": limit}
+        if not name_contains:
+            return [project_from_row(row) for row in statements.PROJECTS_AFTER.run(self._connection, where)]
+        statement = statements.PROJECTS_AFTER_STATEMENT.where(contains(schema.projects.c.name, name_contains))
+        return [project_from_row({**row}) for row in self._connection.execute(statement, where).mappings()]
 
     def update(self, project: Project) -> None:
         """See the port."""
@@ -89,23 +89,19 @@ class SqlProjects:
         )
         return list(self._connection.execute(statement).scalars())
 
-    def _first(self, condition: sa.ColumnElement[bool]) -> Project | None:
-        row = self._connection.execute(sa.select(schema.projects).where(condition)).mappings().first()
-        return None if row is None else project_from_row({**row})
-
     def _refuse_taken(self, name: str, *, project_id: int) -> None:
-        other = self._first(schema.projects.c.name == name)
-        if other is not None and other.project_id != project_id:
+        other = statements.PROJECT_NAMED.first(self._connection, {"at_name": name})
+        if other is not None and (other_id := other["project_id"]) != project_id:
             raise AlreadyExists(
                 "PROJECT_NAME_TAKEN",
-                f"project {other.project_id} has the name {name!r}",
-                details={"project_id": str(other.project_id)},
+                f"project {other_id} has the name {name!r}",
+                details={"project_id": str(other_id)},
             )
 
     def _link_datasets(self, project_id: int, draft: ProjectDraft) -> None:
         rows = [{"project_id": project_id, "dataset_id": dataset_id} for dataset_id in dataset_ids(draft.traits)]
-        if rows:
-            self._connection.execute(sa.insert(schema.project_datasets), rows)
+        for row in rows:
+            statements.INSERT_PROJECT_DATASETS.run(self._connection, row)
 
 
 class SqlDatasets:
@@ -129,11 +125,14 @@ class SqlDatasets:
 
     def get(self, dataset_id: int) -> Dataset | None:
         """See the port."""
-        return self._first(schema.datasets.c.dataset_id == dataset_id)
+        row = statements.GET_DATASET.first(self._connection, {"at_dataset_id": dataset_id})
+        return None if row is None else dataset_from_row(row)
 
     def get_by_name(self, name: str) -> Dataset | None:
         """See the port."""
-        return self._first(schema.datasets.c.name == name)
+        statement = sa.select(schema.datasets).where(schema.datasets.c.name == name)
+        row = self._connection.execute(statement).mappings().first()
+        return None if row is None else dataset_from_row({**row})
 
     def get_many(self, dataset_ids: Collection[int]) -> Mapping[int, Dataset]:
         """See the port."""
@@ -161,10 +160,6 @@ class SqlDatasets:
             )
         )
         return bool(self._connection.execute(statement).scalar_one())
-
-    def _first(self, condition: sa.ColumnElement[bool]) -> Dataset | None:
-        row = self._connection.execute(sa.select(schema.datasets).where(condition)).mappings().first()
-        return None if row is None else dataset_from_row({**row})
 
 
 class SqlNodes:
@@ -204,16 +199,15 @@ class SqlRequests:
 
     def get(self, method: str, request_id: str) -> RequestRecord | None:
         """See the port."""
-        table = schema.requests
-        statement = sa.select(table).where(table.c.method == method, table.c.request_id == request_id)
-        row = self._connection.execute(statement).mappings().first()
-        return None if row is None else RequestRecord(**{**row})
+        where = {"at_method": method, "at_request_id": request_id}
+        row = statements.GET_REQUEST.first(self._connection, where)
+        return None if row is None else RequestRecord(**row)
 
     def put(self, record: RequestRecord) -> None:
         """See the port."""
-        self._connection.execute(sa.insert(schema.requests).values(asdict(record)))
+        row = {name: getattr(record, name) for name in RequestRecord.__dataclass_fields__}
+        statements.INSERT_REQUEST.run(self._connection, row)
 
     def delete_older_than(self, time: datetime) -> int:
         """See the port."""
-        statement = sa.delete(schema.requests).where(schema.requests.c.create_time < time)
-        return self._connection.execute(statement).rowcount
+        return statements.FORGET_REQUESTS.count(self._connection, {"at_time": time})

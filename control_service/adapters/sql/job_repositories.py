@@ -8,7 +8,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from control_service.adapters.sql import schema
+from control_service.adapters.sql import schema, statements
 from control_service.adapters.sql.records import (
     artifact_from_row,
     artifact_to_row,
@@ -28,10 +28,6 @@ from control_service.domain.start_from import start_files
 # What a job starts from, as a holder of content.
 _START = "start"
 _LIVE = tuple(state.value for state in JobState if state not in TERMINAL)
-# Written once; a job's spec may be large and is not written again with every batch of events.
-_IMMUTABLE = frozenset(
-    {"job_id", "project_id", "project_name", "spec", "spec_digest", "output_path", "create_time", "retry_of_job_id"}
-)
 
 
 class SqlJobs:
@@ -50,8 +46,8 @@ class SqlJobs:
 
     def get(self, job_id: str) -> Job | None:
         """See the port."""
-        row = self._connection.execute(sa.select(schema.jobs).where(schema.jobs.c.job_id == job_id)).mappings().first()
-        return None if row is None else job_from_row({**row})
+        row = statements.GET_JOB.first(self._connection, {"at_job_id": job_id})
+        return None if row is None else job_from_row(row)
 
     def list_unneeded_starts(self) -> Sequence[str]:
         """See the port."""
@@ -72,14 +68,11 @@ class SqlJobs:
 
     def update(self, job: Job) -> Job:
         """See the port."""
-        table = schema.jobs
         following = replace(job, revision=job.revision + 1)
-        statement = (
-            sa.update(table)
-            .where(table.c.job_id == job.job_id, table.c.revision == job.revision)
-            .values({name: value for name, value in job_to_row(following).items() if name not in _IMMUTABLE})
-        )
-        if self._connection.execute(statement).rowcount != 1:
+        row = job_to_row(following)
+        values = {name: row[name] for name in statements.JOB_COLUMNS}
+        values |= {"at_job_id": job.job_id, "at_revision": job.revision}
+        if statements.UPDATE_JOB.count(self._connection, values) != 1:
             raise Aborted("ETAG_MISMATCH", f"job {job.job_id} was changed by someone else")
         return following
 

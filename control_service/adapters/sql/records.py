@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
+from control_service.adapters.sql.schema import to_microseconds
 from control_service.domain.artifact import (
     Artifact,
     ArtifactKind,
@@ -25,6 +26,9 @@ from control_service.domain.run import Phase, RunState
 from control_service.domain.spec import TrainingSpec, Trait
 
 Row = Mapping[str, Any]
+
+_MAX_SPECS: Final = 64
+_specs: Final[dict[str, TrainingSpec]] = {}
 
 
 def draft_to_json(draft: ProjectDraft) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def job_to_row(job: Job) -> dict[str, Any]:
 def job_from_row(row: Row) -> Job:
     """A row of `jobs`."""
     values = dict(row)
-    values["spec"] = TrainingSpec.from_json(row["spec"])
+    values["spec"] = _spec(row["spec_digest"], row["spec"])
     values["state"] = JobState(row["state"])
     values["phase"] = Phase(row["phase"])
     values["progress"] = JobProgress(**row["progress"])
@@ -92,17 +96,28 @@ def job_from_row(row: Row) -> Job:
     return Job(**values)
 
 
-def event_to_row(job_id: str, event: StoredEvent) -> dict[str, Any]:
-    """An event as a row of `events`."""
-    return {
-        "job_id": job_id,
-        "sequence": event.sequence,
-        "attempt": event.attempt,
-        "run_sequence": event.run_sequence or None,
-        "kind": event.kind,
-        "time": event.time,
-        "payload": event.payload,
-    }
+def _spec(digest: str, value: Any) -> TrainingSpec:
+    """The spec that a digest names; of those that were read last, one value for all."""
+    spec = _specs.get(digest)
+    if spec is None:
+        spec = TrainingSpec.from_json(value)
+        if len(_specs) >= _MAX_SPECS:
+            _specs.clear()
+        _specs[digest] = spec
+    return spec
+
+
+def event_to_driver(job_id: str, event: StoredEvent) -> tuple[Any, ...]:
+    """An event as a row of `events`, in the order of its columns, with the values that a driver takes."""
+    return (
+        job_id,
+        event.sequence,
+        event.attempt,
+        event.run_sequence or None,
+        int(event.kind),
+        to_microseconds(event.time),
+        event.payload,
+    )
 
 
 def event_from_row(row: Row) -> StoredEvent:

@@ -22,6 +22,12 @@ metadata = sa.MetaData(
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+def to_microseconds(value: datetime) -> int:
+    """Whole microseconds since 1970 of an aware time."""
+    since = value - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+
+
 class UtcMicroseconds(sa.types.TypeDecorator[datetime]):
     """An aware UTC time, kept as whole microseconds since 1970: exact, ordered, the same in every database."""
 
@@ -30,7 +36,7 @@ class UtcMicroseconds(sa.types.TypeDecorator[datetime]):
 
     def process_bind_param(self, value: datetime | None, dialect: Any) -> int | None:
         """To the database."""
-        return None if value is None else (value - _EPOCH) // timedelta(microseconds=1)
+        return None if value is None else to_microseconds(value)
 
     def process_result_value(self, value: int | None, dialect: Any) -> datetime | None:
         """From the database."""

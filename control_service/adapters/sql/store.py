@@ -1,4 +1,5 @@
-"""The store over SQLAlchemy Core: one writer thread that commits in groups, readers on connections of their own.
+"""The store over SQLAlchemy Core: one writer thread that commits in groups; readers on connections of their own, which
+read in groups too: what is asked for while one reads is the next one's, unless that takes long.
 
 The writer takes every function that waits, runs each in a savepoint of one BEGIN IMMEDIATE, commits once, and then
 answers all. It never retries a function and never commits half of one. Whatever the database does, the thread goes on:
@@ -35,6 +36,10 @@ T = TypeVar("T")
 DATABASE_NAME = "control.sqlite"
 _MAX_GROUP = 256
 _NUM_READERS = 4
+# Of one snapshot. A slow one keeps its neighbors waiting, so that there are not many.
+_MAX_READS = 32
+# What is asked for waits for a reader that is at work only so long before it goes to another one.
+_READ_PATIENCE_SECONDS = 0.003
 # Nobody waits for an answer yet when the database is opened, and a failure would end the service.
 _OPEN_TIMEOUT_MILLISECONDS = 30_000
 # SQLite's result code.
@@ -68,6 +73,9 @@ class SqlStore:
         self._was_full = False
         self.num_commits = 0
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="store-reader")
+        self._wanted: list[_Work] = []
+        self._num_reading = 0
+        self._sending: asyncio.Handle | None = None
         self._reader_state = threading.local()
         self._reader_connections: list[sa.Connection] = []
         self._writer = threading.Thread(target=self._write_groups, name="store-writer")
@@ -110,7 +118,35 @@ class SqlStore:
     async def read(self, work: Callable[[Transaction], T]) -> T:
         """See the port."""
         self._refuse_if_closed()
-        return await self._loop.run_in_executor(self._readers, self._read, work)
+        answer: asyncio.Future[T] = self._loop.create_future()
+        self._wanted.append(_Work(function=work, answer=answer))
+        if self._sending is None:
+            if self._num_reading:
+                self._sending = self._loop.call_later(_READ_PATIENCE_SECONDS, self._send_reads)
+            else:
+                self._sending = self._loop.call_soon(self._send_reads)
+        return await answer
+
+    def _send_reads(self) -> None:
+        self._sending = None
+        wanted, self._wanted = self._wanted, []
+        for start in range(0, len(wanted), _MAX_READS):
+            group = wanted[start : start + _MAX_READS]
+            try:
+                self._readers.submit(self._read_group, group)
+                self._num_reading += 1
+            except RuntimeError:
+                # The store was closed since.
+                for work in group:
+                    work.error = _closed()
+                _tell(group)
+
+    def _have_read(self, group: list[_Work]) -> None:
+        self._num_reading -= 1
+        if self._wanted and self._sending is not None:
+            self._sending.cancel()
+            self._send_reads()
+        _tell(group)
 
     async def check_room(self) -> None:
         """See the port."""
@@ -126,11 +162,12 @@ class SqlStore:
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
-            raise Unavailable("STORE_UNAVAILABLE", "the store is closed", retry_after_seconds=1.0)
+            raise _closed()
 
     # In reader threads.
 
-    def _read(self, work: Callable[[Transaction], T]) -> T:
+    def _read_group(self, group: list[_Work]) -> None:
+        """Reads of one snapshot, which is younger than all of them."""
         connection: sa.Connection | None = getattr(self._reader_state, "connection", None)
         try:
             if connection is None:
@@ -138,12 +175,16 @@ class SqlStore:
                 self._reader_connections.append(connection)
             connection.exec_driver_sql("BEGIN")
             try:
-                return work(SqlTransaction(connection, Touched()))
+                transaction = SqlTransaction(connection, Touched())
+                for work in group:
+                    _read_one(work, transaction)
             finally:
                 connection.exec_driver_sql("ROLLBACK")
-        except (sa.exc.DBAPIError, sa.exc.PendingRollbackError) as error:
+        except (sa.exc.SQLAlchemyError, FailedPrecondition) as error:
             self._replace_reader()
-            raise _unavailable(error) from error
+            for work in group:
+                work.error = _unavailable(error)
+        self._loop.call_soon_threadsafe(self._have_read, group)
 
     def _replace_reader(self) -> None:
         """The thread's next read is over a new connection: what is left of this one is not known."""
@@ -239,11 +280,28 @@ class SqlStore:
             told.callback(_tell, group)
             if touched:
                 notice = CommitNotice(
-                    job_sequences=touched.job_sequences, jobs_changed=touched.jobs, nodes_changed=touched.nodes
+                    job_sequences=touched.job_sequences,
+                    jobs_changed=touched.jobs,
+                    nodes_changed=touched.nodes,
+                    events=touched.events,
                 )
                 for listener in reversed(self._listeners):
                     told.callback(listener, notice)
                 failpoint("store.before-wake")
+
+
+def _read_one(work: _Work, transaction: Transaction) -> None:
+    """Errors of the database are the connection's, and everybody's."""
+    try:
+        work.result = work.function(transaction)
+    except sa.exc.SQLAlchemyError:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a thread's boundary: raised again where the caller awaits
+        work.error = error
+
+
+def _closed() -> Unavailable:
+    return Unavailable("STORE_UNAVAILABLE", "the store is closed", retry_after_seconds=1.0)
 
 
 def _tell(group: list[_Work]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from control_service.domain.event import StoredEvent
 
 
 @dataclass(kw_only=True)
@@ -12,10 +15,18 @@ class Touched:
     job_sequences: dict[str, int] = field(default_factory=dict)
     jobs: bool = False
     nodes: bool = False
+    # By job, what was appended to its log.
+    events: dict[str, list[StoredEvent]] = field(default_factory=dict)
+
+    def append(self, job_id: str, events: Sequence[StoredEvent]) -> None:
+        """A job's log grew by numbered events."""
+        self.job_sequences[job_id] = events[-1].sequence
+        self.events.setdefault(job_id, []).extend(events)
 
     def merge(self, other: Touched) -> None:
         """Adds what another transaction of the same commit touched."""
-        self.job_sequences.update(other.job_sequences)
+        for job_id, events in other.events.items():
+            self.append(job_id, events)
         self.jobs |= other.jobs
         self.nodes |= other.nodes
 

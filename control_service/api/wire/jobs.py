@@ -15,7 +15,7 @@ from control_service.domain.job import JobProgress, JobView
 from control_service.domain.job_state import JobState
 from control_service.wire.training_spec import spec_message
 from control_service.wire.values import enum_name, enum_number, failure_message, timestamp
-from tunesmith.common.v1 import event_pb2, plan_pb2
+from tunesmith.common.v1 import event_pb2, plan_pb2, training_spec_pb2
 from tunesmith.control.v1 import job_service_pb2
 
 # An unset level means EXACT.
@@ -24,6 +24,10 @@ _PLAN_LEVELS: Final[Mapping[int, PlanLevel]] = {
     plan_pb2.PLAN_LEVEL_CHECK: PlanLevel.CHECK,
     plan_pb2.PLAN_LEVEL_EXACT: PlanLevel.EXACT,
 }
+
+# Of specs that were asked for last, by their digests: a spec never changes, and is the largest part of a job.
+_MAX_SPECS: Final = 64
+_specs: Final[dict[str, training_spec_pb2.TrainingSpec]] = {}
 
 
 def plan_level(number: int) -> PlanLevel:
@@ -54,7 +58,12 @@ def job_states(numbers: Iterable[int]) -> tuple[JobState, ...]:
 def job_message(view: JobView) -> job_service_pb2.Job:
     """A job with its place in the queue and its spec."""
     message = job_listing_message(view)
-    message.spec.CopyFrom(spec_message(view.job.spec))
+    digest = view.job.spec_digest
+    if digest not in _specs:
+        if len(_specs) >= _MAX_SPECS:
+            _specs.clear()
+        _specs[digest] = spec_message(view.job.spec)
+    message.spec.CopyFrom(_specs[digest])
     return message
 
 

@@ -14,7 +14,8 @@ import sqlalchemy as sa
 from control_service.adapters.clock import SystemClock
 from control_service.adapters.sql import engine as sql_engine
 from control_service.adapters.sql import schema
-from control_service.adapters.sql.records import event_to_row, job_to_row
+from control_service.adapters.sql.records import event_to_driver, job_to_row
+from control_service.adapters.sql.statements import insert_events
 from control_service.adapters.sql.store import SqlStore
 from control_service.app.attempts import AttemptStarter
 from control_service.app.idempotency import RequestKey, once
@@ -134,6 +135,7 @@ async def test_an_event_of_a_run_has_one_row(tmp_path: Path) -> None:
     with sql_engine.connect(engine, read_only=False) as connection:
         connection.execute(sa.insert(schema.jobs).values(**job_to_row(make_job(create_time=NOW)), last_sequence=0))
         event = step_of_a_run(1)
-        connection.execute(sa.insert(schema.events).values(event_to_row(JOB_ID, replace(event, sequence=1))))
+        insert = insert_events(1, connection.dialect)
+        connection.exec_driver_sql(insert, event_to_driver(JOB_ID, replace(event, sequence=1)))
         with pytest.raises(sa.exc.IntegrityError):
-            connection.execute(sa.insert(schema.events).values(event_to_row(JOB_ID, replace(event, sequence=2))))
+            connection.exec_driver_sql(insert, event_to_driver(JOB_ID, replace(event, sequence=2)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.faults.mutations.mutation import Mutation
 
 _STORE = "tests/contract/control/test_store.py::"
+_PACING = "tests/unit/control/test_pacing.py::"
 _RECOVERY = "tests/integration/control_core/test_recovery.py::"
 _REQUESTS = "tests/integration/control_core/test_requests.py::"
 _STOPPING = "tests/integration/control_core/test_stopping.py::"
@@ -44,9 +45,9 @@ STORE = (
     Mutation(
         name="no-revision-is-compared",
         promise="R3",
-        file="control_service/adapters/sql/job_repositories.py",
-        snippet=".where(table.c.job_id == job.job_id, table.c.revision == job.revision)",
-        replacement=".where(table.c.job_id == job.job_id)",
+        file="control_service/adapters/sql/statements.py",
+        snippet='.where(_jobs.job_id == sa.bindparam("at_job_id"), _jobs.revision == sa.bindparam("at_revision"))',
+        replacement='.where(_jobs.job_id == sa.bindparam("at_job_id"))',
         tests=(f"{_STORE}test_an_update_of_an_old_revision_is_refused",),
     ),
     Mutation(
@@ -132,8 +133,8 @@ LOG = (
         name="the-cursor-does-not-move-with-the-events",
         promise="R8",
         file="control_service/adapters/sql/event_log.py",
-        snippet="sa.update(table).where(table.c.job_id == job_id).values(run_cursor=fresh[-1].run_sequence)",
-        replacement="sa.update(table).where(table.c.job_id == job_id).values(run_cursor=row.run_cursor)",
+        snippet="run_cursor=fresh[-1].run_sequence)",
+        replacement="run_cursor=row.run_cursor)",
         tests=(f"{_STORE}test_sequences_have_no_gap_and_run_events_are_stored_once",),
     ),
     Mutation(
@@ -143,6 +144,22 @@ LOG = (
         snippet="if newest and after_sequence < oldest - 1:",
         replacement="if False:",
         tests=(f"{_COMPACTION}test_a_log_that_is_old_enough_keeps_its_last_event_only",),
+    ),
+    Mutation(
+        name="a-crowd-is-woken-without-a-pace",
+        promise="R13",
+        file="control_service/app/pacing.py",
+        snippet="            self._next_seconds += share * pause",
+        replacement="            self._next_seconds += 0.0 * share * pause",
+        tests=(f"{_PACING}test_a_crowd_is_not_woken_at_once",),
+    ),
+    Mutation(
+        name="a-crowd-is-woken-in-one-turn",
+        promise="R13",
+        file="control_service/app/pacing.py",
+        snippet="_WOKEN_TOGETHER = 8",
+        replacement="_WOKEN_TOGETHER = 8_000_000",
+        tests=(f"{_PACING}test_others_have_the_loop_between_the_turns_of_a_crowd",),
     ),
     Mutation(
         name="a-watch-passes-over-a-gap",

@@ -24,8 +24,8 @@ FILES = (
         name="no-checksum-is-compared",
         promise="R8",
         file="gpu_service/journal/file.py",
-        snippet="if len(event) < length or _checksum(sequence, event) != checksum:",
-        replacement="if len(event) < length:",
+        snippet="if _checksum(sequence, event) != checksum:",
+        replacement="if not event:",
         tests=(f"{_JOURNAL}test_a_flipped_bit_ends_what_is_believed",),
     ),
     Mutation(

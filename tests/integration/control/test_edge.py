@@ -59,9 +59,10 @@ class _Servicer(job_service_pb2_grpc.JobServiceServicer):
 
 @asynccontextmanager
 async def _served(calls: CallInterceptor | None = None, **config: Any) -> AsyncIterator[tuple[_Servicer, Any]]:
-    server = grpc.aio.server(interceptors=[calls or CallInterceptor(config=CallConfig(**config))])
+    server = grpc.aio.server()
+    boundary = calls or CallInterceptor(config=CallConfig(**config))
     servicer = _Servicer()  # type: ignore[abstract]  # two methods are enough here
-    register(server, (job_service_pb2_grpc.add_JobServiceServicer_to_server, servicer))
+    register(server, (job_service_pb2_grpc.add_JobServiceServicer_to_server, servicer), wrap=boundary.wrap)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -222,7 +223,8 @@ async def test_health_follows_the_store_and_ends_with_the_drain(failure: Excepti
     parts: Any = {"store": store, "clock": clock}
     server = grpc.aio.server()
     reporter = HealthReporter(**parts)
-    reporter.add_to(server, services=["a.Service"])
+    health_pb2_grpc.add_HealthServicer_to_server(reporter.servicer, server)
+    reporter.report_for(["a.Service"])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     await reporter.start()

@@ -10,6 +10,7 @@ from typing import TypeVar
 import pytest
 
 from control_service.app.event_hub import EventHub, EventHubConfig
+from control_service.app.pacing import PacerConfig
 from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.domain.errors import NotFound, OutOfRange, Unavailable
 from control_service.domain.event import StoredEvent
@@ -127,7 +128,9 @@ async def test_a_crowd_costs_the_store_and_the_loop_little(open_core: OpenCore) 
     hub = EventHub(
         store=reads,
         codec=core.codec,
-        config=EventHubConfig(heartbeat_seconds=30.0, max_page_events=8, crowd_woken_per_second=20_000.0),
+        config=EventHubConfig(
+            heartbeat_seconds=30.0, max_page_events=8, pace=PacerConfig(crowd_woken_per_second=20_000.0)
+        ),
     )
     watchers = [asyncio.create_task(_watched(hub, job_id)) for _ in range(200)]
     await until(lambda: reads.num_reads - hub.num_pages_read >= 200)
@@ -147,10 +150,10 @@ async def test_a_crowd_costs_the_store_and_the_loop_little(open_core: OpenCore) 
 async def test_a_few_watchers_wait_for_no_turn(open_core: OpenCore) -> None:
     core, job_id, run = await _running(open_core)
     # At this pace a crowd of so many would be woken once in hours.
-    config = EventHubConfig(heartbeat_seconds=3600.0, crowd_woken_per_second=0.01)
+    config = EventHubConfig(heartbeat_seconds=3600.0, pace=PacerConfig(crowd_woken_per_second=0.01))
     hub = EventHub(store=core.store, codec=core.codec, config=config)
-    watchers = [asyncio.create_task(_watched(hub, job_id)) for _ in range(config.num_unpaced)]
-    await until(lambda: hub.num_watchers == config.num_unpaced)
+    watchers = [asyncio.create_task(_watched(hub, job_id)) for _ in range(config.pace.num_unpaced)]
+    await until(lambda: hub.num_watchers == config.pace.num_unpaced)
     for step in range(1, 41):
         run.step(step)
         await core.until_job(job_id, lambda j: j.run_cursor == len(run.events))
