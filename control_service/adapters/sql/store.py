@@ -27,7 +27,7 @@ from control_service.adapters.sql.migrate import migrate
 from control_service.adapters.sql.touched import Touched
 from control_service.adapters.sql.transaction import SqlTransaction
 from control_service.app.store_ports import CommitNotice, Transaction
-from control_service.domain.errors import StoreFull, Unavailable
+from control_service.domain.errors import FailedPrecondition, StoreFull, Unavailable
 from control_service.domain.failpoints import failpoint
 
 T = TypeVar("T")
@@ -42,6 +42,8 @@ _MAX_READS = 32
 _READ_PATIENCE_SECONDS = 0.003
 # Nobody waits for an answer yet when the database is opened, and a failure would end the service.
 _OPEN_TIMEOUT_MILLISECONDS = 30_000
+# What the database itself says; any other error of SQLAlchemy's is a defect of ours.
+_BROKEN = (sa.exc.DBAPIError, sa.exc.PendingRollbackError)
 # SQLite's result code.
 _SQLITE_FULL = 13
 _FULL_RETRY_SECONDS = 10.0
@@ -180,7 +182,7 @@ class SqlStore:
                     _read_one(work, transaction)
             finally:
                 connection.exec_driver_sql("ROLLBACK")
-        except (sa.exc.SQLAlchemyError, FailedPrecondition) as error:
+        except (*_BROKEN, FailedPrecondition) as error:
             self._replace_reader()
             for work in group:
                 work.error = _unavailable(error)
@@ -294,7 +296,7 @@ def _read_one(work: _Work, transaction: Transaction) -> None:
     """Errors of the database are the connection's, and everybody's."""
     try:
         work.result = work.function(transaction)
-    except sa.exc.SQLAlchemyError:
+    except _BROKEN:
         raise
     except BaseException as error:  # noqa: BLE001 - a thread's boundary: raised again where the caller awaits
         work.error = error
