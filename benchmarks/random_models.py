@@ -2,10 +2,13 @@
 
 Weights are drawn on the device when there is one and written as safetensors; the tokenizer is a byte a token, so that
 the length of a text is its number of tokens.
+
+    python -m benchmarks.random_models --models DIR --size 3B
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -134,3 +137,16 @@ def _write_weights(directory: Path, shape: Shape) -> None:
         weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+
+
+def main() -> None:
+    """Writes one model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--size", choices=tuple(SHAPES), required=True)
+    arguments = parser.parse_args()
+    print(place(arguments.models, arguments.size))
+
+
+if __name__ == "__main__":
+    main()

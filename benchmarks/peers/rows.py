@@ -1,0 +1,85 @@
+"""The rows of `make bench-gpu`: what is trained in each, and how ours is asked for it.
+
+Every side of a row trains on the same weights and the same token stream, with the same rank, compute dtype and
+optimizer. Measures nothing and imports no training library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+DENSE_LENGTH = 2048
+LORA_RANK = 16
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LEARNING_RATE = 2e-4
+MAX_GRADIENT_NORM = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One thing that is trained. `goal` is in the words of the documentation, for the table."""
+
+    summary: str
+    shape: str = "3B"
+    # `dense`: rows of 2,048 tokens; `mixed`: instruction lengths.
+    stream: str = "dense"
+    tokens_per_step: int = 8192
+    training_type: str = "qlora"
+    # Added to what every row asks of ours.
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    # Fields of Hyperparameters without which ours does not offer the row.
+    needs_fields: tuple[str, ...] = ()
+    # Peers that are measured when none is named, the strongest first.
+    peers: tuple[str, ...] = ("unsloth", "trl", "transformers")
+
+    def settings(self, num_steps: int) -> dict[str, Any]:
+        """Hyperparameters of ours, as proto JSON."""
+        settings: dict[str, Any] = {
+            "trainer": "fast",
+            "num_steps": num_steps,
+            "batch": {"tokens": str(self.tokens_per_step)},
+            "max_length": DENSE_LENGTH,
+            "loss_on": "all",
+            "save_every_steps": 0,
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": LEARNING_RATE,
+                "weight_decay": 0.0,
+                "max_gradient_norm": MAX_GRADIENT_NORM,
+            },
+            "schedule": {"name": "constant", "warmup_steps": 0},
+            "quantization": {"compute_dtype": "bfloat16"},
+        }
+        if self.training_type == "qlora":
+            settings["quantization"] |= {"method": "nf4", "double_quantization": True}
+        if self.training_type != "full":
+            settings["lora"] = {
+                "rank": LORA_RANK,
+                "alpha": LORA_RANK,
+                "dropout": 0.0,
+                "target_modules": list(TARGETS),
+            }
+        return {**settings, **self.hyperparameters}
+
+
+ROWS: Mapping[str, Row] = {
+    "dense": Row(summary="NF4 base, nothing recomputed, dense"),
+    "mixed": Row(summary="NF4 base, nothing recomputed, mixed lengths", stream="mixed"),
+    "recompute": Row(
+        summary="NF4 base, every layer recomputed, dense",
+        hyperparameters={"gradient_checkpointing": True},
+        peers=("unsloth-recompute", "trl-recompute"),
+    ),
+    "8b": Row(summary="8B shape, NF4 base, dense, 16,384 tokens a step", shape="8B", tokens_per_step=16384),
+    "lora": Row(summary="bf16 base, never quantized, dense", training_type="lora", peers=("trl",)),
+    "full": Row(
+        summary="full fine-tuning in bf16, dense",
+        training_type="full",
+        hyperparameters={"trainer": "auto"},
+        peers=("trl",),
+    ),
+    # Shows that everything runs; its figures mean nothing.
+    "smoke": Row(summary="a tiny model", shape="tiny", tokens_per_step=4096, hyperparameters={"trainer": "auto"}),
+}
