@@ -20,6 +20,8 @@ from benchmarks.peers import turns
 from benchmarks.peers.kernel_profile import KernelProfile
 
 _PROFILED_STEPS = 3
+# torch's own annotations of it are incomplete.
+_CUDA: Any = torch.cuda
 
 
 @dataclass(kw_only=True)
@@ -75,7 +77,7 @@ class StepClock:
     def _mark(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event: Any = _CUDA.Event(enable_timing=True)
         event.record()
         return event
 

@@ -62,7 +62,8 @@ class KernelProfile:
         import torch
 
         activities = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else None
-        self._profiler = torch.profiler.profile(activities=activities)
+        make_profiler: Any = torch.profiler.profile
+        self._profiler = make_profiler(activities=activities)
         self._profiler.__enter__()
         self._began = time.perf_counter()
 

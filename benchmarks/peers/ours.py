@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def read_events(directory: Path) -> Iterator[event_pb2.EventPayload]:
                 sequence = record.run_sequence
 
 
-def fold(events: Iterator[event_pb2.EventPayload]) -> dict[str, Any]:
+def fold(events: Iterable[event_pb2.EventPayload]) -> dict[str, Any]:
     """What the run's events say of its plan, trainer, steps and end."""
     from google.protobuf import json_format
 
@@ -60,6 +60,23 @@ def fold(events: Iterator[event_pb2.EventPayload]) -> dict[str, Any]:
     }
 
 
+def _silence() -> list[event_pb2.EventPayload]:
+    """From now on events of steps go into the list that is returned, and no further."""
+    from gpu_service.engine.reporter import Reporter
+
+    kept: list[event_pb2.EventPayload] = []
+    emit = Reporter.emit
+
+    def emit_all_but_steps(reporter: Reporter, message: Any) -> None:
+        if isinstance(message, event_pb2.StepEvent):
+            kept.append(event_pb2.EventPayload(step=message))
+        else:
+            emit(reporter, message)
+
+    Reporter.emit = emit_all_but_steps  # type: ignore[assignment,method-assign]
+    return kept
+
+
 def main() -> int:
     """Status 1 when the run failed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -67,6 +84,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--turn-steps", type=int, required=True)
+    parser.add_argument("--silent", action="store_true", help="keep the events of steps from the journal")
     arguments = parser.parse_args()
     taker = TurnTaker.of_environment()
     from benchmarks.peers.clock import StepClock, peak_allocated_bytes
@@ -75,6 +93,7 @@ def main() -> int:
     from gpu_service.engine.service import carry_out
     from gpu_service.engine.stopping import StopMode, StopSwitch
 
+    kept = _silence() if arguments.silent else []
     taker.tell_and_wait("imported")
     switch = StopSwitch()
     peaks: list[int] = []
@@ -86,7 +105,7 @@ def main() -> int:
 
     clock = StepClock(taker=taker, end_training=end, warmup_steps=arguments.warmup, turn_steps=arguments.turn_steps)
     carry_out(arguments.run, shelf=BaseShelf(), switch=switch, notify=lambda notice: None)
-    facts = fold(read_events(arguments.run))
+    facts = fold([*read_events(arguments.run), *kept])
     # A run in which every turn came was cancelled; any other has said why.
     if facts["failure"] or not peaks:
         print(facts["failure"] or "the run ended before its last turn", file=sys.stderr)

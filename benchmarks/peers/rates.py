@@ -43,6 +43,18 @@ def summarize(side: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def add_turn(side: Mapping[str, Any], turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A side's results with those of one more turn, made by a process of its own on the same steps."""
+    if side["step_tokens"][: len(turn["step_tokens"])] != turn["step_tokens"][: len(side["step_tokens"])]:
+        raise ValueError("the turns' steps are not the same")
+    most = ("peak_allocated_bytes", "device_used_bytes")
+    return {
+        **side,
+        "intervals": [*side["intervals"], *turn["intervals"]],
+        **{name: max(side[name] or 0, turn[name] or 0) or None for name in most},
+    }
+
+
 def compare_losses(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Whether both trained the same thing: the loss of the first batch, and of later steps where these are the same."""
     expected, found = theirs["first_batch_loss"], ours["first_batch_loss"]

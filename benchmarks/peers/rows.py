@@ -6,7 +6,7 @@ optimizer. Measures nothing and imports no training library.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,15 +27,21 @@ class Row:
     stream: str = "dense"
     tokens_per_step: int = 8192
     training_type: str = "qlora"
-    # Added to what every row asks of ours.
+    # Added to what every row asks of ours. A field that this version does not have is left out.
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    # Fields of Hyperparameters without which ours does not offer the row.
+    # Fields without which ours does not offer the row.
     needs_fields: tuple[str, ...] = ()
+    # Sides are not on the device together: one needs nearly all of it.
+    apart: bool = False
     # Peers that are measured when none is named, the strongest first.
     peers: tuple[str, ...] = ("unsloth", "trl", "transformers")
 
-    def settings(self, num_steps: int) -> dict[str, Any]:
-        """Hyperparameters of ours, as proto JSON."""
+    def missing_fields(self, known: Container[str]) -> list[str]:
+        """What ours would need for the row and does not have; `known` are the fields of Hyperparameters."""
+        return [name for name in self.needs_fields if name not in known]
+
+    def settings(self, num_steps: int, known: Container[str]) -> dict[str, Any]:
+        """Hyperparameters of ours, as proto JSON; `known` are the fields that there are."""
         settings: dict[str, Any] = {
             "trainer": "fast",
             "num_steps": num_steps,
@@ -61,23 +67,45 @@ class Row:
                 "dropout": 0.0,
                 "target_modules": list(TARGETS),
             }
-        return {**settings, **self.hyperparameters}
+        asked = {name: value for name, value in self.hyperparameters.items() if name in known}
+        return {**settings, **asked}
 
+
+# Restored from 4 bits at each use, nothing made again.
+_STREAMED = {"base_weights": "streamed", "gradient_checkpointing": False}
+# The same numbers, restored once and kept.
+_RESIDENT = {"base_weights": "resident", "gradient_checkpointing": False}
 
 ROWS: Mapping[str, Row] = {
-    "dense": Row(summary="NF4 base, nothing recomputed, dense"),
-    "mixed": Row(summary="NF4 base, nothing recomputed, mixed lengths", stream="mixed"),
+    "dense": Row(summary="NF4 base, nothing recomputed, dense", hyperparameters=_STREAMED),
+    "mixed": Row(summary="NF4 base, nothing recomputed, mixed lengths", stream="mixed", hyperparameters=_STREAMED),
+    "resident": Row(
+        summary="NF4 values resident in bf16, dense", hyperparameters=_RESIDENT, needs_fields=("base_weights",)
+    ),
+    "resident-mixed": Row(
+        summary="NF4 values resident in bf16, mixed lengths",
+        stream="mixed",
+        hyperparameters=_RESIDENT,
+        needs_fields=("base_weights",),
+    ),
     "recompute": Row(
         summary="NF4 base, every layer recomputed, dense",
-        hyperparameters={"gradient_checkpointing": True},
+        hyperparameters={**_STREAMED, "gradient_checkpointing": True},
         peers=("unsloth-recompute", "trl-recompute"),
     ),
-    "8b": Row(summary="8B shape, NF4 base, dense, 16,384 tokens a step", shape="8B", tokens_per_step=16384),
+    "least-memory": Row(
+        summary="NF4 base, every layer recomputed, inputs of layers in host memory, dense",
+        hyperparameters={"base_weights": "streamed", "recomputation": {"full_layers": 28, "offload": True}},
+        needs_fields=("base_weights", "recomputation"),
+        peers=("unsloth-recompute",),
+    ),
+    "8b": Row(summary="8B shape, NF4 base, dense, 16,384 tokens a step", shape="8B", tokens_per_step=16384, apart=True),
     "lora": Row(summary="bf16 base, never quantized, dense", training_type="lora", peers=("trl",)),
     "full": Row(
         summary="full fine-tuning in bf16, dense",
         training_type="full",
         hyperparameters={"trainer": "auto"},
+        apart=True,
         peers=("trl",),
     ),
     # Shows that everything runs; its figures mean nothing.

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 OURS = "tunesmith"
+# Ours without an event for each step: what telling every step costs.
+SILENT = "tunesmith-silent"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,11 @@ class Side:
 
 SIDES: Mapping[str, Side] = {
     OURS: Side(summary="this project, through its engine", library="tunesmith", module="benchmarks.peers.ours"),
+    SILENT: Side(
+        summary="this project, its steps' events kept from the journal",
+        library="tunesmith",
+        module="benchmarks.peers.ours",
+    ),
     "transformers": Side(
         summary="transformers Trainer + PEFT + bitsandbytes, as documented: padded, checkpointing",
         library="transformers",

@@ -14,7 +14,7 @@ import random
 import string
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,17 @@ from tests.fakes.datasets import make_spec, write_blob
 MEDIAN_LENGTH, SIGMA, SHORTEST = 350, 0.8, 32
 # An epoch has at least this many steps more than are made: the last one of an epoch may be short.
 _SPARE_STEPS = 2
-_JOB = "benchmark"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where a row is set up: `run_directory` is ours to carry out, `stream_path` every peer's to read."""
+    """Where a row is set up: `run_directory` is for one of ours to carry out, `stream_path` for every peer to read."""
 
     root: Path
     model_directory: Path
 
-    @property
-    def run_directory(self) -> Path:
-        return self.root / "runs" / _JOB / "1"
+    def run_directory(self, run: str) -> Path:
+        return self.root / "runs" / run / "1"
 
     @property
     def stream_path(self) -> Path:
@@ -63,36 +61,44 @@ def draw_texts(lengths: list[int], seed: int = 0) -> Iterator[str]:
         yield "".join(draw.choices(string.ascii_letters, k=length))
 
 
-def set_up(row: Row, site: Site, *, num_steps: int, device: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the dataset, the run and the stream. What was planned, for the result. Raises RuntimeError if refused."""
+def set_up(
+    row: Row, site: Site, *, runs: Iterable[str], settings: Mapping[str, Any], device: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the dataset, `runs` of ours that train by `settings`, and the stream. What was planned, for the result.
+
+    Raises RuntimeError when the planner refuses the row.
+    """
     blobs = site.root / "blobs"
+    num_steps = int(settings["num_steps"])
     lengths = draw_lengths(row.stream, (num_steps + _SPARE_STEPS) * row.tokens_per_step)
     texts = [{"text": text} for text in draw_texts(lengths)]
     spec = make_spec(
         [write_blob(blobs, 1, texts, "text")],
         base_model=f"random/{row.shape}",
         training_type=row.training_type,
-        hyperparameters=row.settings(num_steps),
+        hyperparameters=settings,
     )
-    site.run_directory.mkdir(parents=True)
     places = {
         "model_directory": str(site.model_directory),
         "blobs_directory": str(blobs),
         "cache_directory": str(site.root / "cache"),
     }
-    request = {
-        "installation_id": "benchmark",
-        "job_id": _JOB,
-        "attempt": 1,
-        "spec_digest": "0" * 64,
-        "spec": spec,
-        # Not pinned: the files are ours.
-        "weights_digest": "",
-        "device": {"type": device["type"], "index": 0 if device["type"] == "cuda" else -1},
-        "resume": None,
-        **places,
-    }
-    (site.run_directory / "run.json").write_text(json.dumps(request), encoding="utf-8")
+    for run in runs:
+        directory = site.run_directory(run)
+        directory.mkdir(parents=True)
+        request = {
+            "installation_id": "benchmark",
+            "job_id": run,
+            "attempt": 1,
+            "spec_digest": "0" * 64,
+            "spec": spec,
+            # Not pinned: the files are ours.
+            "weights_digest": "",
+            "device": {"type": device["type"], "index": 0 if device["type"] == "cuda" else -1},
+            "resume": None,
+            **places,
+        }
+        (directory / "run.json").write_text(json.dumps(request), encoding="utf-8")
     plan_directory = _plan(site.root, {"spec": spec, "device": dict(device), "weights_digest": "", **places})
     data = PlannedData.open(plan_directory)
     steps = [[_tokens(data, reference) for reference in data.step_examples(step)] for step in range(num_steps)]
