@@ -5,7 +5,8 @@
 
 Each side is a process of its own, started once; turns alternate, after steps of warm-up, and whoever has no turn stands
 still with its memory. Where one side needs nearly all of the device, each turn is a process of its own instead. The
-model is of random weights, written below `--models` and kept there. The peers come from `benchmarks/peers-requirements.txt` and are no dependency of the product.
+model is of random weights, written below `--models` and kept there. The peers come from
+`benchmarks/peers-requirements.txt` and are no dependency of the product.
 """
 
 from __future__ import annotations
@@ -126,10 +127,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
+def main(options: list[str]) -> int:
     """Status 1 when a side failed, 3 when ours does not offer the row."""
     parser = make_parser()
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(options)
     if arguments.warmup < 1 or arguments.turn_steps < 1 or arguments.alternations < 1:
         parser.error("at least one step of warm-up, one step a turn and one alternation")
     if missing := ROWS[arguments.row].missing_fields(KNOWN_FIELDS):
@@ -150,4 +151,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -38,7 +38,7 @@ def summarize(side: Mapping[str, Any]) -> dict[str, Any]:
         # Every token over all the time: what a long run would see.
         "tokens_per_second_overall": round(sum(step[2] for step in steps) / sum(step[1] for step in steps) * 1e3),
         "step_milliseconds": round(statistics.median(step[1] for step in steps), 2),
-        "step_tokens": round(statistics.mean(step[2] for step in steps)),
+        "mean_step_tokens": round(statistics.mean(step[2] for step in steps)),
         "counted_steps": len(steps),
     }
 
@@ -47,11 +47,12 @@ def add_turn(side: Mapping[str, Any], turn: Mapping[str, Any]) -> dict[str, Any]
     """A side's results with those of one more turn, made by a process of its own on the same steps."""
     if side["step_tokens"][: len(turn["step_tokens"])] != turn["step_tokens"][: len(side["step_tokens"])]:
         raise ValueError("the turns' steps are not the same")
-    most = ("peak_allocated_bytes", "device_used_bytes")
+    used = [one["device_used_bytes"] for one in (side, turn) if one["device_used_bytes"] is not None]
     return {
         **side,
         "intervals": [*side["intervals"], *turn["intervals"]],
-        **{name: max(side[name] or 0, turn[name] or 0) or None for name in most},
+        "peak_allocated_bytes": max(side["peak_allocated_bytes"], turn["peak_allocated_bytes"]),
+        "device_used_bytes": max(used, default=None),
     }
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 def repack(wheel: Path, folders: list[str], target: Path) -> str:
     """Write `wheel` without its top-level `folders` below `target`. What was done, in words."""
+    target.mkdir(parents=True, exist_ok=True)
     path = target / wheel.name
     dropped_files, dropped_bytes = 0, 0
     with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as made:
@@ -41,7 +42,6 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", required=True, help="top-level folders to leave out")
     parser.add_argument("--to", type=Path, required=True)
     arguments = parser.parse_args()
-    arguments.to.mkdir(parents=True, exist_ok=True)
     for wheel in arguments.wheels:
         print(repack(wheel, arguments.without, arguments.to))
 
