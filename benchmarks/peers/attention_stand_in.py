@@ -84,8 +84,9 @@ def pad_input(rows, indices, batch, length):
 
 
 def is_wanted() -> bool:
-    """Whether the package itself is missing here."""
-    return importlib.util.find_spec("flash_attn") is None
+    """Whether the package itself is missing here. flash-attn 4 is another one, which shares no more than the name."""
+    found = importlib.util.find_spec("flash_attn")
+    return found is None or found.origin is None
 
 
 def write(directory: Path) -> None:

@@ -6,6 +6,8 @@ import ast
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from benchmarks.peers import attention_stand_in
 from benchmarks.peers.repack import repack
 
@@ -33,3 +35,12 @@ def test_the_stand_in_is_laid_out_as_a_package(tmp_path: Path) -> None:
     assert set(modules) == {"__init__.py", "flash_attn_interface.py", "bert_padding.py"}
     (metadata,) = tmp_path.glob("*.dist-info/METADATA")
     assert f"Version: {attention_stand_in.VERSION}" in metadata.read_text()
+
+
+def test_flash_attn_4_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "four" / "flash_attn" / "cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path / "four"))
+    assert attention_stand_in.is_wanted()
+    attention_stand_in.write(tmp_path / "two")
+    monkeypatch.syspath_prepend(str(tmp_path / "two"))
+    assert not attention_stand_in.is_wanted()
