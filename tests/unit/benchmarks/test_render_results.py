@@ -1,0 +1,86 @@
+"""docs/performance.md says what benchmarks/results says, and nothing where nothing was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import render_results
+from benchmarks.peers import rates
+from benchmarks.peers.rows import ROWS
+
+
+def _side(milliseconds: float, **changes: Any) -> dict[str, Any]:
+    side = {
+        "intervals": [[(1, milliseconds), (2, milliseconds)]],
+        "step_tokens": [8192] * 3,
+        "losses": [4.0, 3.0, 2.0],
+        "first_batch_loss": 4.0,
+        "peak_allocated_bytes": 24 * 1024**3,
+        "device_used_bytes": 25 * 1024**3,
+        "versions": {"torch": "2.11.0"},
+        "profile": {},
+        **changes,
+    }
+    return {**side, **rates.summarize(side)}
+
+
+def _result() -> dict[str, Any]:
+    profile = {"kinds": {"attention": {"milliseconds": 24.0, "launches": 84}}, "kernel_milliseconds": 210.0}
+    sides = {"tunesmith": _side(256.0, profile={**profile, "wall_milliseconds": 215.0}), "trl": _side(512.0)}
+    return {
+        "row": "dense",
+        "when": "2026-11-23",
+        "device": "a device",
+        "settings": {"alternations": 3, "turn_steps": 8, "warmup_steps": 8, "together": True},
+        "sides": sides,
+        "ratios": {"trl": 2.0},
+        "parity": {"trl": rates.compare_losses(sides["tunesmith"], sides["trl"])},
+        "ceiling": {"step_milliseconds": 151.0},
+    }
+
+
+def test_page_and_results_agree() -> None:
+    page = render_results.PAGE.read_text(encoding="utf-8")
+    assert page == render_results.render(page, render_results.read_results(render_results.RESULTS))
+
+
+def test_every_table_is_on_the_page() -> None:
+    page = render_results.PAGE.read_text(encoding="utf-8")
+    assert all(page.count(f"<!-- results: {name} -->") == 1 for name in render_results.TABLES)
+
+
+def test_every_goal_is_of_a_row_or_not_offered_yet() -> None:
+    assert {"dense", "mixed", "recompute", "8b"} <= set(ROWS) & set(render_results.GOALS)
+
+
+@pytest.mark.parametrize("table", render_results.TABLES)
+def test_nothing_measured_is_nothing_said(table: str) -> None:
+    assert render_results.TABLES[table]({}) == []
+
+
+def test_tables_are_filled_from_results_and_old_text_goes() -> None:
+    page = "before\n<!-- results: training -->\nold\n<!-- end -->\nafter\n"
+    rendered = render_results.render(page, {"one": _result()})
+    assert "old" not in rendered
+    assert "| one | dense | tunesmith | 32,000 |" in rendered
+    assert rendered.startswith("before\n")
+    assert rendered.endswith("<!-- end -->\nafter\n")
+    assert render_results.render(rendered, {"one": _result()}) == rendered
+
+
+def test_a_missed_goal_is_said_with_its_gap() -> None:
+    (*_, line) = render_results.goal_table({"one": _result()})
+    assert line == "| dense | 36,000 | 32,000 | 11% short |  | one |"
+
+
+def test_the_ceiling_stands_under_the_profile() -> None:
+    lines = render_results.profile_table({"one": _result()})
+    assert lines[-1] == "| frozen products alone, same run | 151.0 |"
+    assert "| attention | 24.0 |" in lines
+
+
+def test_a_marker_of_no_table_is_a_mistake() -> None:
+    with pytest.raises(KeyError):
+        render_results.render("<!-- results: weather -->\n<!-- end -->\n", {})
