@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
 _SHARD_BYTES = 4 * 1024**3
 _STANDARD_DEVIATION = 0.02
 
@@ -100,13 +101,19 @@ def _write_tokenizer(directory: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: identifier for identifier, token in enumerate([END_OF_TEXT, *alphabet])}
+    vocabulary = {token: identifier for identifier, token in enumerate([END_OF_TEXT, *alphabet, PADDING])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (END_OF_TEXT, PADDING)])
     tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": 32768}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        # Unsloth would take another token for padding, or add one to the model.
+        "pad_token": PADDING,
+        "model_max_length": 32768,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 

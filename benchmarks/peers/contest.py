@@ -100,7 +100,9 @@ class Contest:
                 attention_stand_in.write(stand_in)
             path += [str(stand_in)]
             path += [str(self._arguments.peers)] if self._arguments.peers else []
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+        # Unsloth writes what it compiled into the working directory unless told otherwise, and counts its uses.
+        unsloth = {"UNSLOTH_COMPILE_LOCATION": str(self._out / "compiled"), "UNSLOTH_DISABLE_STATISTICS": "1"}
+        return {**os.environ, **unsloth, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
 
 def product_path() -> str:

@@ -108,6 +108,13 @@ ROWS: Mapping[str, Row] = {
         apart=True,
         peers=("trl",),
     ),
-    # Shows that everything runs; its figures mean nothing.
+    # Show that everything runs; their figures mean nothing.
     "smoke": Row(summary="a tiny model", shape="tiny", tokens_per_step=4096, hyperparameters={"trainer": "auto"}),
+    "smoke-mixed": Row(
+        summary="a tiny model, mixed lengths",
+        shape="tiny",
+        stream="mixed",
+        tokens_per_step=4096,
+        hyperparameters={"trainer": "auto"},
+    ),
 }
