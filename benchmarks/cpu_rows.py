@@ -41,6 +41,7 @@ SCRIPTS: Mapping[str, Script] = {
     "host-side": Script(
         summary="tokenizing, packing and making steps, beside TRL's (where it is installed)",
         module="benchmarks.host_side",
+        json_option="--json",
     ),
     "planning": Script(summary="plans over a million rows", module="benchmarks.plan_large_mix"),
 }

@@ -18,7 +18,7 @@ from benchmarks.peers.sides import PEERS
 
 # Module and options of the rows that have a script of their own.
 SCRIPTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "load": ("benchmarks.load_weights", ()),
+    "load": ("benchmarks.load_weights", ("--size", "3B", "--models", "{models}", "--cold", "--parity")),
     "start": ("benchmarks.start_up", ("--size", "3B", "--trainer", "fast")),
 }
 
@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.row in SCRIPTS:
         module, options = SCRIPTS[chosen.row]
-        return run_script(module, [*options, "--out", str(chosen.out)])
+        filled = [option.format(models=chosen.models) for option in options]
+        return run_script(module, [*filled, "--out", str(chosen.out)])
     options_of_row = ["--row", chosen.row, "--peer", chosen.peer, "--models", str(chosen.models)]
     options_of_row += ["--out", str(chosen.out), "--ceiling", "--gradient-parity", "--profile", "tunesmith"]
     options_of_row += ["--peers", str(chosen.peers.resolve())] if chosen.peers else []

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import render_results
 from benchmarks.peers import rates
 from benchmarks.peers.rows import ROWS
+from benchmarks.result_tables import training
 
 
 def _side(milliseconds: float, **changes: Any) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def test_every_table_is_on_the_page() -> None:
 
 
 def test_every_goal_is_of_a_row_or_not_offered_yet() -> None:
-    assert {"dense", "mixed", "recompute", "8b"} <= set(ROWS) & set(render_results.GOALS)
+    assert {"dense", "mixed", "recompute", "8b"} <= set(ROWS) & set(training.GOALS)
 
 
 @pytest.mark.parametrize("table", render_results.TABLES)
@@ -71,12 +72,12 @@ def test_tables_are_filled_from_results_and_old_text_goes() -> None:
 
 
 def test_a_missed_goal_is_said_with_its_gap() -> None:
-    (*_, line) = render_results.goal_table({"one": _result()})
+    (*_, line) = training.goal_table({"one": _result()})
     assert line == "| dense | 36,000 | 32,000 | 11% short |  | one |"
 
 
 def test_the_ceiling_stands_under_the_profile() -> None:
-    lines = render_results.profile_table({"one": _result()})
+    lines = training.profile_table({"one": _result()})
     assert lines[-1] == "| frozen products alone, same run | 151.0 |"
     assert "| attention | 24.0 |" in lines
 
@@ -84,3 +85,25 @@ def test_the_ceiling_stands_under_the_profile() -> None:
 def test_a_marker_of_no_table_is_a_mistake() -> None:
     with pytest.raises(KeyError):
         render_results.render("<!-- results: weather -->\n<!-- end -->\n", {})
+
+
+def test_loading_and_starting_are_told_apart_by_their_rows() -> None:
+    results = {
+        "load-3b": {"size": "3B", "rows": [{"row": "files", "cold": False, "seconds": 0.5}]},
+        "start-3b": {"rows": [{"case": "warm", "seconds": 0.9}, {"case": "warm", "seconds": 0.7}]},
+    }
+    assert render_results.TABLES["loading"](results)[2:] == [
+        "| load-3b | 3B | files | warm | 0.500 | 0.500 | 0.500 | 1 |"
+    ]
+    assert render_results.TABLES["starting"](results)[2:] == ["| start-3b | warm | 0.800 | 0.700 | 0.900 | 2 |"]
+
+
+def test_rows_without_a_gpu_come_from_one_document() -> None:
+    control = {"rows": {"unary_reads": {"ours": {"rate": 1234.5}, "calls": 3}}}
+    host = {"ways": {"trl": {"fill": 0.99, "pack_seconds": 0.4, "step_milliseconds": 4.0}}}
+    results = {"cpu": {"scripts": {"control-plane": {"rows": control}, "host-side": {"rows": host}}}}
+    assert render_results.TABLES["control-plane"](results)[2:] == [
+        "| cpu | unary_reads | ours, rate | 1234 |",
+        "| cpu | unary_reads | calls | 3 |",
+    ]
+    assert render_results.TABLES["host"](results)[2:] == ["| cpu | trl | 99.00% | 400 | 4.000 |"]
