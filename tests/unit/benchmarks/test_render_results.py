@@ -9,7 +9,7 @@ import pytest
 from benchmarks import render_results
 from benchmarks.peers import rates
 from benchmarks.peers.rows import ROWS
-from benchmarks.result_tables import training
+from benchmarks.result_tables import rest, training
 
 
 def _side(milliseconds: float, **changes: Any) -> dict[str, Any]:
@@ -47,18 +47,18 @@ def test_page_and_results_agree() -> None:
     assert page == render_results.render(page, render_results.read_results(render_results.RESULTS))
 
 
-def test_every_table_is_on_the_page() -> None:
+def test_every_section_is_on_the_page() -> None:
     page = render_results.PAGE.read_text(encoding="utf-8")
-    assert all(page.count(f"<!-- results: {name} -->") == 1 for name in render_results.TABLES)
+    assert all(page.count(f"<!-- results: {name} -->") == 1 for name in render_results.SECTIONS)
 
 
 def test_every_goal_is_of_a_row_or_not_offered_yet() -> None:
     assert {"dense", "mixed", "recompute", "8b"} <= set(ROWS) & set(training.GOALS)
 
 
-@pytest.mark.parametrize("table", render_results.TABLES)
-def test_nothing_measured_is_nothing_said(table: str) -> None:
-    assert render_results.TABLES[table]({}) == []
+@pytest.mark.parametrize("section", render_results.SECTIONS)
+def test_nothing_measured_is_nothing_said(section: str) -> None:
+    assert render_results.SECTIONS[section].render({}) == ""
 
 
 def test_tables_are_filled_from_results_and_old_text_goes() -> None:
@@ -88,22 +88,20 @@ def test_a_marker_of_no_table_is_a_mistake() -> None:
 
 
 def test_loading_and_starting_are_told_apart_by_their_rows() -> None:
-    results = {
+    results: dict[str, Any] = {
         "load-3b": {"size": "3B", "rows": [{"row": "files", "cold": False, "seconds": 0.5}]},
         "start-3b": {"rows": [{"case": "warm", "seconds": 0.9}, {"case": "warm", "seconds": 0.7}]},
     }
-    assert render_results.TABLES["loading"](results)[2:] == [
-        "| load-3b | 3B | files | warm | 0.500 | 0.500 | 0.500 | 1 |"
-    ]
-    assert render_results.TABLES["starting"](results)[2:] == ["| start-3b | warm | 0.800 | 0.700 | 0.900 | 2 |"]
+    assert rest.loading_table(results)[2:] == ["| load-3b | 3B | files | warm | 0.500 | 0.500 | 0.500 | 1 |"]
+    assert rest.starting_table(results)[2:] == ["| start-3b | warm | 0.800 | 0.700 | 0.900 | 2 |"]
 
 
 def test_rows_without_a_gpu_come_from_one_document() -> None:
     control = {"rows": {"unary_reads": {"ours": {"rate": 1234.5}, "calls": 3}}}
     host = {"ways": {"trl": {"fill": 0.99, "pack_seconds": 0.4, "step_milliseconds": 4.0}}}
     results = {"cpu": {"scripts": {"control-plane": {"rows": control}, "host-side": {"rows": host}}}}
-    assert render_results.TABLES["control-plane"](results)[2:] == [
+    assert rest.control_plane_table(results)[2:] == [
         "| cpu | unary_reads | ours, rate | 1234 |",
         "| cpu | unary_reads | calls | 3 |",
     ]
-    assert render_results.TABLES["host"](results)[2:] == ["| cpu | trl | 99.00% | 400 | 4.000 |"]
+    assert rest.host_table(results)[2:] == ["| cpu | trl | 99.00% | 400 | 4.000 |"]
