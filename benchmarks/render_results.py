@@ -1,7 +1,8 @@
 """Writes the tables of docs/performance.md from the JSON files in benchmarks/results.
 
 Text between a section's markers is replaced; everything else in the page is written by hand. A section without a
-result is left out, heading and all, never filled with anything else. `--check` changes nothing and fails when page and files disagree.
+result is left out, heading and all, never filled with anything else. `--check` changes nothing and fails when page and
+files disagree.
 
     python -m benchmarks.render_results [--check]
 """
