@@ -75,6 +75,8 @@ class Row:
 _STREAMED = {"base_weights": "streamed", "gradient_checkpointing": False}
 # The same numbers, restored once and kept.
 _RESIDENT = {"base_weights": "resident", "gradient_checkpointing": False}
+# Frozen products of rounded numbers: faster, and not the same training.
+_FP8 = {"compute": "fp8", "gradient_checkpointing": False}
 
 ROWS: Mapping[str, Row] = {
     "dense": Row(summary="NF4 base, nothing recomputed, dense", hyperparameters=_STREAMED),
@@ -98,6 +100,13 @@ ROWS: Mapping[str, Row] = {
         hyperparameters={"base_weights": "streamed", "recomputation": {"full_layers": 28, "offload": True}},
         needs_fields=("base_weights", "recomputation"),
         peers=("unsloth-recompute",),
+    ),
+    "fp8": Row(summary="NF4 values in fp8, another numerics, dense", hyperparameters=_FP8, needs_fields=("compute",)),
+    "fp8-mixed": Row(
+        summary="NF4 values in fp8, another numerics, mixed lengths",
+        stream="mixed",
+        hyperparameters=_FP8,
+        needs_fields=("compute",),
     ),
     "8b": Row(summary="8B shape, NF4 base, dense, 16,384 tokens a step", shape="8B", tokens_per_step=16384, apart=True),
     "lora": Row(summary="bf16 base, never quantized, dense", training_type="lora", peers=("trl",)),
