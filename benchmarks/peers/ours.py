@@ -13,10 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported; as the node's engines have it.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
-
 from benchmarks.peers.turns import TurnTaker
 from gpu_service.journal import Reader
 from tunesmith.common.v1 import event_pb2
@@ -87,6 +83,9 @@ def main() -> int:
     parser.add_argument("--silent", action="store_true", help="keep the events of steps from the journal")
     arguments = parser.parse_args()
     taker = TurnTaker.of_environment()
+    # Before torch is imported; as the node's engines have it.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
     from benchmarks.peers.clock import StepClock, peak_allocated_bytes
     from gpu_service.engine.failures import library_versions
     from gpu_service.engine.resident import BaseShelf

@@ -15,8 +15,6 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
-
 from benchmarks.peers.rows import DENSE_LENGTH, LEARNING_RATE, LORA_RANK, MAX_GRADIENT_NORM, ROWS, TARGETS, Row
 from benchmarks.peers.sides import SIDES, Side
 from benchmarks.peers.stream import read_steps
@@ -42,6 +40,8 @@ def main() -> int:
     arguments = parser.parse_args()
     side, row = SIDES[arguments.side], ROWS[arguments.row]
     taker = TurnTaker.of_environment()
+    # Before a library is imported.
+    os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
     _import(side)
     import torch
 
