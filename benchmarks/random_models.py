@@ -137,13 +137,16 @@ def _write_weights(directory: Path, shape: Shape) -> None:
     if len(shards) == 1:
         save_file(shards[0], directory / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map, total_bytes = {}, 0
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, directory / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
+        total_bytes += sum(tensor.nbytes for tensor in shard.values())
         shard.clear()
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    # transformers up to 5.17 does not read an index without its metadata.
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def main() -> None:

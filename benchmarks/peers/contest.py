@@ -40,10 +40,14 @@ class Contest:
     def carry_out(self, alternations: int, deadline: float) -> dict[str, dict[str, Any]]:
         """Every side's results by name. `deadline` is of time.monotonic. Raises SideFailed."""
         self._deadline = deadline
+        before = self._memory.used_bytes()
         with ExitStack() as stack:
             processes = {name: stack.enter_context(self._start(name)) for name in self._names}
             for process in processes.values():
                 process.hear("imported", self._deadline)
+            for name in (name for name in self._names if SIDES[name].takes_memory_at_import):
+                # There is at most one such side in a contest, so that all of it is its own.
+                self._count(name, before)
             for name, process in processes.items():
                 self._give_turn(name, process, "warm-up")
             for order in rates.order_of_turns(self._names, alternations):
@@ -63,6 +67,10 @@ class Contest:
         before = self._memory.used_bytes()
         process.tell(turns.PROFILE if stage == turns.PROFILE else turns.GO)
         process.hear(stage, self._deadline)
+        self._count(name, before)
+
+    def _count(self, name: str, before: int | None) -> None:
+        """What the device holds more than `before` is this side's, which alone was at work since."""
         after = self._memory.used_bytes()
         if before is not None and after is not None:
             self._held[name] += after - before

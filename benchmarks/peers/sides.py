@@ -27,6 +27,8 @@ class Side:
     # Liger's kernels for norms, rotary positions and SwiGLU.
     liger: bool = False
     attention: str = "flash_attention_2"
+    # Importing it already takes memory of the device.
+    takes_memory_at_import: bool = False
 
 
 SIDES: Mapping[str, Side] = {
@@ -49,9 +51,12 @@ SIDES: Mapping[str, Side] = {
     ),
     "trl-plain": Side(summary="TRL SFTTrainer, packing", library="trl"),
     "trl-plain-recompute": Side(summary="TRL SFTTrainer, packing, checkpointing", library="trl", recomputes=True),
-    "unsloth": Side(summary="Unsloth, packing", library="unsloth"),
+    "unsloth": Side(summary="Unsloth, packing", library="unsloth", takes_memory_at_import=True),
     "unsloth-recompute": Side(
-        summary="Unsloth, packing, its offloading checkpointing", library="unsloth", recomputes=True
+        summary="Unsloth, packing, its offloading checkpointing",
+        library="unsloth",
+        recomputes=True,
+        takes_memory_at_import=True,
     ),
 }
 PEERS = tuple(name for name in SIDES if name != OURS)
