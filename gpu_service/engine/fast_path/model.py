@@ -15,12 +15,14 @@ from typing import Any
 import numpy
 import torch
 
+from gpu_service.domain.recomputation import NOTHING, Recomputation, everything
 from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
 from gpu_service.engine.fast_path.attention import Bounds, attention_for
 from gpu_service.engine.fast_path.block import Block, BlockShape, Positions
 from gpu_service.engine.fast_path.decoder import Decoder, FlatPass, KeptPass
 from gpu_service.engine.fast_path.frozen import FrozenGroup, Scratch
 from gpu_service.engine.fast_path.head import Head
+from gpu_service.engine.fast_path.offloading import HostShelf
 from gpu_service.engine.fast_path.operations import operations_for
 from gpu_service.engine.fast_path.projection import Projection
 from gpu_service.engine.training.batches import MicroBatch
@@ -36,12 +38,16 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class FastSettings:
-    """`keeps_weights`: restore quantized weights once and keep them; `recomputes`: activations, block by block."""
+    """`keeps_weights`: restore quantized weights once and keep them.
+
+    `recomputes`: every block whole; else `recomputation` says how much of which.
+    """
 
     device: torch.device
     compute_dtype: torch.dtype
     keeps_weights: bool
-    recomputes: bool
+    recomputes: bool = False
+    recomputation: Recomputation = NOTHING
 
 
 class FastModel(torch.nn.Module):
@@ -82,7 +88,7 @@ class FastModel(torch.nn.Module):
         self._copies = self._operations.prepare_copies(
             [copy for one in projections for copy in one.adapter.copies(one.frozen.margins)]
         )
-        self._decoder = _assemble(causal, projections, self._device, self._dtype, settings.recomputes)
+        self._decoder = _assemble(causal, projections, settings)
         rotary = causal.model.rotary_emb
         self._frequencies = rotary.inv_freq.to(self._device, torch.float32)
         self._rotary_scaling = float(rotary.attention_scaling)
@@ -153,6 +159,8 @@ class FastModel(torch.nn.Module):
     def _extend_tables(self, length: int) -> None:
         if length <= len(self._cosines):
             return
+        # Seldom anew: a graph that was captured holds their addresses.
+        length = 1 << (length - 1).bit_length()
         angles = torch.outer(torch.arange(length, device=self._device, dtype=torch.float32), self._frequencies)
         self._cosines = angles.cos() * self._rotary_scaling
         self._sines = angles.sin() * self._rotary_scaling
@@ -194,10 +202,9 @@ def _hold_in(causal: Any, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, 
     return changed
 
 
-def _assemble(
-    causal: Any, projections: Sequence[Projection], device: torch.device, dtype: torch.dtype, recomputes: bool
-) -> Decoder:
-    config, operations, attention = causal.config, operations_for(device), attention_for(device, dtype)
+def _assemble(causal: Any, projections: Sequence[Projection], settings: FastSettings) -> Decoder:
+    config, operations = causal.config, operations_for(settings.device)
+    attention = attention_for(settings.device, settings.compute_dtype)
     first = causal.model.layers[0].self_attn
     shape = BlockShape(
         heads=config.num_attention_heads,
@@ -231,4 +238,11 @@ def _assemble(
         weight=causal.lm_head.weight.data,
     )
     embedding = causal.model.embed_tokens.weight.data
-    return Decoder(embedding=embedding, blocks=blocks, head=head, recomputes=recomputes)
+    recomputation = everything(len(blocks)) if settings.recomputes else settings.recomputation
+    return Decoder(
+        embedding=embedding,
+        blocks=blocks,
+        head=head,
+        levels=recomputation.levels(len(blocks)),
+        shelf=HostShelf(settings.device) if recomputation.offload else None,
+    )
