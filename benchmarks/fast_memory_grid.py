@@ -1,4 +1,4 @@
-"""Device memory of the fast path as planned and as it comes to: sizes of models, bases, recomputation, passes, objectives.
+"""Device memory of the fast path, planned and measured: sizes of models, bases, recomputation, passes, objectives.
 
 A cell is what a probe makes: the training loop's own steps on planned-like data, over a model of random weights that is
 built on the device and quantized there, without files, planner or service (`memory_grid` has those). Prints a line a
@@ -41,7 +41,6 @@ from gpu_service.domain.spec import Hyperparameters, decode_message
 from gpu_service.engine import devices
 from gpu_service.engine.builders.methods import lora
 from gpu_service.engine.request import DeviceChoice
-from gpu_service.engine.stopping import StopSwitch
 from gpu_service.engine.trainers import make_trainer
 from gpu_service.engine.training.batches import MicroBatchLimit, collate, split
 from gpu_service.engine.training.flat_attention import attending_within_sequences
