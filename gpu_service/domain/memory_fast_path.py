@@ -17,6 +17,8 @@ _CHUNK_ROWS = 2048
 _WORKSPACE_BYTES = 2 * 32 * 1024**2
 # FlashAttention's float32 gradient of queries has so many rows more for each sequence.
 _SPARE_ROWS = 128
+# Sequences of a pass, for each that were as long as its longest: nobody counted them, and little depends on it.
+_SEQUENCES = 2
 _QUERY_KEY_NORMS = frozenset({"qwen3"})
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
@@ -142,7 +144,7 @@ def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     shared = 2 * sizes.queries if sizes.keys != sizes.queries else 0
     columns = sizes.inner + sizes.hidden + sizes.queries + sizes.placed
     floats = _FLOAT32 * (sizes.queries + sizes.heads)
-    num_sequences = -(-one.tokens // max(one.longest, 1))
+    num_sequences = 1 if one.tokens <= one.longest else _SEQUENCES * -(-one.tokens // max(one.longest, 1))
     in_attention = one.tokens * compute * shared + (one.tokens + num_sequences * _SPARE_ROWS) * floats
     after_attention = one.tokens * compute * (sizes.placed + sizes.rooms[0])
     return one.tokens * compute * columns + max(in_attention, after_attention)

@@ -72,7 +72,8 @@ def _make_fast(
             device=device,
             compute_dtype=DTYPES[settings.quantization.compute_dtype],
             keeps_weights=settings.base_weights == RESIDENT,
-            recomputes=settings.gradient_checkpointing,
+            # A plan says it by layer.
+            recomputes=settings.gradient_checkpointing and not settings.HasField("recomputation"),
             recomputation=Recomputation(
                 full_layers=settings.recomputation.full_layers,
                 feed_forward_layers=settings.recomputation.feed_forward_layers,

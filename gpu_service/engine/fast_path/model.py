@@ -17,7 +17,7 @@ import torch
 
 from gpu_service.domain.recomputation import NOTHING, Recomputation, everything
 from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
-from gpu_service.engine.fast_path.attention import Bounds, attention_for
+from gpu_service.engine.fast_path.attention import Attention, Bounds, attention_for
 from gpu_service.engine.fast_path.block import Block, BlockShape, Positions
 from gpu_service.engine.fast_path.decoder import Decoder, FlatPass, KeptPass
 from gpu_service.engine.fast_path.frozen import FrozenGroup, Scratch
@@ -56,8 +56,13 @@ class FastModel(torch.nn.Module):
     # Read by `attending_within_sequences`: nothing has to be put in its place.
     attends_within_sequences = True
 
-    def __init__(self, peft_model: Any, settings: FastSettings) -> None:
-        """Raises AdapterNotSupported, NotNf4 for what the plan should not have sent here."""
+    def __init__(
+        self, peft_model: Any, settings: FastSettings, *, operations: Any = None, attention: Attention | None = None
+    ) -> None:
+        """`operations` and `attention` None are the device's own.
+
+        Raises AdapterNotSupported, NotNf4 for what the plan should not have sent here.
+        """
         super().__init__()
         causal = peft_model.base_model.model
         self._device, self._dtype = settings.device, settings.compute_dtype
@@ -84,11 +89,12 @@ class FastModel(torch.nn.Module):
             )
             for group, adapter in zip(modules, self._flat.groups, strict=True)
         ]
-        self._operations = operations_for(self._device)
+        self._operations = operations or operations_for(self._device)
         self._copies = self._operations.prepare_copies(
             [copy for one in projections for copy in one.adapter.copies(one.frozen.margins)]
         )
-        self._decoder = _assemble(causal, projections, settings)
+        attention = attention or attention_for(self._device, self._dtype)
+        self._decoder = _assemble(causal, projections, settings, self._operations, attention)
         rotary = causal.model.rotary_emb
         self._frequencies = rotary.inv_freq.to(self._device, torch.float32)
         self._rotary_scaling = float(rotary.attention_scaling)
@@ -98,6 +104,10 @@ class FastModel(torch.nn.Module):
     @property
     def flat_adapter(self) -> FlatAdapter:
         return self._flat
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._decoder
 
     def nats_by_sequence(self, batch: MicroBatch) -> torch.Tensor:
         """Negative log likelihood of each sequence's targets: float64 [S], with gradient where gradients are on."""
@@ -202,9 +212,10 @@ def _hold_in(causal: Any, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, 
     return changed
 
 
-def _assemble(causal: Any, projections: Sequence[Projection], settings: FastSettings) -> Decoder:
-    config, operations = causal.config, operations_for(settings.device)
-    attention = attention_for(settings.device, settings.compute_dtype)
+def _assemble(
+    causal: Any, projections: Sequence[Projection], settings: FastSettings, operations: Any, attention: Attention
+) -> Decoder:
+    config = causal.config
     first = causal.model.layers[0].self_attn
     shape = BlockShape(
         heads=config.num_attention_heads,
