@@ -60,7 +60,7 @@ class Remainder:
         return Kept(**self.parts, **_make_again(block, self.parts, self.level))
 
 
-def _make_again(block: Block, parts: Mapping[str, Any], level: str) -> dict[str, torch.Tensor]:
+def _make_again(block: Block, parts: Mapping[str, Any], level: str) -> dict[str, Any]:
     operations = block.operations
     made = {
         "normed": _norm(block, block.attention_in, parts["residual"], block.first_norm),
