@@ -85,6 +85,18 @@ what the same run took for the frozen matrix products alone, forward and input g
 its power limit: no step that computes in bf16 can be below it.""",
         table=training.profile_table,
     ),
+    "parts": Section(
+        heading="### Its pieces alone",
+        above="By `python -m benchmarks.step_parts`; `gemm` are the frozen products forward and backward.",
+        table=rest.parts_table,
+    ),
+    "tried": Section(
+        heading="## What was tried",
+        above="""\
+Whole steps with one thing made another way, by `python -m benchmarks.step_parts`. What is slower than as trained did not
+help; differences below one percent are within what two runs differ by.""",
+        table=rest.tried_table,
+    ),
     "loading": Section(
         heading="## Loading",
         above="From files to a model on the device, in seconds (`make bench-gpu ROW=load`).",
@@ -112,8 +124,15 @@ a process of plain transformers, PEFT and bitsandbytes from its start to its fir
 
 
 def read_results(directory: Path) -> dict[str, Result]:
-    """Every result by its file's name without `.json`, in the names' order."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))}
+    """Every result by its file's name without what follows the dot, in the names' order.
+
+    A `.jsonl` is what a script printed, a part a line: `{"parts": [...]}`.
+    """
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in directory.glob("*.json")}
+    for path in directory.glob("*.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        results[path.stem] = {"parts": [json.loads(line) for line in lines if line.startswith("{")]}
+    return dict(sorted(results.items()))
 
 
 def render(page: str, results: Mapping[str, Result]) -> str:

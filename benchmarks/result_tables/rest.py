@@ -11,6 +11,10 @@ from typing import Any
 
 from benchmarks.result_tables.markdown import Result, table
 
+# Of `benchmarks.step_parts`: the steps that others are held against, and the parts that are pieces of a step.
+_AS_TRAINED = "as trained"
+_PIECES = ("gemm", "attention", "elementwise")
+
 
 def loading_table(results: Mapping[str, Result]) -> list[str]:
     """Seconds of each way to a quantized model on the device, page cache warm and cold."""
@@ -30,6 +34,33 @@ def starting_table(results: Mapping[str, Result]) -> list[str]:
         for (case,), seconds in _group(result, "case").items():
             rows.append((name, case, *_spread(seconds), str(len(seconds))))
     return table(("run", "start", "median s", "lowest", "highest", "starts"), rows)
+
+
+def tried_table(results: Mapping[str, Result]) -> list[str]:
+    """Whole steps with one thing made another way, against the same steps as they are trained."""
+    rows = []
+    for name, result in results.items():
+        steps = [part for part in result.get("parts", ()) if part.get("part") == "steps" and "change" in part]
+        trained = {part["row"]: float(part["ms"]) for part in steps if part["change"] == _AS_TRAINED}
+        for part in steps:
+            if part["row"] in trained:
+                change = part["ms"] / trained[part["row"]] - 1
+                said = "" if part["change"] == _AS_TRAINED else f"{change:+.1%}"
+                rows.append((name, part["row"], part["change"], f"{part['ms']:.1f}", said))
+    return table(("run", "row", "what", "ms a step", "against as trained"), rows)
+
+
+def parts_table(results: Mapping[str, Result]) -> list[str]:
+    """What pieces of a step take alone, in milliseconds where nothing else is said."""
+    rows = []
+    for name, result in results.items():
+        for part in result.get("parts", ()):
+            if part.get("part") in _PIECES:
+                figures = {key: value for key, value in part.items() if key not in ("part", "name", "row")}
+                what = ", ".join(str(part[key]) for key in ("row", "name") if key in part)
+                said = "; ".join(f"{key} {_short(value)}" for key, value in figures.items())
+                rows.append((name, part["part"], what, said))
+    return table(("run", "part", "of", "figures"), rows)
 
 
 def control_plane_table(results: Mapping[str, Result]) -> list[str]:
@@ -78,4 +109,8 @@ def _flatten(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}, ")
         else:
-            yield f"{prefix}{name}", f"{value:.4g}" if isinstance(value, float) else str(value)
+            yield f"{prefix}{name}", _short(value)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +106,19 @@ def test_rows_without_a_gpu_come_from_one_document() -> None:
         "| cpu | unary_reads | calls | 3 |",
     ]
     assert rest.host_table(results)[2:] == ["| cpu | trl | 99.00% | 400 | 4.000 |"]
+
+
+def test_what_was_tried_is_held_against_the_same_row(tmp_path: Path) -> None:
+    printed = [
+        "a warning of some library",
+        '{"part": "steps", "row": "dense", "change": "as trained", "ms": 200.0}',
+        '{"part": "steps", "row": "dense", "change": "another way", "ms": 210.0}',
+        '{"part": "gemm", "name": "head", "ms": [2.25, 2.5]}',
+    ]
+    (tmp_path / "step-parts.jsonl").write_text("\n".join(printed))
+    results = render_results.read_results(tmp_path)
+    assert rest.tried_table(results)[2:] == [
+        "| step-parts | dense | as trained | 200.0 |  |",
+        "| step-parts | dense | another way | 210.0 | +5.0% |",
+    ]
+    assert rest.parts_table(results)[2:] == ["| step-parts | gemm | head | ms [2.25, 2.5] |"]
