@@ -93,8 +93,8 @@ its power limit: no step that computes in bf16 can be below it.""",
     "tried": Section(
         heading="## What was tried",
         above="""\
-Whole steps with one thing made another way, by `python -m benchmarks.step_parts`. What is slower than as trained did not
-help; differences below one percent are within what two runs differ by.""",
+Whole steps with one thing made another way, by `python -m benchmarks.step_parts`. What is slower than as trained did
+not help; differences below one percent are within what two runs differ by.""",
         table=rest.tried_table,
     ),
     "loading": Section(
