@@ -31,6 +31,8 @@ class Row:
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     # Fields without which ours does not offer the row.
     needs_fields: tuple[str, ...] = ()
+    # What `benchmarks.gpu_training` calls the base whose gradients are compared; empty where none are.
+    gradient_base: str = ""
     # Sides are not on the device together: one needs nearly all of it.
     apart: bool = False
     # Peers that are measured when none is named, the strongest first.
@@ -79,15 +81,24 @@ _RESIDENT = {"base_weights": "resident", "gradient_checkpointing": False}
 _FP8 = {"compute": "fp8", "gradient_checkpointing": False}
 
 ROWS: Mapping[str, Row] = {
-    "dense": Row(summary="NF4 base, nothing recomputed, dense", hyperparameters=_STREAMED),
-    "mixed": Row(summary="NF4 base, nothing recomputed, mixed lengths", stream="mixed", hyperparameters=_STREAMED),
+    "dense": Row(summary="NF4 base, nothing recomputed, dense", hyperparameters=_STREAMED, gradient_base="nf4"),
+    "mixed": Row(
+        summary="NF4 base, nothing recomputed, mixed lengths",
+        stream="mixed",
+        hyperparameters=_STREAMED,
+        gradient_base="nf4",
+    ),
     "resident": Row(
-        summary="NF4 values resident in bf16, dense", hyperparameters=_RESIDENT, needs_fields=("base_weights",)
+        summary="NF4 values resident in bf16, dense",
+        hyperparameters=_RESIDENT,
+        needs_fields=("base_weights",),
+        gradient_base="nf4-kept",
     ),
     "resident-mixed": Row(
         summary="NF4 values resident in bf16, mixed lengths",
         stream="mixed",
         hyperparameters=_RESIDENT,
+        gradient_base="nf4-kept",
         needs_fields=("base_weights",),
     ),
     "recompute": Row(
@@ -109,7 +120,9 @@ ROWS: Mapping[str, Row] = {
         needs_fields=("compute",),
     ),
     "8b": Row(summary="8B shape, NF4 base, dense, 16,384 tokens a step", shape="8B", tokens_per_step=16384, apart=True),
-    "lora": Row(summary="bf16 base, never quantized, dense", training_type="lora", peers=("trl",)),
+    "lora": Row(
+        summary="bf16 base, never quantized, dense", training_type="lora", peers=("trl",), gradient_base="bf16"
+    ),
     "full": Row(
         summary="full fine-tuning in bf16, dense",
         training_type="full",
