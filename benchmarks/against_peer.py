@@ -93,20 +93,8 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if arguments.ceiling:
         result["ceiling"] = _run_for_json("benchmarks.peers.ceiling", ["--row", arguments.row], out / "ceiling.json")
     if arguments.gradient_parity and row.gradient_base:
-        options = [
-            "--base",
-            row.gradient_base,
-            "--row",
-            row.stream,
-            "--path",
-            "fast",
-            "--steps",
-            "2",
-            "--warmup",
-            "1",
-            "--distinct",
-            "1",
-        ]
+        options = ["--base", row.gradient_base, "--row", row.stream, "--path", "fast"]
+        options += ["--steps", "2", "--warmup", "1", "--distinct", "1"]
         options += ["--shape", row.shape, "--tokens", str(row.tokens_per_step)]
         rows = _run_for_json("benchmarks.gpu_training", options, out / "gradients.json")["rows"]
         result["parity"]["gradients"] = rows[0]["parity"]
