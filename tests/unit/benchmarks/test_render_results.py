@@ -34,7 +34,7 @@ def _result() -> dict[str, Any]:
     return {
         "row": "dense",
         "when": "2026-11-23",
-        "device": "a device",
+        "device": "NVIDIA H100 80GB HBM3",
         "settings": {"alternations": 3, "turn_steps": 8, "warmup_steps": 8, "together": True},
         "sides": sides,
         "ratios": {"trl": 2.0},
@@ -75,6 +75,10 @@ def test_tables_are_filled_from_results_and_old_text_goes() -> None:
 def test_a_missed_goal_is_said_with_its_gap() -> None:
     (*_, line) = training.goal_table({"one": _result()})
     assert line == "| dense | 36,000 | 32,000 | 11% short |  | one |"
+
+
+def test_another_device_reaches_no_goal() -> None:
+    assert training.goal_table({"one": {**_result(), "device": "NVIDIA H200"}}) == []
 
 
 def test_the_ceiling_stands_under_the_profile() -> None:
