@@ -46,6 +46,7 @@ def training_table(results: Mapping[str, Result]) -> list[str]:
             rows.append(
                 (
                     name,
+                    result["device"],
                     result["row"],
                     side,
                     f"{figures['tokens_per_second']:,}",

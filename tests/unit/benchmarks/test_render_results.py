@@ -66,7 +66,7 @@ def test_tables_are_filled_from_results_and_old_text_goes() -> None:
     page = "before\n<!-- results: training -->\nold\n<!-- end -->\nafter\n"
     rendered = render_results.render(page, {"one": _result()})
     assert "old" not in rendered
-    assert "| one | dense | tunesmith | 32,000 |" in rendered
+    assert "| one | NVIDIA H100 80GB HBM3 | dense | tunesmith | 32,000 |" in rendered
     assert rendered.startswith("before\n")
     assert rendered.endswith("<!-- end -->\nafter\n")
     assert render_results.render(rendered, {"one": _result()}) == rendered
