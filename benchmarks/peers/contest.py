@@ -31,7 +31,7 @@ class Contest:
         self._run = run
         self._site = site
         self._out = out / run
-        self._out.mkdir(parents=True)
+        self._out.mkdir(parents=True, exist_ok=True)
         self._memory = DeviceMemory()
         # What each side holds of the device, and the most it did.
         self._held: dict[str, int] = dict.fromkeys(names, 0)
