@@ -87,7 +87,9 @@ its power limit: no step that computes in bf16 can be below it.""",
     ),
     "parts": Section(
         heading="### Its pieces alone",
-        above="By `python -m benchmarks.step_parts`; `gemm` are the frozen products forward and backward.",
+        above="""\
+By `python -m benchmarks.step_parts`, in milliseconds: `profile` is a whole step by family of kernels, `gemm` the frozen
+products forward and backward.""",
         table=rest.parts_table,
     ),
     "tried": Section(

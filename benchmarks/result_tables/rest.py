@@ -13,7 +13,8 @@ from benchmarks.result_tables.markdown import Result, table
 
 # Of `benchmarks.step_parts`: the steps that others are held against, and the parts that are pieces of a step.
 _AS_TRAINED = "as trained"
-_PIECES = ("gemm", "attention", "elementwise")
+_PIECES = ("profile", "gemm", "attention", "elementwise")
+_NO_FIGURES = ("part", "name", "row", "kernels")
 
 
 def loading_table(results: Mapping[str, Result]) -> list[str]:
@@ -56,9 +57,9 @@ def parts_table(results: Mapping[str, Result]) -> list[str]:
     for name, result in results.items():
         for part in result.get("parts", ()):
             if part.get("part") in _PIECES:
-                figures = {key: value for key, value in part.items() if key not in ("part", "name", "row")}
+                figures = {key: value for key, value in part.items() if key not in _NO_FIGURES}
                 what = ", ".join(str(part[key]) for key in ("row", "name") if key in part)
-                said = "; ".join(f"{key} {_short(value)}" for key, value in figures.items())
+                said = "; ".join(f"{key} {value}" for key, value in _flatten(figures))
                 rows.append((name, part["part"], what, said))
     return table(("run", "part", "of", "figures"), rows)
 

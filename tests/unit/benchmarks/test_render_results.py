@@ -118,6 +118,7 @@ def test_what_was_tried_is_held_against_the_same_row(tmp_path: Path) -> None:
         '{"part": "steps", "row": "dense", "change": "as trained", "ms": 200.0}',
         '{"part": "steps", "row": "dense", "change": "another way", "ms": 210.0}',
         '{"part": "gemm", "name": "head", "ms": [2.25, 2.5]}',
+        '{"part": "profile", "row": "dense", "wall": 216.5, "families": {"norm": 5.5}, "kernels": [["a", 1.0]]}',
     ]
     (tmp_path / "step-parts.jsonl").write_text("\n".join(printed))
     results = render_results.read_results(tmp_path)
@@ -125,4 +126,7 @@ def test_what_was_tried_is_held_against_the_same_row(tmp_path: Path) -> None:
         "| step-parts | dense | as trained | 200.0 |  |",
         "| step-parts | dense | another way | 210.0 | +5.0% |",
     ]
-    assert rest.parts_table(results)[2:] == ["| step-parts | gemm | head | ms [2.25, 2.5] |"]
+    assert rest.parts_table(results)[2:] == [
+        "| step-parts | gemm | head | ms [2.25, 2.5] |",
+        "| step-parts | profile | dense | wall 216.5; families, norm 5.5 |",
+    ]
