@@ -11,11 +11,17 @@ TORCH_INDEX ?=
 SEES_CUDA := import sys, torch; torch.cuda.is_available() or sys.exit("this torch sees no CUDA device: use TORCH=cpu, or TORCH_INDEX= with a CUDA build")
 # Which part of the fault trials `make faults` runs; six parts take about 25 minutes each on two cores.
 SHARD ?= 1/6
+# What `make bench-gpu` measures: a row of benchmarks/peers/rows.py, a side of benchmarks/peers/sides.py.
+ROW ?= dense
+PEER ?= trl
+# Peers are installed here for the benchmark's processes alone; random models of real shapes are kept beside them.
+PEERS ?= .cache/peers
+MODELS ?= .cache/models
 STAMP := $(VENV)/.installed-$(TORCH)
 SOURCES := clients/python/tunesmith_client clients/python/tunesmith_cli clients/python/examples control_service gpu_service tests docs examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo test test-gpu faults mutations lint types proto proto-check proto-image docs clean
+.PHONY: help setup up demo test test-gpu bench bench-gpu faults mutations lint types proto proto-check proto-image docs clean
 
 help: ## Lists these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +52,18 @@ test: $(STAMP) ## Runs every test that needs no GPU
 
 test-gpu: $(STAMP) ## Runs the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests
+
+bench: $(STAMP) ## Measures what needs no GPU: control plane, host side, planning
+	@mkdir -p .cache
+	$(BIN)/python -m benchmarks.cpu_rows $(if $(wildcard $(PEERS)),--peers $(PEERS)) --out .cache/bench-cpu.json
+
+bench-gpu: $(STAMP) $(PEERS) ## Measures ours against one peer on one row (ROW=dense, PEER=trl)
+	$(BIN)/python -m benchmarks.gpu_row --row $(ROW) --peer $(PEER) --peers $(PEERS) --models $(MODELS) \
+		--out .cache/bench-$(ROW)-$(PEER).json
+
+$(PEERS): benchmarks/peers-requirements.txt | $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r $<
+	@touch $@
 
 faults: $(STAMP) ## Runs the fault trials at full counts, one part of them (SHARD=i/n); goes on where it was stopped
 	$(BIN)/python -m tests.faults --shard $(SHARD)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--tokens", type=int, default=2048, help="of a step")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="where to write the medians")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         data = _plan(PlanningSite(Path(directory)), arguments.rows, arguments.tokens)
@@ -65,6 +67,10 @@ def main() -> int:
             f"{name:<10} fill {packed.fill:.2%}  steps {packed.num_steps}  pack {packed.pack_seconds * 1e3:.0f} ms"
             f"  build a step {packed.step_milliseconds:.3f} ms"
         )
+    if arguments.json:
+        document = {"rows": arguments.rows, "tokens": arguments.tokens}
+        ways_found = {name: asdict(packed) for name, packed in medians.items()}
+        arguments.json.write_text(json.dumps({**document, "ways": ways_found}, indent=1), encoding="utf-8")
     if "trl" not in medians:
         print("TRL is not installed; see --help")
         return 2

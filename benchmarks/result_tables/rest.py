@@ -1,0 +1,117 @@
+"""Tables of loading, starting, the control plane and the host's side, from what their own scripts wrote.
+
+Each script's results are known by what its document holds. Reads no file.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from benchmarks.result_tables.markdown import Result, table
+
+# Of `benchmarks.step_parts`: the steps that others are held against, and the parts that are pieces of a step.
+_AS_TRAINED = "as trained"
+_PIECES = ("profile", "gemm", "attention", "elementwise")
+_NO_FIGURES = ("part", "name", "row", "kernels")
+
+
+def loading_table(results: Mapping[str, Result]) -> list[str]:
+    """Seconds of each way to a quantized model on the device, page cache warm and cold."""
+    rows = []
+    for name, result in results.items():
+        for (row, cold), seconds in _group(result, "row", "cold").items():
+            cache = "cold" if cold else "warm"
+            rows.append((name, result["size"], row, cache, *_spread(seconds), str(len(seconds))))
+    heads = ("run", "shape", "way", "page cache", "median s", "lowest", "highest", "repeats")
+    return table(heads, rows)
+
+
+def starting_table(results: Mapping[str, Result]) -> list[str]:
+    """Seconds from StartTraining to the first step's event at the client."""
+    rows = []
+    for name, result in results.items():
+        for (case,), seconds in _group(result, "case").items():
+            rows.append((name, case, *_spread(seconds), str(len(seconds))))
+    return table(("run", "start", "median s", "lowest", "highest", "starts"), rows)
+
+
+def tried_table(results: Mapping[str, Result]) -> list[str]:
+    """Whole steps with one thing made another way, against the same steps as they are trained."""
+    rows = []
+    for name, result in results.items():
+        steps = [part for part in result.get("parts", ()) if part.get("part") == "steps" and "change" in part]
+        trained = {part["row"]: float(part["ms"]) for part in steps if part["change"] == _AS_TRAINED}
+        for part in steps:
+            if part["row"] in trained:
+                change = part["ms"] / trained[part["row"]] - 1
+                said = "" if part["change"] == _AS_TRAINED else f"{change:+.1%}"
+                rows.append((name, part["row"], part["change"], f"{part['ms']:.1f}", said))
+    return table(("run", "row", "what", "ms a step", "against as trained"), rows)
+
+
+def parts_table(results: Mapping[str, Result]) -> list[str]:
+    """What pieces of a step take alone, in milliseconds where nothing else is said."""
+    rows = []
+    for name, result in results.items():
+        for part in result.get("parts", ()):
+            if part.get("part") in _PIECES:
+                figures = {key: value for key, value in part.items() if key not in _NO_FIGURES}
+                what = ", ".join(str(part[key]) for key in ("row", "name") if key in part)
+                said = "; ".join(f"{key} {value}" for key, value in _flatten(figures))
+                rows.append((name, part["part"], what, said))
+    return table(("run", "part", "of", "figures"), rows)
+
+
+def control_plane_table(results: Mapping[str, Result]) -> list[str]:
+    """Every figure of every row of the control plane."""
+    rows = []
+    for name, result in results.items():
+        found = result.get("scripts", {}).get("control-plane") or {}
+        for row, figures in ((found.get("rows") or {}).get("rows") or {}).items():
+            rows += [(name, row, what, value) for what, value in _flatten(figures)]
+    return table(("run", "row", "figure", "value"), rows)
+
+
+def host_table(results: Mapping[str, Result]) -> list[str]:
+    """Packing and making steps, beside TRL's where it was installed."""
+    rows = []
+    for name, result in results.items():
+        found = (result.get("scripts", {}).get("host-side") or {}).get("rows") or {}
+        for way, figures in found.get("ways", {}).items():
+            rows.append(
+                (
+                    name,
+                    way,
+                    f"{figures['fill']:.2%}",
+                    f"{1e3 * figures['pack_seconds']:.0f}",
+                    f"{figures['step_milliseconds']:.3f}",
+                )
+            )
+    return table(("run", "side", "steps filled", "packing, ms", "making a step, ms"), rows)
+
+
+def _group(result: Result, *keys: str) -> dict[tuple[Any, ...], list[float]]:
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    rows = result.get("rows")
+    for row in rows if isinstance(rows, list) else ():
+        if all(key in row for key in keys):
+            groups.setdefault(tuple(row[key] for key in keys), []).append(float(row["seconds"]))
+    return groups
+
+
+def _spread(seconds: list[float]) -> tuple[str, str, str]:
+    return f"{statistics.median(seconds):.3f}", f"{min(seconds):.3f}", f"{max(seconds):.3f}"
+
+
+def _flatten(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}, ")
+        else:
+            yield f"{prefix}{name}", _short(value)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
