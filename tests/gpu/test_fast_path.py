@@ -235,11 +235,13 @@ def test_examples_do_not_see_each_other() -> None:
 
 
 def test_no_step_waits_for_the_device() -> None:
+    """Nor does the end of one; a step that is left out leaves weights, moments and their counter alone."""
     import torch
 
     from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
     from gpu_service.engine.training.batches import collate
     from gpu_service.engine.training.likelihood import nats_by_sequence
+    from gpu_service.engine.training.updates import UpdatesOnDevice
     from tests.fakes.fast_models import hold_in_nf4, make_fast, make_peft
     from tunesmith.common.v1 import training_spec_pb2
 
@@ -247,21 +249,34 @@ def test_no_step_waits_for_the_device() -> None:
     fast = make_fast(model, device="cuda", dtype=torch.bfloat16)
     settings = training_spec_pb2.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.99, epsilon=1e-8)
     optimizer = FlatAdamW(fast.flat_adapter, settings)
+    device = torch.device("cuda", 0)
+    updates = UpdatesOnDevice(optimizer=optimizer, inner=optimizer, device=device, halts=False)
     rows = _rows()
 
-    def step() -> None:
-        batch = collate(rows.as_data(), rows.references).to(torch.device("cuda"))
-        torch.autograd.backward(nats_by_sequence(fast, batch).sum() / 100)
-        torch.nn.utils.clip_grad_norm_([fast.adapter], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def step(factor: float) -> Any:
+        updates.begin()
+        batch = collate(rows.as_data(), rows.references).to(device)
+        nats = nats_by_sequence(fast, batch)
+        torch.autograd.backward(nats.sum() * factor / 100)
+        norm = torch.nn.utils.clip_grad_norm_([fast.adapter], 1.0)
+        return updates.apply([nats.detach()[:, None]], norm, 100)
 
-    step()
+    assert step(1.0)().updated
+    before = [fast.adapter.detach().clone(), *(value.clone() for value in optimizer.state[fast.adapter].values())]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        reads = [step(float("inf")), step(1.0)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    left_out, made = (read() for read in reads)
+    assert (left_out.is_finite, made.updated) == (False, True)
+    assert 0 < made.seconds < 60
+    assert float(optimizer.state[fast.adapter]["step"]) == float(before[1]) + 1 == 2
+    reads = [step(float("nan"))]
+    after = [fast.adapter.detach().clone(), *(value.clone() for value in optimizer.state[fast.adapter].values())]
+    assert not reads[0]().updated
+    assert all(torch.isfinite(value).all() for value in after)
+    assert not torch.equal(before[0], after[0])
 
 
 @pytest.mark.parametrize("training_type", ["qlora", "lora"])
