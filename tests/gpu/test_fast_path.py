@@ -98,6 +98,57 @@ def test_gates(dtype: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", _TOLERANCES)
+@pytest.mark.parametrize("layers", [((512, 128, 128), (0, 1, 2)), ((512, 128, 128), (0, 2)), ((1024, 1024), (0, 1))])
+@pytest.mark.parametrize("rank", [4, 16, 24, 64, 80])
+def test_adapters_products(dtype: str, layers: tuple[tuple[int, ...], tuple[int, ...]], rank: int) -> None:
+    """Inner product and every B's gradient in one pass; of gates and ups while their own gradient is made."""
+    import torch
+
+    from gpu_service.engine.fast_path import torch_reference, triton_kernels
+    from gpu_service.engine.fast_path.torch_reference import RankPart
+
+    sizes, covered = layers
+    room, rows, width = -(-rank * len(covered) // 64) * 64, 700, sum(sizes)
+    parts, start = [], 5
+    right = _draw(width, room, dtype=dtype, spare=64).zero_()
+    for number in covered:
+        first_row, first_rank = sum(sizes[:number]), rank * len(parts)
+        parts.append(RankPart(first_row=first_row, num_rows=sizes[number], first_rank=first_rank, start_b=start))
+        right[first_row : first_row + sizes[number], first_rank : first_rank + rank].normal_(std=width**-0.5)
+        start += sizes[number] * rank
+    gradient, ranks = _draw(rows, width, dtype=dtype, spare=room), _draw(rows, room, dtype=dtype, spare=64)
+    of_gated = _draw(rows, width // 2, dtype=dtype)
+    results: list[list[Any]] = []
+    for module in (triton_kernels, torch_reference):
+        prepared = module.prepare_ranks(parts, rank=rank, room=room, scaling=rows**-0.5, device=gradient.device)
+        found = []
+        for gated in (False, True) if len(sizes) == 2 else (False,):
+            copy, inner = _copy(gradient), _draw(rows, room, dtype=dtype, spare=64).fill_(7)
+            flat = torch.full((start + 3,), 2.0, device="cuda", dtype=gradient.dtype)
+            if gated:
+                module.gate_adapter_backward_(of_gated, copy, right, ranks, inner, prepared, flat)
+            else:
+                module.adapter_backward(copy, right, ranks, inner, prepared, flat)
+            found += [copy, inner, flat]
+        results.append(found)
+    tolerance = {"float32": 1e-4, "bfloat16": 2e-2}[dtype]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", _TOLERANCES)
+@pytest.mark.parametrize("width", [320, 3072, 8192])
+@pytest.mark.parametrize("rank", [4, 16, 48, 80])
+def test_rows_and_their_ranks(dtype: str, width: int, rank: int) -> None:
+    """What a projection reads is written, and multiplied by A on the way; columns behind the ranks are 0."""
+    room = -(-rank // 64) * 64
+    below, out = _draw(room, width, dtype=dtype, spare=64, scale=width**-0.5), _draw(333, width + room, dtype=dtype)
+    below[rank:] = 0
+    _agree("copy_and_rank", [_draw(333, width, dtype=dtype), below, out], (2,), dtype, num_ranks=rank)
+    _agree("gate_and_rank", [_draw(333, 2 * width, dtype=dtype, spare=64), below, out], (2,), dtype, num_ranks=rank)
+
+
+@pytest.mark.parametrize("dtype", _TOLERANCES)
 @pytest.mark.parametrize("vocabulary", [512, 32001, 128256])
 def test_likelihood(dtype: str, vocabulary: int) -> None:
     import torch

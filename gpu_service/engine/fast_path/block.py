@@ -91,18 +91,16 @@ class Block:
         query, key, value = self._split(heads)
         attended, attention = self.attention.forward(query, key, value, bounds)
         wide = self.attention_out.input_buffer(rows, x)
-        wide[:, : shape.query_width].copy_(attended.flatten(1))
         added = x.new_empty((rows, hidden))
-        self.attention_out.forward(wide, added, adapted=adapted)
+        self.attention_out.forward_of(attended.flatten(1), wide, added, adapted=adapted)
         middle_normed = self.mlp_in.input_buffer(rows, x)
         middle, middle_scale = ops.add_norm(residual, added, self.second_norm, shape.epsilon, middle_normed[:, :hidden])
         gate_up = self.mlp_in.output_buffer(rows, x)
         self.mlp_in.forward(middle_normed, gate_up, adapted=adapted)
         gated = self.mlp_out.input_buffer(rows, x)
         width = self.mlp_out.frozen.in_features
-        ops.gate(gate_up[:, : 2 * width], gated[:, :width])
         # Its memory is the attention's addition, which is spent.
-        self.mlp_out.forward(gated, added, adapted=adapted)
+        self.mlp_out.forward_of_gated(gate_up[:, : 2 * width], gated, added, adapted=adapted)
         kept = Kept(
             residual=residual,
             scale=scale,
@@ -144,9 +142,10 @@ class Block:
         of_gated = residual.new_empty((rows, width))
         out = residual[:, : hidden + self.mlp_out.room]
         self.mlp_out.backward(out, *self.mlp_out.split(kept.gated), of_gated, gradients)
-        ops.gate_backward_(of_gated, kept.gate_up[:, : 2 * width])
         of_normed = residual.new_empty((rows, hidden))
-        self.mlp_in.backward(kept.gate_up, *self.mlp_in.split(kept.middle_normed), of_normed, gradients)
+        self.mlp_in.backward(
+            kept.gate_up, *self.mlp_in.split(kept.middle_normed), of_normed, gradients, of_gated=of_gated
+        )
         ops.norm_backward_(of_normed, kept.middle, self.second_norm, kept.middle_scale, stream, adds=True)
         of_attended = residual.new_empty((rows, shape.query_width))
         out = residual[:, : hidden + self.attention_out.room]
