@@ -97,17 +97,16 @@ def test_gates(dtype: str, width: int) -> None:
     _agree("gate_backward_", [out, gate_up], (1,), dtype)
 
 
-@pytest.mark.parametrize("dtype", _TOLERANCES)
 @pytest.mark.parametrize("layers", [((512, 128, 128), (0, 1, 2)), ((512, 128, 128), (0, 2)), ((1024, 1024), (0, 1))])
-@pytest.mark.parametrize("rank", [4, 16, 24, 64, 80])
-def test_adapters_products(dtype: str, layers: tuple[tuple[int, ...], tuple[int, ...]], rank: int) -> None:
+@pytest.mark.parametrize("rank", [4, 16, 48, 80])
+def test_adapters_products(layers: tuple[tuple[int, ...], tuple[int, ...]], rank: int) -> None:
     """Inner product and every B's gradient in one pass; of gates and ups while their own gradient is made."""
     import torch
 
     from gpu_service.engine.fast_path import torch_reference, triton_kernels
     from gpu_service.engine.fast_path.torch_reference import RankPart
 
-    sizes, covered = layers
+    (sizes, covered), dtype = layers, "bfloat16"
     room, rows, width = -(-rank * len(covered) // 64) * 64, 700, sum(sizes)
     parts, start = [], 5
     right = _draw(width, room, dtype=dtype, spare=64).zero_()
@@ -131,16 +130,15 @@ def test_adapters_products(dtype: str, layers: tuple[tuple[int, ...], tuple[int,
                 module.adapter_backward(copy, right, ranks, inner, prepared, flat)
             found += [copy, inner, flat]
         results.append(found)
-    tolerance = {"float32": 1e-4, "bfloat16": 2e-2}[dtype]
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("dtype", _TOLERANCES)
-@pytest.mark.parametrize("width", [320, 3072, 8192])
-@pytest.mark.parametrize("rank", [4, 16, 48, 80])
-def test_rows_and_their_ranks(dtype: str, width: int, rank: int) -> None:
+@pytest.mark.parametrize("width", [320, 3072])
+@pytest.mark.parametrize("rank", [4, 48, 80])
+def test_rows_and_their_ranks(width: int, rank: int) -> None:
     """What a projection reads is written, and multiplied by A on the way; columns behind the ranks are 0."""
+    dtype = "bfloat16"
     room = -(-rank // 64) * 64
     below, out = _draw(room, width, dtype=dtype, spare=64, scale=width**-0.5), _draw(333, width + room, dtype=dtype)
     below[rank:] = 0

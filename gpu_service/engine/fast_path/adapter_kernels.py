@@ -4,7 +4,7 @@
 A product with an adapter is narrow: it costs what reading its wide side costs. So the gradient of an output is read
 once for both of its products, and those of gates and ups are made while they are in registers; likewise x A' where x is
 written. Sums over programs go through float32 tables and are added in a fixed order. `torch_reference` says what each
-computes. Ranks above `_WIDEST_RANK` go to the reference.
+computes; ranks above `_WIDEST_RANK`, and float32, which is for tests, go to it.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def _adapter_backward(
             ranks + begin * ranks_row + first_rank + (near[:, None] * ranks_row + rank[None, :]),
             mask=inside[:, None] & in_rank[None, :], other=0.0,
         )  # fmt: skip
-        part = tl.dot(piece, weights, input_precision="ieee")
+        part = tl.dot(piece, weights)
         out = of_inner + (slab.to(tl.int64) * num_rows + begin) * RANK_BLOCK
         tl.store(out + near[:, None] * RANK_BLOCK + rank[None, :], part, mask=inside[:, None])
-        total = tl.dot(tl.trans(piece), theirs, total, input_precision="ieee")
+        total = tl.dot(tl.trans(piece), theirs, total)
     out = of_b + (split * tl.num_programs(0) + slab).to(tl.int64) * COLUMNS * RANK_BLOCK
     tl.store(out + tl.arange(0, COLUMNS)[:, None] * RANK_BLOCK + rank[None, :], total)
 
@@ -113,26 +113,25 @@ def _gate_adapter_backward(
         sigmoids = tl.sigmoid(gates)
         of_gates = (wide * ups * sigmoids * (1 + gates * (1 - sigmoids))).to(kind)
         of_ups = (wide * gates * sigmoids).to(kind)
-        if kind.primitive_bitwidth == 16:
-            of_gates, of_ups = _once(of_gates), _once(of_ups)
+        of_gates, of_ups = _once(of_gates), _once(of_ups)
         tl.store(at, of_gates, mask=mask)
         tl.store(at + WIDTH, of_ups, mask=mask)
         their_mask = inside[:, None] & in_rank[None, :]
         theirs_at = ranks + begin * ranks_row + (near[:, None] * ranks_row + rank[None, :])
         number = slab
         if GATED:
-            part = tl.dot(of_gates, gate_weights, input_precision="ieee")
+            part = tl.dot(of_gates, gate_weights)
             place = of_inner + (number.to(tl.int64) * num_rows + begin) * RANK_BLOCK
             tl.store(place + here, part, mask=inside[:, None])
             theirs = tl.load(theirs_at + gate_rank, mask=their_mask, other=0.0)
-            gate_total = tl.dot(tl.trans(of_gates), theirs, gate_total, input_precision="ieee")
+            gate_total = tl.dot(tl.trans(of_gates), theirs, gate_total)
             number += tl.num_programs(0)
         if UPPED:
-            part = tl.dot(of_ups, up_weights, input_precision="ieee")
+            part = tl.dot(of_ups, up_weights)
             place = of_inner + (number.to(tl.int64) * num_rows + begin) * RANK_BLOCK
             tl.store(place + here, part, mask=inside[:, None])
             theirs = tl.load(theirs_at + up_rank, mask=their_mask, other=0.0)
-            up_total = tl.dot(tl.trans(of_ups), theirs, up_total, input_precision="ieee")
+            up_total = tl.dot(tl.trans(of_ups), theirs, up_total)
     number = slab
     here = tl.arange(0, COLUMNS)[:, None] * RANK_BLOCK + rank[None, :]
     if GATED:
@@ -204,7 +203,7 @@ def _write_and_rank(
             below + rank[None, :] * below_row + column[:, None],
             mask=(rank < num_ranks)[None, :] & (column < WIDTH)[:, None], other=0.0,
         )  # fmt: skip
-        total = tl.dot(value, weights, total, input_precision="ieee")
+        total = tl.dot(value, weights, total)
     place = of_ranks + (split.to(tl.int64) * num_rows + begin) * RANK_BLOCK
     tl.store(place + near[:, None] * RANK_BLOCK + rank[None, :], total, mask=inside[:, None])
 
@@ -315,7 +314,7 @@ def adapter_backward(
     gradients: torch.Tensor,
 ) -> None:
     slabs, rows = prepared.slabs, gradient.shape[0]
-    if slabs is None:
+    if slabs is None or gradient.dtype is torch.float32:
         torch_reference.adapter_backward(gradient, right, ranks, inner, prepared.reference, gradients)
         return
     split_rows = _split_rows(rows, slabs.count, _BLOCK_ROWS)
@@ -340,7 +339,7 @@ def gate_adapter_backward_(
     gradients: torch.Tensor,
 ) -> None:
     slabs, (rows, width) = prepared.gate_slabs, gradient.shape
-    if slabs is None:
+    if slabs is None or gradient.dtype is torch.float32:
         torch_reference.gate_adapter_backward_(gradient, gate_up, right, ranks, inner, prepared.reference, gradients)
         return
     first_ranks = {part.first_row: part.first_rank for part in prepared.reference.parts}
@@ -371,7 +370,7 @@ def _launch_write_and_rank(
 ) -> None:
     rows, (room, width) = out.shape[0], below.shape
     block = max(16, triton.next_power_of_2(num_ranks))
-    if block > _WIDEST_RANK:
+    if block > _WIDEST_RANK or out.dtype is torch.float32:
         reference = torch_reference.gate_and_rank if gates else torch_reference.copy_and_rank
         reference(source, below, out, num_ranks=num_ranks)
         return

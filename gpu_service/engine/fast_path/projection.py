@@ -70,25 +70,24 @@ class Projection:
         frozen = self.frozen
         if adapted and self.room:
             torch.mm(x[:, : frozen.in_features], frozen.margins.below.t(), out=x[:, frozen.in_features :])
-        self._multiply(x, out, adapted=adapted)
+        self.multiply(x, out, adapted=adapted)
 
-    def forward_of(self, rows: torch.Tensor, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
-        """`forward` of `rows` [T, K], which become the first K columns of `x` on the way."""
+    def place(self, rows: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
+        """`rows` [T, K] become the first K columns of `x`, and x A' its margin."""
         if adapted and self.room:
             self._operations.copy_and_rank(rows, self.frozen.margins.below, x, num_ranks=self._num_ranks)
         else:
             x[:, : self.frozen.in_features].copy_(rows)
-        self._multiply(x, out, adapted=adapted)
 
-    def forward_of_gated(self, gate_up: torch.Tensor, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
-        """`forward` of silu(gate) * up of `gate_up` [T, 2 * K], which become the first K columns of `x` on the way."""
+    def place_gated(self, gate_up: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
+        """silu(gate) * up of `gate_up` [T, 2 * K] become the first K columns of `x`, and x A' its margin."""
         if adapted and self.room:
             self._operations.gate_and_rank(gate_up, self.frozen.margins.below, x, num_ranks=self._num_ranks)
         else:
             self._operations.gate(gate_up, x[:, : self.frozen.in_features])
-        self._multiply(x, out, adapted=adapted)
 
-    def _multiply(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
+    def multiply(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
+        """`forward` of an `x` whose margin is filled."""
         frozen = self.frozen
         adapted = adapted and self.room > 0
         matrix = frozen.forward_matrix(adapted=adapted).t()
