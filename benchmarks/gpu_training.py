@@ -1,9 +1,10 @@
 """Training throughput of the fast path and of the plain path on one GPU, on random weights of a real shape.
 
 One step is what the training loop does between two events: batch to the device, forward, backward, clipping, optimizer,
-losses read back, as the loop does it: on the fast path one step late, and timed on the device from one step's end to the
-next one's. Real tokens are counted, never padding; nothing here is padded. Beside each row of the fast path stands its parity: the first batch's loss under the plain path on the same weights, and how far the gradients of a
-shorter batch are apart. A speed without its parity does not count.
+losses read back as the loop reads them: on the fast path one step late, and timed on the device from one step's end to
+the next's. Real tokens are counted, never padding; nothing here is padded. Beside each row of the fast path stands its
+parity: the first batch's loss under the plain path on the same weights, and how far the gradients of a shorter batch
+are apart. A speed without its parity does not count.
 
     python -m benchmarks.gpu_training --row dense mixed --path fast reference --base nf4 --out rows.json
 """

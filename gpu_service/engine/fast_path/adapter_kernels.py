@@ -24,8 +24,8 @@ _EVEN_ROWS = 16
 # Columns of a slab, by the width that a rank is padded to; a slab's sums stay in registers.
 _SLAB_COLUMNS = {16: 256, 32: 128, 64: 64}
 _GATE_SLAB_COLUMNS = {16: 256, 32: 128, 64: 64}
-_BLOCK_ROWS = 64
-_GATE_BLOCK_ROWS = 16
+_BLOCK_ROWS, _WARPS = 64, 8
+_GATE_BLOCK_ROWS, _GATE_WARPS = 16, 8
 # Programs that a launch should have: a few for each multiprocessor of a large GPU.
 _PROGRAMS = 528
 _REDUCED_ROWS = 64
@@ -324,7 +324,7 @@ def adapter_backward(
     _adapter_backward[(slabs.count, splits)](
         gradient, right, ranks, of_inner, of_b, slabs.table, gradient.stride(0), right.stride(0), ranks.stride(0),
         rows, split_rows, RANK=prepared.reference.rank, RANK_BLOCK=prepared.block, COLUMNS=slabs.columns,
-        ROWS=_BLOCK_ROWS, num_warps=8, num_stages=3,
+        ROWS=_BLOCK_ROWS, num_warps=_WARPS, num_stages=3,
     )  # fmt: skip
     _reduce(prepared, slabs, of_inner, of_b, inner, gradients, splits)
 
@@ -352,7 +352,7 @@ def gate_adapter_backward_(
         gradient, gate_up, right, ranks, of_inner, of_b, gradient.stride(0), gate_up.stride(0), right.stride(0),
         ranks.stride(0), rows, split_rows, slabs.count, first_ranks.get(0, 0), first_ranks.get(width, 0),
         WIDTH=width, GATED=0 in first_ranks, UPPED=width in first_ranks, RANK=prepared.reference.rank,
-        RANK_BLOCK=prepared.block, COLUMNS=slabs.columns, ROWS=_GATE_BLOCK_ROWS, num_warps=8, num_stages=2,
+        RANK_BLOCK=prepared.block, COLUMNS=slabs.columns, ROWS=_GATE_BLOCK_ROWS, num_warps=_GATE_WARPS, num_stages=2,
     )  # fmt: skip
     _reduce(prepared, slabs, of_inner, of_b, inner, gradients, splits)
 
