@@ -271,7 +271,6 @@ def measure_steps(arguments: argparse.Namespace) -> None:
         batches = make_steps(row, arguments.tokens, 8, shape.vocabulary, seed=1)
         for name, change in changes.items():
             with replaced(kernels, **change):
-                list(stepper.run(batches[:3]))
                 say(part="steps", row=row, change=name, **rates(stepper, batches))
         stepper.updates.steps_ahead = 0
         say(part="steps", row=row, change="numbers read before the next step", **rates(stepper, batches))
@@ -302,6 +301,8 @@ def _gate_then_rank(gate_up: torch.Tensor, below: torch.Tensor, out: torch.Tenso
 
 
 def rates(stepper: Stepper, batches: list[Any]) -> dict[str, float]:
+    """Of one round through the batches, once it is warm."""
+    list(stepper.run(batches[:3]))
     torch.cuda.synchronize()
     began = time.perf_counter()
     seconds = [numbers.seconds for _, numbers in stepper.run(batches)]
