@@ -11,11 +11,14 @@ from gpu_service.catalog.methods.entry import MethodEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Refusal, refuse_user
+from gpu_service.domain.recomputation import Recomputation
 from gpu_service.domain.spec import Batch, Hyperparameters, Mix, decode_message
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_BATCH_EXAMPLES = 8
 DEFAULT_LORA_RANK = 16
+# How quantized weights are held beside their 4 bits: restored once and kept, or at each use.
+RESIDENT, STREAMED = "resident", "streamed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,9 @@ class ResolvedHyperparameters:
     max_export_logit_difference: float = 1.0
     # `fast` or `reference`; a plan's resolved settings are never `auto`.
     trainer: str = "auto"
+    # On the fast path alone: what is recomputed, and how quantized weights are held (`resident` or `streamed`).
+    recomputation: Recomputation | None = None
+    base_weights: str | None = None
     lora: ResolvedLora | None = None
     num_steps: int | None = None
     num_epochs: float | None = None
@@ -151,7 +157,9 @@ class ResolvedHyperparameters:
             value["dpo"] = vars(self.dpo).copy()
         if self.lora is not None:
             value["lora"] = {**vars(self.lora), "target_modules": list(self.lora.target_modules)}
-        for name in ("num_steps", "num_epochs", "chat_template"):
+        if self.recomputation is not None:
+            value["recomputation"] = vars(self.recomputation).copy()
+        for name in ("num_steps", "num_epochs", "chat_template", "base_weights"):
             if getattr(self, name) is not None:
                 value[name] = getattr(self, name)
         if self.max_duration_seconds is not None:
@@ -311,6 +319,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "dpo.beta": (0, 100),
     "dpo.label_smoothing": (0, 0.49),
     "max_export_logit_difference": (0, 1000),
+    "recomputation.full_layers": (0, 1000),
+    "recomputation.feed_forward_layers": (0, 1000),
+    "recomputation.elementwise_layers": (0, 1000),
 }
 ABOVE = frozenset(
     {
@@ -329,6 +340,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "objective": ("sft", "dpo"),
     "non_finite_policy": ("stop", "skip"),
     "trainer": ("auto", "fast", "reference"),
+    "base_weights": ("auto", RESIDENT, STREAMED),
 }
 
 

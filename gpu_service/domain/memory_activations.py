@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from gpu_service.catalog.base_models import BaseModel, LinearLayer
 from gpu_service.domain.memory_passes import LargestPasses, PassShape
+from gpu_service.domain.recomputation import NOTHING, Recomputation
 
 _FLOAT32 = 4
 # Log-probabilities in float32, their gradient and that of the logits stand together for a moment. Of preference pairs
@@ -58,6 +59,9 @@ class StepShape:
     # Bytes that the optimizer's step takes for each trainable parameter, beside its state.
     step_bytes_per_parameter: int
     device_type: str
+    # On the fast path: in place of `recomputes`, and whether quantized weights stand in the compute type as well.
+    recomputation: Recomputation = NOTHING
+    keeps_weights: bool = False
 
 
 def peak_beside_state(shape: StepShape, passes: LargestPasses) -> int:

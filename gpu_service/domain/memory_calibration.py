@@ -74,13 +74,12 @@ def kind_of_run(
     compute_dtype: str,
     model_type: str,
     optimizer: str,
-    gradient_checkpointing: bool,
+    recomputation: str,
     objective: str,
     trainer: str,
     device_name: str,
 ) -> str:
     """The key under which measurements of like runs are kept."""
-    recomputation = "recomputed" if gradient_checkpointing else "kept"
     parts = (
         training_type, quantization, compute_dtype, model_type, optimizer, recomputation, objective, trainer,
         device_name,

@@ -13,10 +13,11 @@ from gpu_service.catalog.base_models import BaseModel, LinearLayer
 from gpu_service.catalog.optimizers.entry import OptimizerEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain import memory_activations, memory_fast_path
-from gpu_service.domain.defaults import ResolvedHyperparameters
+from gpu_service.domain.defaults import RESIDENT, ResolvedHyperparameters
 from gpu_service.domain.memory_activations import Precision, StepShape
 from gpu_service.domain.memory_calibration import ANALYTIC, UNCALIBRATED, Calibration
 from gpu_service.domain.memory_passes import LargestPasses
+from gpu_service.domain.recomputation import NOTHING, everything
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _TRAINED_BYTES = 4  # trained weights and their gradients are float32
@@ -112,9 +113,14 @@ def estimate_memory(
         has_dropout=resolved.lora is not None and resolved.lora.dropout > 0,
         step_bytes_per_parameter=optimizer.step_bytes_per_parameter,
         device_type=device_type,
+        recomputation=resolved.recomputation
+        or (everything(base.num_layers) if resolved.gradient_checkpointing else NOTHING),
+        keeps_weights=takes_fast_path and is_quantized and resolved.base_weights == RESIDENT,
     )
     beside = (memory_fast_path if takes_fast_path else memory_activations).peak_beside_state(shape, passes)
     weights = _weights_bytes(base, resolved, quantization, held_bytes)
+    if shape.keeps_weights:
+        weights += compute_bytes * base.num_linear_parameters
     estimate = MemoryEstimate(
         weights_bytes=weights,
         adapter_bytes=trained if trains_adapter else 0,

@@ -2,78 +2,199 @@
 `engine.fast_path` allocates; counterpart of `memory_activations` for the plain path. All sizes are in bytes.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from gpu_service.domain.memory_activations import StepShape, attention_sizes
 from gpu_service.domain.memory_passes import LargestPasses, PassShape
+from gpu_service.domain.recomputation import FEED_FORWARD, FULL, NONE, Recomputation
 
-_FLOAT32 = 4
+_FLOAT32, _INT64 = 4, 8
 # Margins of the adapters' groups are as wide as this or a multiple of it.
 _ROOM_COLUMNS = 64
 # Rows of the head's logits that exist at a time.
 _CHUNK_ROWS = 2048
 _WORKSPACE_BYTES = 2 * 32 * 1024**2
+# FlashAttention's float32 gradient of queries has so many rows more for each sequence.
+_SPARE_ROWS = 128
+# Sequences of a pass, for each that were as long as its longest: nobody counted them, and little depends on it.
+_SEQUENCES = 2
 _QUERY_KEY_NORMS = frozenset({"qwen3"})
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Columns of a token's row in a block. `rooms` are the margins of its four groups of layers."""
+
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+    queries: int
+    keys: int
+    rooms: tuple[int, int, int, int]
+    has_head_norms: bool
+
+    @property
+    def placed(self) -> int:
+        """Queries, keys and values side by side."""
+        return self.queries + 2 * self.keys
+
+    @property
+    def kept(self) -> int:
+        """What a block keeps for its backward pass, in the compute type."""
+        into_attention, out_of_attention, into_mlp, out_of_mlp = self.rooms
+        attention = self.hidden + into_attention + self.placed * (2 if self.has_head_norms else 1)
+        attention += self.queries + out_of_attention
+        mlp = self.hidden + into_mlp + 2 * self.inner + into_mlp + self.inner + out_of_mlp
+        return 2 * self.hidden + attention + mlp
+
+    @property
+    def kept_floats(self) -> int:
+        """The same, in float32: scales of norms, and attention's sums."""
+        return 2 + self.heads + (self.heads + self.key_heads if self.has_head_norms else 0)
+
+    def left_out(self, level: str) -> int:
+        """Columns of `kept` that are made again at this level; not of whole blocks."""
+        if level == NONE:
+            return 0
+        into_attention, _, into_mlp, out_of_mlp = self.rooms
+        columns = 2 * self.hidden + into_attention + into_mlp + self.inner + out_of_mlp
+        return columns + (2 * self.inner + into_mlp if level == FEED_FORWARD else 0)
+
+
 def peak_beside_state(shape: StepShape, passes: LargestPasses) -> int:
-    """Most bytes at any moment of a step beside weights, adapter and optimizer state; gradients are in it."""
-    compute, trained = shape.precision.compute_bytes, _FLOAT32 * shape.num_trainable_parameters
-    peaks = [trained]
+    """Most bytes at any moment of a step beside weights, adapter and optimizer; gradients are in it."""
+    sizes = _sizes(shape)
+    trained = _FLOAT32 * shape.num_trainable_parameters
+    # A pass' gradient in the compute type, then the same in float32, beside that of the passes before.
+    before = trained if passes.accumulates else 0
+    own = shape.precision.compute_bytes * shape.num_trainable_parameters
+    peaks = [before + own + trained]
+    levels = shape.recomputation.levels(shape.base.num_layers)
     for one in passes.shapes:
-        # The pass' own gradient in both types beside that of the passes before.
-        gradients = (trained if passes.accumulates else 0) + trained + compute * shape.num_trainable_parameters
-        stream = one.tokens * shape.base.hidden_size * compute
-        saved = shape.base.num_layers * (2 * stream if shape.recomputes else _layer(shape, one)) + 2 * stream
-        recomputed = _layer(shape, one) if shape.recomputes else 0
-        peaks += [saved + _head(shape, one), saved + gradients + recomputed + _working(shape, one)]
+        saved = [_saved(shape, sizes, one, level) for level in levels]
+        peaks += _head_moments(shape, sizes, one, _standing_of(saved, shape.recomputation, one, shape) + before)
+        peaks += _block_moments(shape, sizes, one, saved, levels, before + own)
     for one in passes.evaluated:
-        stream = one.tokens * shape.base.hidden_size * compute
-        peaks.append(4 * stream + max(_layer(shape, one), _head(shape, one)))
-    return max(peaks) + _standing(shape) + (_WORKSPACE_BYTES if shape.device_type == "cuda" else 0)
+        stream = one.tokens * sizes.hidden * shape.precision.compute_bytes
+        peaks.append(max(_forward(shape, sizes, one), 2 * stream + _head_forward(shape, sizes, one)))
+    longest = max((one.longest for one in (*passes.shapes, *passes.evaluated)), default=0)
+    peak = max(peaks) + _standing(shape, sizes) + _tables(sizes, longest)
+    return peak + (_WORKSPACE_BYTES if shape.device_type == "cuda" else 0)
 
 
-def _rooms(shape: StepShape) -> list[int]:
-    """Columns of each group's margin."""
-    leaves = {layer.leaf for layer in shape.covered}
-    covered = [sum(leaf in leaves for leaf in group) for group in _GROUPS]
-    return [-(-shape.rank * count // _ROOM_COLUMNS) * _ROOM_COLUMNS for count in covered]
-
-
-def _layer(shape: StepShape, one: PassShape) -> int:
-    """What a block keeps for its backward pass."""
+def _sizes(shape: StepShape) -> _Sizes:
     base = shape.base
     heads, queries, keys = attention_sizes(base)
-    into_attention, out_of_attention, into_mlp, out_of_mlp = _rooms(shape)
-    placed = queries + 2 * keys
-    columns = 4 * base.hidden_size + queries + 3 * base.intermediate_size
-    columns += placed * (2 if base.config_type in _QUERY_KEY_NORMS else 1)
-    columns += into_attention + out_of_attention + 2 * into_mlp + out_of_mlp
-    return one.tokens * (columns * shape.precision.compute_bytes + _FLOAT32 * (heads + 2))
+    leaves = {layer.leaf for layer in shape.covered}
+    rooms = [
+        -(-shape.rank * sum(leaf in leaves for leaf in group) // _ROOM_COLUMNS) * _ROOM_COLUMNS for group in _GROUPS
+    ]
+    return _Sizes(
+        hidden=base.hidden_size,
+        inner=base.intermediate_size,
+        heads=heads,
+        key_heads=heads * keys // queries,
+        queries=queries,
+        keys=keys,
+        rooms=(rooms[0], rooms[1], rooms[2], rooms[3]),
+        has_head_norms=base.config_type in _QUERY_KEY_NORMS,
+    )
 
 
-def _head(shape: StepShape, one: PassShape) -> int:
-    """Rows with a target, their norm and its gradient, and one chunk of logits."""
+def _whole(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
+    """Everything that a block can keep."""
+    return one.tokens * (sizes.kept * shape.precision.compute_bytes + _FLOAT32 * sizes.kept_floats)
+
+
+def _saved(shape: StepShape, sizes: _Sizes, one: PassShape, level: str) -> int:
+    """What a block keeps at this level, on the device or not."""
     compute = shape.precision.compute_bytes
-    rows = 6 * one.targets * shape.base.hidden_size * compute
+    if level == FULL:
+        return one.tokens * sizes.hidden * compute
+    return _whole(shape, sizes, one) - one.tokens * compute * sizes.left_out(level)
+
+
+def _standing_of(saved: Sequence[int], recomputation: Recomputation, one: PassShape, shape: StepShape) -> int:
+    """All blocks' at the end of the forward pass; of those on the host's shelf two are still here."""
+    if not recomputation.offload:
+        return sum(saved)
+    on_shelf = min(recomputation.full_layers, len(saved))
+    stream = one.tokens * shape.base.hidden_size * shape.precision.compute_bytes
+    return sum(saved[on_shelf:]) + min(on_shelf, 2) * stream
+
+
+def _block_moments(
+    shape: StepShape, sizes: _Sizes, one: PassShape, saved: Sequence[int], levels: Sequence[str], gradients: int
+) -> list[int]:
+    """In each block's backward pass: what earlier blocks keep, and all of this one."""
+    compute = shape.precision.compute_bytes
+    residual = one.tokens * compute * (sizes.hidden + max(sizes.rooms[1], sizes.rooms[3]))
+    working = gradients + residual + _whole(shape, sizes, one) + _working(shape, sizes, one)
+    return [working + _standing_of(saved[:number], shape.recomputation, one, shape) for number in range(len(levels))]
+
+
+def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
+    """Gradients within a block, where attention's are made. FlashAttention's of keys and values have every query's
+    head first, where keys are shared, and those of queries are float32 first.
+    """
+    compute = shape.precision.compute_bytes
+    shared = 2 * sizes.queries if sizes.keys != sizes.queries else 0
+    columns = sizes.inner + sizes.hidden + sizes.queries + sizes.placed
+    floats = _FLOAT32 * (sizes.queries + sizes.heads)
+    num_sequences = 1 if one.tokens <= one.longest else _SEQUENCES * -(-one.tokens // max(one.longest, 1))
+    in_attention = one.tokens * compute * shared + (one.tokens + num_sequences * _SPARE_ROWS) * floats
+    after_attention = one.tokens * compute * (sizes.placed + sizes.rooms[0])
+    return one.tokens * compute * columns + max(in_attention, after_attention)
+
+
+def _forward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
+    """In a block's forward pass: both parts of its input, what it may keep, and what it adds."""
+    columns = 2 * sizes.hidden + sizes.queries + sizes.rooms[1] + sizes.hidden
+    return _whole(shape, sizes, one) + one.tokens * columns * shape.precision.compute_bytes
+
+
+def _head_moments(shape: StepShape, sizes: _Sizes, one: PassShape, standing: int) -> list[int]:
+    """With a chunk of logits, and where the gradient of the last block's output is made."""
+    compute = shape.precision.compute_bytes
+    stream = one.tokens * sizes.hidden * compute
+    own = 0 if shape.recomputation.levels(shape.base.num_layers)[-1] != FULL else stream
+    rows = one.targets * sizes.hidden * compute
+    residual = stream + one.tokens * compute * max(sizes.rooms[1], sizes.rooms[3])
+    return [
+        standing + stream + own + _head_forward(shape, sizes, one),
+        standing + residual + 4 * rows + compute * shape.num_trainable_parameters,
+    ]
+
+
+def _head_forward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
+    """Rows with a target, their sums, norms and gradients, and one chunk of logits."""
+    compute = shape.precision.compute_bytes
+    rows = one.targets * (4 * sizes.hidden * compute + 2 * _FLOAT32 + 5 * _INT64)
     return rows + min(one.targets, _CHUNK_ROWS) * shape.base.vocabulary_size * compute
 
 
-def _working(shape: StepShape, one: PassShape) -> int:
-    """Gradients within a block: the residual stream's, and the larger of what attention and feed-forward part take."""
-    base, compute = shape.base, shape.precision.compute_bytes
-    _, queries, keys = attention_sizes(base)
-    # FlashAttention's gradients of keys and values have every query's head, and that of the queries a float32 copy.
-    attention = compute * (5 * queries + 4 * keys) + _FLOAT32 * queries
-    return one.tokens * (compute * 3 * base.hidden_size + max(attention, compute * base.intermediate_size))
-
-
-def _standing(shape: StepShape) -> int:
+def _standing(shape: StepShape, sizes: _Sizes) -> int:
     """Margins beside the weights, and where one group's quantized weights are restored."""
-    base, compute = shape.base, shape.precision.compute_bytes
-    _, queries, keys = attention_sizes(base)
-    hidden, inner = base.hidden_size, base.intermediate_size
-    sizes = ((queries + 2 * keys, hidden), (hidden, queries), (2 * inner, hidden), (hidden, inner))
-    rooms = _rooms(shape)
-    margins = sum(room * (rows + columns) for room, (rows, columns) in zip(rooms, sizes, strict=True))
-    scratch = max((rows + room) * (columns + room) for room, (rows, columns) in zip(rooms, sizes, strict=True))
-    return compute * (base.num_layers * margins + (scratch if shape.precision.is_quantized else 0))
+    compute = shape.precision.compute_bytes
+    sides = (
+        (sizes.placed, sizes.hidden),
+        (sizes.hidden, sizes.queries),
+        (2 * sizes.inner, sizes.hidden),
+        (sizes.hidden, sizes.inner),
+    )
+    wide = [(rows + room) * (columns + room) for room, (rows, columns) in zip(sizes.rooms, sides, strict=True)]
+    plain = [rows * columns for rows, columns in sides]
+    if shape.keeps_weights or not shape.precision.is_quantized:
+        # The weights themselves stand in the wide matrices, and are counted as weights.
+        return compute * shape.base.num_layers * (sum(wide) - sum(plain))
+    margins = sum(room * (rows + columns) for room, (rows, columns) in zip(sizes.rooms, sides, strict=True))
+    return compute * (shape.base.num_layers * margins + max(wide))
+
+
+def _tables(sizes: _Sizes, longest: int) -> int:
+    """Cosines and sines of every position, a power of two of them."""
+    positions = 1 << max(longest - 1, 0).bit_length()
+    return positions * _FLOAT32 * (sizes.queries // sizes.heads)

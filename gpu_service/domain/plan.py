@@ -6,6 +6,7 @@ device, and knows nothing of library versions that are bad in themselves: the se
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 from gpu_service.catalog import datasets as dataset_formats
@@ -25,6 +26,7 @@ from gpu_service.domain.defaults import (
 )
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import refuse_user
+from gpu_service.domain.fitting import check_asked, fit
 from gpu_service.domain.memory_calibration import UNCALIBRATED, Calibration, kind_of_run
 from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.memory_passes import largest_possible
@@ -33,7 +35,7 @@ from gpu_service.domain.plan_base import check_device, find_family, find_method,
 from gpu_service.domain.plan_start import check_exports, check_start, check_task
 from gpu_service.domain.plan_warnings import list_warnings
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
-from gpu_service.domain.trainer import choose_trainer
+from gpu_service.domain.trainer import FAST, choose_trainer
 
 __all__ = [
     "CheckedPlan",
@@ -107,6 +109,7 @@ def resolve(
     )
     trainer = choose_trainer(given.trainer, resolved, method=method, family=family, base=base_model, device=device)
     resolved = replace(resolved, trainer=trainer.path)
+    check_asked(given, trainer=trainer.path, trainer_reason=trainer.reason, num_layers=base_model.num_layers)
     trainable = base_model.num_parameters
     if resolved.lora is not None:
         trainable = sum(resolved.lora.rank * (layer.in_features + layer.out_features) for layer in covered)
@@ -116,22 +119,29 @@ def resolve(
         compute_dtype=resolved.quantization.compute_dtype,
         model_type=family.id,
         optimizer=optimizer.id,
-        gradient_checkpointing=resolved.gradient_checkpointing,
+        recomputation=_describe_recomputation(given, trainer.path),
         objective=resolved.objective,
         trainer=resolved.trainer,
         device_name=device.name if device.type == "cuda" else device.type,
     )
-    memory = estimate_memory(
-        base_model,
+    fitted = fit(
         resolved,
-        quantized,
-        optimizer,
-        covered_layers=covered,
-        num_trainable_parameters=trainable,
-        passes=largest_possible(resolved.batch, resolved.max_length),
-        device_type=device.type,
-        calibration=calibrations.get(kind, UNCALIBRATED),
+        given,
+        num_layers=base_model.num_layers,
+        device=device,
+        estimate=partial(
+            estimate_memory,
+            base_model,
+            quantization=quantized,
+            optimizer=optimizer,
+            covered_layers=covered,
+            num_trainable_parameters=trainable,
+            passes=largest_possible(resolved.batch, resolved.max_length),
+            device_type=device.type,
+            calibration=calibrations.get(kind, UNCALIBRATED),
+        ),
     )
+    resolved, memory = fitted.resolved, fitted.memory
     # The data's length is not known yet: only what is needed whatever its length can refuse here.
     check_fit(memory.standing_bytes, device)
     return CheckedPlan(
@@ -155,6 +165,7 @@ def resolve(
         memory=memory,
         kind_of_run=kind,
         trainer_reason=trainer.reason if trains else "",
+        memory_reason=fitted.reason if trains else "",
         spec_digest=spec_digest,
         warnings=tuple(list_warnings(spec, base_model, method, resolved, mix, memory, device)),
     )
@@ -170,6 +181,13 @@ def check_fit(needed_bytes: int, device: Device) -> None:
             needed_bytes=needed_bytes,
             total_memory_bytes=device.total_memory_bytes,
         )
+
+
+def _describe_recomputation(given: Hyperparameters, trainer: str) -> str:
+    """As far as it tells runs apart before their data is known."""
+    if trainer == FAST and given.gradient_checkpointing is None:
+        return "as-needed"
+    return "recomputed" if given.gradient_checkpointing else "kept"
 
 
 def _find_optimizer(given: Hyperparameters, device: Device, versions: Mapping[str, str]) -> OptimizerEntry:

@@ -85,6 +85,14 @@ class Dpo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recomputation:
+    full_layers: int | None = None
+    feed_forward_layers: int | None = None
+    elementwise_layers: int | None = None
+    offload: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
     """At most one of `num_steps` and `num_epochs` is set."""
 
@@ -112,6 +120,8 @@ class Hyperparameters:
     exports: tuple[str, ...] = ()
     max_export_logit_difference: float | None = None
     trainer: str | None = None
+    recomputation: Recomputation = Recomputation()
+    base_weights: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

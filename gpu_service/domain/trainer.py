@@ -1,7 +1,7 @@
 """Which trainer a job takes, and why: the fast path's kernels, or transformers and PEFT. Pure; measures nothing.
 
-`auto` is the plain path: what the fast path needs of memory is measured for few shapes so far, and plans must hold.
-Named outright, a job that the fast path cannot train is refused. docs/training.md says the same in a table.
+`auto` is the fast path wherever that can train, on a GPU; on a CPU its kernels are references, made for tests. Named
+outright, a job that the fast path cannot train is refused. docs/training.md says the same in a table.
 """
 
 from collections.abc import Mapping
@@ -57,7 +57,11 @@ def choose_trainer(
                 field="hyperparameters.trainer",
             )
         return Trainer(path=FAST, reason="asked for")
-    return Trainer(path=REFERENCE, reason=obstacle or "the fast path could train it, and is taken when it is asked for")
+    if device.type != "cuda":
+        obstacle = obstacle or "the fast path is for GPUs; elsewhere it is taken when it is asked for"
+    if obstacle:
+        return Trainer(path=REFERENCE, reason=obstacle)
+    return Trainer(path=FAST, reason="nothing keeps the fast path from it")
 
 
 def _find_in_settings(resolved: ResolvedHyperparameters, method: MethodEntry, device: Device) -> str:

@@ -100,7 +100,8 @@ class Session:
             self._trainer.release()
 
     def _train(self) -> None:
-        message = f"trained by {self._trainer.description}: {self._plan.trainer_reason}"
+        reasons = "; ".join(filter(None, (self._plan.trainer_reason, self._plan.memory_reason)))
+        message = f"trained by {self._trainer.description}: {reasons}"
         self._reporter.emit(event_pb2.LogEvent(level="info", message=message))
         # Evaluations count too: they may take more than the steps.
         self._device.start_counting()

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from gpu_service.catalog import optimizers
+from gpu_service.domain.defaults import RESIDENT, STREAMED
+from gpu_service.domain.recomputation import Recomputation
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
 from gpu_service.engine.fast_path.nf4 import name_quantizer
@@ -69,13 +71,20 @@ def _make_fast(
         FastSettings(
             device=device,
             compute_dtype=DTYPES[settings.quantization.compute_dtype],
-            keeps_weights=False,
-            recomputes=settings.gradient_checkpointing,
+            keeps_weights=settings.base_weights == RESIDENT,
+            # A plan says it by layer.
+            recomputes=settings.gradient_checkpointing and not settings.HasField("recomputation"),
+            recomputation=Recomputation(
+                full_layers=settings.recomputation.full_layers,
+                feed_forward_layers=settings.recomputation.feed_forward_layers,
+                elementwise_layers=settings.recomputation.elementwise_layers,
+                offload=settings.recomputation.offload,
+            ),
         ),
     )
     weights = "plain weights"
     if settings.quantization.method == "nf4":
-        weights = f"NF4 weights, restored at each use (by: {name_quantizer()})"
+        weights = f"NF4 weights, {_HOLDING[settings.base_weights or STREAMED]} (by: {name_quantizer()})"
     return Trainer(
         accelerator=accelerator,
         model=fast,
@@ -87,4 +96,5 @@ def _make_fast(
     )
 
 
+_HOLDING = {RESIDENT: "restored once and kept", STREAMED: "restored at each use"}
 _MAKERS: Mapping[str, Callable[..., Trainer]] = {"reference": _make_reference, "fast": _make_fast}

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +13,7 @@ from gpu_service.catalog.datasets import REGISTRY
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
 from gpu_service.domain.defaults import default_warmup_steps
 from gpu_service.domain.device import Device
+from gpu_service.domain.fitting import fit
 from gpu_service.domain.memory_calibration import UNCALIBRATED, Calibration
 from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.order import ORDER_VERSION
@@ -170,18 +172,24 @@ def _complete(
     if given.schedule.warmup_steps is None:
         schedule = replace(resolved.schedule, warmup_steps=default_warmup_steps(data.num_steps))
         resolved = replace(resolved, schedule=schedule)
-    memory = estimate_memory(
-        checked.base_model,
+    fitted = fit(
         resolved,
-        checked.quantization,
-        checked.optimizer,
-        covered_layers=checked.covered_layers,
-        num_trainable_parameters=checked.num_trainable_parameters,
-        passes=find_largest_passes(sources, selection, run, resolved),
-        device_type=checked.device.type,
-        calibration=calibration,
+        given,
+        num_layers=checked.base_model.num_layers,
+        device=checked.device,
+        estimate=partial(
+            estimate_memory,
+            checked.base_model,
+            quantization=checked.quantization,
+            optimizer=checked.optimizer,
+            covered_layers=checked.covered_layers,
+            num_trainable_parameters=checked.num_trainable_parameters,
+            passes=find_largest_passes(sources, selection, run, resolved),
+            device_type=checked.device.type,
+            calibration=calibration,
+        ),
     )
-    check_fit(memory.total_bytes, checked.device)
+    check_fit(fitted.memory.total_bytes, checked.device)
     counts = count_sources(selection, run)
     rows = [source.plan for source in sources]
     for index, count in counts.items():
@@ -195,14 +203,15 @@ def _complete(
     return replace(
         checked,
         level="EXACT",
-        hyperparameters=resolved,
+        hyperparameters=fitted.resolved,
         num_epochs=run.num_epochs,
         num_steps=data.num_steps,
         total_examples=data.total_examples,
         total_tokens=total_tokens,
         total_target_tokens=sum(count.target_tokens for count in counts.values()),
         datasets=tuple(sorted([*rows, *idle], key=lambda row: (row.held_out, row.trait_type, row.dataset_id))),
-        memory=memory,
+        memory=fitted.memory,
+        memory_reason=fitted.reason,
         fill=total_tokens / (data.num_steps * given.batch.tokens) if given.batch.tokens else 0.0,
         longest_example_tokens=max(selection.num_tokens),
         largest_step_tokens=find_largest_step(selection, run),

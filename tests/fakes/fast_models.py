@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+from gpu_service.domain.recomputation import NOTHING, Recomputation
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
 from gpu_service.engine.training.batches import MicroBatchLimit, collate, split
 from gpu_service.engine.training.flat_attention import attending_within_sequences
@@ -48,11 +49,16 @@ def make_fast(
     dtype: torch.dtype = torch.float32,
     keeps_weights: bool = False,
     recomputes: bool = False,
+    recomputation: Recomputation = NOTHING,
 ) -> FastModel:
     return FastModel(
         model,
         FastSettings(
-            device=torch.device(device), compute_dtype=dtype, keeps_weights=keeps_weights, recomputes=recomputes
+            device=torch.device(device),
+            compute_dtype=dtype,
+            keeps_weights=keeps_weights,
+            recomputes=recomputes,
+            recomputation=recomputation,
         ),
     )
 

@@ -53,7 +53,7 @@ CASES = {family: (family, extras) for family, extras in PLAIN.items()} | {
 
 def make_model(family: str, extras: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     entry = families.REGISTRY[family]
-    config = getattr(transformers, entry.config_class)(**_SIZES, **extras)
+    config = getattr(transformers, entry.config_class)(**{**_SIZES, **extras})
     torch.manual_seed(0)
     model = getattr(transformers, entry.architecture)(config)
     # Random weights of the usual size attend almost evenly; larger ones make who attends to whom show.

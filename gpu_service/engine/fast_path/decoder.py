@@ -1,7 +1,7 @@
 """The whole pass over flat tokens: embedding, blocks, head; and back.
 
-What a block kept is dropped as soon as it is used. Knows tensors alone; which model they
-come from is `model`'s business.
+What a block kept is dropped as soon as it is used, and may be less than all of it (`recomputing`). Knows tensors
+alone; which model they come from is `model`'s business.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from gpu_service.engine.fast_path.attention import Bounds
-from gpu_service.engine.fast_path.block import Block, Kept, Positions
+from gpu_service.engine.fast_path.block import Block, Positions
 from gpu_service.engine.fast_path.head import Head, KeptHead
+from gpu_service.engine.fast_path.offloading import HostShelf
+from gpu_service.engine.fast_path.recomputing import Remainder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +36,10 @@ class FlatPass:
 
 @dataclass(kw_only=True)
 class KeptPass:
-    """What a forward pass leaves. A block's entry is its inputs where it is recomputed; entries go as they are used."""
+    """What a forward pass leaves; entries go as they are used."""
 
-    blocks: list[Kept | tuple[torch.Tensor, torch.Tensor | None]]
-    head: KeptHead
+    blocks: list[Remainder]
+    head: KeptHead | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +49,22 @@ class Decoder:
     embedding: torch.Tensor
     blocks: Sequence[Block]
     head: Head
-    # Keep a block's inputs alone, and make its activations again in the backward pass.
-    recomputes: bool
+    # How much of each block is made again in the backward pass.
+    levels: Sequence[str]
+    # Where inputs of blocks that are recomputed whole wait; None: on the device.
+    shelf: HostShelf | None = None
 
     def forward(self, flat: FlatPass, *, adapted: bool, keeps: bool) -> tuple[torch.Tensor, KeptPass | None]:
         """Nats of each target, float32 [K], and what `backward` needs, if it is to be kept."""
         x, add = self.embedding.index_select(0, flat.tokens), None
-        kept: list[Kept | tuple[torch.Tensor, torch.Tensor | None]] = []
-        for block in self.blocks:
-            inputs = (x, add)
+        kept: list[Remainder] = []
+        if keeps and self.shelf is not None:
+            self.shelf.clear()
+        for number, block in enumerate(self.blocks):
             x, add, activations = block.forward(x, add, flat.positions, flat.bounds, adapted=adapted)
             if keeps:
-                kept.append(inputs if self.recomputes else activations)
-            del activations, inputs
+                kept.append(Remainder.of(activations, self.levels[number], number, self.shelf))
+            del activations
         assert add is not None
         nats, of_head = self.head.forward(x, add, flat.targets, flat.labels, keeps=keeps)
         return nats, None if of_head is None else KeptPass(blocks=kept, head=of_head)
@@ -69,10 +74,11 @@ class Decoder:
         rows, hidden = len(flat.tokens), self.embedding.shape[1]
         room = max(max(block.attention_out.room, block.mlp_out.room) for block in self.blocks)
         residual = self.embedding.new_empty((rows, hidden + room))
+        assert kept.head is not None
         self.head.backward(upstream, kept.head, flat.targets, residual[:, :hidden])
+        kept.head = None
         for number in reversed(range(len(self.blocks))):
-            block, one = self.blocks[number], kept.blocks.pop()
-            if isinstance(one, tuple):
-                _, _, one = block.forward(*one, flat.positions, flat.bounds, adapted=True)
+            block = self.blocks[number]
+            one = kept.blocks.pop().complete(block, number, flat.positions, flat.bounds, self.shelf)
             block.backward(residual, one, flat.positions, flat.bounds, gradients, reaches_input=number > 0)
             del one

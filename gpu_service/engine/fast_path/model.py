@@ -15,12 +15,14 @@ from typing import Any
 import numpy
 import torch
 
+from gpu_service.domain.recomputation import NOTHING, Recomputation, everything
 from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
-from gpu_service.engine.fast_path.attention import Bounds, attention_for
+from gpu_service.engine.fast_path.attention import Attention, Bounds, attention_for
 from gpu_service.engine.fast_path.block import Block, BlockShape, Positions
 from gpu_service.engine.fast_path.decoder import Decoder, FlatPass, KeptPass
 from gpu_service.engine.fast_path.frozen import FrozenGroup, Scratch
 from gpu_service.engine.fast_path.head import Head
+from gpu_service.engine.fast_path.offloading import HostShelf
 from gpu_service.engine.fast_path.operations import operations_for
 from gpu_service.engine.fast_path.projection import Projection
 from gpu_service.engine.training.batches import MicroBatch
@@ -36,12 +38,16 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class FastSettings:
-    """`keeps_weights`: restore quantized weights once and keep them; `recomputes`: activations, block by block."""
+    """`keeps_weights`: restore quantized weights once and keep them.
+
+    `recomputes`: every block whole; else `recomputation` says how much of which.
+    """
 
     device: torch.device
     compute_dtype: torch.dtype
     keeps_weights: bool
-    recomputes: bool
+    recomputes: bool = False
+    recomputation: Recomputation = NOTHING
 
 
 class FastModel(torch.nn.Module):
@@ -50,8 +56,13 @@ class FastModel(torch.nn.Module):
     # Read by `attending_within_sequences`: nothing has to be put in its place.
     attends_within_sequences = True
 
-    def __init__(self, peft_model: Any, settings: FastSettings) -> None:
-        """Raises AdapterNotSupported, NotNf4 for what the plan should not have sent here."""
+    def __init__(
+        self, peft_model: Any, settings: FastSettings, *, operations: Any = None, attention: Attention | None = None
+    ) -> None:
+        """`operations` and `attention` None are the device's own.
+
+        Raises AdapterNotSupported, NotNf4 for what the plan should not have sent here.
+        """
         super().__init__()
         causal = peft_model.base_model.model
         self._device, self._dtype = settings.device, settings.compute_dtype
@@ -78,11 +89,12 @@ class FastModel(torch.nn.Module):
             )
             for group, adapter in zip(modules, self._flat.groups, strict=True)
         ]
-        self._operations = operations_for(self._device)
+        self._operations = operations or operations_for(self._device)
         self._copies = self._operations.prepare_copies(
             [copy for one in projections for copy in one.adapter.copies(one.frozen.margins)]
         )
-        self._decoder = _assemble(causal, projections, self._device, self._dtype, settings.recomputes)
+        attention = attention or attention_for(self._device, self._dtype)
+        self._decoder = _assemble(causal, projections, settings, self._operations, attention)
         rotary = causal.model.rotary_emb
         self._frequencies = rotary.inv_freq.to(self._device, torch.float32)
         self._rotary_scaling = float(rotary.attention_scaling)
@@ -92,6 +104,10 @@ class FastModel(torch.nn.Module):
     @property
     def flat_adapter(self) -> FlatAdapter:
         return self._flat
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._decoder
 
     def nats_by_sequence(self, batch: MicroBatch) -> torch.Tensor:
         """Negative log likelihood of each sequence's targets: float64 [S], with gradient where gradients are on."""
@@ -153,6 +169,8 @@ class FastModel(torch.nn.Module):
     def _extend_tables(self, length: int) -> None:
         if length <= len(self._cosines):
             return
+        # Seldom anew: a graph that was captured holds their addresses.
+        length = 1 << (length - 1).bit_length()
         angles = torch.outer(torch.arange(length, device=self._device, dtype=torch.float32), self._frequencies)
         self._cosines = angles.cos() * self._rotary_scaling
         self._sines = angles.sin() * self._rotary_scaling
@@ -195,9 +213,9 @@ def _hold_in(causal: Any, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, 
 
 
 def _assemble(
-    causal: Any, projections: Sequence[Projection], device: torch.device, dtype: torch.dtype, recomputes: bool
+    causal: Any, projections: Sequence[Projection], settings: FastSettings, operations: Any, attention: Attention
 ) -> Decoder:
-    config, operations, attention = causal.config, operations_for(device), attention_for(device, dtype)
+    config = causal.config
     first = causal.model.layers[0].self_attn
     shape = BlockShape(
         heads=config.num_attention_heads,
@@ -231,4 +249,11 @@ def _assemble(
         weight=causal.lm_head.weight.data,
     )
     embedding = causal.model.embed_tokens.weight.data
-    return Decoder(embedding=embedding, blocks=blocks, head=head, recomputes=recomputes)
+    recomputation = everything(len(blocks)) if settings.recomputes else settings.recomputation
+    return Decoder(
+        embedding=embedding,
+        blocks=blocks,
+        head=head,
+        levels=recomputation.levels(len(blocks)),
+        shelf=HostShelf(settings.device) if recomputation.offload else None,
+    )

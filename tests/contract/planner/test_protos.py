@@ -125,8 +125,9 @@ def test_there_are_literal_defaults() -> None:
 
 @pytest.mark.parametrize(("path", "default"), literal_defaults())
 def test_literal_defaults_are_applied(path: str, default: str) -> None:
-    # What belongs to one objective is unset for the others.
-    given = {"objective": "dpo"} if path.startswith("dpo.") else {}
+    # What belongs to one objective, or to one trainer, is unset for the others.
+    owners = {"dpo": {"objective": "dpo"}, "recomputation": {"trainer": "fast"}}
+    given = owners.get(path.partition(".")[0], {})
     value: Any = resolve(make_spec(**given), make_base(), Device()).hyperparameters
     for name in path.split("."):
         value = getattr(value, name)

@@ -248,6 +248,33 @@ def test_time_limit_ends_training_with_artifacts(workspace: Workspace, run_in_pr
     assert log.of("checkpoint")[-1].step == realized.num_steps
 
 
+def test_fast_path_trains_the_same_however_it_saves_memory(workspace: Workspace, run_in_process: Any) -> None:
+    asked: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "least": {"recomputation": {"offload": True}},
+        "mixed": {"recomputation": {"feed_forward_layers": 1, "elementwise_layers": 1}, "base_weights": "resident"},
+    }
+    logs = {}
+    for name, values in asked.items():
+        directory = workspace.make_run(
+            f"memory-{name}",
+            training_type="qlora",
+            hyperparameters={"num_steps": 4, "trainer": "fast", **values},
+        )
+        logs[name] = run_in_process(directory)
+        assert_trained(logs[name], 4)
+    assert logs["plain"].losses == logs["least"].losses == logs["mixed"].losses
+    plans = {name: log.of("plan")[0] for name, log in logs.items()}
+    assert plans["least"].resolved.recomputation.full_layers == 2
+    assert plans["least"].resolved.recomputation.offload
+    assert plans["least"].resolved.base_weights == "streamed"
+    assert plans["mixed"].resolved.base_weights == "resident"
+    messages = {name: " ".join(event.message for event in log.of("log")) for name, log in logs.items()}
+    assert "2 whole, their inputs wait in host memory" in messages["least"]
+    assert "restored once and kept" in messages["mixed"]
+    assert "nothing is recomputed" in messages["plain"]
+
+
 @pytest.mark.parametrize("training_type", ["qlora", "lora"])
 def test_fast_path_trains_as_the_plain_path_does(training_type: str, workspace: Workspace, run_in_process: Any) -> None:
     """On a CPU it runs only when it is asked for; both runs share one base, which the first must give back clean."""

@@ -20,12 +20,16 @@ def _decide(device: Device = _H100, *, spec: dict[str, Any] | None = None, base:
     return checked.hyperparameters.trainer, checked.trainer_reason
 
 
-def test_adapters_over_known_families_take_the_fast_path_when_asked() -> None:
+def test_adapters_over_known_families_take_the_fast_path() -> None:
     assert _decide(trainer="fast") == ("fast", "asked for")
     assert _decide(trainer="fast", spec={"training_type": "lora"})[0] == "fast"
-    path, reason = _decide()
+    for word in ({}, {"trainer": "auto"}):
+        path, reason = _decide(**word)
+        assert path == "fast"
+        assert "nothing keeps" in reason
+    path, reason = _decide(CPU)
     assert path == "reference"
-    assert "when it is asked for" in reason
+    assert "for GPUs" in reason
     assert {name for name, entry in families.REGISTRY.items() if entry.has_fast_path} == {
         "llama",
         "code_llama",

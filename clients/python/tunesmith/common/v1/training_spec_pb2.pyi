@@ -409,6 +409,55 @@ class Dpo(_message.Message):
 Global___Dpo: _TypeAlias = Dpo  # noqa: Y015
 
 @_typing.final
+class Recomputation(_message.Message):
+    """Layers, in this order from the first; the rest keep all activations. Results do not depend on it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FULL_LAYERS_FIELD_NUMBER: _builtins.int
+    FEED_FORWARD_LAYERS_FIELD_NUMBER: _builtins.int
+    ELEMENTWISE_LAYERS_FIELD_NUMBER: _builtins.int
+    OFFLOAD_FIELD_NUMBER: _builtins.int
+    full_layers: _builtins.int
+    """Keep their input alone."""
+    feed_forward_layers: _builtins.int
+    """Make norms, gate and up projection and their product again."""
+    elementwise_layers: _builtins.int
+    """Make norms and the product of gate and up projection again."""
+    offload: _builtins.bool
+    """Keep the inputs of full_layers in the host's memory."""
+    def __init__(
+        self,
+        *,
+        full_layers: _builtins.int | None = ...,
+        feed_forward_layers: _builtins.int | None = ...,
+        elementwise_layers: _builtins.int | None = ...,
+        offload: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_elementwise_layers", b"_elementwise_layers", "_feed_forward_layers", b"_feed_forward_layers", "_full_layers", b"_full_layers", "_offload", b"_offload", "elementwise_layers", b"elementwise_layers", "feed_forward_layers", b"feed_forward_layers", "full_layers", b"full_layers", "offload", b"offload"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_elementwise_layers", b"_elementwise_layers", "_feed_forward_layers", b"_feed_forward_layers", "_full_layers", b"_full_layers", "_offload", b"_offload", "elementwise_layers", b"elementwise_layers", "feed_forward_layers", b"feed_forward_layers", "full_layers", b"full_layers", "offload", b"offload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__elementwise_layers: _TypeAlias = _typing.Literal["elementwise_layers"]  # noqa: Y015
+    _WhichOneofArgType__elementwise_layers: _TypeAlias = _typing.Literal["_elementwise_layers", b"_elementwise_layers"]  # noqa: Y015
+    _WhichOneofReturnType__feed_forward_layers: _TypeAlias = _typing.Literal["feed_forward_layers"]  # noqa: Y015
+    _WhichOneofArgType__feed_forward_layers: _TypeAlias = _typing.Literal["_feed_forward_layers", b"_feed_forward_layers"]  # noqa: Y015
+    _WhichOneofReturnType__full_layers: _TypeAlias = _typing.Literal["full_layers"]  # noqa: Y015
+    _WhichOneofArgType__full_layers: _TypeAlias = _typing.Literal["_full_layers", b"_full_layers"]  # noqa: Y015
+    _WhichOneofReturnType__offload: _TypeAlias = _typing.Literal["offload"]  # noqa: Y015
+    _WhichOneofArgType__offload: _TypeAlias = _typing.Literal["_offload", b"_offload"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__elementwise_layers) -> _WhichOneofReturnType__elementwise_layers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__feed_forward_layers) -> _WhichOneofReturnType__feed_forward_layers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__full_layers) -> _WhichOneofReturnType__full_layers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__offload) -> _WhichOneofReturnType__offload | None: ...
+
+Global___Recomputation: _TypeAlias = Recomputation  # noqa: Y015
+
+@_typing.final
 class Hyperparameters(_message.Message):
     """Everything that can be turned. Unset means the documented default; the plan shows what each became."""
 
@@ -438,6 +487,8 @@ class Hyperparameters(_message.Message):
     EXPORTS_FIELD_NUMBER: _builtins.int
     MAX_EXPORT_LOGIT_DIFFERENCE_FIELD_NUMBER: _builtins.int
     TRAINER_FIELD_NUMBER: _builtins.int
+    RECOMPUTATION_FIELD_NUMBER: _builtins.int
+    BASE_WEIGHTS_FIELD_NUMBER: _builtins.int
     max_length: _builtins.int
     """Tokens at which an example is cut."""
     num_steps: _builtins.int
@@ -457,7 +508,7 @@ class Hyperparameters(_message.Message):
     chat_template: _builtins.str
     """Catalog id of a chat template for a base that has none."""
     gradient_checkpointing: _builtins.bool
-    """Recompute activations in the backward pass to save memory."""
+    """Recompute activations in the backward pass to save memory: all layers, or none."""
     keep_checkpoints: _builtins.int
     """Checkpoints of a run kept on its node while it goes on; the newest good one is never deleted first."""
     keep_best_checkpoint: _builtins.bool
@@ -478,6 +529,10 @@ class Hyperparameters(_message.Message):
     """What trains: `fast` (kernels of our own, for adapters over Llama-like bases), `reference` (transformers and PEFT), or
     `auto`, which may choose another from one version to the next. A plan's is never `auto`.
     """
+    base_weights: _builtins.str
+    """How the fast path holds weights of nf4: `resident` restores them once into compute_dtype and keeps them beside their 4
+    bits, `streamed` restores them at each use. The numbers are the same bit for bit.
+    """
     @_builtins.property
     def quantization(self) -> Global___Quantization: ...
     @_builtins.property
@@ -493,6 +548,12 @@ class Hyperparameters(_message.Message):
     @_builtins.property
     def exports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Further forms of what was trained, written at the end: `merged` (16-bit model directory)."""
+
+    @_builtins.property
+    def recomputation(self) -> Global___Recomputation:
+        """How much is made again in the backward pass, layer by layer; the fast path's. Unset: every layer whole or nothing, as
+        gradient_checkpointing says; and where that is unset too, the least that the device needs.
+        """
 
     def __init__(
         self,
@@ -521,11 +582,15 @@ class Hyperparameters(_message.Message):
         exports: _abc.Iterable[_builtins.str] | None = ...,
         max_export_logit_difference: _builtins.float | None = ...,
         trainer: _builtins.str | None = ...,
+        recomputation: Global___Recomputation | None = ...,
+        base_weights: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "batch", b"batch", "chat_template", b"chat_template", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_weights", b"_base_weights", "_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "base_weights", b"base_weights", "batch", b"batch", "chat_template", b"chat_template", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "recomputation", b"recomputation", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "batch", b"batch", "chat_template", b"chat_template", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "exports", b"exports", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_weights", b"_base_weights", "_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "base_weights", b"base_weights", "batch", b"batch", "chat_template", b"chat_template", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "exports", b"exports", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "recomputation", b"recomputation", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__base_weights: _TypeAlias = _typing.Literal["base_weights"]  # noqa: Y015
+    _WhichOneofArgType__base_weights: _TypeAlias = _typing.Literal["_base_weights", b"_base_weights"]  # noqa: Y015
     _WhichOneofReturnType__chat_template: _TypeAlias = _typing.Literal["chat_template"]  # noqa: Y015
     _WhichOneofArgType__chat_template: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template"]  # noqa: Y015
     _WhichOneofReturnType__evaluate_every_steps: _TypeAlias = _typing.Literal["evaluate_every_steps"]  # noqa: Y015
@@ -558,6 +623,8 @@ class Hyperparameters(_message.Message):
     _WhichOneofArgType__warn_after_rises: _TypeAlias = _typing.Literal["_warn_after_rises", b"_warn_after_rises"]  # noqa: Y015
     _WhichOneofReturnType_duration: _TypeAlias = _typing.Literal["num_steps", "num_epochs"]  # noqa: Y015
     _WhichOneofArgType_duration: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__base_weights) -> _WhichOneofReturnType__base_weights | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__chat_template) -> _WhichOneofReturnType__chat_template | None: ...
     @_typing.overload

@@ -1,0 +1,122 @@
+"""How a run of the fast path is made to fit its device: what is recomputed, whether quantized weights stand restored.
+
+Takes what was asked for; chooses the rest, the fastest that fits. Pure: asks an estimate, measures nothing. Refuses
+settings that only the fast path has where another trains; that nothing fits at all is for the plan to refuse.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from gpu_service.domain.defaults import RESIDENT, STREAMED, ResolvedHyperparameters
+from gpu_service.domain.device import Device
+from gpu_service.domain.errors import refuse_user
+from gpu_service.domain.memory_estimate import MemoryEstimate
+from gpu_service.domain.recomputation import NOTHING, Recomputation, everything, ladder
+from gpu_service.domain.spec import Hyperparameters
+from gpu_service.domain.trainer import FAST
+
+# Restored weights are a convenience: they leave this part of the device free.
+_RESIDENT_PART = 0.9
+_GIB = 1024**3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """Settings with everything chosen, what they come to, and a sentence on the choice; empty on the plain path."""
+
+    resolved: ResolvedHyperparameters
+    memory: MemoryEstimate
+    reason: str
+
+
+def check_asked(given: Hyperparameters, *, trainer: str, trainer_reason: str, num_layers: int) -> None:
+    """Raises `Refusal` COMBINATION_NOT_ALLOWED for the fast path's settings elsewhere, INVALID_FIELD for too many
+    layers.
+    """
+    asked = given.recomputation
+    counts = (asked.full_layers, asked.feed_forward_layers, asked.elementwise_layers)
+    named = "recomputation" if asked != type(asked)() else "base_weights"
+    if trainer != FAST and (named == "recomputation" or given.base_weights not in (None, "auto")):
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            f"{named} is a setting of the fast path, which does not train this: {trainer_reason}",
+            field=f"hyperparameters.{named}",
+        )
+    if given.gradient_checkpointing is not None and any(counts):
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            "gradient_checkpointing speaks of all layers, recomputation of some: give one of them",
+            field="hyperparameters.recomputation",
+        )
+    total = sum(count or 0 for count in counts)
+    if total > num_layers:
+        raise refuse_user(
+            "INVALID_FIELD",
+            f"{total} layers are to be recomputed, and the model has {num_layers}",
+            field="hyperparameters.recomputation",
+        )
+
+
+def fit(
+    resolved: ResolvedHyperparameters,
+    given: Hyperparameters,
+    *,
+    num_layers: int,
+    device: Device,
+    estimate: Callable[[ResolvedHyperparameters], MemoryEstimate],
+) -> Fitted:
+    """`estimate` tells what settings come to. Where nothing fits, what needs the least."""
+    if resolved.trainer != FAST:
+        return Fitted(resolved=resolved, memory=estimate(resolved), reason="")
+    total = device.total_memory_bytes
+    asked = _asked(given, num_layers)
+    is_quantized = resolved.quantization.method != "none"
+
+    def settle(recomputation: Recomputation, weights: str) -> Fitted:
+        settled = replace(
+            resolved,
+            recomputation=recomputation,
+            gradient_checkpointing=recomputation.full_layers >= num_layers,
+            base_weights=weights if is_quantized else None,
+        )
+        memory = estimate(settled)
+        reason = f"{'asked for' if asked is not None else 'chosen'}: {recomputation.describe(num_layers)}"
+        if is_quantized:
+            reason += f"; weights are {_WEIGHTS[weights]}"
+        if total:
+            reason += f"; {memory.total_bytes / _GIB:.1f} of {total / _GIB:.1f} GiB"
+        return Fitted(resolved=settled, memory=memory, reason=reason)
+
+    weights = given.base_weights if given.base_weights in (RESIDENT, STREAMED) else None
+    if weights is None and is_quantized and total and device.type == "cuda" and asked in (None, NOTHING):
+        kept = settle(NOTHING, RESIDENT)
+        if kept.memory.total_bytes <= _RESIDENT_PART * total:
+            return kept
+    rungs = [asked] if asked is not None else ladder(num_layers) if total else [NOTHING]
+    fitted = None
+    for rung in rungs:
+        fitted = settle(rung, weights or STREAMED)
+        if fitted.memory.total_bytes <= total:
+            break
+    assert fitted is not None
+    return fitted
+
+
+_WEIGHTS = {RESIDENT: "restored once and kept", STREAMED: "restored at each use"}
+
+
+def _asked(given: Hyperparameters, num_layers: int) -> Recomputation | None:
+    """None: as the device needs."""
+    asked = given.recomputation
+    layers = (asked.full_layers, asked.feed_forward_layers, asked.elementwise_layers)
+    if any(count is not None for count in layers):
+        full, feed_forward, elementwise = (count or 0 for count in layers)
+        return Recomputation(
+            full_layers=full,
+            feed_forward_layers=feed_forward,
+            elementwise_layers=elementwise,
+            offload=bool(asked.offload) and full > 0,
+        )
+    if given.gradient_checkpointing or asked.offload:
+        return everything(num_layers, offload=bool(asked.offload))
+    return NOTHING if given.gradient_checkpointing is False else None

@@ -1,0 +1,78 @@
+"""How much of a forward pass is made again in the backward pass on the fast path, layer by layer. Measures nothing.
+
+Three ways to keep less of a layer, each cheaper in memory and dearer in time than the one before. The first layers are
+recomputed most: their activations are wanted last, when those of the others are gone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Everything is kept.
+NONE = "none"
+# Normed rows and the product of gate and up projection are made again: no matrix product of the base.
+ELEMENTWISE = "elementwise"
+# Beside those, the gate and up projections.
+FEED_FORWARD = "feed-forward"
+# The layer's input alone is kept.
+FULL = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recomputation:
+    """Numbers of layers, in this order from the first one; the rest keep everything.
+
+    `offload`: inputs of the layers that are recomputed whole wait in the host's memory.
+    """
+
+    full_layers: int = 0
+    feed_forward_layers: int = 0
+    elementwise_layers: int = 0
+    offload: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of which anything is recomputed."""
+        return self.full_layers + self.feed_forward_layers + self.elementwise_layers
+
+    def levels(self, num_layers: int) -> tuple[str, ...]:
+        """One level a layer, from the first."""
+        counted = (
+            (FULL, self.full_layers),
+            (FEED_FORWARD, self.feed_forward_layers),
+            (ELEMENTWISE, self.elementwise_layers),
+        )
+        levels = [level for level, count in counted for _ in range(count)]
+        return tuple([*levels, *[NONE] * num_layers][:num_layers])
+
+    def describe(self, num_layers: int) -> str:
+        """For people."""
+        counted = (
+            (self.full_layers, "whole"),
+            (self.feed_forward_layers, "from attention on"),
+            (self.elementwise_layers, "but for matrix products"),
+        )
+        parts = [f"{count} {how}" for count, how in counted if count]
+        if not parts:
+            return "nothing is recomputed"
+        kept = ", their inputs wait in host memory" if self.offload else ""
+        return f"of {num_layers} layers are recomputed: {', '.join(parts)}{kept}"
+
+
+NOTHING = Recomputation()
+
+
+def everything(num_layers: int, *, offload: bool = False) -> Recomputation:
+    """Every layer, whole."""
+    return Recomputation(full_layers=num_layers, offload=offload)
+
+
+def ladder(num_layers: int) -> Iterator[Recomputation]:
+    """From nothing to everything, a layer at a time, in the order of time lost for memory won."""
+    yield NOTHING
+    for count in range(1, num_layers + 1):
+        yield Recomputation(elementwise_layers=count)
+    for count in range(1, num_layers + 1):
+        yield Recomputation(feed_forward_layers=count, elementwise_layers=num_layers - count)
+    for count in range(1, num_layers + 1):
+        yield Recomputation(full_layers=count, feed_forward_layers=num_layers - count)
+    yield everything(num_layers, offload=True)

@@ -1,0 +1,93 @@
+"""What a block's forward pass left, made smaller for the time until it is wanted, and made whole again then.
+
+Made whole it is the same to the last bit: the same kernels see the same numbers. Which block keeps how little is the
+plan's decision (`domain.recomputation`); what a block keeps at most is the block's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from gpu_service.domain.recomputation import ELEMENTWISE, FEED_FORWARD, FULL, NONE
+from gpu_service.engine.fast_path.attention import Bounds
+from gpu_service.engine.fast_path.block import Block, Kept, Positions
+from gpu_service.engine.fast_path.offloading import HostShelf
+from gpu_service.engine.fast_path.projection import Projection
+
+_ELEMENTWISE = frozenset({"normed", "middle_normed", "gated"})
+_DROPPED: Mapping[str, frozenset[str]] = {
+    NONE: frozenset(),
+    ELEMENTWISE: _ELEMENTWISE,
+    FEED_FORWARD: _ELEMENTWISE | {"gate_up"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remainder:
+    """What stays of a block's `Kept`, by name; of a block that is recomputed whole, its input alone."""
+
+    level: str
+    parts: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, kept: Kept, level: str, number: int, shelf: HostShelf | None) -> Remainder:
+        """`number` is the block's; with a `shelf` the input of a block that is recomputed whole is put on it."""
+        if level == FULL:
+            if shelf is None:
+                return cls(level=level, parts={"residual": kept.residual})
+            shelf.put(number, kept.residual)
+            return cls(level=level, parts={})
+        dropped = _DROPPED[level]
+        return cls(
+            level=level,
+            parts={field.name: getattr(kept, field.name) for field in fields(kept) if field.name not in dropped},
+        )
+
+    def complete(
+        self, block: Block, number: int, positions: Positions, bounds: Bounds, shelf: HostShelf | None
+    ) -> Kept:
+        """All of it again."""
+        if self.level == FULL:
+            residual = self.parts["residual"] if shelf is None else shelf.take(number)
+            _, _, kept = block.forward(residual, None, positions, bounds, adapted=True)
+            return kept
+        if self.level == NONE:
+            return Kept(**self.parts)
+        return Kept(**self.parts, **_make_again(block, self.parts, self.level))
+
+
+def _make_again(block: Block, parts: Mapping[str, Any], level: str) -> dict[str, Any]:
+    operations = block.operations
+    made = {
+        "normed": _norm(block, block.attention_in, parts["residual"], block.first_norm),
+        "middle_normed": _norm(block, block.mlp_in, parts["middle"], block.second_norm),
+    }
+    rows = parts["residual"].shape[0]
+    gate_up = parts.get("gate_up")
+    if level == FEED_FORWARD:
+        gate_up = made["gate_up"] = block.mlp_in.output_buffer(rows, parts["residual"])
+        block.mlp_in.forward(made["middle_normed"], gate_up, adapted=True)
+    assert gate_up is not None
+    gated = made["gated"] = block.mlp_out.input_buffer(rows, parts["residual"])
+    width = block.mlp_out.frozen.in_features
+    operations.gate(gate_up[:, : 2 * width], gated[:, :width])
+    _fill_margin(block.mlp_out, gated)
+    return made
+
+
+def _norm(block: Block, projection: Projection, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    normed = projection.input_buffer(x.shape[0], x)
+    block.operations.add_norm(x, None, weight, block.shape.epsilon, normed[:, : x.shape[1]])
+    _fill_margin(projection, normed)
+    return normed
+
+
+def _fill_margin(projection: Projection, x: torch.Tensor) -> None:
+    """The adapter's part of the rows, as the forward pass had put it beside them."""
+    if projection.room:
+        width = projection.frozen.in_features
+        torch.mm(x[:, :width], projection.frozen.margins.below.t(), out=x[:, width:])

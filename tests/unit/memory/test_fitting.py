@@ -1,0 +1,148 @@
+"""What a fast run's plan chooses so that it fits: the least recomputation, and restored weights where there is room."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from gpu_service.domain.device import Device
+from gpu_service.domain.errors import Refusal
+from gpu_service.domain.recomputation import (
+    ELEMENTWISE,
+    FEED_FORWARD,
+    FULL,
+    NONE,
+    NOTHING,
+    Recomputation,
+    everything,
+    ladder,
+)
+from tests.fakes.checked_specs import CPU, hyper, plan
+from tests.unit.memory.shapes import H100, make_base
+
+_3B = make_base(hidden=3072, intermediate=8192, layers=28, heads=24, key_value_heads=8)
+
+
+def _plan(device: Device = H100, *, base: Any = _3B, spec: dict[str, Any] | None = None, **values: Any) -> Any:
+    values = {"batch": {"tokens": 8192}, "max_length": 2048, **values}
+    whole = replace(base, max_position_embeddings=32768, has_chat_template=True)
+    return plan({**hyper(**values), **(spec or {})}, whole, device)
+
+
+def _with_memory(gib: float) -> Device:
+    return replace(H100, total_memory_bytes=round(gib * 1024**3))
+
+
+def test_levels_stand_from_the_first_layer_in_the_order_of_what_they_save() -> None:
+    mixed = Recomputation(full_layers=1, feed_forward_layers=2, elementwise_layers=1)
+    assert mixed.levels(6) == (FULL, FEED_FORWARD, FEED_FORWARD, ELEMENTWISE, NONE, NONE)
+    assert everything(3).levels(3) == (FULL,) * 3
+    assert NOTHING.levels(2) == (NONE, NONE)
+
+
+def test_every_rung_takes_less_than_the_one_before() -> None:
+    rungs = list(ladder(28))
+    assert rungs[0] == NOTHING
+    assert rungs[-1] == everything(28, offload=True)
+    peaks = [_peak(rung) for rung in (rungs[0], rungs[14], rungs[28], rungs[42], rungs[56], rungs[70], *rungs[-2:])]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[-1] < 0.25 * peaks[0]
+
+
+def _peak(rung: Recomputation) -> int:
+    asked = {
+        "full_layers": rung.full_layers,
+        "feed_forward_layers": rung.feed_forward_layers,
+        "elementwise_layers": rung.elementwise_layers,
+        "offload": rung.offload,
+    }
+    peak: int = _plan(recomputation=asked).memory.peak_bytes
+    return peak
+
+
+def test_with_room_nothing_is_recomputed_and_weights_stand_restored() -> None:
+    checked = _plan()
+    resolved = checked.hyperparameters
+    assert resolved.recomputation == NOTHING
+    assert resolved.base_weights == "resident"
+    assert not resolved.gradient_checkpointing
+    assert "nothing is recomputed" in checked.memory_reason
+    assert "restored once and kept" in checked.memory_reason
+    streamed = _plan(base_weights="streamed")
+    assert streamed.hyperparameters.base_weights == "streamed"
+    more = checked.memory.weights_bytes - streamed.memory.weights_bytes
+    assert more == 2 * _3B.num_linear_parameters
+
+
+def test_least_recomputation_that_fits_is_chosen() -> None:
+    chosen = [_plan(_with_memory(gib)).hyperparameters for gib in (79, 26, 22, 15.5, 10, 6.4, 5.5)]
+    assert [one.base_weights for one in chosen] == ["resident", *["streamed"] * 6]
+    numbers = [one.recomputation for one in chosen]
+    assert numbers[0] == numbers[1] == NOTHING
+    assert 0 < numbers[2].elementwise_layers < 28
+    assert numbers[2].num_layers == numbers[2].elementwise_layers
+    assert 0 < numbers[3].feed_forward_layers < 28
+    assert 0 < numbers[4].full_layers < 28
+    assert numbers[5].full_layers >= 26
+    assert not numbers[5].offload
+    assert numbers[6] == everything(28, offload=True)
+    for gib, rung in zip((22, 15.5, 10), numbers[2:], strict=False):
+        before = list(ladder(28))[list(ladder(28)).index(rung) - 1]
+        asked = {name: getattr(before, name) for name in ("full_layers", "feed_forward_layers", "elementwise_layers")}
+        assert _plan(_with_memory(gib), recomputation=asked).memory.total_bytes > gib * 1024**3
+
+
+def test_what_was_asked_for_is_taken() -> None:
+    kept = _plan(_with_memory(12), gradient_checkpointing=False).hyperparameters
+    assert kept.recomputation == NOTHING
+    whole = _plan(gradient_checkpointing=True).hyperparameters
+    assert whole.recomputation == everything(28)
+    assert whole.gradient_checkpointing
+    # Who saves memory does not want the weights twice.
+    assert whole.base_weights == "streamed"
+    assert _plan(gradient_checkpointing=True, base_weights="resident").hyperparameters.base_weights == "resident"
+    least = _plan(recomputation={"offload": True}).hyperparameters
+    assert least.recomputation == everything(28, offload=True)
+    some = _plan(recomputation={"full_layers": 3}).hyperparameters
+    assert some.recomputation == Recomputation(full_layers=3)
+    assert not some.gradient_checkpointing
+
+
+def test_plain_weights_have_no_second_form() -> None:
+    resolved = _plan(spec={"training_type": "lora"}).hyperparameters
+    assert resolved.trainer == "fast"
+    assert resolved.base_weights is None
+
+
+def test_plain_path_has_none_of_it() -> None:
+    checked = _plan(trainer="reference")
+    assert checked.hyperparameters.recomputation is None
+    assert checked.hyperparameters.base_weights is None
+    assert checked.memory_reason == ""
+    assert "recomputation" not in checked.hyperparameters.to_json()
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"trainer": "reference", "recomputation": {"full_layers": 1}}, "COMBINATION_NOT_ALLOWED"),
+        ({"trainer": "reference", "base_weights": "resident"}, "COMBINATION_NOT_ALLOWED"),
+        ({"quantization": {"method": "fp4"}, "recomputation": {"offload": True}}, "COMBINATION_NOT_ALLOWED"),
+        ({"gradient_checkpointing": True, "recomputation": {"full_layers": 1}}, "COMBINATION_NOT_ALLOWED"),
+        ({"recomputation": {"full_layers": 20, "elementwise_layers": 9}}, "INVALID_FIELD"),
+        ({"base_weights": "somewhere"}, "INVALID_FIELD"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        _plan(**values)
+    assert refused.value.reason == reason
+    assert "hyperparameters." in refused.value.field
+
+
+def test_memory_of_unknown_size_changes_nothing() -> None:
+    resolved = _plan(CPU, trainer="fast").hyperparameters
+    assert resolved.recomputation == NOTHING
+    assert resolved.base_weights == "streamed"
