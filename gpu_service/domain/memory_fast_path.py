@@ -147,13 +147,16 @@ def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     num_sequences = 1 if one.tokens <= one.longest else _SEQUENCES * -(-one.tokens // max(one.longest, 1))
     in_attention = one.tokens * compute * shared + (one.tokens + num_sequences * _SPARE_ROWS) * floats
     after_attention = one.tokens * compute * (sizes.placed + sizes.rooms[0])
-    return one.tokens * compute * columns + max(in_attention, after_attention)
+    in_mlp = one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
+    return one.tokens * compute * columns + max(in_attention, after_attention, in_mlp)
 
 
 def _forward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     """In a block's forward pass: both parts of its input, what it may keep, and what it adds."""
     columns = 2 * sizes.hidden + sizes.queries + sizes.rooms[1] + sizes.hidden
-    return _whole(shape, sizes, one) + one.tokens * columns * shape.precision.compute_bytes
+    # Rows in 8 bits, and the product before the adapter's part is added.
+    rounded = one.tokens * (sizes.hidden + 2 * sizes.inner * shape.precision.compute_bytes) if shape.rounds_rows else 0
+    return _whole(shape, sizes, one) + one.tokens * columns * shape.precision.compute_bytes + rounded
 
 
 def _head_moments(shape: StepShape, sizes: _Sizes, one: PassShape, standing: int) -> list[int]:

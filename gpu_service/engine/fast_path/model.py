@@ -20,6 +20,7 @@ from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
 from gpu_service.engine.fast_path.attention import Attention, Bounds, attention_for
 from gpu_service.engine.fast_path.block import Block, BlockShape, Positions
 from gpu_service.engine.fast_path.decoder import Decoder, FlatPass, KeptPass
+from gpu_service.engine.fast_path.fp8 import RoundedGroup
 from gpu_service.engine.fast_path.frozen import FrozenGroup, Scratch
 from gpu_service.engine.fast_path.head import Head
 from gpu_service.engine.fast_path.offloading import HostShelf
@@ -47,6 +48,8 @@ class FastSettings:
     compute_dtype: torch.dtype
     keeps_weights: bool
     recomputes: bool = False
+    # Frozen products in 8 bits: other numerics.
+    in_fp8: bool = False
     recomputation: Recomputation = NOTHING
 
 
@@ -78,13 +81,7 @@ class FastModel(torch.nn.Module):
         scratch = Scratch(self._device, self._dtype)
         projections = [
             Projection(
-                frozen=FrozenGroup(
-                    [plain(module) for module in group],
-                    room=adapter.room,
-                    scratch=scratch,
-                    dtype=self._dtype,
-                    keep=settings.keeps_weights,
-                ),
+                frozen=_freeze([plain(module) for module in group], adapter.room, scratch, settings),
                 adapter=adapter,
             )
             for group, adapter in zip(modules, self._flat.groups, strict=True)
@@ -210,6 +207,12 @@ def _hold_in(causal: Any, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, 
             changed.append((parameter, parameter.dtype))
             parameter.data = parameter.data.to(dtype)
     return changed
+
+
+def _freeze(layers: Sequence[Any], room: int, scratch: Scratch, settings: FastSettings) -> FrozenGroup | RoundedGroup:
+    if settings.in_fp8:
+        return RoundedGroup(layers, room=room, scratch=scratch, dtype=settings.compute_dtype)
+    return FrozenGroup(layers, room=room, scratch=scratch, dtype=settings.compute_dtype, keep=settings.keeps_weights)
 
 
 def _assemble(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gpu_service.engine.fast_path.adapters import AdapterGroup
+from gpu_service.engine.fast_path.fp8 import RoundedGroup
 from gpu_service.engine.fast_path.frozen import FrozenGroup
 from gpu_service.engine.fast_path.operations import operations_for
 from gpu_service.engine.fast_path.torch_reference import RankPart
@@ -22,7 +23,7 @@ from gpu_service.engine.fast_path.torch_reference import RankPart
 class Projection:
     """`in_features` K, `num_rows` N; `room` is 0 where no layer has an adapter."""
 
-    frozen: FrozenGroup
+    frozen: FrozenGroup | RoundedGroup
     adapter: AdapterGroup
 
     @property
@@ -88,15 +89,7 @@ class Projection:
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
         """`forward` of an `x` whose margin is filled."""
-        frozen = self.frozen
-        adapted = adapted and self.room > 0
-        matrix = frozen.forward_matrix(adapted=adapted).t()
-        rows = x if adapted else x[:, : frozen.in_features]
-        target = out[:, : frozen.num_rows]
-        if frozen.bias is None:
-            torch.mm(rows, matrix, out=target)
-        else:
-            torch.addmm(frozen.bias, rows, matrix, out=target)
+        self.frozen.multiply(x, out[:, : self.frozen.num_rows], adapted=adapted and self.room > 0)
 
     def backward(
         self,
@@ -128,4 +121,4 @@ class Projection:
         elif of_gated is not None:
             self._operations.gate_backward_(of_gated, of_output)
         if out is not None:
-            torch.mm(gradient if self.room else of_output, frozen.backward_matrix(adapted=self.room > 0), out=out)
+            frozen.multiply_back(gradient, out, adapted=self.room > 0)
