@@ -124,26 +124,16 @@ def test_adapters_products(layers: tuple[tuple[int, ...], tuple[int, ...]], rank
         for gated in (False, True) if len(sizes) == 2 else (False,):
             copy, inner = _copy(gradient), _draw(rows, room, dtype=dtype, spare=64).fill_(7)
             flat = torch.full((start + 3,), 2.0, device="cuda", dtype=gradient.dtype)
-            if gated:
+            if gated and (module is torch_reference or prepared.takes_gates):
                 module.gate_adapter_backward_(of_gated, copy, right, ranks, inner, prepared, flat)
             else:
+                if gated:
+                    module.gate_backward_(of_gated, copy)
                 module.adapter_backward(copy, right, ranks, inner, prepared, flat)
             found += [copy, inner, flat]
         results.append(found)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("width", [320, 3072])
-@pytest.mark.parametrize("rank", [4, 48, 80])
-def test_rows_and_their_ranks(width: int, rank: int) -> None:
-    """What a projection reads is written, and multiplied by A on the way; columns behind the ranks are 0."""
-    dtype = "bfloat16"
-    room = -(-rank // 64) * 64
-    below, out = _draw(room, width, dtype=dtype, spare=64, scale=width**-0.5), _draw(333, width + room, dtype=dtype)
-    below[rank:] = 0
-    _agree("copy_and_rank", [_draw(333, width, dtype=dtype), below, out], (2,), dtype, num_ranks=rank)
-    _agree("gate_and_rank", [_draw(333, 2 * width, dtype=dtype, spare=64), below, out], (2,), dtype, num_ranks=rank)
 
 
 @pytest.mark.parametrize("dtype", _TOLERANCES)

@@ -15,7 +15,6 @@ import torch
 from gpu_service.engine.fast_path.adapters import AdapterGroup
 from gpu_service.engine.fast_path.fp8 import RoundedGroup
 from gpu_service.engine.fast_path.frozen import FrozenGroup
-from gpu_service.engine.fast_path.operations import operations_for
 from gpu_service.engine.fast_path.torch_reference import RankPart
 
 
@@ -25,6 +24,8 @@ class Projection:
 
     frozen: FrozenGroup | RoundedGroup
     adapter: AdapterGroup
+    # The module of kernels.
+    operations: Any
 
     @property
     def room(self) -> int:
@@ -43,13 +44,9 @@ class Projection:
         return like.new_empty((rows, self.frozen.num_rows + self.room))
 
     @cached_property
-    def _operations(self) -> Any:
-        return operations_for(self.frozen.margins.below.device)
-
-    @cached_property
     def _ranks(self) -> Any:
         adapter = self.adapter
-        return self._operations.prepare_ranks(
+        return self.operations.prepare_ranks(
             [
                 RankPart(
                     first_row=part.first_row, num_rows=part.num_rows, first_rank=part.first_rank, start_b=part.start_b
@@ -62,30 +59,29 @@ class Projection:
             device=self.frozen.margins.below.device,
         )
 
-    @property
-    def _num_ranks(self) -> int:
-        return self.adapter.rank * len(self.adapter.parts)
-
     def forward(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
         """`out`'s first N columns become the layers' outputs. `x` [T, K + room] gets x A' in its margin."""
-        frozen = self.frozen
-        if adapted and self.room:
-            torch.mm(x[:, : frozen.in_features], frozen.margins.below.t(), out=x[:, frozen.in_features :])
+        if adapted:
+            self.fill_margin(x)
         self.multiply(x, out, adapted=adapted)
+
+    def fill_margin(self, x: torch.Tensor) -> None:
+        """x A' beside the rows, in the margin of `x` [T, K + room]."""
+        if self.room:
+            width = self.frozen.in_features
+            torch.mm(x[:, :width], self.frozen.margins.below.t(), out=x[:, width:])
 
     def place(self, rows: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
         """`rows` [T, K] become the first K columns of `x`, and x A' its margin."""
-        if adapted and self.room:
-            self._operations.copy_and_rank(rows, self.frozen.margins.below, x, num_ranks=self._num_ranks)
-        else:
-            x[:, : self.frozen.in_features].copy_(rows)
+        x[:, : self.frozen.in_features].copy_(rows)
+        if adapted:
+            self.fill_margin(x)
 
     def place_gated(self, gate_up: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
         """silu(gate) * up of `gate_up` [T, 2 * K] become the first K columns of `x`, and x A' its margin."""
-        if adapted and self.room:
-            self._operations.gate_and_rank(gate_up, self.frozen.margins.below, x, num_ranks=self._num_ranks)
-        else:
-            self._operations.gate(gate_up, x[:, : self.frozen.in_features])
+        self.operations.gate(gate_up, x[:, : self.frozen.in_features])
+        if adapted:
+            self.fill_margin(x)
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
         """`forward` of an `x` whose margin is filled."""
@@ -112,13 +108,15 @@ class Projection:
         if self.room:
             inner = gradient[:, frozen.num_rows :]
             right, prepared = frozen.margins.right, self._ranks
-            if of_gated is None:
-                self._operations.adapter_backward(of_output, right, ranks, inner, prepared, gradients)
+            if of_gated is not None and prepared.takes_gates:
+                self.operations.gate_adapter_backward_(of_gated, of_output, right, ranks, inner, prepared, gradients)
             else:
-                self._operations.gate_adapter_backward_(of_gated, of_output, right, ranks, inner, prepared, gradients)
+                if of_gated is not None:
+                    self.operations.gate_backward_(of_gated, of_output)
+                self.operations.adapter_backward(of_output, right, ranks, inner, prepared, gradients)
             all_a = adapter.view_all_a(gradients)
             torch.mm(inner[:, : all_a.shape[0]].t(), rows, out=all_a)
         elif of_gated is not None:
-            self._operations.gate_backward_(of_gated, of_output)
+            self.operations.gate_backward_(of_gated, of_output)
         if out is not None:
             frozen.multiply_back(gradient, out, adapted=self.room > 0)
