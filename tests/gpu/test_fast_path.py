@@ -97,6 +97,55 @@ def test_gates(dtype: str, width: int) -> None:
     _agree("gate_backward_", [out, gate_up], (1,), dtype)
 
 
+@pytest.mark.parametrize("layers", [((512, 128, 128), (0, 1, 2)), ((512, 128, 128), (0, 2)), ((1024, 1024), (0, 1))])
+@pytest.mark.parametrize("rank", [4, 16, 48, 80])
+def test_adapters_products(layers: tuple[tuple[int, ...], tuple[int, ...]], rank: int) -> None:
+    """Inner product and every B's gradient in one pass; of gates and ups while their own gradient is made."""
+    import torch
+
+    from gpu_service.engine.fast_path import torch_reference, triton_kernels
+    from gpu_service.engine.fast_path.torch_reference import RankPart
+
+    (sizes, covered), dtype = layers, "bfloat16"
+    room, rows, width = -(-rank * len(covered) // 64) * 64, 700, sum(sizes)
+    parts, start = [], 5
+    right = _draw(width, room, dtype=dtype, spare=64).zero_()
+    for number in covered:
+        first_row, first_rank = sum(sizes[:number]), rank * len(parts)
+        parts.append(RankPart(first_row=first_row, num_rows=sizes[number], first_rank=first_rank, start_b=start))
+        right[first_row : first_row + sizes[number], first_rank : first_rank + rank].normal_(std=width**-0.5)
+        start += sizes[number] * rank
+    gradient, ranks = _draw(rows, width, dtype=dtype, spare=room), _draw(rows, room, dtype=dtype, spare=64)
+    of_gated = _draw(rows, width // 2, dtype=dtype)
+    results: list[list[Any]] = []
+    for module in (triton_kernels, torch_reference):
+        prepared = module.prepare_ranks(parts, rank=rank, room=room, scaling=rows**-0.5, device=gradient.device)
+        found = []
+        for gated in (False, True) if len(sizes) == 2 else (False,):
+            copy, inner = _copy(gradient), _draw(rows, room, dtype=dtype, spare=64).fill_(7)
+            flat = torch.full((start + 3,), 2.0, device="cuda", dtype=gradient.dtype)
+            if gated:
+                module.gate_adapter_backward_(of_gated, copy, right, ranks, inner, prepared, flat)
+            else:
+                module.adapter_backward(copy, right, ranks, inner, prepared, flat)
+            found += [copy, inner, flat]
+        results.append(found)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("width", [320, 3072])
+@pytest.mark.parametrize("rank", [4, 48, 80])
+def test_rows_and_their_ranks(width: int, rank: int) -> None:
+    """What a projection reads is written, and multiplied by A on the way; columns behind the ranks are 0."""
+    dtype = "bfloat16"
+    room = -(-rank // 64) * 64
+    below, out = _draw(room, width, dtype=dtype, spare=64, scale=width**-0.5), _draw(333, width + room, dtype=dtype)
+    below[rank:] = 0
+    _agree("copy_and_rank", [_draw(333, width, dtype=dtype), below, out], (2,), dtype, num_ranks=rank)
+    _agree("gate_and_rank", [_draw(333, 2 * width, dtype=dtype, spare=64), below, out], (2,), dtype, num_ranks=rank)
+
+
 @pytest.mark.parametrize("dtype", _TOLERANCES)
 @pytest.mark.parametrize("vocabulary", [512, 32001, 128256])
 def test_likelihood(dtype: str, vocabulary: int) -> None:
@@ -235,11 +284,13 @@ def test_examples_do_not_see_each_other() -> None:
 
 
 def test_no_step_waits_for_the_device() -> None:
+    """Nor does the end of one; a step that is left out leaves weights, moments and their counter alone."""
     import torch
 
     from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
     from gpu_service.engine.training.batches import collate
     from gpu_service.engine.training.likelihood import nats_by_sequence
+    from gpu_service.engine.training.updates import UpdatesOnDevice
     from tests.fakes.fast_models import hold_in_nf4, make_fast, make_peft
     from tunesmith.common.v1 import training_spec_pb2
 
@@ -247,21 +298,34 @@ def test_no_step_waits_for_the_device() -> None:
     fast = make_fast(model, device="cuda", dtype=torch.bfloat16)
     settings = training_spec_pb2.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.99, epsilon=1e-8)
     optimizer = FlatAdamW(fast.flat_adapter, settings)
+    device = torch.device("cuda", 0)
+    updates = UpdatesOnDevice(optimizer=optimizer, inner=optimizer, device=device, halts=False)
     rows = _rows()
 
-    def step() -> None:
-        batch = collate(rows.as_data(), rows.references).to(torch.device("cuda"))
-        torch.autograd.backward(nats_by_sequence(fast, batch).sum() / 100)
-        torch.nn.utils.clip_grad_norm_([fast.adapter], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def step(factor: float) -> Any:
+        updates.begin()
+        batch = collate(rows.as_data(), rows.references).to(device)
+        nats = nats_by_sequence(fast, batch)
+        torch.autograd.backward(nats.sum() * factor / 100)
+        norm = torch.nn.utils.clip_grad_norm_([fast.adapter], 1.0)
+        return updates.apply([nats.detach()[:, None]], norm, 100)
 
-    step()
+    assert step(1.0)().updated
+    before = [fast.adapter.detach().clone(), *(value.clone() for value in optimizer.state[fast.adapter].values())]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        reads = [step(float("inf")), step(1.0)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    left_out, made = (read() for read in reads)
+    assert (left_out.is_finite, made.updated) == (False, True)
+    assert 0 < made.seconds < 60
+    assert float(optimizer.state[fast.adapter]["step"]) == float(before[1]) + 1 == 2
+    reads = [step(float("nan"))]
+    after = [fast.adapter.detach().clone(), *(value.clone() for value in optimizer.state[fast.adapter].values())]
+    assert not reads[0]().updated
+    assert all(torch.isfinite(value).all() for value in after)
+    assert not torch.equal(before[0], after[0])
 
 
 @pytest.mark.parametrize("training_type", ["qlora", "lora"])

@@ -76,6 +76,7 @@ class FastModel(torch.nn.Module):
         self._flat = FlatAdapter(peft_model, modules, device=self._device)
         self.adapter = self._flat.parameter
         scratch = Scratch(self._device, self._dtype)
+        self._operations = operations or operations_for(self._device)
         projections = [
             Projection(
                 frozen=FrozenGroup(
@@ -86,10 +87,10 @@ class FastModel(torch.nn.Module):
                     keep=settings.keeps_weights,
                 ),
                 adapter=adapter,
+                operations=self._operations,
             )
             for group, adapter in zip(modules, self._flat.groups, strict=True)
         ]
-        self._operations = operations or operations_for(self._device)
         self._copies = self._operations.prepare_copies(
             [copy for one in projections for copy in one.adapter.copies(one.frozen.margins)]
         )

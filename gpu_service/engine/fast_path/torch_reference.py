@@ -6,6 +6,7 @@ than they are wide; their last dimension is always contiguous.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -137,3 +138,83 @@ def copy_out(flat: torch.Tensor, prepared: Any) -> None:
     """Write the matrices that lie in `flat`, without gaps, where they were prepared to go, times their factors."""
     for start, matrix, factor in prepared:
         matrix.copy_(flat[start : start + matrix.numel()].view(matrix.shape) * factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPart:
+    """An adapted layer of a group: its rows of the group's output, its part of the margin, its B in a flat buffer."""
+
+    first_row: int
+    num_rows: int
+    first_rank: int
+    start_b: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """What `adapter_backward` needs of a group's adapters, all of one rank, in a margin of `room` columns."""
+
+    parts: tuple[RankPart, ...]
+    rank: int
+    room: int
+    scaling: float
+
+
+def prepare_ranks(parts: Sequence[RankPart], *, rank: int, room: int, scaling: float, device: torch.device) -> Ranks:
+    """What `adapter_backward` and `gate_adapter_backward_` need on `device`. Parts lie one behind another."""
+    del device
+    return Ranks(parts=tuple(parts), rank=rank, room=room, scaling=scaling)
+
+
+def adapter_backward(
+    gradient: torch.Tensor,
+    right: torch.Tensor,
+    ranks: torch.Tensor,
+    inner: torch.Tensor,
+    prepared: Any,
+    gradients: torch.Tensor,
+) -> None:
+    """`inner` [T, room] becomes `gradient` [T, N] times `right` [N, room], and each B's gradient, in the flat
+    `gradients`, the product of its part of `gradient` and of `ranks` [T, room], times the scaling.
+
+    `right` is zero but where a layer's rows meet its own ranks.
+    """
+    torch.mm(gradient, right, out=inner)
+    for part in prepared.parts:
+        columns = gradient[:, part.first_row : part.first_row + part.num_rows]
+        its_ranks = ranks[:, part.first_rank : part.first_rank + prepared.rank]
+        target = gradients[part.start_b : part.start_b + part.num_rows * prepared.rank].view(part.num_rows, -1)
+        torch.addmm(target, columns.t(), its_ranks, beta=0, alpha=prepared.scaling, out=target)
+
+
+def gate_adapter_backward_(
+    gradient: torch.Tensor,
+    gate_up: torch.Tensor,
+    right: torch.Tensor,
+    ranks: torch.Tensor,
+    inner: torch.Tensor,
+    prepared: Any,
+    gradients: torch.Tensor,
+) -> None:
+    """`gate_backward_`, and `adapter_backward` with what `gate_up` [T, 2 * I] became."""
+    gate_backward_(gradient, gate_up)
+    adapter_backward(gate_up, right, ranks, inner, prepared, gradients)
+
+
+def copy_and_rank(source: torch.Tensor, below: torch.Tensor, out: torch.Tensor, *, num_ranks: int) -> None:
+    """`out` [T, K + room] becomes `source` [T, K], and `source` times `below` [room, K] transposed.
+
+    `below` is zero from row `num_ranks` on.
+    """
+    del num_ranks
+    width = below.shape[1]
+    out[:, :width].copy_(source)
+    torch.mm(out[:, :width], below.t(), out=out[:, width:])
+
+
+def gate_and_rank(gate_up: torch.Tensor, below: torch.Tensor, out: torch.Tensor, *, num_ranks: int) -> None:
+    """`out` [T, I + room] becomes what `gate` makes of `gate_up`, and that times `below` [room, I] transposed."""
+    del num_ranks
+    width = below.shape[1]
+    gate(gate_up, out[:, :width])
+    torch.mm(out[:, :width], below.t(), out=out[:, width:])

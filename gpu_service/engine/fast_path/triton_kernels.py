@@ -13,6 +13,33 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_service.engine.fast_path.adapter_kernels import (
+    adapter_backward,
+    copy_and_rank,
+    gate_adapter_backward_,
+    gate_and_rank,
+    prepare_ranks,
+)
+
+__all__ = [
+    "adapter_backward",
+    "add_norm",
+    "copy_and_rank",
+    "copy_out",
+    "cross_entropy_",
+    "gate",
+    "gate_adapter_backward_",
+    "gate_and_rank",
+    "gate_backward_",
+    "head_norm",
+    "head_norm_backward",
+    "nf4_dequantize",
+    "norm_backward_",
+    "prepare_copies",
+    "prepare_ranks",
+    "rotate",
+]
+
 _GATE_BLOCK = 4096
 _LOSS_BLOCK = 8192
 _PACKED_BLOCK = 1024
