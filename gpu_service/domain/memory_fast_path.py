@@ -20,6 +20,10 @@ _SPARE_ROWS = 128
 # Sequences of a pass, for each that were as long as its longest: nobody counted them, and little depends on it.
 _SEQUENCES = 2
 _QUERY_KEY_NORMS = frozenset({"qwen3"})
+# Of the kernel for adapters of layers side by side: columns of a slab by padded rank, programs of a launch, and the
+# least tokens that one goes through. A single layer, and wider ranks, need no tables.
+_SLAB_COLUMNS = {16: 128, 32: 128}
+_PROGRAMS, _RUN_TOKENS = 528, 32
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
@@ -137,18 +141,42 @@ def _block_moments(
 
 
 def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
-    """Gradients within a block, where attention's are made. FlashAttention's of keys and values have every query's
-    head first, where keys are shared, and those of queries are float32 first.
+    """Most that a block's backward pass takes beside all that the block keeps, which it lets go of as it goes.
+
+    Where what feeds the down projection gets its gradient; where gates and ups do; and in attention, where
+    FlashAttention's gradients of keys and values have every query's head first, if keys are shared, and those of
+    queries are float32 first. A block that is recomputed whole has made all of it just before.
     """
-    compute = shape.precision.compute_bytes
+    compute, (into_attention, out_of_attention, into_mlp, out_of_mlp) = shape.precision.compute_bytes, sizes.rooms
+    down = sizes.inner * one.tokens * compute
+    gates = (sizes.hidden - out_of_mlp) * one.tokens * compute
+    gates += _adapter_tables(shape, one, ("gate_proj", "up_proj"), sizes.inner)
+    let_go = 3 * sizes.inner + sizes.hidden + 2 * into_mlp + out_of_mlp
+    attention = sizes.hidden + sizes.queries + sizes.placed - let_go
     shared = 2 * sizes.queries if sizes.keys != sizes.queries else 0
-    columns = sizes.inner + sizes.hidden + sizes.queries + sizes.placed
     floats = _FLOAT32 * (sizes.queries + sizes.heads)
     num_sequences = 1 if one.tokens <= one.longest else _SEQUENCES * -(-one.tokens // max(one.longest, 1))
-    in_attention = one.tokens * compute * shared + (one.tokens + num_sequences * _SPARE_ROWS) * floats
-    after_attention = one.tokens * compute * (sizes.placed + sizes.rooms[0])
-    in_mlp = one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
-    return one.tokens * compute * columns + max(in_attention, after_attention, in_mlp)
+    inside = one.tokens * compute * shared + (one.tokens + num_sequences * _SPARE_ROWS) * floats
+    after = one.tokens * compute * (sizes.placed + into_attention)
+    rounded = one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
+    moments = [down, gates + rounded, attention * one.tokens * compute + max(inside, after)]
+    if shape.recomputation.full_layers:
+        moments.append(one.tokens * compute * (sizes.queries + out_of_attention + sizes.hidden))
+    return max(moments)
+
+
+def _adapter_tables(shape: StepShape, one: PassShape, leaves: Sequence[str], rows: int) -> int:
+    """Partial sums of the gradients of these layers' adapters, of `rows` each: of the inner rows by slabs of columns,
+    and of B by runs of tokens.
+    """
+    block = max(16, 1 << max(shape.rank - 1, 0).bit_length())
+    covered = {layer.leaf for layer in shape.covered}.intersection(leaves)
+    if block not in _SLAB_COLUMNS or len(covered) < 2:
+        return 0
+    columns = _SLAB_COLUMNS[block]
+    across = -(-rows // columns)
+    splits = max(1, min(_PROGRAMS // across, -(-one.tokens // _RUN_TOKENS)))
+    return _FLOAT32 * block * across * len(covered) * (one.tokens + splits * columns)
 
 
 def _forward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:

@@ -3,8 +3,8 @@
 
 A product with an adapter is narrow: it costs what reading its wide side costs. So the gradient of an output is read
 once for both of its products, and those of gates and ups are made while they are in registers. Sums over programs go
-through float32 tables and are added in a fixed order. `torch_reference` says what each computes, and does it where it is
-as fast: for a single layer, for ranks above `_WIDEST_RANK`, and in float32, which is for tests.
+through float32 tables and are added in a fixed order. `torch_reference` says what each computes, and does it where that
+is as fast: for a single layer, for ranks above `_WIDEST_RANK`, and in float32, which is for tests.
 """
 
 from __future__ import annotations

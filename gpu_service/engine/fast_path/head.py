@@ -48,7 +48,7 @@ class Head:
             self.operations.cross_entropy_(logits, labels[chunk], nats[chunk])
             if of_normed is not None:
                 torch.mm(logits, self.weight, out=of_normed[chunk])
-            # Else it would stand beside the next one.
+            # Before the next chunk's are made: they take half a gigabyte.
             del logits
         kept = None if of_normed is None else KeptHead(rows=rows, scale=scale, of_normed=of_normed)
         return nats, kept

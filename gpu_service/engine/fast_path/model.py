@@ -79,14 +79,15 @@ class FastModel(torch.nn.Module):
         self._flat = FlatAdapter(peft_model, modules, device=self._device)
         self.adapter = self._flat.parameter
         scratch = Scratch(self._device, self._dtype)
+        self._operations = operations or operations_for(self._device)
         projections = [
             Projection(
                 frozen=_freeze([plain(module) for module in group], adapter.room, scratch, settings),
                 adapter=adapter,
+                operations=self._operations,
             )
             for group, adapter in zip(modules, self._flat.groups, strict=True)
         ]
-        self._operations = operations or operations_for(self._device)
         self._copies = self._operations.prepare_copies(
             [copy for one in projections for copy in one.adapter.copies(one.frozen.margins)]
         )

@@ -79,12 +79,5 @@ def _make_again(block: Block, parts: Mapping[str, Any], level: str) -> dict[str,
 def _norm(block: Block, projection: Projection, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     normed = projection.input_buffer(x.shape[0], x)
     block.operations.add_norm(x, None, weight, block.shape.epsilon, normed[:, : x.shape[1]])
-    _fill_margin(projection, normed)
+    projection.fill_margin(normed)
     return normed
-
-
-def _fill_margin(projection: Projection, x: torch.Tensor) -> None:
-    """The adapter's part of the rows, as the forward pass had put it beside them."""
-    if projection.room:
-        width = projection.frozen.in_features
-        torch.mm(x[:, :width], projection.frozen.margins.below.t(), out=x[:, width:])
