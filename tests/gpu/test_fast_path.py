@@ -189,6 +189,50 @@ def test_bits_are_those_of_bitsandbytes(dtype: str, double: bool, shape: tuple[i
     assert (out[:, shape[1] :] == 7).all()
 
 
+@pytest.mark.parametrize("width", [64, 3072, 16384])
+def test_products_in_8_bits(width: int) -> None:
+    import torch
+
+    from gpu_service.engine.fast_path import torch_reference, triton_kernels
+
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("products of rows with scales are for Hopper")
+    x, weight = (_draw(200, width, dtype="bfloat16", spare=64) for _ in range(2))
+    weight = weight[:160].contiguous()
+    values, scales = triton_kernels.round_rows(x)
+    expected, expected_scales = torch_reference.round_rows(x)
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
+    arguments = (values, scales, *triton_kernels.round_rows(weight), torch.bfloat16)
+    found, plain = (module.multiply_rounded(*arguments) for module in (triton_kernels, torch_reference))
+    assert (found - plain).float().norm() / plain.float().norm() < 1e-2
+    ranks, below = _draw(200, 64, dtype="bfloat16", spare=3), _draw(64, 160, dtype="bfloat16", spare=8)
+    wide = _draw(200, 160, dtype="bfloat16", spare=24)
+    _agree("add_ranks", [found, ranks, below, wide], (3,), "bfloat16")
+    _agree("add_ranks", [found, ranks, below.t().contiguous().t(), wide], (3,), "bfloat16")
+
+
+def test_training_in_8_bits_comes_near() -> None:
+    import torch
+
+    from tests.fakes.fast_models import fast_gradients, hold_in_nf4, make_fast, make_peft, nats, plain_gradients
+
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("products of rows with scales are for Hopper")
+
+    def make(dtype: torch.dtype) -> Any:
+        return make_peft(dtype=dtype, quantize=lambda base: hold_in_nf4(base, device="cuda")).to("cuda")
+
+    exact = make(torch.bfloat16).float()
+    expected = nats(exact, _rows(), device="cuda").sum() / 100
+    gradients = plain_gradients(exact, expected)
+    model = make(torch.bfloat16)
+    fast = make_fast(model, device="cuda", dtype=torch.bfloat16, in_fp8=True)
+    found = nats(fast, _rows(), device="cuda").sum() / 100
+    assert float(found) == pytest.approx(float(expected), rel=2e-2)
+    assert 1e-3 < _error(fast_gradients(model, fast, found), gradients) < 0.2
+
+
 _FAMILIES = ("llama", "qwen2", "qwen3")
 
 

@@ -56,9 +56,7 @@ def _drop_and_rank(
     for first in range(0, WIDTH, COLUMNS):
         column = first + near
         within = column < WIDTH
-        value = tl.load(
-            rows + wide_row * rows_row + column[None, :], mask=inside[:, None] & within[None, :], other=0.0
-        )
+        value = tl.load(rows + wide_row * rows_row + column[None, :], mask=inside[:, None] & within[None, :], other=0.0)
         value = tl.where(_kept(start, row, column, limit), value, 0.0).to(rows.dtype.element_ty)
         weights = tl.load(
             below + (part * RANK + rank)[None, :] * below_row + column[:, None],

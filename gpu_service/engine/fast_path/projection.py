@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from gpu_service.engine.fast_path.adapters import AdapterGroup
+from gpu_service.engine.fast_path.dropout import LAYERS_PER_GROUP, Dropout
+from gpu_service.engine.fast_path.fp8 import RoundedGroup
 from gpu_service.engine.fast_path.frozen import FrozenGroup
 from gpu_service.engine.fast_path.torch_reference import RankPart
 
@@ -21,10 +23,13 @@ from gpu_service.engine.fast_path.torch_reference import RankPart
 class Projection:
     """`in_features` K, `num_rows` N; `room` is 0 where no layer has an adapter."""
 
-    frozen: FrozenGroup
+    frozen: FrozenGroup | RoundedGroup
     adapter: AdapterGroup
     # The module of kernels.
     operations: Any
+    # Of what the adapters read; `number` tells this group's masks from those of others.
+    dropout: Dropout
+    number: int
 
     @property
     def room(self) -> int:
@@ -69,36 +74,46 @@ class Projection:
         self.multiply(x, out, adapted=adapted)
 
     def fill_margin(self, x: torch.Tensor) -> None:
-        """x A' beside the rows, in the margin of `x` [T, K + room]."""
-        if self.room:
-            width = self.frozen.in_features
-            torch.mm(x[:, :width], self.frozen.margins.below.t(), out=x[:, width:])
+        """x A' beside the rows, in the margin of `x` [T, K + room]; of dropped rows where there is dropout."""
+        if not self.room:
+            return
+        rows, margin = self.split(x)
+        if self.dropout.is_active:
+            self.dropout.kernels.drop_and_rank(rows, self.frozen.margins.below, margin, **self._masks())
+        else:
+            torch.mm(rows, self.frozen.margins.below.t(), out=margin)
+
+    def _masks(self) -> dict[str, Any]:
+        """What tells the kernels of dropout which masks are meant."""
+        return {
+            "key": self.dropout.key,
+            "first_layer": self.number * LAYERS_PER_GROUP,
+            "num_layers": len(self.adapter.parts),
+            "rank": self.adapter.rank,
+            "probability": self.dropout.probability,
+        }
 
     def place(self, rows: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
         """`rows` [T, K] become the first K columns of `x`, and x A' its margin."""
-        if adapted and self.room:
+        if adapted and self.room and not self.dropout.is_active:
             self.operations.copy_and_rank(rows, self.frozen.margins.below, x, num_ranks=self._num_ranks)
-        else:
-            x[:, : self.frozen.in_features].copy_(rows)
+            return
+        x[:, : self.frozen.in_features].copy_(rows)
+        if adapted:
+            self.fill_margin(x)
 
     def place_gated(self, gate_up: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
         """silu(gate) * up of `gate_up` [T, 2 * K] become the first K columns of `x`, and x A' its margin."""
-        if adapted and self.room:
+        if adapted and self.room and not self.dropout.is_active:
             self.operations.gate_and_rank(gate_up, self.frozen.margins.below, x, num_ranks=self._num_ranks)
-        else:
-            self.operations.gate(gate_up, x[:, : self.frozen.in_features])
+            return
+        self.operations.gate(gate_up, x[:, : self.frozen.in_features])
+        if adapted:
+            self.fill_margin(x)
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
         """`forward` of an `x` whose margin is filled."""
-        frozen = self.frozen
-        adapted = adapted and self.room > 0
-        matrix = frozen.forward_matrix(adapted=adapted).t()
-        rows = x if adapted else x[:, : frozen.in_features]
-        target = out[:, : frozen.num_rows]
-        if frozen.bias is None:
-            torch.mm(rows, matrix, out=target)
-        else:
-            torch.addmm(frozen.bias, rows, matrix, out=target)
+        self.frozen.multiply(x, out[:, : self.frozen.num_rows], adapted=adapted and self.room > 0)
 
     def backward(
         self,
@@ -126,8 +141,15 @@ class Projection:
             else:
                 self.operations.gate_adapter_backward_(of_gated, of_output, right, ranks, inner, prepared, gradients)
             all_a = adapter.view_all_a(gradients)
+            if self.dropout.is_active:
+                self.dropout.kernels.drop_and_weigh(inner, rows, all_a, **self._masks())
+                if out is not None:
+                    # The masks stand between the ranks' gradient and the rows': it is no part of the product.
+                    frozen.multiply_back(gradient, out, adapted=False)
+                    self.dropout.kernels.drop_and_add(inner, frozen.margins.below, out, **self._masks())
+                return
             torch.mm(inner[:, : all_a.shape[0]].t(), rows, out=all_a)
         elif of_gated is not None:
             self.operations.gate_backward_(of_gated, of_output)
         if out is not None:
-            torch.mm(gradient if self.room else of_output, frozen.backward_matrix(adapted=self.room > 0), out=out)
+            frozen.multiply_back(gradient, out, adapted=self.room > 0)

@@ -218,3 +218,34 @@ def gate_and_rank(gate_up: torch.Tensor, below: torch.Tensor, out: torch.Tensor,
     width = below.shape[1]
     gate(gate_up, out[:, :width])
     torch.mm(out[:, :width], below.t(), out=out[:, width:])
+
+
+# The largest number of e4m3.
+_LARGEST = 448.0
+_SMALLEST = 1e-12
+
+
+def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` [T, K] in e4m3, each row divided by a scale so that its largest is the type's largest; scales [T, 1]."""
+    wide = x.float()
+    scales = wide.abs().amax(1, keepdim=True).clamp(min=_SMALLEST) / _LARGEST
+    return (wide / scales).to(torch.float8_e4m3fn), scales
+
+
+def multiply_rounded(
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    weights: torch.Tensor,
+    weight_scales: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`values` [T, K] times `weights` [N, K] transposed, both e4m3, times their scales [T, 1] and [N, 1]: [T, N]."""
+    return (torch.mm(values.float(), weights.float().t()) * scales * weight_scales.t()).to(dtype)
+
+
+def add_ranks(product: torch.Tensor, ranks: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor) -> None:
+    """`out` [T, N] becomes `product` [T, N] plus `ranks` [T, room] times `weights` [room, N]; None: plus nothing."""
+    if weights is None:
+        out.copy_(product)
+    else:
+        out.copy_(torch.addmm(product.float(), ranks.float(), weights.float()))

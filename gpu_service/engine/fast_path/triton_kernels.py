@@ -20,10 +20,12 @@ from gpu_service.engine.fast_path.adapter_kernels import (
     gate_and_rank,
     prepare_ranks,
 )
+from gpu_service.engine.fast_path.fp8_kernels import add_ranks, multiply_rounded, round_rows
 
 __all__ = [
     "adapter_backward",
     "add_norm",
+    "add_ranks",
     "copy_and_rank",
     "copy_out",
     "cross_entropy_",
@@ -33,11 +35,13 @@ __all__ = [
     "gate_backward_",
     "head_norm",
     "head_norm_backward",
+    "multiply_rounded",
     "nf4_dequantize",
     "norm_backward_",
     "prepare_copies",
     "prepare_ranks",
     "rotate",
+    "round_rows",
 ]
 
 _GATE_BLOCK = 4096

@@ -104,6 +104,39 @@ def test_base_in_nf4(double: bool, keeps_weights: bool, rows: PlannedRows) -> No
     )
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_products_in_8_bits_come_near(family: str, rows: PlannedRows) -> None:
+    """Other numerics, said to be so: near to the exact ones, and not the same. Without an adapter, the base's too."""
+    reference = make_peft(family, quantize=hold_in_nf4)
+    expected = nats(reference, rows)
+    exact = plain_gradients(reference, _weighted(expected))
+    model = make_peft(family, quantize=hold_in_nf4)
+    fast = make_fast(model, in_fp8=True)
+    found = nats(fast, rows)
+    assert 1e-6 < (found - expected).abs().sum() / expected.sum() < 0.05
+    gradients = fast_gradients(model, fast, _weighted(found))
+    flat, exact_flat = (torch.cat([one[name].flatten() for name in exact]) for one in (gradients, exact))
+    assert 1e-3 < (flat - exact_flat).norm() / exact_flat.norm() < 0.2
+    with torch.no_grad(), fast.disable_adapter(), reference.disable_adapter():
+        torch.testing.assert_close(nats(fast, rows), nats(reference, rows), rtol=0.05, atol=0.5)
+
+
+def test_rows_in_8_bits() -> None:
+    """The largest of a row is exact, the others are within half a step of three bits."""
+    x = torch.randn(50, 96) * torch.logspace(-6, 3, 50)[:, None]
+    x[7] = 0
+    values, scales = torch_reference.round_rows(x)
+    assert values.dtype is torch.float8_e4m3fn
+    assert scales.shape == (50, 1)
+    back = values.float() * scales
+    largest = x.abs().amax(1)
+    assert torch.equal(values.float().abs().amax(1), torch.where(largest > 0, 448.0, 0.0))
+    assert ((back - x).abs() <= x.abs() / 16 + largest[:, None] * 2**-9 / 448).all()
+    identity = torch.eye(96).to(torch.float8_e4m3fn)
+    product = torch_reference.multiply_rounded(values, scales, identity, torch.ones(96, 1), torch.float32)
+    torch.testing.assert_close(product, back)
+
+
 def test_library_restores_beside_a_version_that_was_not_compared(
     rows: PlannedRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
