@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gpu_service.domain.memory_activations import StepShape, attention_sizes
 from gpu_service.domain.memory_passes import LargestPasses, PassShape
-from gpu_service.domain.recomputation import FEED_FORWARD, FULL, NONE, Recomputation
+from gpu_service.domain.recomputation import FEED_FORWARD, FULL, NONE
 
 _FLOAT32, _INT64 = 4, 8
 # Margins of the adapters' groups are as wide as this or a multiple of it.
@@ -79,7 +79,7 @@ def peak_beside_state(shape: StepShape, passes: LargestPasses) -> int:
     levels = shape.recomputation.levels(shape.base.num_layers)
     for one in passes.shapes:
         saved = [_saved(shape, sizes, one, level) for level in levels]
-        peaks += _head_moments(shape, sizes, one, _standing_of(saved, shape.recomputation, one, shape) + before)
+        peaks += _head_moments(shape, sizes, one, _standing_of(shape, saved, one, on_their_way=2) + before)
         peaks += _block_moments(shape, sizes, one, saved, levels, before + own)
     for one in passes.evaluated:
         stream = one.tokens * sizes.hidden * shape.precision.compute_bytes
@@ -121,13 +121,13 @@ def _saved(shape: StepShape, sizes: _Sizes, one: PassShape, level: str) -> int:
     return _whole(shape, sizes, one) - one.tokens * compute * sizes.left_out(level)
 
 
-def _standing_of(saved: Sequence[int], recomputation: Recomputation, one: PassShape, shape: StepShape) -> int:
-    """All blocks' at the end of the forward pass; of those on the host's shelf two are still here."""
-    if not recomputation.offload:
+def _standing_of(shape: StepShape, saved: Sequence[int], one: PassShape, *, on_their_way: int) -> int:
+    """What these blocks keep; of those on the host's shelf so many are here."""
+    if not shape.recomputation.offload:
         return sum(saved)
-    on_shelf = min(recomputation.full_layers, len(saved))
+    on_shelf = min(shape.recomputation.full_layers, len(saved))
     stream = one.tokens * shape.base.hidden_size * shape.precision.compute_bytes
-    return sum(saved[on_shelf:]) + min(on_shelf, 2) * stream
+    return sum(saved[on_shelf:]) + min(on_shelf, on_their_way) * stream
 
 
 def _block_moments(
@@ -137,7 +137,7 @@ def _block_moments(
     compute = shape.precision.compute_bytes
     residual = one.tokens * compute * (sizes.hidden + max(sizes.rooms[1], sizes.rooms[3]))
     working = gradients + residual + _whole(shape, sizes, one) + _working(shape, sizes, one)
-    return [working + _standing_of(saved[:number], shape.recomputation, one, shape) for number in range(len(levels))]
+    return [working + _standing_of(shape, saved[:number], one, on_their_way=1) for number in range(len(levels))]
 
 
 def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
@@ -151,6 +151,8 @@ def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     down = sizes.inner * one.tokens * compute
     gates = (sizes.hidden - out_of_mlp) * one.tokens * compute
     gates += _adapter_tables(shape, one, ("gate_proj", "up_proj"), sizes.inner)
+    # Gradients in 8 bits, and the product before the adapter's part is added.
+    gates += one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
     let_go = 3 * sizes.inner + sizes.hidden + 2 * into_mlp + out_of_mlp
     attention = sizes.hidden + sizes.queries + sizes.placed - let_go
     shared = 2 * sizes.queries if sizes.keys != sizes.queries else 0

@@ -22,6 +22,7 @@ _OPTIMIZER = "adamw"
 _BLOCK_WEIGHTS = 64
 _ROTARY_KINDS = ("default", "llama3", "linear")
 _MAX_HEAD_DIM = 256
+_MAX_DROPOUT_RANK = 64
 # Sides of matrices that are multiplied in 8 bits.
 _FP8_SIDE = 16
 
@@ -102,8 +103,8 @@ def _find_in_settings(resolved: ResolvedHyperparameters, method: MethodEntry, de
         return f"the fast path has no kernels for quantization {quantization.method!r}"
     if resolved.optimizer.name != _OPTIMIZER:
         return f"the fast path steps with {_OPTIMIZER!r}, not with {resolved.optimizer.name!r}"
-    if resolved.lora.dropout > 0:
-        return "the fast path has no dropout"
+    if resolved.lora.dropout > 0 and resolved.lora.rank > _MAX_DROPOUT_RANK:
+        return f"the fast path has dropout for ranks up to {_MAX_DROPOUT_RANK}"
     if quantization.compute_dtype not in ("bfloat16", "float32"):
         return f"the fast path does not compute in {quantization.compute_dtype}"
     if device.type == "cuda" and not device.has_bfloat16:

@@ -8,6 +8,7 @@ every checkpoint holds. The functions here are what the kernels (`dropout_kernel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -21,7 +22,7 @@ _LARGEST_KEY = 2**62
 
 @dataclass(kw_only=True)
 class Dropout:
-    """What all adapters of a model share. `key` is int64 [1] on the device, of the pass in hand; None: nothing drops."""
+    """What all adapters of a model share. `key` is the pass' own, int64 [1] on the device; None: nothing is dropped."""
 
     probability: float
     device: torch.device
@@ -35,6 +36,10 @@ class Dropout:
         return key if self.device.type != "cuda" else key.pin_memory().to(self.device, non_blocking=True)
 
     @property
+    def is_active(self) -> bool:
+        return self.key is not None
+
+    @cached_property
     def kernels(self) -> Any:
         """The module that has `drop_and_rank`, `drop_and_weigh` and `drop_and_add` for the device."""
         name = "dropout_kernels" if self.device.type == "cuda" else "dropout"

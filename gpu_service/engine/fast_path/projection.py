@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gpu_service.engine.fast_path.adapters import AdapterGroup
+from gpu_service.engine.fast_path.dropout import LAYERS_PER_GROUP, Dropout
 from gpu_service.engine.fast_path.fp8 import RoundedGroup
 from gpu_service.engine.fast_path.frozen import FrozenGroup
 from gpu_service.engine.fast_path.torch_reference import RankPart
@@ -26,6 +27,9 @@ class Projection:
     adapter: AdapterGroup
     # The module of kernels.
     operations: Any
+    # Of what the adapters read; `number` tells this group's masks from those of others.
+    dropout: Dropout
+    number: int
 
     @property
     def room(self) -> int:
@@ -66,10 +70,24 @@ class Projection:
         self.multiply(x, out, adapted=adapted)
 
     def fill_margin(self, x: torch.Tensor) -> None:
-        """x A' beside the rows, in the margin of `x` [T, K + room]."""
-        if self.room:
-            width = self.frozen.in_features
-            torch.mm(x[:, :width], self.frozen.margins.below.t(), out=x[:, width:])
+        """x A' beside the rows, in the margin of `x` [T, K + room]; of dropped rows where there is dropout."""
+        if not self.room:
+            return
+        rows, margin = self.split(x)
+        if self.dropout.is_active:
+            self.dropout.kernels.drop_and_rank(rows, self.frozen.margins.below, margin, **self._masks())
+        else:
+            torch.mm(rows, self.frozen.margins.below.t(), out=margin)
+
+    def _masks(self) -> dict[str, Any]:
+        """What tells the kernels of dropout which masks are meant."""
+        return {
+            "key": self.dropout.key,
+            "first_layer": self.number * LAYERS_PER_GROUP,
+            "num_layers": len(self.adapter.parts),
+            "rank": self.adapter.rank,
+            "probability": self.dropout.probability,
+        }
 
     def place(self, rows: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
         """`rows` [T, K] become the first K columns of `x`, and x A' its margin."""
@@ -115,6 +133,13 @@ class Projection:
                     self.operations.gate_backward_(of_gated, of_output)
                 self.operations.adapter_backward(of_output, right, ranks, inner, prepared, gradients)
             all_a = adapter.view_all_a(gradients)
+            if self.dropout.is_active:
+                self.dropout.kernels.drop_and_weigh(inner, rows, all_a, **self._masks())
+                if out is not None:
+                    # The masks stand between the ranks' gradient and the rows': it is no part of the product.
+                    frozen.multiply_back(gradient, out, adapted=False)
+                    self.dropout.kernels.drop_and_add(inner, frozen.margins.below, out, **self._masks())
+                return
             torch.mm(inner[:, : all_a.shape[0]].t(), rows, out=all_a)
         elif of_gated is not None:
             self.operations.gate_backward_(of_gated, of_output)

@@ -45,7 +45,7 @@ def test_adapters_over_known_families_take_the_fast_path() -> None:
     [
         ({"quantization": {"method": "fp4"}}, "fp4"),
         ({"optimizer": {"name": "adamw-8bit"}}, "adamw-8bit"),
-        ({"lora": {"dropout": 0.1}}, "dropout"),
+        ({"lora": {"dropout": 0.1, "rank": 65}}, "dropout"),
         ({"quantization": {"compute_dtype": "float16"}}, "float16"),
     ],
 )
@@ -103,6 +103,10 @@ def test_config_that_it_does_not_know(config: dict[str, Any], word: str) -> None
     path, reason = _decide(base=make_base(config={**base.config, **config}))
     assert path == "reference"
     assert word in reason
+
+
+def test_dropout_goes_the_fast_way() -> None:
+    assert _decide(lora={"dropout": 0.1, "rank": 64})[0] == "fast"
 
 
 def test_window_that_no_example_reaches_is_none() -> None:
