@@ -1,7 +1,7 @@
 """How near a training in 8 bits stays to one in bfloat16: the same steps on the same real model, loss by loss.
 
-Both train the same adapter over the same NF4 values, on this repository's own pages, cut into rows of one length, in one
-order. Says how far losses are apart on the way, and at the end: the mean of the last steps, and of rows that neither saw.
+Both train the same adapter over the same NF4 values, on this repository's own files, cut into rows of one length, in
+one order. Says how far losses are apart on the way and at the end: the mean of the last steps, and of rows neither saw.
 
     python -m benchmarks.fp8_curve --model models/HuggingFaceTB/SmolLM2-135M-Instruct --out curve.json
 """
