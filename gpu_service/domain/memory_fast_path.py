@@ -20,10 +20,10 @@ _SPARE_ROWS = 128
 # Sequences of a pass, for each that were as long as its longest: nobody counted them, and little depends on it.
 _SEQUENCES = 2
 _QUERY_KEY_NORMS = frozenset({"qwen3"})
-# Of the adapters' kernels: columns of a slab by padded rank, programs of a launch, and the least tokens that one goes
-# through, alone or of two layers side by side.
-_SLAB_COLUMNS = {16: 256, 32: 128, 64: 64}
-_PROGRAMS, _RUN_TOKENS = 528, {1: 128, 2: 32}
+# Of the kernel for adapters of layers side by side: columns of a slab by padded rank, programs of a launch, and the
+# least tokens that one goes through. A single layer, and wider ranks, need no tables.
+_SLAB_COLUMNS = {16: 128, 32: 128}
+_PROGRAMS, _RUN_TOKENS = 528, 32
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
@@ -148,7 +148,7 @@ def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     queries are float32 first. A block that is recomputed whole has made all of it just before.
     """
     compute, (into_attention, out_of_attention, into_mlp, out_of_mlp) = shape.precision.compute_bytes, sizes.rooms
-    down = sizes.inner * one.tokens * compute + _adapter_tables(shape, one, ("down_proj",), sizes.hidden)
+    down = sizes.inner * one.tokens * compute
     gates = (sizes.hidden - out_of_mlp) * one.tokens * compute
     gates += _adapter_tables(shape, one, ("gate_proj", "up_proj"), sizes.inner)
     # Gradients in 8 bits, and the product before the adapter's part is added.
@@ -160,7 +160,8 @@ def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     num_sequences = 1 if one.tokens <= one.longest else _SEQUENCES * -(-one.tokens // max(one.longest, 1))
     inside = one.tokens * compute * shared + (one.tokens + num_sequences * _SPARE_ROWS) * floats
     after = one.tokens * compute * (sizes.placed + into_attention)
-    moments = [down, gates, attention * one.tokens * compute + max(inside, after)]
+    rounded = one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
+    moments = [down, gates + rounded, attention * one.tokens * compute + max(inside, after)]
     if shape.recomputation.full_layers:
         moments.append(one.tokens * compute * (sizes.queries + out_of_attention + sizes.hidden))
     return max(moments)
@@ -172,11 +173,11 @@ def _adapter_tables(shape: StepShape, one: PassShape, leaves: Sequence[str], row
     """
     block = max(16, 1 << max(shape.rank - 1, 0).bit_length())
     covered = {layer.leaf for layer in shape.covered}.intersection(leaves)
-    if block not in _SLAB_COLUMNS or not covered:
+    if block not in _SLAB_COLUMNS or len(covered) < 2:
         return 0
-    columns, run = _SLAB_COLUMNS[block], _RUN_TOKENS[len(leaves)]
+    columns = _SLAB_COLUMNS[block]
     across = -(-rows // columns)
-    splits = max(1, min(_PROGRAMS // across, -(-one.tokens // run)))
+    splits = max(1, min(_PROGRAMS // across, -(-one.tokens // _RUN_TOKENS)))
     return _FLOAT32 * block * across * len(covered) * (one.tokens + splits * columns)
 
 

@@ -124,26 +124,16 @@ def test_adapters_products(layers: tuple[tuple[int, ...], tuple[int, ...]], rank
         for gated in (False, True) if len(sizes) == 2 else (False,):
             copy, inner = _copy(gradient), _draw(rows, room, dtype=dtype, spare=64).fill_(7)
             flat = torch.full((start + 3,), 2.0, device="cuda", dtype=gradient.dtype)
-            if gated:
+            if gated and (module is torch_reference or prepared.takes_gates):
                 module.gate_adapter_backward_(of_gated, copy, right, ranks, inner, prepared, flat)
             else:
+                if gated:
+                    module.gate_backward_(of_gated, copy)
                 module.adapter_backward(copy, right, ranks, inner, prepared, flat)
             found += [copy, inner, flat]
         results.append(found)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("width", [320, 3072])
-@pytest.mark.parametrize("rank", [4, 48, 80])
-def test_rows_and_their_ranks(width: int, rank: int) -> None:
-    """What a projection reads is written, and multiplied by A on the way; columns behind the ranks are 0."""
-    dtype = "bfloat16"
-    room = -(-rank // 64) * 64
-    below, out = _draw(room, width, dtype=dtype, spare=64, scale=width**-0.5), _draw(333, width + room, dtype=dtype)
-    below[rank:] = 0
-    _agree("copy_and_rank", [_draw(333, width, dtype=dtype), below, out], (2,), dtype, num_ranks=rank)
-    _agree("gate_and_rank", [_draw(333, 2 * width, dtype=dtype, spare=64), below, out], (2,), dtype, num_ranks=rank)
 
 
 @pytest.mark.parametrize("dtype", _TOLERANCES)
@@ -212,25 +202,28 @@ def test_products_in_8_bits(width: int) -> None:
     _agree("add_ranks", [found, ranks, below.t().contiguous().t(), wide], (3,), "bfloat16")
 
 
-def test_training_in_8_bits_comes_near() -> None:
+def test_training_in_8_bits_is_what_its_reference_computes() -> None:
+    """The same model over the kernels and over the references of rounding and products, all else alike."""
     import torch
 
-    from tests.fakes.fast_models import fast_gradients, hold_in_nf4, make_fast, make_peft, nats, plain_gradients
+    from gpu_service.engine.fast_path import torch_reference, triton_kernels
+    from tests.fakes.fast_models import fast_gradients, hold_in_nf4, make_fast, make_peft, nats
 
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("products of rows with scales are for Hopper")
-
-    def make(dtype: torch.dtype) -> Any:
-        return make_peft(dtype=dtype, quantize=lambda base: hold_in_nf4(base, device="cuda")).to("cuda")
-
-    exact = make(torch.bfloat16).float()
-    expected = nats(exact, _rows(), device="cuda").sum() / 100
-    gradients = plain_gradients(exact, expected)
-    model = make(torch.bfloat16)
-    fast = make_fast(model, device="cuda", dtype=torch.bfloat16, in_fp8=True)
-    found = nats(fast, _rows(), device="cuda").sum() / 100
-    assert float(found) == pytest.approx(float(expected), rel=2e-2)
-    assert 1e-3 < _error(fast_gradients(model, fast, found), gradients) < 0.2
+    results = []
+    for module in (triton_kernels, torch_reference):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("round_rows", "multiply_rounded", "add_ranks"):
+                patch.setattr(triton_kernels, name, getattr(module, name))
+            model = make_peft(dtype=torch.bfloat16, quantize=lambda base: hold_in_nf4(base, device="cuda")).to("cuda")
+            fast = make_fast(model, device="cuda", dtype=torch.bfloat16, in_fp8=True)
+            found = nats(fast, _rows(), device="cuda").sum() / 100
+            results.append((float(found.detach()), fast_gradients(model, fast, found)))
+    (ours, gradients), (expected, expected_gradients) = results
+    assert ours == pytest.approx(expected, rel=2e-3)
+    # A last bit of bfloat16 may move a value to its neighbor in 8 bits.
+    assert _error(gradients, expected_gradients) < 0.1
 
 
 _FAMILIES = ("llama", "qwen2", "qwen3")

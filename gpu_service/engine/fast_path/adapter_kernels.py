@@ -2,9 +2,9 @@
 """The adapters' own products in Triton, each in the same pass over memory as what must read those rows anyway.
 
 A product with an adapter is narrow: it costs what reading its wide side costs. So the gradient of an output is read
-once for both of its products, and those of gates and ups are made while they are in registers; likewise x A' where x is
-written. Sums over programs go through float32 tables and are added in a fixed order. `torch_reference` says what each
-computes; ranks above `_WIDEST_RANK`, and float32, which is for tests, go to it.
+once for both of its products, and those of gates and ups are made while they are in registers. Sums over programs go
+through float32 tables and are added in a fixed order. `torch_reference` says what each computes, and does it where that
+is as fast: for a single layer, for ranks above `_WIDEST_RANK`, and in float32, which is for tests.
 """
 
 from __future__ import annotations
@@ -18,20 +18,17 @@ import triton.language as tl
 
 from gpu_service.engine.fast_path import torch_reference
 
-_WIDEST_RANK = 64
+_WIDEST_RANK = 32
 # Layers begin and end at multiples of this, or else go to the reference too: reads are whole then.
 _EVEN_ROWS = 16
 # Columns of a slab, by the width that a rank is padded to; a slab's sums stay in registers.
-_SLAB_COLUMNS = {16: 256, 32: 128, 64: 64}
-_GATE_SLAB_COLUMNS = {16: 256, 32: 128, 64: 64}
+_SLAB_COLUMNS = {16: 256, 32: 128}
+_GATE_SLAB_COLUMNS = {16: 128, 32: 128}
 _BLOCK_ROWS, _WARPS = 64, 8
-_GATE_BLOCK_ROWS, _GATE_WARPS = 16, 8
+_GATE_BLOCK_ROWS, _GATE_WARPS = 16, 4
 # Programs that a launch should have: a few for each multiprocessor of a large GPU.
 _PROGRAMS = 528
 _REDUCED_ROWS = 64
-_RANK_ROWS = 64
-_RANK_COLUMNS = 128
-_RANK_SPLITS = 8
 
 
 @triton.jit
@@ -177,54 +174,6 @@ def _reduce_b(
     tl.store(out, (total * scaling).to(gradients.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _write_and_rank(
-    source, below, out, of_ranks, source_row, below_row, out_row, num_rows, num_ranks,
-    WIDTH: tl.constexpr, SPLIT: tl.constexpr, RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    GATES: tl.constexpr,
-):  # fmt: skip
-    begin = (tl.program_id(0) * ROWS).to(tl.int64)
-    near = tl.arange(0, ROWS)
-    split = tl.program_id(1)
-    inside = begin + near < num_rows
-    rank = tl.arange(0, RANK_BLOCK)
-    total = tl.zeros((ROWS, RANK_BLOCK), dtype=tl.float32)
-    for start in range(0, SPLIT, COLUMNS):
-        column = split * SPLIT + start + tl.arange(0, COLUMNS)
-        mask = inside[:, None] & (column < WIDTH)[None, :]
-        at = source + begin * source_row + (near[:, None] * source_row + column[None, :])
-        value = tl.load(at, mask=mask, other=0.0)
-        if GATES:
-            gates = value.to(tl.float32)
-            ups = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
-            value = (gates * tl.sigmoid(gates) * ups).to(out.dtype.element_ty)
-        tl.store(out + begin * out_row + (near[:, None] * out_row + column[None, :]), value, mask=mask)
-        weights = tl.load(
-            below + rank[None, :] * below_row + column[:, None],
-            mask=(rank < num_ranks)[None, :] & (column < WIDTH)[:, None], other=0.0,
-        )  # fmt: skip
-        total = tl.dot(value, weights, total)
-    place = of_ranks + (split.to(tl.int64) * num_rows + begin) * RANK_BLOCK
-    tl.store(place + near[:, None] * RANK_BLOCK + rank[None, :], total, mask=inside[:, None])
-
-
-@triton.jit
-def _reduce_ranks(
-    of_ranks, out, out_row, num_rows, splits, room,
-    RANK_BLOCK: tl.constexpr, ROOM_BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The margin of a block of rows, with zeros behind the ranks."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    rank = tl.arange(0, ROOM_BLOCK)
-    inside = row[:, None] < num_rows
-    total = tl.zeros((ROWS, ROOM_BLOCK), dtype=tl.float32)
-    for split in range(splits):
-        place = (split * num_rows + row[:, None]) * RANK_BLOCK + rank[None, :]
-        total += tl.load(of_ranks + place, mask=inside & (rank < RANK_BLOCK)[None, :], other=0.0)
-    mask = inside & (rank < room)[None, :]
-    tl.store(out + row[:, None] * out_row + rank[None, :], total.to(out.dtype.element_ty), mask=mask)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Slabs:
     """A group's columns in slabs, each of one layer: first and last column and first rank, int32 [slabs, 3].
@@ -248,6 +197,10 @@ class _Ranks:
     slabs: _Slabs | None
     gate_slabs: _Slabs | None
 
+    @property
+    def takes_gates(self) -> bool:
+        return self.gate_slabs is not None
+
 
 def prepare_ranks(
     parts: Sequence[torch_reference.RankPart], *, rank: int, room: int, scaling: float, device: torch.device
@@ -255,7 +208,7 @@ def prepare_ranks(
     reference = torch_reference.prepare_ranks(parts, rank=rank, room=room, scaling=scaling, device=device)
     block = max(16, triton.next_power_of_2(rank))
     even = all(part.first_row % _EVEN_ROWS == 0 and part.num_rows % _EVEN_ROWS == 0 for part in parts)
-    if block > _WIDEST_RANK or not even:
+    if block > _WIDEST_RANK or not even or len(parts) == 1:
         return _Ranks(reference=reference, block=block, slabs=None, gate_slabs=None)
     return _Ranks(
         reference=reference,
@@ -339,9 +292,7 @@ def gate_adapter_backward_(
     gradients: torch.Tensor,
 ) -> None:
     slabs, (rows, width) = prepared.gate_slabs, gradient.shape
-    if slabs is None or gradient.dtype is torch.float32:
-        torch_reference.gate_adapter_backward_(gradient, gate_up, right, ranks, inner, prepared.reference, gradients)
-        return
+    assert slabs is not None
     first_ranks = {part.first_row: part.first_rank for part in prepared.reference.parts}
     across = triton.cdiv(width, slabs.columns)
     split_rows = _split_rows(rows, across, _GATE_BLOCK_ROWS)
@@ -355,34 +306,3 @@ def gate_adapter_backward_(
         RANK_BLOCK=prepared.block, COLUMNS=slabs.columns, ROWS=_GATE_BLOCK_ROWS, num_warps=_GATE_WARPS, num_stages=2,
     )  # fmt: skip
     _reduce(prepared, slabs, of_inner, of_b, inner, gradients, splits)
-
-
-def copy_and_rank(source: torch.Tensor, below: torch.Tensor, out: torch.Tensor, *, num_ranks: int) -> None:
-    _launch_write_and_rank(source, below, out, num_ranks, gates=False)
-
-
-def gate_and_rank(gate_up: torch.Tensor, below: torch.Tensor, out: torch.Tensor, *, num_ranks: int) -> None:
-    _launch_write_and_rank(gate_up, below, out, num_ranks, gates=True)
-
-
-def _launch_write_and_rank(
-    source: torch.Tensor, below: torch.Tensor, out: torch.Tensor, num_ranks: int, *, gates: bool
-) -> None:
-    rows, (room, width) = out.shape[0], below.shape
-    block = max(16, triton.next_power_of_2(num_ranks))
-    if block > _WIDEST_RANK or out.dtype is torch.float32:
-        reference = torch_reference.gate_and_rank if gates else torch_reference.copy_and_rank
-        reference(source, below, out, num_ranks=num_ranks)
-        return
-    split_columns = triton.cdiv(triton.cdiv(width, _RANK_SPLITS), _RANK_COLUMNS) * _RANK_COLUMNS
-    splits = triton.cdiv(width, split_columns)
-    of_ranks = torch.empty((splits, rows, block), device=out.device, dtype=torch.float32)
-    _write_and_rank[(triton.cdiv(rows, _RANK_ROWS), splits)](
-        source, below, out, of_ranks, source.stride(0), below.stride(0), out.stride(0), rows, num_ranks,
-        WIDTH=width, SPLIT=split_columns, RANK_BLOCK=block, COLUMNS=_RANK_COLUMNS, ROWS=_RANK_ROWS, GATES=gates,
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
-    _reduce_ranks[(triton.cdiv(rows, _REDUCED_ROWS),)](
-        of_ranks, out[:, width:], out.stride(0), rows, splits, room,
-        RANK_BLOCK=block, ROOM_BLOCK=triton.next_power_of_2(room), ROWS=_REDUCED_ROWS, num_warps=4,
-    )  # fmt: skip

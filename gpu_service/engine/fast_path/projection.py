@@ -63,10 +63,6 @@ class Projection:
             device=self.frozen.margins.below.device,
         )
 
-    @property
-    def _num_ranks(self) -> int:
-        return self.adapter.rank * len(self.adapter.parts)
-
     def forward(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
         """`out`'s first N columns become the layers' outputs. `x` [T, K + room] gets x A' in its margin."""
         if adapted:
@@ -95,18 +91,12 @@ class Projection:
 
     def place(self, rows: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
         """`rows` [T, K] become the first K columns of `x`, and x A' its margin."""
-        if adapted and self.room and not self.dropout.is_active:
-            self.operations.copy_and_rank(rows, self.frozen.margins.below, x, num_ranks=self._num_ranks)
-            return
         x[:, : self.frozen.in_features].copy_(rows)
         if adapted:
             self.fill_margin(x)
 
     def place_gated(self, gate_up: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
         """silu(gate) * up of `gate_up` [T, 2 * K] become the first K columns of `x`, and x A' its margin."""
-        if adapted and self.room and not self.dropout.is_active:
-            self.operations.gate_and_rank(gate_up, self.frozen.margins.below, x, num_ranks=self._num_ranks)
-            return
         self.operations.gate(gate_up, x[:, : self.frozen.in_features])
         if adapted:
             self.fill_margin(x)
@@ -136,10 +126,12 @@ class Projection:
         if self.room:
             inner = gradient[:, frozen.num_rows :]
             right, prepared = frozen.margins.right, self._ranks
-            if of_gated is None:
-                self.operations.adapter_backward(of_output, right, ranks, inner, prepared, gradients)
-            else:
+            if of_gated is not None and prepared.takes_gates:
                 self.operations.gate_adapter_backward_(of_gated, of_output, right, ranks, inner, prepared, gradients)
+            else:
+                if of_gated is not None:
+                    self.operations.gate_backward_(of_gated, of_output)
+                self.operations.adapter_backward(of_output, right, ranks, inner, prepared, gradients)
             all_a = adapter.view_all_a(gradients)
             if self.dropout.is_active:
                 self.dropout.kernels.drop_and_weigh(inner, rows, all_a, **self._masks())

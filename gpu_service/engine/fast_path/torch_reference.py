@@ -158,6 +158,8 @@ class Ranks:
     rank: int
     room: int
     scaling: float
+    # Whether `gate_adapter_backward_` is what is wanted for gates and ups, or their parts one by one.
+    takes_gates: bool = False
 
 
 def prepare_ranks(parts: Sequence[RankPart], *, rank: int, room: int, scaling: float, device: torch.device) -> Ranks:
@@ -199,25 +201,6 @@ def gate_adapter_backward_(
     """`gate_backward_`, and `adapter_backward` with what `gate_up` [T, 2 * I] became."""
     gate_backward_(gradient, gate_up)
     adapter_backward(gate_up, right, ranks, inner, prepared, gradients)
-
-
-def copy_and_rank(source: torch.Tensor, below: torch.Tensor, out: torch.Tensor, *, num_ranks: int) -> None:
-    """`out` [T, K + room] becomes `source` [T, K], and `source` times `below` [room, K] transposed.
-
-    `below` is zero from row `num_ranks` on.
-    """
-    del num_ranks
-    width = below.shape[1]
-    out[:, :width].copy_(source)
-    torch.mm(out[:, :width], below.t(), out=out[:, width:])
-
-
-def gate_and_rank(gate_up: torch.Tensor, below: torch.Tensor, out: torch.Tensor, *, num_ranks: int) -> None:
-    """`out` [T, I + room] becomes what `gate` makes of `gate_up`, and that times `below` [room, I] transposed."""
-    del num_ranks
-    width = below.shape[1]
-    gate(gate_up, out[:, :width])
-    torch.mm(out[:, :width], below.t(), out=out[:, width:])
 
 
 # The largest number of e4m3.

@@ -15,9 +15,7 @@ import triton.language as tl
 
 from gpu_service.engine.fast_path.adapter_kernels import (
     adapter_backward,
-    copy_and_rank,
     gate_adapter_backward_,
-    gate_and_rank,
     prepare_ranks,
 )
 from gpu_service.engine.fast_path.fp8_kernels import add_ranks, multiply_rounded, round_rows
@@ -26,12 +24,10 @@ __all__ = [
     "adapter_backward",
     "add_norm",
     "add_ranks",
-    "copy_and_rank",
     "copy_out",
     "cross_entropy_",
     "gate",
     "gate_adapter_backward_",
-    "gate_and_rank",
     "gate_backward_",
     "head_norm",
     "head_norm_backward",
