@@ -374,7 +374,7 @@ def test_going_on_from_saved_state_is_exact(rows: PlannedRows) -> None:
 
 def test_what_it_does_not_train_is_refused() -> None:
     base = make_model("llama", {})
-    for options in ({"lora_dropout": 0.1}, {"lora_bias": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}):
+    for options in ({"lora_bias": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}):
         config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], **options)
         with pytest.raises(AdapterNotSupported):
             make_fast(get_peft_model(copy.deepcopy(base), config))
