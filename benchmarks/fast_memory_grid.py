@@ -63,6 +63,7 @@ class Cell:
     recomputation: Recomputation | str = NOTHING
     targets: float = 1.0
     rank: int = 16
+    dropout: float = 0.0
     covers: tuple[str, ...] = _ALL_SEVEN
     objective: str = "sft"
     micro_batch_tokens: int | None = None
@@ -81,6 +82,7 @@ class Cell:
             recomputed,
             f"{self.targets:.0%}" if self.targets < 1 else "",
             f"rank{self.rank}" if self.rank != 16 else "",
+            "dropout" if self.dropout else "",
             f"{len(self.covers)} kinds" if len(self.covers) < 7 else "",
             self.objective if self.objective != "sft" else "",
             f"passes of {self.micro_batch_tokens}" if self.micro_batch_tokens else "",
@@ -100,43 +102,44 @@ class Cell:
 
 
 # Log-normal instruction lengths, 8,186 tokens.
-_MIXED = (
+MIXED = (
     213, 980, 122, 470, 333, 1210, 88, 640, 257, 391, 505, 150, 720, 289, 61, 410, 845, 178, 236, 88,
 )  # fmt: skip
-_MIXED_16K = (*_MIXED, *reversed(_MIXED))
+MIXED_16K = (*MIXED, *reversed(MIXED))
 
 # Cells of one model and base stand together: it is built once.
 CELLS: tuple[Cell, ...] = (
     Cell(size="tiny", lengths=(64, 32)),
     Cell(size="tiny", lengths=(64, 32), recomputation="all"),
     Cell(size="0.1B", lengths=(512,) * 16),
-    Cell(size="0.1B", lengths=_MIXED, recomputation="all"),
+    Cell(size="0.1B", lengths=MIXED, recomputation="all"),
     Cell(size="0.1B", lengths=(2048,) * 4, base="bf16", targets=0.25),
-    Cell(size="0.5B", lengths=_MIXED, rank=64),
+    Cell(size="0.5B", lengths=MIXED, rank=64),
     Cell(size="0.5B", lengths=(8192,), recomputation="all", targets=0.5),
     Cell(size="1B", lengths=(2048,) * 4, base="bf16"),
-    Cell(size="1B", lengths=_MIXED, base="bf16", recomputation=Recomputation(full_layers=8)),
+    Cell(size="1B", lengths=MIXED, base="bf16", recomputation=Recomputation(full_layers=8)),
     Cell(size="1B", lengths=(2048,) * 4),
     Cell(size="1B", lengths=(512,) * 4, covers=("q_proj", "v_proj")),
-    Cell(size="1B", lengths=_MIXED, objective="dpo", recomputation=Recomputation(elementwise_layers=16)),
+    Cell(size="1B", lengths=MIXED, objective="dpo", recomputation=Recomputation(elementwise_layers=16)),
     Cell(size="1B", lengths=(1024,) * 4, held_out=(16384,), rank=128),
+    Cell(size="1B", lengths=MIXED, dropout=0.1),
     Cell(size="3B", lengths=(2048,) * 4),
-    Cell(size="3B", lengths=_MIXED),
-    Cell(size="3B", lengths=_MIXED, base="nf4-kept"),
-    Cell(size="3B", lengths=_MIXED, recomputation=Recomputation(elementwise_layers=28)),
-    Cell(size="3B", lengths=_MIXED, recomputation=Recomputation(feed_forward_layers=14, elementwise_layers=14)),
-    Cell(size="3B", lengths=_MIXED, recomputation="all"),
+    Cell(size="3B", lengths=MIXED),
+    Cell(size="3B", lengths=MIXED, base="nf4-kept"),
+    Cell(size="3B", lengths=MIXED, recomputation=Recomputation(elementwise_layers=28)),
+    Cell(size="3B", lengths=MIXED, recomputation=Recomputation(feed_forward_layers=14, elementwise_layers=14)),
+    Cell(size="3B", lengths=MIXED, recomputation="all"),
     Cell(size="3B", lengths=(2048,) * 4, recomputation="all"),
-    Cell(size="3B", lengths=_MIXED, recomputation="offload"),
-    Cell(size="3B", lengths=_MIXED, recomputation="offload", micro_batch_tokens=2100),
-    Cell(size="3B", lengths=_MIXED_16K, micro_batch_tokens=8200, objective="dpo", targets=0.5),
-    Cell(size="8B", lengths=_MIXED, base="bf16", recomputation=Recomputation(full_layers=20, feed_forward_layers=12)),
-    Cell(size="8B", lengths=_MIXED, base="nf4-kept"),
-    Cell(size="8B", lengths=_MIXED_16K, recomputation="all", targets=0.3),
-    Cell(size="8B", lengths=_MIXED_16K, recomputation=Recomputation(elementwise_layers=32)),
+    Cell(size="3B", lengths=MIXED, recomputation="offload"),
+    Cell(size="3B", lengths=MIXED, recomputation="offload", micro_batch_tokens=2100),
+    Cell(size="3B", lengths=MIXED_16K, micro_batch_tokens=8200, objective="dpo", targets=0.5),
+    Cell(size="8B", lengths=MIXED, base="bf16", recomputation=Recomputation(full_layers=20, feed_forward_layers=12)),
+    Cell(size="8B", lengths=MIXED, base="nf4-kept"),
+    Cell(size="8B", lengths=MIXED_16K, recomputation="all", targets=0.3),
+    Cell(size="8B", lengths=MIXED_16K, recomputation=Recomputation(elementwise_layers=32)),
     # About as much as fits.
     Cell(size="8B", lengths=(2048,) * 8, recomputation=Recomputation(elementwise_layers=6)),
-    Cell(size="8B", lengths=(*_MIXED_16K, *_MIXED[:12]), recomputation=Recomputation(elementwise_layers=32), rank=32),
+    Cell(size="8B", lengths=(*MIXED_16K, *MIXED[:12]), recomputation=Recomputation(elementwise_layers=32), rank=32),
 )
 
 
@@ -169,7 +172,7 @@ class _Rows:
 def measure(cell: Cell, base: Any, device: devices.Device) -> Result:
     """One cell on a base that was built for it; the base is as before afterwards."""
     start = time.monotonic()
-    resolved = _resolve(cell, device)
+    resolved = resolve(cell, device)
     result = Result(cell=cell.name)
     estimate = _predict(cell, resolved, device)
     result.predicted = estimate.peak_bytes
@@ -203,7 +206,7 @@ def _run(cell: Cell, resolved: ResolvedHyperparameters, base: Any, device: devic
 
 def _train(cell: Cell, settings: Any, trainer: Any, device: devices.Device, result: Result) -> None:
     objective = make_objective(settings)
-    data = _draw(cell.lengths, cell)
+    data = draw(cell.lengths, cell)
     limit = MicroBatchLimit.of(settings.batch, trainer.saved.config)
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     trainer.model.train()
@@ -212,12 +215,12 @@ def _train(cell: Cell, settings: Any, trainer: Any, device: devices.Device, resu
     device.start_counting()
     with attending_within_sequences(trainer.model):
         if cell.held_out:
-            held_out = _draw(cell.held_out, cell)
+            held_out = draw(cell.held_out, cell)
             with measuring(trainer.model):
-                objective.forward(trainer.model, collate(held_out, _references(held_out)).to(device.torch_device))
+                objective.forward(trainer.model, collate(held_out, references(held_out)).to(device.torch_device))
         for _ in range(_STEPS):
             began = time.monotonic()
-            for part in split(data, _references(data), limit):
+            for part in split(data, references(data), limit):
                 outcome = objective.forward(trainer.model, collate(data, part).to(device.torch_device))
                 trainer.accelerator.backward(outcome.total / 1000)
             norm = trainer.accelerator.clip_grad_norm_(trained, 1.0)
@@ -231,7 +234,8 @@ def _train(cell: Cell, settings: Any, trainer: Any, device: devices.Device, resu
     result.reserved = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
 
 
-def _draw(lengths: Sequence[int], cell: Cell) -> PlannedData:
+def draw(lengths: Sequence[int], cell: Cell) -> PlannedData:
+    """Sequences of these lengths, with the cell's part of targets; every two a pair with `dpo`."""
     examples = []
     step = 2 if cell.objective == "dpo" else 1
     for first in range(0, len(lengths), step):
@@ -245,11 +249,13 @@ def _draw(lengths: Sequence[int], cell: Cell) -> PlannedData:
     return cast(PlannedData, _Rows(examples))
 
 
-def _references(data: PlannedData) -> list[ExampleReference]:
+def references(data: PlannedData) -> list[ExampleReference]:
+    """Of every example of what `draw` gave."""
     return [ExampleReference(0, index) for index in range(len(cast(_Rows, data).examples))]
 
 
-def _resolve(cell: Cell, device: devices.Device) -> ResolvedHyperparameters:
+def resolve(cell: Cell, device: devices.Device) -> ResolvedHyperparameters:
+    """A plan's settings for the cell, nothing of them chosen for the device."""
     method = methods.REGISTRY["lora" if cell.base == "bf16" else "qlora"]
     given = decode_message(
         Hyperparameters,
@@ -258,7 +264,7 @@ def _resolve(cell: Cell, device: devices.Device) -> ResolvedHyperparameters:
                 "tokens": sum(cell.lengths),
                 **({"micro_batch_tokens": cell.micro_batch_tokens} if cell.micro_batch_tokens else {}),
             },
-            "lora": {"rank": cell.rank, "target_modules": list(cell.covers)},
+            "lora": {"rank": cell.rank, "dropout": cell.dropout, "target_modules": list(cell.covers)},
             "objective": cell.objective,
             "max_length": max(cell.lengths),
             "trainer": "fast",
@@ -286,8 +292,8 @@ def _predict(cell: Cell, resolved: ResolvedHyperparameters, device: devices.Devi
     covered = tuple(layer for layer in base.linear_layers if layer.leaf in cell.covers)
     passes = LargestPasses(resolved.batch)
     for lengths, add in ((cell.lengths, passes.add_step), (cell.held_out, passes.add_evaluation)):
-        data = _draw(lengths, cell)
-        examples = [data.example(reference) for reference in _references(data)]
+        data = draw(lengths, cell)
+        examples = [data.example(reference) for reference in references(data)]
         add(
             [
                 ExampleSize(

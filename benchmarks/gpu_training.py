@@ -1,9 +1,10 @@
 """Training throughput of the fast path and of the plain path on one GPU, on random weights of a real shape.
 
-One step is what the training loop does between two events: batch to the device, forward, backward, clipping, losses
-read back, optimizer. Real tokens are counted, never padding; nothing here is padded. Beside each row of the fast path
-stands its parity: the first batch's loss under the plain path on the same weights, and how far the gradients of a
-shorter batch are apart. A speed without its parity does not count.
+One step is what the training loop does between two events: batch to the device, forward, backward, clipping, optimizer,
+losses read back as the loop reads them: on the fast path one step late, and timed on the device from one step's end to
+the next's. Real tokens are counted, never padding; nothing here is padded. Beside each row of the fast path stands its
+parity: the first batch's loss under the plain path on the same weights, and how far the gradients of a shorter batch
+are apart. A speed without its parity does not count.
 
     python -m benchmarks.gpu_training --row dense mixed --path fast reference --base nf4 --out rows.json
 """
@@ -17,7 +18,8 @@ import random
 import statistics
 import time
 from array import array
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,10 +40,12 @@ from gpu_service.engine.training.batches import MicroBatch, collate
 from gpu_service.engine.training.flat_attention import attending_within_sequences
 from gpu_service.engine.training.modes import measuring
 from gpu_service.engine.training.objectives.sft import Likelihood
+from gpu_service.engine.training.updates import StepNumbers, make_updates
 from tunesmith.common.v1 import training_spec_pb2
 
-# `nf4`: restored at each use; `nf4-kept`: the same values restored once and kept; `bf16`: never quantized.
-BASES = ("nf4", "nf4-kept", "bf16")
+# `nf4`: restored at each use; `nf4-kept`: the same values restored once and kept; `fp8`: those rounded to 8 bits, other
+# numerics; `bf16`: never quantized.
+BASES = ("nf4", "nf4-kept", "fp8", "bf16")
 _DENSE_LENGTH = 2048
 _MEDIAN, _SIGMA, _SHORTEST = 350, 0.8, 32
 _GRADIENT_PARITY_TOKENS = 2048
@@ -154,6 +158,7 @@ def measure(
                 device=device,
                 compute_dtype=torch.bfloat16,
                 keeps_weights=base == "nf4-kept",
+                in_fp8=base == "fp8",
                 recomputes=arguments.recompute,
             ),
         )
@@ -163,31 +168,19 @@ def measure(
     else:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         trained, optimizer = accelerator.prepare(model, adamw.build(parameters, settings.optimizer))
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     trained.train()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    stepper = Stepper(accelerator=accelerator, model=trained, optimizer=optimizer, settings=settings)
     seconds, losses, tokens = [], [], []
-
-    def step(batch: MicroBatch) -> float:
-        weight = sum(objective.weights(batch))
-        outcome = objective.forward(trained, batch.to(device))
-        accelerator.backward(outcome.total / weight)
-        norm = accelerator.clip_grad_norm_(parameters, settings.optimizer.max_gradient_norm)
-        *rows, _ = torch.cat([outcome.values, norm.double().expand(1, 1)]).tolist()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(sum(value for (value,) in rows) / weight)
-
     with attending_within_sequences(trained):
-        for number in range(arguments.warmup + arguments.steps):
-            batch = batches[number % len(batches)]
-            began = time.perf_counter()
-            losses.append(step(batch))
-            if number >= arguments.warmup:
-                seconds.append(time.perf_counter() - began)
-                tokens.append(batch.num_tokens)
-        profile = _profile(step, batches) if arguments.profile else {}
+        order = [batches[number % len(batches)] for number in range(arguments.warmup + arguments.steps)]
+        for batch, (loss, numbers) in zip(order, stepper.run(order), strict=True):
+            losses.append(loss)
+            seconds.append(numbers.seconds)
+            tokens.append(batch.num_tokens)
+        profile = _profile(stepper, batches) if arguments.profile else {}
+    seconds, tokens = seconds[arguments.warmup :], tokens[arguments.warmup :]
     rates = sorted(count / took for count, took in zip(tokens, seconds, strict=True))
     return {
         "row": row,
@@ -207,6 +200,41 @@ def measure(
         "parity": parity,
         "profile": profile,
     }
+
+
+class Stepper:
+    """Steps of the training loop, without its reporting."""
+
+    def __init__(
+        self, *, accelerator: Any, model: Any, optimizer: Any, settings: training_spec_pb2.Hyperparameters
+    ) -> None:
+        self._accelerator = accelerator
+        self._model = model
+        self._optimizer = optimizer
+        self._limit = settings.optimizer.max_gradient_norm
+        self._objective = Likelihood()
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.updates = make_updates(accelerator=accelerator, optimizer=optimizer, halts=True)
+
+    def issue(self, batch: MicroBatch) -> Callable[[], StepNumbers]:
+        """Hand one step to the device; what is given reads its numbers."""
+        self.updates.begin()
+        weight = sum(self._objective.weights(batch))
+        outcome = self._objective.forward(self._model, batch.to(self._accelerator.device))
+        self._accelerator.backward(outcome.total / weight)
+        norm = self._accelerator.clip_grad_norm_(self._parameters, self._limit)
+        return self.updates.apply([outcome.values], norm, weight)
+
+    def run(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[float, StepNumbers]]:
+        """Loss and numbers of each step, in order, read as late as the loop reads them."""
+        waiting: deque[tuple[MicroBatch, Callable[[], StepNumbers]]] = deque()
+        for number in range(len(batches) + self.updates.steps_ahead):
+            if number < len(batches):
+                waiting.append((batches[number], self.issue(batches[number])))
+            if number >= self.updates.steps_ahead:
+                batch, read = waiting.popleft()
+                numbers = read()
+                yield sum(row[0] for row in numbers.rows) / sum(self._objective.weights(batch)), numbers
 
 
 def compare(fast: FastModel, plain: Any, batch: MicroBatch, vocabulary: int, objective: Likelihood) -> dict[str, float]:
@@ -267,12 +295,11 @@ def _exact_gradient(plain: Any, batch: MicroBatch, objective: Likelihood) -> tor
             parameter.data = data
 
 
-def _profile(step: Any, batches: list[MicroBatch]) -> dict[str, Any]:
+def _profile(stepper: Stepper, batches: list[MicroBatch]) -> dict[str, Any]:
     """GPU milliseconds a step by kernel, the largest first, over three steps that are not counted."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         began = time.perf_counter()
-        for batch in batches[:3]:
-            step(batch)
+        list(stepper.run(batches[:3]))
         torch.cuda.synchronize()
         wall = time.perf_counter() - began
     rows = [(event.self_device_time_total / 3000, event.count / 3, event.key) for event in profiler.key_averages()]

@@ -19,6 +19,8 @@ DEFAULT_BATCH_EXAMPLES = 8
 DEFAULT_LORA_RANK = 16
 # How quantized weights are held beside their 4 bits: restored once and kept, or at each use.
 RESIDENT, STREAMED = "resident", "streamed"
+# What frozen weights are multiplied in: the compute type, or 8 bits.
+STANDARD, FP8 = "standard", "fp8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,7 @@ class ResolvedHyperparameters:
     # On the fast path alone: what is recomputed, and how quantized weights are held (`resident` or `streamed`).
     recomputation: Recomputation | None = None
     base_weights: str | None = None
+    compute: str = STANDARD
     lora: ResolvedLora | None = None
     num_steps: int | None = None
     num_epochs: float | None = None
@@ -152,6 +155,7 @@ class ResolvedHyperparameters:
             "exports": list(self.exports),
             "max_export_logit_difference": self.max_export_logit_difference,
             "trainer": self.trainer,
+            "compute": self.compute,
         }
         if self.dpo is not None:
             value["dpo"] = vars(self.dpo).copy()
@@ -239,6 +243,7 @@ def apply_defaults(
         exports=given.exports,
         max_export_logit_difference=_or(given.max_export_logit_difference, 1.0),
         trainer=_or(given.trainer, "auto"),
+        compute=_or(given.compute, STANDARD),
     )
 
 
@@ -341,6 +346,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "non_finite_policy": ("stop", "skip"),
     "trainer": ("auto", "fast", "reference"),
     "base_weights": ("auto", RESIDENT, STREAMED),
+    "compute": (STANDARD, FP8),
 }
 
 

@@ -27,6 +27,12 @@ class Device:
         )
 
     @property
+    def has_float8(self) -> bool:
+        """Compute capability 9.0 or newer; a CUDA device whose capability is not known is taken to be."""
+        major = self.compute_capability.partition(".")[0]
+        return self.type == "cuda" and (not major.isdecimal() or int(major) >= 9)
+
+    @property
     def has_bfloat16(self) -> bool:
         """Compute capability 8.0 or newer; a CUDA device whose capability is not known is taken to be."""
         if self.type != "cuda":

@@ -7,7 +7,7 @@ settings that only the fast path has where another trains; that nothing fits at 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from gpu_service.domain.defaults import RESIDENT, STREAMED, ResolvedHyperparameters
+from gpu_service.domain.defaults import FP8, RESIDENT, STREAMED, ResolvedHyperparameters
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import refuse_user
 from gpu_service.domain.memory_estimate import MemoryEstimate
@@ -41,6 +41,12 @@ def check_asked(given: Hyperparameters, *, trainer: str, trainer_reason: str, nu
             "COMBINATION_NOT_ALLOWED",
             f"{named} is a setting of the fast path, which does not train this: {trainer_reason}",
             field=f"hyperparameters.{named}",
+        )
+    if given.compute == FP8 and given.base_weights == STREAMED:
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            "weights that are multiplied in 8 bits are rounded once and kept, not restored at each use",
+            field="hyperparameters.base_weights",
         )
     if given.gradient_checkpointing is not None and any(counts):
         raise refuse_user(
@@ -82,12 +88,14 @@ def fit(
         memory = estimate(settled)
         reason = f"{'asked for' if asked is not None else 'chosen'}: {recomputation.describe(num_layers)}"
         if is_quantized:
-            reason += f"; weights are {_WEIGHTS[weights]}"
+            reason += f"; weights are {_WEIGHTS[FP8 if resolved.compute == FP8 else weights]}"
         if total:
             reason += f"; {memory.total_bytes / _GIB:.1f} of {total / _GIB:.1f} GiB"
         return Fitted(resolved=settled, memory=memory, reason=reason)
 
     weights = given.base_weights if given.base_weights in (RESIDENT, STREAMED) else None
+    if resolved.compute == FP8:
+        weights = RESIDENT
     if weights is None and is_quantized and total and device.type == "cuda" and asked in (None, NOTHING):
         kept = settle(NOTHING, RESIDENT)
         if kept.memory.total_bytes <= _RESIDENT_PART * total:
@@ -102,7 +110,11 @@ def fit(
     return fitted
 
 
-_WEIGHTS = {RESIDENT: "restored once and kept", STREAMED: "restored at each use"}
+_WEIGHTS = {
+    RESIDENT: "restored once and kept",
+    STREAMED: "restored at each use",
+    FP8: "rounded to 8 bits once for each direction, and kept",
+}
 
 
 def _asked(given: Hyperparameters, num_layers: int) -> Recomputation | None:

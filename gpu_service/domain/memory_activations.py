@@ -62,6 +62,8 @@ class StepShape:
     # On the fast path: in place of `recomputes`, and whether quantized weights stand in the compute type as well.
     recomputation: Recomputation = NOTHING
     keeps_weights: bool = False
+    # On the fast path: frozen products take rows that are rounded to 8 bits.
+    rounds_rows: bool = False
 
 
 def peak_beside_state(shape: StepShape, passes: LargestPasses) -> int:

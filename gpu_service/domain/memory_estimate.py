@@ -13,7 +13,7 @@ from gpu_service.catalog.base_models import BaseModel, LinearLayer
 from gpu_service.catalog.optimizers.entry import OptimizerEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain import memory_activations, memory_fast_path
-from gpu_service.domain.defaults import RESIDENT, ResolvedHyperparameters
+from gpu_service.domain.defaults import FP8, RESIDENT, ResolvedHyperparameters
 from gpu_service.domain.memory_activations import Precision, StepShape
 from gpu_service.domain.memory_calibration import ANALYTIC, UNCALIBRATED, Calibration
 from gpu_service.domain.memory_passes import LargestPasses
@@ -116,6 +116,7 @@ def estimate_memory(
         recomputation=resolved.recomputation
         or (everything(base.num_layers) if resolved.gradient_checkpointing else NOTHING),
         keeps_weights=takes_fast_path and is_quantized and resolved.base_weights == RESIDENT,
+        rounds_rows=resolved.compute == FP8,
     )
     beside = (memory_fast_path if takes_fast_path else memory_activations).peak_beside_state(shape, passes)
     weights = _weights_bytes(base, resolved, quantization, held_bytes)

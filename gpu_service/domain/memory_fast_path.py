@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gpu_service.domain.memory_activations import StepShape, attention_sizes
 from gpu_service.domain.memory_passes import LargestPasses, PassShape
-from gpu_service.domain.recomputation import FEED_FORWARD, FULL, NONE, Recomputation
+from gpu_service.domain.recomputation import FEED_FORWARD, FULL, NONE
 
 _FLOAT32, _INT64 = 4, 8
 # Margins of the adapters' groups are as wide as this or a multiple of it.
@@ -20,6 +20,10 @@ _SPARE_ROWS = 128
 # Sequences of a pass, for each that were as long as its longest: nobody counted them, and little depends on it.
 _SEQUENCES = 2
 _QUERY_KEY_NORMS = frozenset({"qwen3"})
+# Of the kernel for adapters of layers side by side: columns of a slab by padded rank, programs of a launch, and the
+# least tokens that one goes through. A single layer, and wider ranks, need no tables.
+_SLAB_COLUMNS = {16: 128, 32: 128}
+_PROGRAMS, _RUN_TOKENS = 528, 32
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
@@ -75,7 +79,7 @@ def peak_beside_state(shape: StepShape, passes: LargestPasses) -> int:
     levels = shape.recomputation.levels(shape.base.num_layers)
     for one in passes.shapes:
         saved = [_saved(shape, sizes, one, level) for level in levels]
-        peaks += _head_moments(shape, sizes, one, _standing_of(saved, shape.recomputation, one, shape) + before)
+        peaks += _head_moments(shape, sizes, one, _standing_of(shape, saved, one, on_their_way=2) + before)
         peaks += _block_moments(shape, sizes, one, saved, levels, before + own)
     for one in passes.evaluated:
         stream = one.tokens * sizes.hidden * shape.precision.compute_bytes
@@ -117,13 +121,13 @@ def _saved(shape: StepShape, sizes: _Sizes, one: PassShape, level: str) -> int:
     return _whole(shape, sizes, one) - one.tokens * compute * sizes.left_out(level)
 
 
-def _standing_of(saved: Sequence[int], recomputation: Recomputation, one: PassShape, shape: StepShape) -> int:
-    """All blocks' at the end of the forward pass; of those on the host's shelf two are still here."""
-    if not recomputation.offload:
+def _standing_of(shape: StepShape, saved: Sequence[int], one: PassShape, *, on_their_way: int) -> int:
+    """What these blocks keep; of those on the host's shelf so many are here."""
+    if not shape.recomputation.offload:
         return sum(saved)
-    on_shelf = min(recomputation.full_layers, len(saved))
+    on_shelf = min(shape.recomputation.full_layers, len(saved))
     stream = one.tokens * shape.base.hidden_size * shape.precision.compute_bytes
-    return sum(saved[on_shelf:]) + min(on_shelf, 2) * stream
+    return sum(saved[on_shelf:]) + min(on_shelf, on_their_way) * stream
 
 
 def _block_moments(
@@ -133,27 +137,56 @@ def _block_moments(
     compute = shape.precision.compute_bytes
     residual = one.tokens * compute * (sizes.hidden + max(sizes.rooms[1], sizes.rooms[3]))
     working = gradients + residual + _whole(shape, sizes, one) + _working(shape, sizes, one)
-    return [working + _standing_of(saved[:number], shape.recomputation, one, shape) for number in range(len(levels))]
+    return [working + _standing_of(shape, saved[:number], one, on_their_way=1) for number in range(len(levels))]
 
 
 def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
-    """Gradients within a block, where attention's are made. FlashAttention's of keys and values have every query's
-    head first, where keys are shared, and those of queries are float32 first.
+    """Most that a block's backward pass takes beside all that the block keeps, which it lets go of as it goes.
+
+    Where what feeds the down projection gets its gradient; where gates and ups do; and in attention, where
+    FlashAttention's gradients of keys and values have every query's head first, if keys are shared, and those of
+    queries are float32 first. A block that is recomputed whole has made all of it just before.
     """
-    compute = shape.precision.compute_bytes
+    compute, (into_attention, out_of_attention, into_mlp, out_of_mlp) = shape.precision.compute_bytes, sizes.rooms
+    down = sizes.inner * one.tokens * compute
+    gates = (sizes.hidden - out_of_mlp) * one.tokens * compute
+    gates += _adapter_tables(shape, one, ("gate_proj", "up_proj"), sizes.inner)
+    # Gradients in 8 bits, and the product before the adapter's part is added.
+    gates += one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
+    let_go = 3 * sizes.inner + sizes.hidden + 2 * into_mlp + out_of_mlp
+    attention = sizes.hidden + sizes.queries + sizes.placed - let_go
     shared = 2 * sizes.queries if sizes.keys != sizes.queries else 0
-    columns = sizes.inner + sizes.hidden + sizes.queries + sizes.placed
     floats = _FLOAT32 * (sizes.queries + sizes.heads)
     num_sequences = 1 if one.tokens <= one.longest else _SEQUENCES * -(-one.tokens // max(one.longest, 1))
-    in_attention = one.tokens * compute * shared + (one.tokens + num_sequences * _SPARE_ROWS) * floats
-    after_attention = one.tokens * compute * (sizes.placed + sizes.rooms[0])
-    return one.tokens * compute * columns + max(in_attention, after_attention)
+    inside = one.tokens * compute * shared + (one.tokens + num_sequences * _SPARE_ROWS) * floats
+    after = one.tokens * compute * (sizes.placed + into_attention)
+    rounded = one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
+    moments = [down, gates + rounded, attention * one.tokens * compute + max(inside, after)]
+    if shape.recomputation.full_layers:
+        moments.append(one.tokens * compute * (sizes.queries + out_of_attention + sizes.hidden))
+    return max(moments)
+
+
+def _adapter_tables(shape: StepShape, one: PassShape, leaves: Sequence[str], rows: int) -> int:
+    """Partial sums of the gradients of these layers' adapters, of `rows` each: of the inner rows by slabs of columns,
+    and of B by runs of tokens.
+    """
+    block = max(16, 1 << max(shape.rank - 1, 0).bit_length())
+    covered = {layer.leaf for layer in shape.covered}.intersection(leaves)
+    if block not in _SLAB_COLUMNS or len(covered) < 2:
+        return 0
+    columns = _SLAB_COLUMNS[block]
+    across = -(-rows // columns)
+    splits = max(1, min(_PROGRAMS // across, -(-one.tokens // _RUN_TOKENS)))
+    return _FLOAT32 * block * across * len(covered) * (one.tokens + splits * columns)
 
 
 def _forward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     """In a block's forward pass: both parts of its input, what it may keep, and what it adds."""
     columns = 2 * sizes.hidden + sizes.queries + sizes.rooms[1] + sizes.hidden
-    return _whole(shape, sizes, one) + one.tokens * columns * shape.precision.compute_bytes
+    # Rows in 8 bits, and the product before the adapter's part is added.
+    rounded = one.tokens * (sizes.hidden + 2 * sizes.inner * shape.precision.compute_bytes) if shape.rounds_rows else 0
+    return _whole(shape, sizes, one) + one.tokens * columns * shape.precision.compute_bytes + rounded
 
 
 def _head_moments(shape: StepShape, sizes: _Sizes, one: PassShape, standing: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from gpu_service.catalog.base_models import BaseModel
 from gpu_service.catalog.methods.entry import MethodEntry
-from gpu_service.domain.defaults import ResolvedHyperparameters, ResolvedMix
+from gpu_service.domain.defaults import FP8, ResolvedHyperparameters, ResolvedMix
 from gpu_service.domain.device import Device
 from gpu_service.domain.memory_estimate import MemoryEstimate
 from gpu_service.domain.spec import TrainingSpec
@@ -15,6 +15,10 @@ TOKEN_MIX_WARNING = (
     "the mix counts tokens, which only the exact plan reads: examples and steps are upper bounds, tokens are not known"
 )
 TOKEN_BATCH_WARNING = "a batch counts tokens, which only the exact plan reads: steps are an upper bound"
+FP8_WARNING = (
+    "compute 'fp8' rounds frozen weights, activations and gradients to 8 bits in every product with the base: other "
+    "numerics than bfloat16's; losses come near, and are not the same"
+)
 CHECK_WARNINGS = frozenset({TOO_LONG_WARNING, TOKEN_MIX_WARNING, TOKEN_BATCH_WARNING})
 
 
@@ -58,6 +62,7 @@ def list_warnings(
             bool(device.total_memory_bytes) and memory.total_bytes > device.total_memory_bytes,
             TOO_LONG_WARNING,
         ),
+        (resolved.compute == FP8, FP8_WARNING),
         (mix.unit != "examples", TOKEN_MIX_WARNING),
         (resolved.batch.tokens is not None, TOKEN_BATCH_WARNING),
         (

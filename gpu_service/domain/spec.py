@@ -122,6 +122,7 @@ class Hyperparameters:
     trainer: str | None = None
     recomputation: Recomputation = Recomputation()
     base_weights: str | None = None
+    compute: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

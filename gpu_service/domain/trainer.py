@@ -11,7 +11,7 @@ from typing import Any
 from gpu_service.catalog.base_models import BaseModel
 from gpu_service.catalog.families.entry import FamilyEntry
 from gpu_service.catalog.methods.entry import MethodEntry
-from gpu_service.domain.defaults import ResolvedHyperparameters
+from gpu_service.domain.defaults import FP8, ResolvedHyperparameters
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import refuse_user
 
@@ -22,6 +22,9 @@ _OPTIMIZER = "adamw"
 _BLOCK_WEIGHTS = 64
 _ROTARY_KINDS = ("default", "llama3", "linear")
 _MAX_HEAD_DIM = 256
+_MAX_DROPOUT_RANK = 64
+# Sides of matrices that are multiplied in 8 bits.
+_FP8_SIDE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +44,17 @@ def choose_trainer(
     base: BaseModel,
     device: Device,
 ) -> Trainer:
-    """Raises `Refusal` COMBINATION_NOT_ALLOWED when the fast path was asked for and cannot train this."""
-    if asked == REFERENCE:
-        return Trainer(path=REFERENCE, reason="asked for")
+    """Raises `Refusal` COMBINATION_NOT_ALLOWED when the fast path, or what only it has, was asked for and cannot be."""
     obstacle = (
         _find_in_settings(resolved, method, device)
         or _find_in_model(family, base)
         or _find_in_config(base.config, resolved)
     )
+    if resolved.compute == FP8:
+        _check_fp8(asked, obstacle, resolved, base, device)
+        return Trainer(path=FAST, reason="asked for, with products in 8 bits (fp8): other numerics than bfloat16's")
+    if asked == REFERENCE:
+        return Trainer(path=REFERENCE, reason="asked for")
     if asked == FAST:
         if obstacle:
             raise refuse_user(
@@ -64,6 +70,31 @@ def choose_trainer(
     return Trainer(path=FAST, reason="nothing keeps the fast path from it")
 
 
+def _check_fp8(
+    asked: str | None, obstacle: str, resolved: ResolvedHyperparameters, base: BaseModel, device: Device
+) -> None:
+    sides = {side for layer in base.linear_layers for side in (layer.in_features, layer.out_features)}
+    refusals = (
+        (asked == REFERENCE, "the reference trainer was asked for"),
+        (bool(obstacle), obstacle),
+        (resolved.quantization.method != "nf4", "it rounds weights of nf4 alone"),
+        (resolved.quantization.compute_dtype != "bfloat16", "all else must be in bfloat16"),
+        (any(side % _FP8_SIDE for side in sides), f"the model's layers are no multiples of {_FP8_SIDE}"),
+        (
+            device.type == "cuda" and not device.has_float8,
+            f"products in 8 bits need compute capability 9.0 or newer, and {device.name} has "
+            f"{device.compute_capability}",
+        ),
+    )
+    for holds, reason in refusals:
+        if holds:
+            raise refuse_user(
+                "COMBINATION_NOT_ALLOWED",
+                f"compute 'fp8' is the fast path's, and cannot be had here: {reason}",
+                field="hyperparameters.compute",
+            )
+
+
 def _find_in_settings(resolved: ResolvedHyperparameters, method: MethodEntry, device: Device) -> str:
     quantization = resolved.quantization
     if resolved.lora is None:
@@ -72,8 +103,8 @@ def _find_in_settings(resolved: ResolvedHyperparameters, method: MethodEntry, de
         return f"the fast path has no kernels for quantization {quantization.method!r}"
     if resolved.optimizer.name != _OPTIMIZER:
         return f"the fast path steps with {_OPTIMIZER!r}, not with {resolved.optimizer.name!r}"
-    if resolved.lora.dropout > 0:
-        return "the fast path has no dropout"
+    if resolved.lora.dropout > 0 and resolved.lora.rank > _MAX_DROPOUT_RANK:
+        return f"the fast path has dropout for ranks up to {_MAX_DROPOUT_RANK}"
     if quantization.compute_dtype not in ("bfloat16", "float32"):
         return f"the fast path does not compute in {quantization.compute_dtype}"
     if device.type == "cuda" and not device.has_bfloat16:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gpu_service.catalog import optimizers
-from gpu_service.domain.defaults import RESIDENT, STREAMED
+from gpu_service.domain.defaults import FP8, RESIDENT, STREAMED
 from gpu_service.domain.recomputation import Recomputation
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
@@ -72,6 +72,7 @@ def _make_fast(
             device=device,
             compute_dtype=DTYPES[settings.quantization.compute_dtype],
             keeps_weights=settings.base_weights == RESIDENT,
+            in_fp8=settings.compute == FP8,
             # A plan says it by layer.
             recomputes=settings.gradient_checkpointing and not settings.HasField("recomputation"),
             recomputation=Recomputation(
@@ -84,7 +85,8 @@ def _make_fast(
     )
     weights = "plain weights"
     if settings.quantization.method == "nf4":
-        weights = f"NF4 weights, {_HOLDING[settings.base_weights or STREAMED]} (by: {name_quantizer()})"
+        holding = FP8 if settings.compute == FP8 else settings.base_weights or STREAMED
+        weights = f"NF4 weights, {_HOLDING[holding]} (by: {name_quantizer()})"
     return Trainer(
         accelerator=accelerator,
         model=fast,
@@ -96,5 +98,9 @@ def _make_fast(
     )
 
 
-_HOLDING = {RESIDENT: "restored once and kept", STREAMED: "restored at each use"}
+_HOLDING = {
+    RESIDENT: "restored once and kept",
+    STREAMED: "restored at each use",
+    FP8: "restored once, rounded to 8 bits (fp8) and kept: other numerics than bfloat16's",
+}
 _MAKERS: Mapping[str, Callable[..., Trainer]] = {"reference": _make_reference, "fast": _make_fast}

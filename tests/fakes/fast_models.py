@@ -48,6 +48,7 @@ def make_fast(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     keeps_weights: bool = False,
+    in_fp8: bool = False,
     recomputes: bool = False,
     recomputation: Recomputation = NOTHING,
 ) -> FastModel:
@@ -57,6 +58,7 @@ def make_fast(
             device=torch.device(device),
             compute_dtype=dtype,
             keeps_weights=keeps_weights,
+            in_fp8=in_fp8,
             recomputes=recomputes,
             recomputation=recomputation,
         ),

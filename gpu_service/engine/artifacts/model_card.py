@@ -100,6 +100,11 @@ def _origin(spec: training_spec_pb2.TrainingSpec, plan: plan_pb2.Plan, job_id: s
     text = f"Trained from {base} by job `{job_id}`."
     if start.job_id:
         text += f" It started from the `{start.name}` of job `{start.job_id}`."
+    if plan.resolved.compute == "fp8":
+        text += (
+            " In training, the base's frozen weights, what they were multiplied by, and gradients were rounded to"
+            " 8 bits (fp8 e4m3): other numerics than bfloat16's."
+        )
     if kind is Kind.MERGED:
         text += " The adapter was added to the base's original weights in float32, and the sums rounded to 16 bits."
     return text

@@ -2,7 +2,7 @@
 
 So one launch is an optimizer's step and one a norm, and whatever writes PEFT's parameters (a checkpoint, an earlier
 job's adapter) writes the buffer. Products are made with a copy in the compute type, laid out as `frozen` wants it.
-Knows LoRA without dropout, bias or DoRA, one adapter, and refuses any other.
+Knows LoRA without bias or DoRA, one adapter, and refuses any other.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class FlatAdapter:
         trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         names = {id(value): name for name, value in trained.items()}
         self.groups: list[AdapterGroup] = []
+        self.dropout = _dropout_of([one for modules in layers for one in modules if hasattr(one, "lora_A")])
         self._places: list[tuple[str, int, torch.Size]] = []
         parameters: list[torch.nn.Parameter] = []
         size = 0
@@ -115,12 +116,17 @@ class FlatAdapter:
 
 
 def _check(module: Any) -> Any:
-    dropout = module.lora_dropout[_NAME]
     if list(module.lora_A) != [_NAME] or module.lora_B[_NAME].bias is not None or _NAME in module.lora_variant:
         raise AdapterNotSupported("an adapter has another form than plain LoRA")
-    if not isinstance(dropout, torch.nn.Identity):
-        raise AdapterNotSupported("an adapter has dropout")
     return module
+
+
+def _dropout_of(modules: Sequence[Any]) -> float:
+    """The probability that all adapters drop with. Raises AdapterNotSupported where they differ."""
+    found = {float(getattr(module.lora_dropout[_NAME], "p", 0.0)) for module in modules}
+    if len(found) > 1:
+        raise AdapterNotSupported("adapters differ in dropout")
+    return found.pop() if found else 0.0
 
 
 def _make_group(

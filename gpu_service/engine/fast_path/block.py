@@ -40,9 +40,9 @@ class BlockShape:
         return self.key_value_heads * self.head_dim
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Kept:
-    """What a block's forward pass leaves for its backward pass."""
+    """What a block's forward pass leaves for its backward pass, which lets go of it part by part."""
 
     residual: torch.Tensor
     scale: torch.Tensor
@@ -91,18 +91,17 @@ class Block:
         query, key, value = self._split(heads)
         attended, attention = self.attention.forward(query, key, value, bounds)
         wide = self.attention_out.input_buffer(rows, x)
-        wide[:, : shape.query_width].copy_(attended.flatten(1))
         added = x.new_empty((rows, hidden))
-        self.attention_out.forward(wide, added, adapted=adapted)
+        self.attention_out.place(attended.flatten(1), wide, adapted=adapted)
+        self.attention_out.multiply(wide, added, adapted=adapted)
         middle_normed = self.mlp_in.input_buffer(rows, x)
         middle, middle_scale = ops.add_norm(residual, added, self.second_norm, shape.epsilon, middle_normed[:, :hidden])
         gate_up = self.mlp_in.output_buffer(rows, x)
         self.mlp_in.forward(middle_normed, gate_up, adapted=adapted)
         gated = self.mlp_out.input_buffer(rows, x)
-        width = self.mlp_out.frozen.in_features
-        ops.gate(gate_up[:, : 2 * width], gated[:, :width])
+        self.mlp_out.place_gated(gate_up[:, : 2 * self.mlp_out.frozen.in_features], gated, adapted=adapted)
         # Its memory is the attention's addition, which is spent.
-        self.mlp_out.forward(gated, added, adapted=adapted)
+        self.mlp_out.multiply(gated, added, adapted=adapted)
         kept = Kept(
             residual=residual,
             scale=scale,
@@ -135,7 +134,7 @@ class Block:
 
         `residual` [T, H + room] has it in its first H columns and then that of the block's input, unless
         `reaches_input` is False: nobody wants it. `gradients` is the flat buffer of the trained weights'.
-        `kept.gate_up` is overwritten.
+        `kept` is used up.
         """
         ops, shape = self.operations, self.shape
         rows, hidden = kept.residual.shape
@@ -144,9 +143,13 @@ class Block:
         of_gated = residual.new_empty((rows, width))
         out = residual[:, : hidden + self.mlp_out.room]
         self.mlp_out.backward(out, *self.mlp_out.split(kept.gated), of_gated, gradients)
-        ops.gate_backward_(of_gated, kept.gate_up[:, : 2 * width])
+        del kept.gated
         of_normed = residual.new_empty((rows, hidden))
-        self.mlp_in.backward(kept.gate_up, *self.mlp_in.split(kept.middle_normed), of_normed, gradients)
+        self.mlp_in.backward(
+            kept.gate_up, *self.mlp_in.split(kept.middle_normed), of_normed, gradients, of_gated=of_gated
+        )
+        # Attention's backward pass needs room for gradients in more heads than there are.
+        del kept.gate_up, kept.middle_normed, of_gated
         ops.norm_backward_(of_normed, kept.middle, self.second_norm, kept.middle_scale, stream, adds=True)
         of_attended = residual.new_empty((rows, shape.query_width))
         out = residual[:, : hidden + self.attention_out.room]

@@ -32,6 +32,8 @@ class FlatPass:
     labels: torch.Tensor
     sequences: torch.Tensor
     targets_by_sequence: torch.Tensor
+    # Of the adapters' dropout; None: nothing is dropped.
+    key: torch.Tensor | None = None
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,11 @@ class FlatAdamW(torch.optim.AdamW):
             fused=True,
         )
 
+    def leave_out(self, flag: torch.Tensor) -> None:
+        """Steps do nothing while `flag`, a float32 scalar on the device, is 1 there; asked for again before each."""
+        # The name by which torch's fused kernels know it.
+        self.found_inf = flag
+
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.AdamW over PEFT's parameters would give it; moments are views of the flat ones."""
         whole = super().state_dict()

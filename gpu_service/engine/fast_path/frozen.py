@@ -50,7 +50,7 @@ class FrozenGroup:
         self.out_features = tuple(layer.out_features for layer in layers)
         self.in_features: int = layers[0].in_features
         self.num_rows = sum(self.out_features)
-        self.bias = _join_biases(layers, dtype)
+        self.bias = join_biases(layers, dtype)
         self._quantized = [Nf4Weight.of(layer) for layer in layers if hasattr(layer.weight, "quant_state")]
         self._matrix: torch.Tensor | None = None
         if not self._quantized:
@@ -96,6 +96,20 @@ class FrozenGroup:
             matrix[self.num_rows :].copy_(self.margins.below)
         return matrix
 
+    def multiply(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
+        """`out` [T, N] becomes the layers' outputs; `x` is [T, K + room], its margin x A' if `adapted`."""
+        matrix = self.forward_matrix(adapted=adapted).t()
+        rows = x if adapted else x[:, : self.in_features]
+        if self.bias is None:
+            torch.mm(rows, matrix, out=out)
+        else:
+            torch.addmm(self.bias, rows, matrix, out=out)
+
+    def multiply_back(self, gradient: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
+        """`out` [T, K] becomes the rows' gradient; `gradient` is [T, N + room], its margin the ranks' if `adapted`."""
+        of_output = gradient if adapted else gradient[:, : self.num_rows]
+        torch.mm(of_output, self.backward_matrix(adapted=adapted), out=out)
+
     def _get(self) -> torch.Tensor:
         if self._matrix is not None:
             return self._matrix
@@ -120,7 +134,8 @@ class FrozenGroup:
         return matrix
 
 
-def _join_biases(layers: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | None:
+def join_biases(layers: Sequence[Any], dtype: torch.dtype) -> torch.Tensor | None:
+    """One vector [N] for all layers, with zeros for those that have none; None where none of them has one."""
     if all(layer.bias is None for layer in layers):
         return None
     parts = [

@@ -48,14 +48,15 @@ class Head:
             self.operations.cross_entropy_(logits, labels[chunk], nats[chunk])
             if of_normed is not None:
                 torch.mm(logits, self.weight, out=of_normed[chunk])
-            # Else it would stand beside the next one.
+            # Before the next chunk's are made: they take half a gigabyte.
             del logits
         kept = None if of_normed is None else KeptHead(rows=rows, scale=scale, of_normed=of_normed)
         return nats, kept
 
     def backward(self, upstream: torch.Tensor, kept: KeptHead, targets: torch.Tensor, residual: torch.Tensor) -> None:
         """`residual` [T, H] becomes the gradient of the last block's output. `upstream` [K] is that of the nats."""
-        of_normed = kept.of_normed * upstream.to(kept.of_normed.dtype)[:, None]
+        # In float32, and rounded once: rounding a factor that all rows share would scale the whole gradient.
+        of_normed = torch.mul(kept.of_normed, upstream.float()[:, None], out=kept.of_normed)
         of_rows = torch.empty_like(of_normed)
         self.operations.norm_backward_(of_normed, kept.rows, self.norm, kept.scale, of_rows, adds=False)
         residual.zero_()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -20,6 +20,8 @@ from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
 from gpu_service.engine.fast_path.attention import Attention, Bounds, attention_for
 from gpu_service.engine.fast_path.block import Block, BlockShape, Positions
 from gpu_service.engine.fast_path.decoder import Decoder, FlatPass, KeptPass
+from gpu_service.engine.fast_path.dropout import Dropout
+from gpu_service.engine.fast_path.fp8 import RoundedGroup
 from gpu_service.engine.fast_path.frozen import FrozenGroup, Scratch
 from gpu_service.engine.fast_path.head import Head
 from gpu_service.engine.fast_path.offloading import HostShelf
@@ -47,6 +49,8 @@ class FastSettings:
     compute_dtype: torch.dtype
     keeps_weights: bool
     recomputes: bool = False
+    # Frozen products in 8 bits: other numerics.
+    in_fp8: bool = False
     recomputation: Recomputation = NOTHING
 
 
@@ -75,21 +79,19 @@ class FastModel(torch.nn.Module):
         ]
         self._flat = FlatAdapter(peft_model, modules, device=self._device)
         self.adapter = self._flat.parameter
+        self._dropout = Dropout(probability=self._flat.dropout, device=self._device)
         scratch = Scratch(self._device, self._dtype)
+        self._operations = operations or operations_for(self._device)
         projections = [
             Projection(
-                frozen=FrozenGroup(
-                    [plain(module) for module in group],
-                    room=adapter.room,
-                    scratch=scratch,
-                    dtype=self._dtype,
-                    keep=settings.keeps_weights,
-                ),
+                frozen=_freeze([plain(module) for module in group], adapter.room, scratch, settings),
                 adapter=adapter,
+                operations=self._operations,
+                dropout=self._dropout,
+                number=number,
             )
-            for group, adapter in zip(modules, self._flat.groups, strict=True)
+            for number, (group, adapter) in enumerate(zip(modules, self._flat.groups, strict=True))
         ]
-        self._operations = operations or operations_for(self._device)
         self._copies = self._operations.prepare_copies(
             [copy for one in projections for copy in one.adapter.copies(one.frozen.margins)]
         )
@@ -115,8 +117,10 @@ class FastModel(torch.nn.Module):
         if self._adapted:
             self._operations.copy_out(self.adapter.detach(), self._copies)
         if self._adapted and torch.is_grad_enabled():
-            nats: torch.Tensor = _Nats.apply(self.adapter, self, flat)
+            key = self._dropout.draw_key() if self.training else None
+            nats: torch.Tensor = _Nats.apply(self.adapter, self, replace(flat, key=key))
             return nats
+        self._dropout.key = None
         with torch.no_grad():
             by_target, _ = self._decoder.forward(flat, adapted=self._adapted, keeps=False)
             return _sum_by_sequence(by_target, flat)
@@ -181,6 +185,7 @@ class _Nats(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, adapter: torch.Tensor, model: FastModel, flat: FlatPass) -> torch.Tensor:
+        model._dropout.key = flat.key
         by_target, kept = model._decoder.forward(flat, adapted=True, keeps=True)
         context.model, context.flat, context.kept = model, flat, kept
         return _sum_by_sequence(by_target, flat)
@@ -192,6 +197,7 @@ class _Nats(torch.autograd.Function):
         kept: KeptPass = context.kept
         context.kept = None
         gradients = torch.empty(model.adapter.numel(), device=model._device, dtype=model._dtype)
+        model._dropout.key = flat.key
         model._decoder.backward(upstream.index_select(0, flat.sequences), flat, kept, gradients)
         return gradients.float(), None, None
 
@@ -210,6 +216,12 @@ def _hold_in(causal: Any, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, 
             changed.append((parameter, parameter.dtype))
             parameter.data = parameter.data.to(dtype)
     return changed
+
+
+def _freeze(layers: Sequence[Any], room: int, scratch: Scratch, settings: FastSettings) -> FrozenGroup | RoundedGroup:
+    if settings.in_fp8:
+        return RoundedGroup(layers, room=room, scratch=scratch, dtype=settings.compute_dtype)
+    return FrozenGroup(layers, room=room, scratch=scratch, dtype=settings.compute_dtype, keep=settings.keeps_weights)
 
 
 def _assemble(

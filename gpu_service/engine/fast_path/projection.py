@@ -7,19 +7,29 @@ adapter's part of the sum lies there. Nothing of the frozen weights has a gradie
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
 from gpu_service.engine.fast_path.adapters import AdapterGroup
+from gpu_service.engine.fast_path.dropout import LAYERS_PER_GROUP, Dropout
+from gpu_service.engine.fast_path.fp8 import RoundedGroup
 from gpu_service.engine.fast_path.frozen import FrozenGroup
+from gpu_service.engine.fast_path.torch_reference import RankPart
 
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
     """`in_features` K, `num_rows` N; `room` is 0 where no layer has an adapter."""
 
-    frozen: FrozenGroup
+    frozen: FrozenGroup | RoundedGroup
     adapter: AdapterGroup
+    # The module of kernels.
+    operations: Any
+    # Of what the adapters read; `number` tells this group's masks from those of others.
+    dropout: Dropout
+    number: int
 
     @property
     def room(self) -> int:
@@ -37,19 +47,63 @@ class Projection:
         """An empty [T, N + room], whose first N columns are the output, or its gradient."""
         return like.new_empty((rows, self.frozen.num_rows + self.room))
 
+    @cached_property
+    def _ranks(self) -> Any:
+        adapter = self.adapter
+        return self.operations.prepare_ranks(
+            [
+                RankPart(
+                    first_row=part.first_row, num_rows=part.num_rows, first_rank=part.first_rank, start_b=part.start_b
+                )
+                for part in adapter.parts
+            ],
+            rank=adapter.rank,
+            room=adapter.room,
+            scaling=adapter.scaling,
+            device=self.frozen.margins.below.device,
+        )
+
     def forward(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
         """`out`'s first N columns become the layers' outputs. `x` [T, K + room] gets x A' in its margin."""
-        frozen = self.frozen
-        rows = x[:, : frozen.in_features]
-        adapted = adapted and self.room > 0
         if adapted:
-            torch.mm(rows, frozen.margins.below.t(), out=x[:, frozen.in_features :])
-        matrix = frozen.forward_matrix(adapted=adapted).t()
-        target = out[:, : frozen.num_rows]
-        if frozen.bias is None:
-            torch.mm(x if adapted else rows, matrix, out=target)
+            self.fill_margin(x)
+        self.multiply(x, out, adapted=adapted)
+
+    def fill_margin(self, x: torch.Tensor) -> None:
+        """x A' beside the rows, in the margin of `x` [T, K + room]; of dropped rows where there is dropout."""
+        if not self.room:
+            return
+        rows, margin = self.split(x)
+        if self.dropout.is_active:
+            self.dropout.kernels.drop_and_rank(rows, self.frozen.margins.below, margin, **self._masks())
         else:
-            torch.addmm(frozen.bias, x if adapted else rows, matrix, out=target)
+            torch.mm(rows, self.frozen.margins.below.t(), out=margin)
+
+    def _masks(self) -> dict[str, Any]:
+        """What tells the kernels of dropout which masks are meant."""
+        return {
+            "key": self.dropout.key,
+            "first_layer": self.number * LAYERS_PER_GROUP,
+            "num_layers": len(self.adapter.parts),
+            "rank": self.adapter.rank,
+            "probability": self.dropout.probability,
+        }
+
+    def place(self, rows: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
+        """`rows` [T, K] become the first K columns of `x`, and x A' its margin."""
+        x[:, : self.frozen.in_features].copy_(rows)
+        if adapted:
+            self.fill_margin(x)
+
+    def place_gated(self, gate_up: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
+        """silu(gate) * up of `gate_up` [T, 2 * K] become the first K columns of `x`, and x A' its margin."""
+        self.operations.gate(gate_up, x[:, : self.frozen.in_features])
+        if adapted:
+            self.fill_margin(x)
+
+    def multiply(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
+        """`forward` of an `x` whose margin is filled."""
+        self.frozen.multiply(x, out[:, : self.frozen.num_rows], adapted=adapted and self.room > 0)
 
     def backward(
         self,
@@ -58,23 +112,36 @@ class Projection:
         ranks: torch.Tensor,
         out: torch.Tensor | None,
         gradients: torch.Tensor,
+        *,
+        of_gated: torch.Tensor | None = None,
     ) -> None:
         """`out` [T, K] becomes the gradient of the rows; None: nobody wants it. `gradients` is a flat buffer.
 
         `gradient` [T, N + room] has that of the outputs in its first N columns. `rows` [T, K] and `ranks` [T, room] are
-        what `forward` left in `x`.
+        what `forward` left in `x`. With `of_gated` [T, N / 2] the outputs are gates and ups, `gradient` holds them, and
+        becomes their gradient, `of_gated` being that of what was made of them.
         """
         frozen, adapter = self.frozen, self.adapter
         of_output = gradient[:, : frozen.num_rows]
         if self.room:
             inner = gradient[:, frozen.num_rows :]
-            torch.mm(of_output, frozen.margins.right, out=inner)
+            right, prepared = frozen.margins.right, self._ranks
+            if of_gated is not None and prepared.takes_gates:
+                self.operations.gate_adapter_backward_(of_gated, of_output, right, ranks, inner, prepared, gradients)
+            else:
+                if of_gated is not None:
+                    self.operations.gate_backward_(of_gated, of_output)
+                self.operations.adapter_backward(of_output, right, ranks, inner, prepared, gradients)
             all_a = adapter.view_all_a(gradients)
+            if self.dropout.is_active:
+                self.dropout.kernels.drop_and_weigh(inner, rows, all_a, **self._masks())
+                if out is not None:
+                    # The masks stand between the ranks' gradient and the rows': it is no part of the product.
+                    frozen.multiply_back(gradient, out, adapted=False)
+                    self.dropout.kernels.drop_and_add(inner, frozen.margins.below, out, **self._masks())
+                return
             torch.mm(inner[:, : all_a.shape[0]].t(), rows, out=all_a)
-            for part in adapter.parts:
-                columns = of_output[:, part.first_row : part.first_row + part.num_rows]
-                its_ranks = ranks[:, part.first_rank : part.first_rank + adapter.rank]
-                target = adapter.view_b(gradients, part)
-                torch.addmm(target, columns.t(), its_ranks, beta=0, alpha=adapter.scaling, out=target)
+        elif of_gated is not None:
+            self.operations.gate_backward_(of_gated, of_output)
         if out is not None:
-            torch.mm(gradient if self.room else of_output, frozen.backward_matrix(adapted=self.room > 0), out=out)
+            frozen.multiply_back(gradient, out, adapted=self.room > 0)

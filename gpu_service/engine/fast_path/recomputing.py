@@ -61,7 +61,6 @@ class Remainder:
 
 
 def _make_again(block: Block, parts: Mapping[str, Any], level: str) -> dict[str, Any]:
-    operations = block.operations
     made = {
         "normed": _norm(block, block.attention_in, parts["residual"], block.first_norm),
         "middle_normed": _norm(block, block.mlp_in, parts["middle"], block.second_norm),
@@ -73,21 +72,12 @@ def _make_again(block: Block, parts: Mapping[str, Any], level: str) -> dict[str,
         block.mlp_in.forward(made["middle_normed"], gate_up, adapted=True)
     assert gate_up is not None
     gated = made["gated"] = block.mlp_out.input_buffer(rows, parts["residual"])
-    width = block.mlp_out.frozen.in_features
-    operations.gate(gate_up[:, : 2 * width], gated[:, :width])
-    _fill_margin(block.mlp_out, gated)
+    block.mlp_out.place_gated(gate_up[:, : 2 * block.mlp_out.frozen.in_features], gated, adapted=True)
     return made
 
 
 def _norm(block: Block, projection: Projection, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     normed = projection.input_buffer(x.shape[0], x)
     block.operations.add_norm(x, None, weight, block.shape.epsilon, normed[:, : x.shape[1]])
-    _fill_margin(projection, normed)
+    projection.fill_margin(normed)
     return normed
-
-
-def _fill_margin(projection: Projection, x: torch.Tensor) -> None:
-    """The adapter's part of the rows, as the forward pass had put it beside them."""
-    if projection.room:
-        width = projection.frozen.in_features
-        torch.mm(x[:, :width], projection.frozen.margins.below.t(), out=x[:, width:])

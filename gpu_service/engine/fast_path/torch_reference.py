@@ -6,6 +6,7 @@ than they are wide; their last dimension is always contiguous.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -137,3 +138,97 @@ def copy_out(flat: torch.Tensor, prepared: Any) -> None:
     """Write the matrices that lie in `flat`, without gaps, where they were prepared to go, times their factors."""
     for start, matrix, factor in prepared:
         matrix.copy_(flat[start : start + matrix.numel()].view(matrix.shape) * factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPart:
+    """An adapted layer of a group: its rows of the group's output, its part of the margin, its B in a flat buffer."""
+
+    first_row: int
+    num_rows: int
+    first_rank: int
+    start_b: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """What `adapter_backward` needs of a group's adapters, all of one rank, in a margin of `room` columns."""
+
+    parts: tuple[RankPart, ...]
+    rank: int
+    room: int
+    scaling: float
+    # Whether `gate_adapter_backward_` is what is wanted for gates and ups, or their parts one by one.
+    takes_gates: bool = False
+
+
+def prepare_ranks(parts: Sequence[RankPart], *, rank: int, room: int, scaling: float, device: torch.device) -> Ranks:
+    """What `adapter_backward` and `gate_adapter_backward_` need on `device`. Parts lie one behind another."""
+    del device
+    return Ranks(parts=tuple(parts), rank=rank, room=room, scaling=scaling)
+
+
+def adapter_backward(
+    gradient: torch.Tensor,
+    right: torch.Tensor,
+    ranks: torch.Tensor,
+    inner: torch.Tensor,
+    prepared: Any,
+    gradients: torch.Tensor,
+) -> None:
+    """`inner` [T, room] becomes `gradient` [T, N] times `right` [N, room], and each B's gradient, in the flat
+    `gradients`, the product of its part of `gradient` and of `ranks` [T, room], times the scaling.
+
+    `right` is zero but where a layer's rows meet its own ranks.
+    """
+    torch.mm(gradient, right, out=inner)
+    for part in prepared.parts:
+        columns = gradient[:, part.first_row : part.first_row + part.num_rows]
+        its_ranks = ranks[:, part.first_rank : part.first_rank + prepared.rank]
+        target = gradients[part.start_b : part.start_b + part.num_rows * prepared.rank].view(part.num_rows, -1)
+        torch.addmm(target, columns.t(), its_ranks, beta=0, alpha=prepared.scaling, out=target)
+
+
+def gate_adapter_backward_(
+    gradient: torch.Tensor,
+    gate_up: torch.Tensor,
+    right: torch.Tensor,
+    ranks: torch.Tensor,
+    inner: torch.Tensor,
+    prepared: Any,
+    gradients: torch.Tensor,
+) -> None:
+    """`gate_backward_`, and `adapter_backward` with what `gate_up` [T, 2 * I] became."""
+    gate_backward_(gradient, gate_up)
+    adapter_backward(gate_up, right, ranks, inner, prepared, gradients)
+
+
+# The largest number of e4m3.
+_LARGEST = 448.0
+_SMALLEST = 1e-12
+
+
+def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` [T, K] in e4m3, each row divided by a scale so that its largest is the type's largest; scales [T, 1]."""
+    wide = x.float()
+    scales = wide.abs().amax(1, keepdim=True).clamp(min=_SMALLEST) / _LARGEST
+    return (wide / scales).to(torch.float8_e4m3fn), scales
+
+
+def multiply_rounded(
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    weights: torch.Tensor,
+    weight_scales: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`values` [T, K] times `weights` [N, K] transposed, both e4m3, times their scales [T, 1] and [N, 1]: [T, N]."""
+    return (torch.mm(values.float(), weights.float().t()) * scales * weight_scales.t()).to(dtype)
+
+
+def add_ranks(product: torch.Tensor, ranks: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor) -> None:
+    """`out` [T, N] becomes `product` [T, N] plus `ranks` [T, room] times `weights` [room, N]; None: plus nothing."""
+    if weights is None:
+        out.copy_(product)
+    else:
+        out.copy_(torch.addmm(product.float(), ranks.float(), weights.float()))

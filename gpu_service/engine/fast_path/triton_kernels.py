@@ -13,6 +13,33 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_service.engine.fast_path.adapter_kernels import (
+    adapter_backward,
+    gate_adapter_backward_,
+    prepare_ranks,
+)
+from gpu_service.engine.fast_path.fp8_kernels import add_ranks, multiply_rounded, round_rows
+
+__all__ = [
+    "adapter_backward",
+    "add_norm",
+    "add_ranks",
+    "copy_out",
+    "cross_entropy_",
+    "gate",
+    "gate_adapter_backward_",
+    "gate_backward_",
+    "head_norm",
+    "head_norm_backward",
+    "multiply_rounded",
+    "nf4_dequantize",
+    "norm_backward_",
+    "prepare_copies",
+    "prepare_ranks",
+    "rotate",
+    "round_rows",
+]
+
 _GATE_BLOCK = 4096
 _LOSS_BLOCK = 8192
 _PACKED_BLOCK = 1024

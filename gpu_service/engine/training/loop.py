@@ -1,13 +1,14 @@
 """The training loop: planned steps in order, through accelerate. Emits a STEP event for each optimizer step.
 
 Knows when to evaluate and when to save, not what an artifact is. A stop is honored between steps; a loss or gradient
-that is not finite never reaches the weights.
+that is not finite never reaches the weights. On a device that decides so by itself, a step is handed out before the
+numbers of the one before it are read; whatever looks at weights or progress waits for them first.
 """
 
 from __future__ import annotations
 
 import math
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +29,36 @@ from gpu_service.engine.training.out_of_memory import PassSize
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.schedule import Schedule
 from gpu_service.engine.training.step_report import StepFacts, StepReport, as_history
+from gpu_service.engine.training.updates import StepNumbers, make_updates
 from gpu_service.journal.events import failure
 from tunesmith.common.v1 import errors_pb2, event_pb2, training_spec_pb2
 
 # What becomes of a step whose loss or gradient is not finite, by the project's policy: whether training goes on.
 _GOES_ON = {"stop": False, "skip": True}
 CHECKPOINT_FAILED = "checkpoint-failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gradient:
+    """What a step's passes left: losses and norm on the device, `weights` one tuple a batch, `whole` their sum."""
+
+    batches: list[MicroBatch]
+    weights: list[tuple[int, ...]]
+    whole: int
+    values: list[torch.Tensor]
+    norm: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Issued:
+    """A step that was handed to the device. `read` waits until it is over."""
+
+    step: int
+    batches: list[MicroBatch]
+    weights: list[tuple[int, ...]]
+    learning_rate: float
+    peak_memory_bytes: int
+    read: Callable[[], StepNumbers]
 
 
 @dataclass(kw_only=True)
@@ -66,6 +91,14 @@ class TrainingLoop:
         )
         self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._step_report = StepReport(data=self.data)
+        self._updates = make_updates(
+            accelerator=self.accelerator,
+            optimizer=self.optimizer,
+            halts=not _GOES_ON[self.settings.non_finite_policy or "stop"],
+        )
+        # Oldest first; their numbers are not read yet, and nothing was said of them.
+        self._in_hand: deque[_Issued] = deque()
+        self._settled_any = False
 
     def run(self) -> bool:
         """Train to the end and save. True when the time limit ended it early.
@@ -77,6 +110,7 @@ class TrainingLoop:
             with attending_within_sequences(self.model):
                 stopped_early = self._train()
         except StopRequested as stop:
+            self._settle()
             self.reporter.enter_stopping()
             if stop.mode is StopMode.CHECKPOINT:
                 self._save_at_stop()
@@ -92,30 +126,38 @@ class TrainingLoop:
         self.model.train()
         with attending_within_sequences(self.model):
             for step in (step for step in steps for _ in range(times)):
-                _, tally, norm = self._accumulate(self.data.step_examples(step), self.pass_size.limit)
-                self.device.peak_bytes()
-                self._update(math.isfinite(tally.mean) and math.isfinite(norm))
+                self._updates.begin()
+                gradient = self._accumulate(self.data.step_examples(step), self.pass_size.limit)
+                self._finish(step, 0.0, gradient).read()
         return self.device.peak_bytes()
 
     def _train(self) -> bool:
         # One that a stop cut short is made after the resume: what follows from it must not depend on the stop.
         self._evaluate_if_due()
-        while self.progress.steps_done < self.data.num_steps:
+        while (issued := self.progress.steps_done + len(self._in_hand)) < self.data.num_steps:
             self.switch.check()
             if self._out_of_time():
+                self._settle()
                 return True
-            self._step(self.progress.steps_done)
+            self._step(issued)
+            if any(_is_due(issued + 1, every) for every in self._looked_at_every):
+                self._settle()
             self._evaluate_if_due()
             done = self.progress.steps_done
-            if _is_due(done, self.settings.save_every_steps) and done < self.data.num_steps:
+            if _is_due(done, self.settings.save_every_steps) and not self._in_hand and done < self.data.num_steps:
                 self.save()
                 self.reporter.enter_phase("TRAINING")
+        self._settle()
         return False
+
+    @property
+    def _looked_at_every(self) -> tuple[int, int]:
+        return self.settings.evaluate_every_steps, self.settings.save_every_steps
 
     def _evaluate_if_due(self) -> None:
         done, evaluations = self.progress.steps_done, self.progress.evaluations
         is_due = _is_due(done, self.settings.evaluate_every_steps) and 0 < done < self.data.num_steps
-        if is_due and not (evaluations and evaluations[-1]["step"] == done):
+        if is_due and not self._in_hand and not (evaluations and evaluations[-1]["step"] == done):
             self.evaluate()
             self.reporter.enter_phase("TRAINING")
 
@@ -125,71 +167,70 @@ class TrainingLoop:
         return bool(limit) and self.progress.steps_done > 0 and self.progress.training_seconds >= limit
 
     def _step(self, step: int) -> None:
-        start = time.monotonic()
+        """Hand the step out, and read the numbers of those that are due: of this one too where nothing runs ahead."""
+        self._updates.begin()
         learning_rate = self._schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         references = self.data.step_examples(step)
-        batches, tally, norm = self.pass_size.carry_out(
-            lambda limit: self._accumulate(references, limit),
-            references,
-            step=step + 1,
-            undo=lambda: self.optimizer.zero_grad(set_to_none=True),
+        gradient = self.pass_size.carry_out(
+            lambda limit: self._accumulate(references, limit), references, step=step + 1, undo=self._undo
         )
-        is_finite = math.isfinite(tally.mean) and (math.isfinite(norm) or self.accelerator.scaler is not None)
-        updated = self._update(is_finite)
-        seconds = time.monotonic() - start
-        goes_on = is_finite or _GOES_ON[self.settings.non_finite_policy]
+        self._in_hand.append(self._finish(step, learning_rate, gradient))
+        # The first step's numbers are waited for: people wait for them, and kernels are compiled in it.
+        self._settle(leaving=self._updates.steps_ahead if self._settled_any else 0)
+
+    def _undo(self) -> None:
+        """Drop what a step that ran out of memory had made. What is said of it comes after what came before it."""
+        self._settle()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _settle(self, leaving: int = 0) -> None:
+        """Report steps in hand, oldest first, until so many are left; waits for their numbers. Raises RunFailure."""
+        while len(self._in_hand) > leaving:
+            self._report(self._in_hand.popleft())
+
+    def _report(self, issued: _Issued) -> None:
+        numbers = issued.read()
+        self._settled_any = True
+        tally, rows = LossTally(), numbers.rows
+        for batch, weight in zip(issued.batches, issued.weights, strict=True):
+            tally.add(batch, weight, rows[: len(weight)], self.data.sources)
+            del rows[: len(weight)]
+        goes_on = numbers.is_finite or _GOES_ON[self.settings.non_finite_policy]
         if goes_on:
             # A skipped step is a step: its data was shown, and its place in data and schedule is used up.
-            self.progress.steps_done = step + 1
-            self.progress.training_seconds += seconds
-            for batch in batches:
+            self.progress.steps_done = issued.step + 1
+            self.progress.training_seconds += numbers.seconds
+            for batch in issued.batches:
                 self.progress.count(batch, self.examples_per_epoch)
         event = self._step_report.describe(
             StepFacts(
-                step=step,
-                batches=batches,
+                step=issued.step,
+                batches=issued.batches,
                 tally=tally,
-                norm=norm,
-                learning_rate=learning_rate,
-                seconds=seconds,
-                peak_memory_bytes=self.device.peak_bytes(),
-                skipped=not updated,
+                norm=numbers.norm,
+                learning_rate=issued.learning_rate,
+                seconds=numbers.seconds,
+                peak_memory_bytes=issued.peak_memory_bytes,
+                skipped=not numbers.updated,
             )
         )
         self.progress.steps.append(as_history(event))
         self.reporter.emit(event)
-        if not is_finite:
+        if not numbers.is_finite:
             message = self._warn_not_finite(event)
             if not goes_on:
+                # What was handed out after it left the weights alone, and is not told of.
+                self._in_hand.clear()
                 raise _not_finite(message)
 
-    def _update(self, is_finite: bool) -> bool:
-        """Let the gradient into the weights if it is finite, and drop it. Whether the weights changed.
-
-        A gradient scaler (float16) finds its scale by infinite gradients, and leaves out such an update itself.
-        """
-        scaler = self.accelerator.scaler
-        if is_finite:
-            self.optimizer.step()
-            updated = scaler is None or not self.optimizer.step_was_skipped
-        else:
-            updated = False
-            if scaler is not None:
-                # Its gradients were unscaled for clipping; without this it would refuse to do that for the next step.
-                scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return updated
-
-    def _accumulate(
-        self, references: Sequence[ExampleReference], limit: MicroBatchLimit
-    ) -> tuple[list[MicroBatch], LossTally, float]:
-        """The gradient of a step, its losses and the gradient's norm. May be begun again until the update is made."""
+    def _accumulate(self, references: Sequence[ExampleReference], limit: MicroBatchLimit) -> _Gradient:
+        """The gradient of a step, clipped, and its losses. May be begun again until the update is made."""
         self.optimizer.zero_grad(set_to_none=True)
         batches = [collate(self.data, part) for part in split(self.data, references, limit)]
         weights = [self.objective.weights(batch) for batch in batches]
-        whole = max(sum(map(sum, weights)), 1)
+        whole = sum(map(sum, weights))
         values = []
         for batch in batches:
             # A step on a slow device takes long; each of its passes is progress.
@@ -197,16 +238,19 @@ class TrainingLoop:
             outcome = self.objective.forward(self.model, batch.to(self.accelerator.device))
             # Each pass' gradient is of its sum over the weight of the whole step: passes of any size add up to the
             # gradient of the step's mean.
-            self.accelerator.backward(outcome.total / whole)
+            self.accelerator.backward(outcome.total / max(whole, 1))
             values.append(outcome.values)
-        norm = self._clip()
-        # The only place of a step where the host waits for the device.
-        *rows, (measured_norm, *_) = torch.cat([*values, norm.double().expand(1, values[0].shape[1])]).tolist()
-        tally = LossTally()
-        for batch, weight in zip(batches, weights, strict=True):
-            tally.add(batch, weight, rows[: len(weight)], self.data.sources)
-            del rows[: len(weight)]
-        return batches, tally, measured_norm
+        return _Gradient(batches=batches, weights=weights, whole=whole, values=values, norm=self._clip())
+
+    def _finish(self, step: int, learning_rate: float, gradient: _Gradient) -> _Issued:
+        return _Issued(
+            step=step,
+            batches=gradient.batches,
+            weights=gradient.weights,
+            learning_rate=learning_rate,
+            read=self._updates.apply(gradient.values, gradient.norm, gradient.whole),
+            peak_memory_bytes=self.device.peak_bytes(),
+        )
 
     def _clip(self) -> torch.Tensor:
         limit = self.settings.optimizer.max_gradient_norm

@@ -47,6 +47,27 @@ class _Kernels:
         reference = getattr(torch_reference, name)
         return lambda *arguments, **options: self._live.see(reference(*arguments, **options))
 
+    def prepare_ranks(self, parts: Any, **options: Any) -> Any:
+        prepared = torch_reference.prepare_ranks(parts, **options)
+        return replace(prepared, takes_gates=len(parts) > 1 and prepared.rank <= 32)
+
+    def adapter_backward(self, gradient: Any, *rest: Any) -> None:
+        """Tables of partial sums for layers side by side: of every slab of columns, by rows and by runs of rows."""
+        prepared = rest[3]
+        if len(prepared.parts) > 1 and prepared.rank <= 32:
+            self._allocate_tables(len(gradient), gradient.shape[1], prepared, slab={16: 256, 32: 128}, run=128)
+
+    def gate_adapter_backward_(self, gradient: Any, gate_up: Any, *rest: Any) -> None:
+        self._allocate_tables(len(gradient), gradient.shape[1], rest[3], slab={16: 128, 32: 128}, run=32)
+
+    def _allocate_tables(self, rows: int, width: int, prepared: Any, *, slab: dict[int, int], run: int) -> None:
+        rank = max(16, 1 << (prepared.rank - 1).bit_length())
+        columns = slab[rank]
+        slabs = sum(-(-part.num_rows // columns) for part in prepared.parts)
+        splits = max(1, min(528 // -(-width // columns), -(-rows // run)))
+        tables = torch.empty(slabs, rows, rank, device=_META), torch.empty(splits, slabs, columns, rank, device=_META)
+        del tables
+
 
 class _Flash:
     """Allocates what FlashAttention-2's kernels do."""

@@ -104,6 +104,58 @@ def test_base_in_nf4(double: bool, keeps_weights: bool, rows: PlannedRows) -> No
     )
 
 
+def _keep_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.float().clone(), torch.ones(len(x), 1)
+
+
+def _round_rows_to_bfloat16(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.to(torch.bfloat16).float(), torch.ones(len(x), 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_products_in_8_bits_differ_by_rounding_alone(
+    family: str, rows: PlannedRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact without rounding. Rows have 4 bits less than in bfloat16, so that errors are about 16 times those of it."""
+    reference = make_peft(family, quantize=hold_in_nf4)
+    expected = nats(reference, rows)
+    exact = plain_gradients(reference, _weighted(expected))
+    errors = []
+    for rounding in (_keep_rows, _round_rows_to_bfloat16, torch_reference.round_rows):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch_reference, "round_rows", rounding)
+            model = make_peft(family, quantize=hold_in_nf4)
+            fast = make_fast(model, in_fp8=True)
+            found = nats(fast, rows)
+            gradients = fast_gradients(model, fast, _weighted(found))
+            with torch.no_grad(), fast.disable_adapter(), reference.disable_adapter():
+                of_base = (nats(fast, rows) - nats(reference, rows)).abs().sum()
+        flat, exact_flat = (torch.cat([one[name].flatten() for name in exact]) for one in (gradients, exact))
+        apart = (found - expected).abs().sum() / expected.sum()
+        errors.append((float(apart), float((flat - exact_flat).norm() / exact_flat.norm()), float(of_base)))
+    kept, narrower, in_8_bits = errors
+    assert max(kept[:2]) < 1e-5
+    assert kept[2] < 1e-3
+    assert 2 * narrower[1] < in_8_bits[1] < 24 * narrower[1]
+    assert 1e-6 < in_8_bits[0] < 0.01
+
+
+def test_rows_in_8_bits() -> None:
+    """The largest of a row is exact, the others are within half a step of three bits."""
+    x = torch.randn(50, 96) * torch.logspace(-6, 3, 50)[:, None]
+    x[7] = 0
+    values, scales = torch_reference.round_rows(x)
+    assert values.dtype is torch.float8_e4m3fn
+    assert scales.shape == (50, 1)
+    back = values.float() * scales
+    largest = x.abs().amax(1)
+    assert torch.equal(values.float().abs().amax(1), torch.where(largest > 0, 448.0, 0.0))
+    assert ((back - x).abs() <= x.abs() / 16 + largest[:, None] * 2**-9 / 448).all()
+    identity = torch.eye(96).to(torch.float8_e4m3fn)
+    product = torch_reference.multiply_rounded(values, scales, identity, torch.ones(96, 1), torch.float32)
+    torch.testing.assert_close(product, back)
+
+
 def test_library_restores_beside_a_version_that_was_not_compared(
     rows: PlannedRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,7 +374,7 @@ def test_going_on_from_saved_state_is_exact(rows: PlannedRows) -> None:
 
 def test_what_it_does_not_train_is_refused() -> None:
     base = make_model("llama", {})
-    for options in ({"lora_dropout": 0.1}, {"lora_bias": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}):
+    for options in ({"lora_bias": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}):
         config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], **options)
         with pytest.raises(AdapterNotSupported):
             make_fast(get_peft_model(copy.deepcopy(base), config))

@@ -46,8 +46,8 @@ _METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 4, "dropout": 0.2}},
     "full": {"optimizer": {"learning_rate": 1e-3}},
     "lora-dpo": {"lora": {"rank": 4, "dropout": 0.2}, "objective": "dpo"},
-    "qlora-fast": {"trainer": "fast", "lora": {"rank": 4}},
-    "lora-dpo-fast": {"trainer": "fast", "lora": {"rank": 4}, "objective": "dpo"},
+    "qlora-fast": {"trainer": "fast", "lora": {"rank": 4, "dropout": 0.2}},
+    "lora-dpo-fast": {"trainer": "fast", "lora": {"rank": 4, "dropout": 0.2}, "objective": "dpo"},
     # Matrices of 4,096 elements and more have their moments in 8 bits.
     "full-adamw-8bit": {"optimizer": {"name": "adamw-8bit", "learning_rate": 1e-3}},
 }

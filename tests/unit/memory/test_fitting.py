@@ -85,7 +85,7 @@ def test_least_recomputation_that_fits_is_chosen() -> None:
     assert numbers[2].num_layers == numbers[2].elementwise_layers
     assert 0 < numbers[3].feed_forward_layers < 28
     assert 0 < numbers[4].full_layers < 28
-    assert numbers[5].full_layers >= 26
+    assert numbers[5].full_layers >= 20
     assert not numbers[5].offload
     assert numbers[6] == everything(28, offload=True)
     for gib, rung in zip((22, 15.5, 10), numbers[2:], strict=False):

@@ -12,6 +12,7 @@ from gpu_service.domain.errors import Refusal
 from tests.fakes.checked_specs import CPU, hyper, make_base, plan
 
 _H100 = Device(type="cuda", name="H100", total_memory_bytes=85_000_000_000, compute_capability="9.0")
+_A100 = Device(type="cuda", name="A100", total_memory_bytes=85_000_000_000, compute_capability="8.0")
 _T4 = Device(type="cuda", name="T4", total_memory_bytes=16_000_000_000, compute_capability="7.5")
 
 
@@ -44,7 +45,7 @@ def test_adapters_over_known_families_take_the_fast_path() -> None:
     [
         ({"quantization": {"method": "fp4"}}, "fp4"),
         ({"optimizer": {"name": "adamw-8bit"}}, "adamw-8bit"),
-        ({"lora": {"dropout": 0.1}}, "dropout"),
+        ({"lora": {"dropout": 0.1, "rank": 65}}, "dropout"),
         ({"quantization": {"compute_dtype": "float16"}}, "float16"),
     ],
 )
@@ -56,6 +57,35 @@ def test_what_it_cannot_train_goes_the_plain_way(changes: dict[str, Any], word: 
         _decide(**changes, trainer="fast")
     assert refused.value.reason == "COMBINATION_NOT_ALLOWED"
     assert refused.value.field == "hyperparameters.trainer"
+    assert word in str(refused.value)
+
+
+def test_products_in_8_bits_are_for_those_who_ask() -> None:
+    checked = plan(hyper(compute="fp8"), make_base(), _H100)
+    assert checked.hyperparameters.trainer == "fast"
+    assert checked.hyperparameters.compute == "fp8"
+    assert checked.hyperparameters.base_weights == "resident"
+    assert "other numerics" in checked.trainer_reason
+    assert any("fp8" in warning and "other numerics" in warning for warning in checked.warnings)
+    plain = plan(hyper(), make_base(), _H100)
+    assert plain.hyperparameters.compute == "standard"
+    assert not any("fp8" in warning for warning in plain.warnings)
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "word"),
+    [
+        (_A100, {}, "9.0"),
+        (_H100, {"trainer": "reference"}, "reference"),
+        (_H100, {"quantization": {"method": "fp4"}}, "fp4"),
+        (_H100, {"quantization": {"compute_dtype": "float32"}}, "bfloat16"),
+        (_H100, {"base_weights": "streamed"}, "restored at each use"),
+    ],
+)
+def test_products_in_8_bits_are_refused_elsewhere(device: Device, changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        plan(hyper(compute="fp8", **changes), make_base(), device)
+    assert refused.value.reason == "COMBINATION_NOT_ALLOWED"
     assert word in str(refused.value)
 
 
@@ -73,6 +103,10 @@ def test_config_that_it_does_not_know(config: dict[str, Any], word: str) -> None
     path, reason = _decide(base=make_base(config={**base.config, **config}))
     assert path == "reference"
     assert word in reason
+
+
+def test_dropout_goes_the_fast_way() -> None:
+    assert _decide(lora={"dropout": 0.1, "rank": 64})[0] == "fast"
 
 
 def test_window_that_no_example_reaches_is_none() -> None:

@@ -489,6 +489,7 @@ class Hyperparameters(_message.Message):
     TRAINER_FIELD_NUMBER: _builtins.int
     RECOMPUTATION_FIELD_NUMBER: _builtins.int
     BASE_WEIGHTS_FIELD_NUMBER: _builtins.int
+    COMPUTE_FIELD_NUMBER: _builtins.int
     max_length: _builtins.int
     """Tokens at which an example is cut."""
     num_steps: _builtins.int
@@ -532,6 +533,10 @@ class Hyperparameters(_message.Message):
     base_weights: _builtins.str
     """How the fast path holds weights of nf4: `resident` restores them once into compute_dtype and keeps them beside their 4
     bits, `streamed` restores them at each use. The numbers are the same bit for bit.
+    """
+    compute: _builtins.str
+    """Numbers that the fast path multiplies frozen weights in: `standard` is quantization.compute_dtype, `fp8` rounds weights of
+    nf4, what they are multiplied by, and gradients to 8 bits (e4m3, a scale a row). Faster, and not the same numbers.
     """
     @_builtins.property
     def quantization(self) -> Global___Quantization: ...
@@ -584,15 +589,18 @@ class Hyperparameters(_message.Message):
         trainer: _builtins.str | None = ...,
         recomputation: Global___Recomputation | None = ...,
         base_weights: _builtins.str | None = ...,
+        compute: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_weights", b"_base_weights", "_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "base_weights", b"base_weights", "batch", b"batch", "chat_template", b"chat_template", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "recomputation", b"recomputation", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_weights", b"_base_weights", "_chat_template", b"_chat_template", "_compute", b"_compute", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "base_weights", b"base_weights", "batch", b"batch", "chat_template", b"chat_template", "compute", b"compute", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "recomputation", b"recomputation", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_weights", b"_base_weights", "_chat_template", b"_chat_template", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "base_weights", b"base_weights", "batch", b"batch", "chat_template", b"chat_template", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "exports", b"exports", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "recomputation", b"recomputation", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_weights", b"_base_weights", "_chat_template", b"_chat_template", "_compute", b"_compute", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "base_weights", b"base_weights", "batch", b"batch", "chat_template", b"chat_template", "compute", b"compute", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "exports", b"exports", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "recomputation", b"recomputation", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_weights: _TypeAlias = _typing.Literal["base_weights"]  # noqa: Y015
     _WhichOneofArgType__base_weights: _TypeAlias = _typing.Literal["_base_weights", b"_base_weights"]  # noqa: Y015
     _WhichOneofReturnType__chat_template: _TypeAlias = _typing.Literal["chat_template"]  # noqa: Y015
     _WhichOneofArgType__chat_template: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template"]  # noqa: Y015
+    _WhichOneofReturnType__compute: _TypeAlias = _typing.Literal["compute"]  # noqa: Y015
+    _WhichOneofArgType__compute: _TypeAlias = _typing.Literal["_compute", b"_compute"]  # noqa: Y015
     _WhichOneofReturnType__evaluate_every_steps: _TypeAlias = _typing.Literal["evaluate_every_steps"]  # noqa: Y015
     _WhichOneofArgType__evaluate_every_steps: _TypeAlias = _typing.Literal["_evaluate_every_steps", b"_evaluate_every_steps"]  # noqa: Y015
     _WhichOneofReturnType__gradient_checkpointing: _TypeAlias = _typing.Literal["gradient_checkpointing"]  # noqa: Y015
@@ -627,6 +635,8 @@ class Hyperparameters(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__base_weights) -> _WhichOneofReturnType__base_weights | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__chat_template) -> _WhichOneofReturnType__chat_template | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__compute) -> _WhichOneofReturnType__compute | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluate_every_steps) -> _WhichOneofReturnType__evaluate_every_steps | None: ...
     @_typing.overload
