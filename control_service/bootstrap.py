@@ -20,7 +20,7 @@ from control_service.adapters.files.reader import DatasetFileReader
 from control_service.adapters.gpu_client.client import GrpcNodeDialer, NodeClientConfig
 from control_service.adapters.sql.store import DATABASE_NAME, SqlStore
 from control_service.api.artifacts import ArtifactServicer
-from control_service.api.connections import hang_up
+from control_service.api.connections import hang_up, refuse_new
 from control_service.api.datasets import DatasetServicer
 from control_service.api.dependencies import Dependencies, EdgeConfig
 from control_service.api.health import HEALTH, HealthReporter
@@ -52,6 +52,7 @@ from tunesmith.control.v1 import (
 
 _LAST_ANSWERS_SECONDS: Final = 1.0
 _LAST_WORDS_SECONDS: Final = 0.1
+_LAST_CONNECTIONS_SECONDS: Final = 0.05
 
 
 @dataclass(kw_only=True)
@@ -93,7 +94,12 @@ class Application:
         self.calls.cut()
         await self._until_idle(_LAST_ANSWERS_SECONDS)
         # Before the server stops: what it has not begun to serve would be told CANCELLED.
-        hang_up(int(self.address.rpartition(":")[2]))
+        port = int(self.address.rpartition(":")[2])
+        refuse_new(port)
+        hang_up(port)
+        # What the kernel had taken before, grpc has by now.
+        await asyncio.sleep(_LAST_CONNECTIONS_SECONDS)
+        hang_up(port)
         await self.server.stop(_LAST_ANSWERS_SECONDS)
 
     async def _until_idle(self, seconds: float) -> None:

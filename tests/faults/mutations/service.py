@@ -14,8 +14,8 @@ SERVICE = (
         name="a-stop-does-not-hang-up",
         promise="R26",
         file="control_service/bootstrap.py",
-        snippet='hang_up(int(self.address.rpartition(":")[2]))',
-        replacement="pass",
+        snippet='        port = int(self.address.rpartition(":")[2])\n',
+        replacement="        port = 0\n",
         tests=(
             "tests/integration/control/test_process.py::"
             "test_bare_calls_that_meet_a_stop_are_told_to_call_again_and_nothing_else",
