@@ -84,9 +84,13 @@ async def test_a_batch_of_large_events_is_cut() -> None:
 
 async def test_an_error_comes_after_all_that_came_before_it() -> None:
     seen: list[int] = []
-    with pytest.raises(Unavailable, match="gone"):
+
+    async def read() -> None:
         async for batch in gathered(_Stream(5, error=Unavailable("NODE_UNREACHABLE", "gone")).batches()):
-            seen += [event.run_sequence for event in batch]
+            seen.extend(event.run_sequence for event in batch)
+
+    with pytest.raises(Unavailable, match="gone"):
+        await read()
     assert seen == [1, 2, 3, 4, 5]
 
 
