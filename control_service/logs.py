@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 from collections.abc import MutableMapping
-from typing import Any, Final
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final, TextIO
 
 import structlog
 
@@ -25,15 +28,12 @@ def configure_logs(*, service: str, level: str) -> None:
         _of_service(service),
         _cut_text,
     ]
+    render = structlog.processors.JSONRenderer(serializer=_one_line)
+    # Straight to the stream: by way of the standard library a line takes twice as long, and every call has one.
     structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            structlog.stdlib.add_logger_name,
-            *shared,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
+        processors=[_add_name, *shared, render],
+        logger_factory=partial(_Lines, sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
@@ -42,7 +42,7 @@ def configure_logs(*, service: str, level: str) -> None:
             foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.JSONRenderer(serializer=_one_line),
+                render,
             ],
         )
     )
@@ -51,6 +51,28 @@ def configure_logs(*, service: str, level: str) -> None:
     root.setLevel(level.upper())
     # Migrations announce themselves at every start; only what goes wrong there is of interest.
     logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+class _Lines:
+    """Where the lines of one logger go. A stream that takes nothing fails nobody."""
+
+    _writing = threading.Lock()
+
+    def __init__(self, stream: TextIO, name: str = "root") -> None:
+        self._stream = stream
+        self.name = name
+
+    def msg(self, line: str) -> None:
+        """Writes a line."""
+        with suppress(OSError, ValueError), self._writing:
+            self._stream.write(f"{line}\n")
+
+    debug = info = warning = error = critical = exception = msg
+
+
+def _add_name(logger: Any, name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    event["logger"] = logger.name
+    return event
 
 
 def _of_service(service: str) -> Any:

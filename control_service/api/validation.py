@@ -50,6 +50,7 @@ class _Rule:
     max_items: int
     pattern: re.Pattern[str] | None
     forbidden: re.Pattern[str]
+    is_map: bool
 
 
 def check(request: Message) -> tuple[Violation, ...]:
@@ -76,17 +77,17 @@ def _masked_out(request: Message) -> frozenset[str]:
 
 
 def _check_message(message: Message, prefix: str, skipped: frozenset[str]) -> Iterator[Violation]:
-    field: FieldDescriptor
-    for field in message.DESCRIPTOR.fields:  # type: ignore[assignment]  # the stub's other half is the same class
-        path = f"{prefix}{field.name}"
-        if path not in skipped:
-            yield from _check_field(message, field, path, skipped)
+    given = {field.name for field, _ in message.ListFields()}
+    for field, name, rule, may_be_absent in _fields(message.DESCRIPTOR):
+        if (name in given or not may_be_absent) and (path := f"{prefix}{name}") not in skipped:
+            yield from _check_field(message, field, path, rule, skipped)
 
 
-def _check_field(message: Message, field: FieldDescriptor, path: str, skipped: frozenset[str]) -> Iterator[Violation]:
-    rule = _rule(field)
+def _check_field(
+    message: Message, field: FieldDescriptor, path: str, rule: _Rule, skipped: frozenset[str]
+) -> Iterator[Violation]:
     value: Any = getattr(message, field.name)
-    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+    if rule.is_map and field.message_type is not None:
         yield from _check_map(field.message_type, value, path, rule)
     elif field.is_repeated:
         yield from _check_list(field, value, path, rule)
@@ -205,6 +206,23 @@ _CHECKS: Final[Mapping[int, Callable[[FieldDescriptor, Any, str, _Rule], Iterato
 
 
 @cache
+def _fields(descriptor: Descriptor) -> tuple[tuple[FieldDescriptor, str, _Rule, bool], ...]:
+    """A message's fields in field order, with their names, their rules, and whether they need no look when they were
+    not given."""
+    fields: Any = descriptor.fields
+    return tuple((field, str(field.name), _rule(field), _may_be_absent(field)) for field in fields)
+
+
+def _may_be_absent(field: FieldDescriptor) -> bool:
+    rule = _rule(field)
+    if field.is_repeated or field.has_presence or rule.required:
+        return not rule.required
+    # Where presence is not told, what was not given is 0, which may be less than the least.
+    is_text = field.cpp_type == FieldDescriptor.CPPTYPE_STRING
+    return is_text or not any(_CHECKS[field.cpp_type](field, 0, "", rule))
+
+
+@cache
 def _rule(field: FieldDescriptor) -> _Rule:
     declared = field.GetOptions().Extensions[constraints_pb2.constraint]
     max_length = declared.max_length or GENERAL_MAX_LENGTH
@@ -217,4 +235,5 @@ def _rule(field: FieldDescriptor) -> _Rule:
         max_items=declared.max_items or GENERAL_MAX_ITEMS,
         pattern=re.compile(declared.pattern) if declared.pattern else None,
         forbidden=_FORBIDDEN_IN_PROSE if max_length > GENERAL_MAX_LENGTH else _FORBIDDEN_CHARACTERS,
+        is_map=field.message_type is not None and field.message_type.GetOptions().map_entry,
     )

@@ -74,7 +74,7 @@ class Prepared:
     def _compile(self, dialect: sa.Dialect) -> None:
         compiled: Any = self._statement.compile(dialect=dialect)
         self._text = str(compiled)
-        self._binds = [_Bind(compiled.binds[name], name, dialect) for name in compiled.positiontup]
+        self._binds = [_Bind(compiled.binds[name], name, dialect) for name in compiled.positiontup or ()]
         self._columns: list[tuple[str, _Convert | None]] = [
             (column.name, column.type.dialect_impl(dialect).result_processor(dialect, None))
             for column in _columns(self._statement)
@@ -88,4 +88,4 @@ def _columns(statement: Any) -> list[Any]:
     """What the rows of a statement have."""
     if isinstance(statement, sa.Select):
         return list(statement.selected_columns)
-    return list(statement.exported_columns)
+    return list(getattr(statement, "exported_columns", ()))

@@ -13,7 +13,6 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import sqlalchemy as sa
 from control_service.adapters.sql import room, schema
 from control_service.adapters.sql.engine import BUSY_TIMEOUT_MILLISECONDS, connect, make_engine
 from control_service.adapters.sql.migrate import migrate
+from control_service.adapters.sql.prepared import Prepared
 from control_service.adapters.sql.touched import Touched
 from control_service.adapters.sql.transaction import SqlTransaction
 from control_service.app.store_ports import CommitNotice, Transaction
@@ -47,6 +47,9 @@ _BROKEN = (sa.exc.DBAPIError, sa.exc.PendingRollbackError)
 # SQLite's result code.
 _SQLITE_FULL = 13
 _FULL_RETRY_SECONDS = 10.0
+
+_BEGIN, _ROLLBACK = Prepared(sa.text("BEGIN")), Prepared(sa.text("ROLLBACK"))
+_SAVEPOINT, _RELEASE = Prepared(sa.text("SAVEPOINT work")), Prepared(sa.text("RELEASE work"))
 
 
 @dataclass(kw_only=True)
@@ -74,14 +77,16 @@ class SqlStore:
         # A commit found no room, and nobody has found any since.
         self._was_full = False
         self.num_commits = 0
-        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="store-reader")
+        self._to_read: queue.SimpleQueue[list[_Work] | None] = queue.SimpleQueue()
         self._wanted: list[_Work] = []
         self._num_reading = 0
         self._sending: asyncio.Handle | None = None
         self._reader_state = threading.local()
         self._reader_connections: list[sa.Connection] = []
+        self._readers = [threading.Thread(target=self._read_groups, name="store-reader") for _ in range(_NUM_READERS)]
         self._writer = threading.Thread(target=self._write_groups, name="store-writer")
-        self._writer.start()
+        for thread in (*self._readers, self._writer):
+            thread.start()
 
     @classmethod
     async def open(cls, database: Path) -> SqlStore:
@@ -103,6 +108,9 @@ class SqlStore:
         if self._closed:
             return
         self._closed = True
+        self._send_reads()
+        for _ in self._readers:
+            self._to_read.put(None)
         self._waiting.put(None)
         await asyncio.to_thread(self._end)
 
@@ -133,15 +141,8 @@ class SqlStore:
         self._sending = None
         wanted, self._wanted = self._wanted, []
         for start in range(0, len(wanted), _MAX_READS):
-            group = wanted[start : start + _MAX_READS]
-            try:
-                self._readers.submit(self._read_group, group)
-                self._num_reading += 1
-            except RuntimeError:
-                # The store was closed since.
-                for work in group:
-                    work.error = _closed()
-                _tell(group)
+            self._to_read.put(wanted[start : start + _MAX_READS])
+            self._num_reading += 1
 
     def _have_read(self, group: list[_Work]) -> None:
         self._num_reading -= 1
@@ -164,9 +165,13 @@ class SqlStore:
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
-            raise _closed()
+            raise Unavailable("STORE_UNAVAILABLE", "the store is closed", retry_after_seconds=1.0)
 
     # In reader threads.
+
+    def _read_groups(self) -> None:
+        while (group := self._to_read.get()) is not None:
+            self._read_group(group)
 
     def _read_group(self, group: list[_Work]) -> None:
         """Reads of one snapshot, which is younger than all of them."""
@@ -175,13 +180,13 @@ class SqlStore:
             if connection is None:
                 connection = self._reader_state.connection = connect(self._engine, read_only=True)
                 self._reader_connections.append(connection)
-            connection.exec_driver_sql("BEGIN")
+            _BEGIN.run(connection, {})
             try:
                 transaction = SqlTransaction(connection, Touched())
                 for work in group:
                     _read_one(work, transaction)
             finally:
-                connection.exec_driver_sql("ROLLBACK")
+                _ROLLBACK.run(connection, {})
         except (*_BROKEN, FailedPrecondition) as error:
             self._replace_reader()
             for work in group:
@@ -242,14 +247,14 @@ class SqlStore:
 
     def _run_in_savepoint(self, connection: sa.Connection, work: _Work) -> Touched:
         touched = Touched()
-        connection.exec_driver_sql("SAVEPOINT work")
+        _SAVEPOINT.run(connection, {})
         try:
             work.result = work.function(SqlTransaction(connection, touched))
         except BaseException as error:  # noqa: BLE001 - a thread's boundary: raised again where the caller awaits
             work.error = _unavailable(error) if isinstance(error, sa.exc.OperationalError) else error
             touched = Touched()
             connection.exec_driver_sql("ROLLBACK TO work")
-        connection.exec_driver_sql("RELEASE work")
+        _RELEASE.run(connection, {})
         return touched
 
     def _roll_back(self) -> None:
@@ -268,7 +273,8 @@ class SqlStore:
 
     def _end(self) -> None:
         self._writer.join()
-        self._readers.shutdown()
+        for reader in self._readers:
+            reader.join()
         for connection in (*self._reader_connections, self._connection):
             if connection is not None:
                 connection.close()
@@ -300,10 +306,6 @@ def _read_one(work: _Work, transaction: Transaction) -> None:
         raise
     except BaseException as error:  # noqa: BLE001 - a thread's boundary: raised again where the caller awaits
         work.error = error
-
-
-def _closed() -> Unavailable:
-    return Unavailable("STORE_UNAVAILABLE", "the store is closed", retry_after_seconds=1.0)
 
 
 def _tell(group: list[_Work]) -> None:

@@ -89,7 +89,7 @@ LOG = (
         name="events-of-any-attempt-are-stored",
         promise="R3",
         file="control_service/adapters/sql/event_log.py",
-        snippet="if row is None or row.attempt != attempt:",
+        snippet='if row is None or row["attempt"] != attempt:',
         replacement="if row is None:",
         tests=(f"{_STORE}test_sequences_have_no_gap_and_run_events_are_stored_once",),
     ),
@@ -105,7 +105,7 @@ LOG = (
         name="events-that-came-before-are-stored-again",
         promise="R8",
         file="control_service/adapters/sql/event_log.py",
-        snippet=" for event in events if event.run_sequence > row.run_cursor]",
+        snippet=" for event in events if event.run_sequence > cursor]",
         replacement=" for event in events]",
         tests=(
             f"{_STORE}test_sequences_have_no_gap_and_run_events_are_stored_once",
@@ -134,7 +134,7 @@ LOG = (
         promise="R8",
         file="control_service/adapters/sql/event_log.py",
         snippet="run_cursor=fresh[-1].run_sequence)",
-        replacement="run_cursor=row.run_cursor)",
+        replacement="run_cursor=cursor)",
         tests=(f"{_STORE}test_sequences_have_no_gap_and_run_events_are_stored_once",),
     ),
     Mutation(

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import structlog
@@ -96,13 +95,12 @@ def test_settings_do_not_change() -> None:
 
 
 @pytest.fixture
-def log_lines() -> Iterator[io.StringIO]:
+def log_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    configure_logs(service="control", level="info")
     stream = io.StringIO()
-    handler: Any = root.handlers[0]
-    handler.setStream(stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    configure_logs(service="control", level="info")
     yield stream
     root.handlers[:] = handlers
     root.setLevel(level)

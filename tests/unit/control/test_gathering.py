@@ -1,0 +1,102 @@
+"""Events that come while others are being stored: one batch, in order, bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+
+import pytest
+
+from control_service.app.gathering import MAX_BYTES, MAX_EVENTS, gathered
+from control_service.domain.errors import Unavailable
+from control_service.domain.event import EventKind, StoredEvent
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def _event(run_sequence: int, *, size_bytes: int = 1) -> StoredEvent:
+    return StoredEvent(
+        sequence=0, attempt=1, run_sequence=run_sequence, kind=EventKind.STEP, time=NOW, payload=b"x" * size_bytes
+    )
+
+
+class _Stream:
+    """Gives one event a batch; counts what was taken, and says that it was closed."""
+
+    def __init__(self, number: int, *, size_bytes: int = 1, error: Exception | None = None) -> None:
+        self._number, self._size_bytes, self._error = number, size_bytes, error
+        self.num_given = 0
+        self.closed = False
+
+    async def batches(self) -> AsyncIterator[Sequence[StoredEvent]]:
+        try:
+            for run_sequence in range(1, self._number + 1):
+                self.num_given += 1
+                yield (_event(run_sequence, size_bytes=self._size_bytes),)
+                await asyncio.sleep(0)
+            if self._error is not None:
+                raise self._error
+        finally:
+            self.closed = True
+
+
+async def _until_nothing_moves(stream: _Stream) -> None:
+    before = -1
+    while before != stream.num_given:
+        before = stream.num_given
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+
+async def test_what_came_meanwhile_is_one_batch() -> None:
+    stream = _Stream(100)
+    batches = []
+    async for batch in gathered(stream.batches()):
+        batches.append([event.run_sequence for event in batch])
+        await _until_nothing_moves(stream)
+    assert [number for batch in batches for number in batch] == list(range(1, 101))
+    assert len(batches) == 2
+    assert stream.closed
+
+
+async def test_a_stream_that_is_faster_has_to_wait() -> None:
+    stream = _Stream(10 * MAX_EVENTS)
+    seen: list[int] = []
+    async for batch in gathered(stream.batches()):
+        assert len(batch) <= MAX_EVENTS
+        seen += [event.run_sequence for event in batch]
+        await _until_nothing_moves(stream)
+        assert stream.num_given - len(seen) <= MAX_EVENTS
+    assert seen == list(range(1, 10 * MAX_EVENTS + 1))
+
+
+async def test_a_batch_of_large_events_is_cut() -> None:
+    stream = _Stream(9, size_bytes=MAX_BYTES // 3)
+    sizes, seen = [], []
+    async for batch in gathered(stream.batches()):
+        sizes.append(len(batch))
+        seen += [event.run_sequence for event in batch]
+        await _until_nothing_moves(stream)
+    assert seen == list(range(1, 10))
+    assert max(sizes) == 3
+
+
+async def test_an_error_comes_after_all_that_came_before_it() -> None:
+    seen: list[int] = []
+
+    async def read() -> None:
+        async for batch in gathered(_Stream(5, error=Unavailable("NODE_UNREACHABLE", "gone")).batches()):
+            seen.extend(event.run_sequence for event in batch)
+
+    with pytest.raises(Unavailable, match="gone"):
+        await read()
+    assert seen == [1, 2, 3, 4, 5]
+
+
+async def test_a_reader_that_goes_away_closes_the_stream() -> None:
+    stream = _Stream(1000)
+    batches = gathered(stream.batches())
+    assert await anext(batches)
+    await batches.aclose()
+    assert stream.closed
