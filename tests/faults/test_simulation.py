@@ -34,7 +34,7 @@ def test_a_seed_is_a_schedule() -> None:
 
 
 def test_schedules_are_about_something() -> None:
-    outcomes: list[Outcome] = [simulate(seed) for seed in range(1037, 1057)]
+    outcomes: list[Outcome] = [simulate(seed) for seed in range(1030, 1060)]
     assert sum(outcome.num_crashes for outcome in outcomes) > 20
     assert sum(outcome.num_restores for outcome in outcomes) > 1
     assert sum(outcome.num_attempts for outcome in outcomes) > 50
