@@ -37,11 +37,11 @@ class _Table(grpc.GenericRpcHandler):
     """Handlers by a call's full name."""
 
     def __init__(self, handlers: Mapping[str, Any]) -> None:
-        self._handlers = handlers
+        self.handlers = handlers
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """None for a method that is not here."""
-        return self._handlers.get(handler_call_details.method)
+        return self.handlers.get(handler_call_details.method)
 
 
 def register(
