@@ -219,7 +219,9 @@ def prepare_ranks(
 
 
 def _cut(ranks: torch_reference.Ranks, columns: int, device: torch.device) -> _Slabs:
-    table, starts, bounds = [], [], []
+    table: list[tuple[int, int, int]] = []
+    starts: list[int] = []
+    bounds: list[tuple[int, int]] = []
     for part in ranks.parts:
         first_slab = len(table)
         for first in range(0, part.num_rows, columns):
