@@ -43,8 +43,9 @@ from gpu_service.engine.training.objectives.sft import Likelihood
 from gpu_service.engine.training.updates import StepNumbers, make_updates
 from tunesmith.common.v1 import training_spec_pb2
 
-# `nf4`: restored at each use; `nf4-kept`: the same values restored once and kept; `bf16`: never quantized.
-BASES = ("nf4", "nf4-kept", "bf16")
+# `nf4`: restored at each use; `nf4-kept`: the same values restored once and kept; `fp8`: those rounded to 8 bits, other
+# numerics; `bf16`: never quantized.
+BASES = ("nf4", "nf4-kept", "fp8", "bf16")
 _DENSE_LENGTH = 2048
 _MEDIAN, _SIGMA, _SHORTEST = 350, 0.8, 32
 _GRADIENT_PARITY_TOKENS = 2048
@@ -157,6 +158,7 @@ def measure(
                 device=device,
                 compute_dtype=torch.bfloat16,
                 keeps_weights=base == "nf4-kept",
+                in_fp8=base == "fp8",
                 recomputes=arguments.recompute,
             ),
         )

@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.gpu_training import Stepper, make_model, make_settings, make_steps
 from benchmarks.random_models import SHAPES, Shape
+from gpu_service.engine.failures import library_versions
 from gpu_service.engine.fast_path import adapter_kernels, operations, torch_reference
 from gpu_service.engine.fast_path.attention import Attention, Bounds, CudnnAttention, FlashAttention
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
@@ -32,6 +33,7 @@ from gpu_service.engine.training.accelerator import make_accelerator
 from gpu_service.engine.training.flat_attention import FlatLayout
 
 _RANK, _ROOM = 16, 64
+_READ_AT_ONCE = "numbers read before the next step"
 _MIXED = (1400, 900, 760, 640, 560, 500, 450, 410, 370, 330, 300, 270, 245, 215, 190, 165, 140, 120, 100, 75, 52)
 # Kernel families by what their names contain, the first that fits.
 _FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -129,14 +131,6 @@ def measure_adapter(shape: Shape, tokens: int) -> None:
             took[f"one_pass {columns}x{block}w{warps}"] = one
         say(part="adapter", name=name, **took)
         sums.update({kind: value * shape.layers for kind, value in took.items()})
-        if name == "attention_out":
-            source = draw(tokens, width)
-            for splits in (8, 4, 2):
-                with replaced(adapter_kernels, _RANK_SPLITS=splits):
-                    one = clock(adapter_kernels.copy_and_rank, source, below, wide_x, num_ranks=_RANK)
-                say(part="adapter", name=f"copy and rank, {splits} splits", one_pass=one)
-            apart = clock(torch_reference.copy_and_rank, source, below, wide_x, num_ranks=_RANK)
-            say(part="adapter", name="copy and rank", apart=apart)
         if name == "mlp_in":
             measure_gates(tokens, shape, wide, right, ranks, flat)
     say(part="adapter", name="all of a step", **sums)
@@ -167,11 +161,7 @@ def measure_gates(
         x_a=clock(torch.mm, gated[:, :width], below.t(), out=gated[:, width:]),
         backward=clock(kernels.gate_backward_, of_gated, gate_up),
     )
-    for columns, rows, splits in ((128, 64, 8), (64, 64, 8), (128, 64, 4), (128, 32, 8)):
-        with replaced(adapter_kernels, _RANK_COLUMNS=columns, _RANK_ROWS=rows, _RANK_SPLITS=splits):
-            one = clock(kernels.gate_and_rank, gate_up, below, gated, num_ranks=_RANK)
-        say(part="adapter", name=f"gate and rank {columns}x{rows}, {splits} splits", one_pass=one)
-    for columns, rows, warps in ((256, 16, 8), (128, 32, 8), (128, 16, 4), (128, 16, 8), (64, 64, 8)):
+    for columns, rows, warps in ((256, 16, 8), (128, 32, 8), (128, 16, 4), (128, 32, 4), (64, 64, 8)):
         with replaced(adapter_kernels, _GATE_SLAB_COLUMNS={16: columns}, _GATE_BLOCK_ROWS=rows, _GATE_WARPS=warps):
             prepared = adapter_kernels.prepare_ranks(_parts((width, width)), **_ranks_of(wide))
             one = clock(kernels.gate_adapter_backward_, of_gated, gate_up, right, ranks, inner, prepared, flat)
@@ -253,28 +243,26 @@ def measure_steps(arguments: argparse.Namespace) -> None:
     fast.train()
     say(part="steps", made_in_seconds=time.perf_counter() - began)
     kernels = operations.operations_for(device)
-    products = {
-        "adapter_backward": _adapter_products,
-        "gate_adapter_backward_": _gates_then_products,
-        "copy_and_rank": torch_reference.copy_and_rank,
-        "gate_and_rank": _gate_then_rank,
-    }
-    apart = {"gate_adapter_backward_": _gates_then_one_pass}
-    # What stands first cannot fail for a kernel of ours.
     changes: dict[str, dict[str, Any]] = {
-        "all adapters' products apart": products,
+        "all adapters' products apart": {
+            "adapter_backward": _adapter_products,
+            "gate_adapter_backward_": _gates_then_products,
+        },
         "as trained": {},
-        "gates' products in a pass of their own": apart,
-        "x A' as products": {name: products[name] for name in ("copy_and_rank", "gate_and_rank")},
+        "gates' products in a pass of their own": {"gate_adapter_backward_": _gates_then_one_pass},
     }
     for row in arguments.row:
         batches = make_steps(row, arguments.tokens, 8, shape.vocabulary, seed=1)
-        for name, change in changes.items():
-            with replaced(kernels, **change):
-                say(part="steps", row=row, change=name, **rates(stepper, batches))
-        stepper.updates.steps_ahead = 0
-        say(part="steps", row=row, change="numbers read before the next step", **rates(stepper, batches))
-        stepper.updates.steps_ahead = 1
+        turns: dict[str, list[dict[str, float]]] = {name: [] for name in (*changes, _READ_AT_ONCE)}
+        # In turns: what comes first runs on the coolest card.
+        for _ in range(arguments.turns):
+            for name, change in changes.items():
+                with replaced(kernels, **change):
+                    turns[name].append(rates(stepper, batches))
+            with replaced(stepper.updates, steps_ahead=0):
+                turns[_READ_AT_ONCE].append(rates(stepper, batches))
+        for name, found in turns.items():
+            say(part="steps", row=row, change=name, **{key: [one[key] for one in found] for key in found[0]})
         say(part="profile", row=row, **profile(stepper, batches[:3]))
     say(part="steps", peak_gib=torch.cuda.max_memory_allocated() / 2**30)
 
@@ -291,13 +279,6 @@ def _gates_then_products(of_gated: torch.Tensor, gate_up: torch.Tensor, *others:
 def _gates_then_one_pass(of_gated: torch.Tensor, gate_up: torch.Tensor, *others: Any) -> None:
     operations.operations_for(gate_up.device).gate_backward_(of_gated, gate_up)
     adapter_kernels.adapter_backward(gate_up, *others)
-
-
-def _gate_then_rank(gate_up: torch.Tensor, below: torch.Tensor, out: torch.Tensor, *, num_ranks: int) -> None:
-    del num_ranks
-    width = below.shape[1]
-    operations.operations_for(gate_up.device).gate(gate_up, out[:, :width])
-    torch.mm(out[:, :width], below.t(), out=out[:, width:])
 
 
 def rates(stepper: Stepper, batches: list[Any]) -> dict[str, float]:
@@ -380,7 +361,9 @@ def main() -> None:
     parser.add_argument("--row", nargs="+", choices=("dense", "mixed"), default=["dense", "mixed"])
     parser.add_argument("--shape", choices=tuple(SHAPES), default="3B")
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
+    say(part="device", device=torch.cuda.get_device_name(0), versions=dict(library_versions()))
     for name in arguments.part:
         if name == "steps":
             measure_steps(arguments)

@@ -108,7 +108,8 @@ def test_adapters_products(layers: tuple[tuple[int, ...], tuple[int, ...]], rank
 
     (sizes, covered), dtype = layers, "bfloat16"
     room, rows, width = -(-rank * len(covered) // 64) * 64, 700, sum(sizes)
-    parts, start = [], 5
+    parts: list[RankPart] = []
+    start = 5
     right = _draw(width, room, dtype=dtype, spare=64).zero_()
     for number in covered:
         first_row, first_rank = sum(sizes[:number]), rank * len(parts)

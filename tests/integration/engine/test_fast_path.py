@@ -116,7 +116,7 @@ def _round_rows_to_bfloat16(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def test_products_in_8_bits_differ_by_rounding_alone(
     family: str, rows: PlannedRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without rounding they are exact. Rows have 4 bits less than in bfloat16, so that errors are about 16 times its."""
+    """Exact without rounding. Rows have 4 bits less than in bfloat16, so that errors are about 16 times those of it."""
     reference = make_peft(family, quantize=hold_in_nf4)
     expected = nats(reference, rows)
     exact = plain_gradients(reference, _weighted(expected))

@@ -309,3 +309,26 @@ def test_fast_path_trains_as_the_plain_path_does(training_type: str, workspace: 
         )
         names.append({name: tuple(tensor.shape) for name, tensor in adapter.items()})
     assert names[0] == names[1]
+
+
+def test_products_in_8_bits_are_said_to_be_so(workspace: Workspace, run_in_process: Any) -> None:
+    """In the plan, its warnings, the log and the card; on a CPU they are emulated."""
+    directory = workspace.make_run(
+        "fp8",
+        training_type="qlora",
+        hyperparameters={
+            "num_steps": 4,
+            "trainer": "fast",
+            "compute": "fp8",
+            "quantization": {"compute_dtype": "bfloat16"},
+        },
+    )
+    log = run_in_process(directory)
+    assert_trained(log, 4)
+    (plan,) = log.of("plan")
+    assert plan.resolved.compute == "fp8"
+    assert "other numerics" in plan.trainer_reason
+    assert any("fp8" in warning and "other numerics" in warning for warning in plan.warnings)
+    assert any("rounded to 8 bits (fp8)" in event.message for event in log.of("log"))
+    card = (workspace.root / "runs/fp8/1/artifacts/adapter/README.md").read_text()
+    assert "8 bits (fp8 e4m3): other numerics" in card

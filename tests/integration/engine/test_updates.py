@@ -15,6 +15,7 @@ from gpu_service.engine.failures import RunFailure
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
 from gpu_service.engine.request import DeviceChoice
 from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
+from gpu_service.engine.training import batches
 from gpu_service.engine.training import loop as loop_module
 from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit
 from gpu_service.engine.training.loop import TrainingLoop
@@ -156,8 +157,8 @@ def _make(
             planned=MicroBatchLimit(),
             data=data,
             device=device,
-            reporter=reporter,
-            progress=progress,  # type: ignore[arg-type]
+            reporter=reporter,  # type: ignore[arg-type]
+            progress=progress,
         ),
         examples_per_epoch=_STEPS,
         checkpoints=checkpoints,  # type: ignore[arg-type]
@@ -254,7 +255,7 @@ def test_smaller_passes_are_told_after_the_steps_before(monkeypatch: pytest.Monk
     training = _make(on_device=True)
     whole = _make(on_device=False)
     failed: list[int] = []
-    collate = loop_module.collate
+    collate = batches.collate
 
     def collating(data: Any, references: Any) -> MicroBatch:
         if len(training.reporter.steps) == 1 and training.objective.num_passes == 2 and not failed:
