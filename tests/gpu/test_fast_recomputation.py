@@ -1,4 +1,4 @@
-"""Every way to keep less of a pass on a CUDA device: the same losses to the bit, the same gradients, again and again."""
+"""Every way to keep less of a pass on CUDA: the same losses to the bit, and the same gradients, again and again."""
 
 from __future__ import annotations
 
