@@ -59,6 +59,7 @@ class Cell:
     rank: int = 16
     optimizer: str = "adamw"
     compute_dtype: str = ""
+    trainer: str = "reference"
 
     @property
     def name(self) -> str:
@@ -72,6 +73,7 @@ class Cell:
             f"rank{self.rank}" if self.rank != 16 else "",
             self.optimizer if self.optimizer != "adamw" else "",
             self.compute_dtype,
+            self.trainer if self.trainer != "reference" else "",
         ]
         return "/".join(part for part in parts if part)
 
@@ -104,6 +106,10 @@ CELLS: tuple[Cell, ...] = (
     Cell(size="3B", training_type="qlora", length=2048, examples=4, targets=0.5),
     Cell(size="3B", training_type="qlora", length=4096),
     Cell(size="3B", training_type="qlora", quantization="fp4", length=2048, examples=2, rank=64),
+    # `fast_memory_grid` has many more of the fast path, without planner and loading.
+    Cell(size="3B", training_type="qlora", length=2048, examples=4, trainer="fast"),
+    Cell(size="3B", training_type="qlora", length=2048, examples=4, checkpointing=True, trainer="fast"),
+    Cell(size="3B", training_type="lora", length=2048, examples=2, targets=0.5, trainer="fast"),
     Cell(size="8B", training_type="full", length=512),
     Cell(size="8B", training_type="qlora", length=512),
     Cell(size="8B", training_type="qlora", length=2048),
@@ -205,6 +211,7 @@ def _write_run(cell: Cell, root: Path, model: str, device: Mapping[str, Any]) ->
         "batch": {"examples": cell.examples},
         "max_length": cell.length,
         "gradient_checkpointing": cell.checkpointing,
+        "trainer": cell.trainer,
         "optimizer": {"name": cell.optimizer, "learning_rate": 1e-5},
         "save_every_steps": 0,
         "quantization": {

@@ -66,6 +66,21 @@ def everything(num_layers: int, *, offload: bool = False) -> Recomputation:
     return Recomputation(full_layers=num_layers, offload=offload)
 
 
+def step_down(now: Recomputation, num_layers: int) -> Recomputation | None:
+    """The next way to save memory that speaks of every layer alike; None when nothing more can be saved."""
+    ways = (
+        Recomputation(elementwise_layers=num_layers),
+        Recomputation(feed_forward_layers=num_layers),
+        everything(num_layers),
+        everything(num_layers, offload=True),
+    )
+    weights = {NONE: 0, ELEMENTWISE: 1, FEED_FORWARD: 2, FULL: 3}
+    least = min(weights[level] for level in now.levels(num_layers))
+    if now.offload:
+        least = 4 if least == 3 else 3
+    return ways[least] if least < len(ways) else None
+
+
 def ladder(num_layers: int) -> Iterator[Recomputation]:
     """From nothing to everything, a layer at a time, in the order of time lost for memory won."""
     yield NOTHING

@@ -5,7 +5,7 @@ The model, the optimizer and accelerate live here and nowhere else, so that they
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from gpu_service.domain.planned_data import ExampleReference, PlannedData
@@ -91,6 +91,8 @@ class Session:
         )
         self._stop_ids = stop_token_ids(self._request.model_directory, loaded.base, loaded.tokenizer)
         self._progress = TrainingProgress()
+        # Memory ran out, and passes keep less than was planned.
+        self._recomputes_more = False
 
     def train(self) -> None:
         """From the base's losses to the artifacts. The base is as it was loaded when this ends, however it ends."""
@@ -154,7 +156,7 @@ class Session:
             data=self._data,
             settings=self._plan.resolved,
             objective=self._objective,
-            pass_size=self._pass_size(),
+            pass_size=self._pass_size(self._recompute_more),
             examples_per_epoch=self._plan.examples_per_epoch,
             checkpoints=self._checkpoints,
             progress=self._progress,
@@ -167,7 +169,8 @@ class Session:
     def _report_memory(self, *, is_whole: bool) -> None:
         """Say what memory came to. Only a run that made every pass of its plan tells how good the prediction was."""
         memory = self._plan.memory
-        is_whole = is_whole and self._request.resume is None and not self._progress.pass_limits
+        is_whole = is_whole and self._request.resume is None
+        is_whole = is_whole and not self._progress.pass_limits and not self._recomputes_more
         self._reporter.emit(
             event_pb2.MemoryMeasuredEvent(
                 predicted_bytes=memory.peak_bytes,
@@ -176,8 +179,18 @@ class Session:
             )
         )
 
-    def _pass_size(self) -> PassSize:
+    def _recompute_more(self) -> str:
+        """What a project asked for stays so, and smaller passes are left."""
+        asked = self._request.spec.hyperparameters
+        if asked.HasField("gradient_checkpointing") or asked.HasField("recomputation"):
+            return ""
+        described = self._trainer.recompute_more()
+        self._recomputes_more = self._recomputes_more or bool(described)
+        return described
+
+    def _pass_size(self, recompute_more: Callable[[], str] = lambda: "") -> PassSize:
         return PassSize(
+            recompute_more=recompute_more,
             planned=MicroBatchLimit.of(self._plan.resolved.batch, self._loaded.config),
             data=self._data,
             device=self._device,

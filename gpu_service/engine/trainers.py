@@ -34,6 +34,8 @@ class Trainer:
     # In words, for the log.
     description: str
     _release: Callable[[], None]
+    # Makes passes keep less, with the same results: how, in words; empty where nothing more can be saved.
+    recompute_more: Callable[[], str] = lambda: ""
 
     def release(self) -> None:
         """Give the loaded base back as it was; nothing trains any more. Does nothing the second time."""
@@ -95,6 +97,7 @@ def _make_fast(
         optimizer=accelerator.prepare(FlatAdamW(fast.flat_adapter, settings.optimizer)),
         description=f"the fast path, {weights}",
         _release=fast.release,
+        recompute_more=fast.recompute_more,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 import torch
 
-from gpu_service.domain.recomputation import NOTHING, Recomputation, everything
+from gpu_service.domain.recomputation import NOTHING, Recomputation, everything, step_down
 from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
 from gpu_service.engine.fast_path.attention import Attention, Bounds, attention_for
 from gpu_service.engine.fast_path.block import Block, BlockShape, Positions
@@ -96,7 +96,8 @@ class FastModel(torch.nn.Module):
             [copy for one in projections for copy in one.adapter.copies(one.frozen.margins)]
         )
         attention = attention or attention_for(self._device, self._dtype)
-        self._decoder = _assemble(causal, projections, settings, self._operations, attention)
+        self._recomputation = everything(len(layers)) if settings.recomputes else settings.recomputation
+        self._decoder = _assemble(causal, projections, settings, self._recomputation, self._operations, attention)
         rotary = causal.model.rotary_emb
         self._frequencies = rotary.inv_freq.to(self._device, torch.float32)
         self._rotary_scaling = float(rotary.attention_scaling)
@@ -124,6 +125,17 @@ class FastModel(torch.nn.Module):
         with torch.no_grad():
             by_target, _ = self._decoder.forward(flat, adapted=self._adapted, keeps=False)
             return _sum_by_sequence(by_target, flat)
+
+    def recompute_more(self) -> str:
+        """Keep less of a pass from now on, with the same results: how, in words; empty where nothing more can be."""
+        num_layers = len(self._decoder.blocks)
+        more = step_down(self._recomputation, num_layers)
+        if more is None:
+            return ""
+        self._recomputation = more
+        shelf = HostShelf(self._device) if more.offload else None
+        self._decoder = replace(self._decoder, levels=more.levels(num_layers), shelf=shelf)
+        return more.describe(num_layers)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -225,7 +237,12 @@ def _freeze(layers: Sequence[Any], room: int, scratch: Scratch, settings: FastSe
 
 
 def _assemble(
-    causal: Any, projections: Sequence[Projection], settings: FastSettings, operations: Any, attention: Attention
+    causal: Any,
+    projections: Sequence[Projection],
+    settings: FastSettings,
+    recomputation: Recomputation,
+    operations: Any,
+    attention: Attention,
 ) -> Decoder:
     config = causal.config
     first = causal.model.layers[0].self_attn
@@ -261,7 +278,6 @@ def _assemble(
         weight=causal.lm_head.weight.data,
     )
     embedding = causal.model.embed_tokens.weight.data
-    recomputation = everything(len(blocks)) if settings.recomputes else settings.recomputation
     return Decoder(
         embedding=embedding,
         blocks=blocks,

@@ -1,4 +1,4 @@
-"""Survives a device that runs out of memory: the same work is begun again in smaller passes.
+"""Survives a device that runs out of memory: the same work is begun again, recomputing more, or in smaller passes.
 
 Only work that changes nothing until it is done may be given to it: a step's gradient, an evaluation. Which examples
 make a step stays the plan's, so a smaller pass changes memory and not what is computed, up to rounding. Refuses when a
@@ -22,6 +22,7 @@ from gpu_service.engine.training.progress import TrainingProgress
 from tunesmith.common.v1 import event_pb2
 
 Result = TypeVar("Result")
+RECOMPUTING_MORE = "recomputing-more"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -33,6 +34,8 @@ class PassSize:
     device: Device
     reporter: Reporter
     progress: TrainingProgress
+    # Makes a pass keep less, with the same results: how, in words; empty where nothing more can be saved so.
+    recompute_more: Callable[[], str] = lambda: ""
 
     @property
     def limit(self) -> MicroBatchLimit:
@@ -59,14 +62,18 @@ class PassSize:
                 return work(self.limit)
             except torch.OutOfMemoryError:
                 peak_bytes = self.device.peak_bytes()
-                smaller = self._halve(references)
-                if smaller is None:
+                recomputed = self.recompute_more()
+                smaller = None if recomputed else self._halve(references)
+                if not recomputed and smaller is None:
                     raise
             # Outside the handler: the exception's traceback keeps the failed pass in memory.
             undo()
             self.device.give_back()
             random_state.restore(*before, device)
-            self._reduce(smaller, step, peak_bytes)
+            if smaller is None:
+                self.reporter.warn(RECOMPUTING_MORE, f"device memory ran out at step {step}; from now on {recomputed}")
+            else:
+                self._reduce(smaller, step, peak_bytes)
 
     def _halve(self, references: Sequence[ExampleReference]) -> tuple[str, int, int] | None:
         """Unit, limit of before and next limit; None when every pass holds a single example."""

@@ -16,7 +16,7 @@ from gpu_service.engine.session import Session
 from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit
 from gpu_service.engine.training.objectives import Outcome
 from gpu_service.engine.training.objectives.sft import Likelihood
-from gpu_service.engine.training.out_of_memory import PassSize
+from gpu_service.engine.training.out_of_memory import RECOMPUTING_MORE, PassSize
 from gpu_service.engine.training.progress import TrainingProgress
 from tests.fakes.engine_runs import RunLog, Workspace
 from tunesmith.common.v1 import errors_pb2
@@ -64,6 +64,52 @@ def test_training_goes_on_in_smaller_passes(workspace: Workspace, run_in_process
     # Nothing is learned from the peak of a run that did not make its planned passes.
     assert plain.of("memory_measured")[0].analytic_bytes > 0
     assert tight.of("memory_measured")[0].analytic_bytes == 0
+
+
+class _SmallUntilLess(Likelihood):
+    """Raises until a pass keeps as little as the `rounds`th way to save memory does."""
+
+    def __init__(self, rounds: int) -> None:
+        self.sizes: list[int] = []
+        self._left = rounds
+
+    def forward(self, model: Any, batch: MicroBatch) -> Outcome:
+        if torch.is_grad_enabled():
+            if self._left:
+                self._left -= 1
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
+            self.sizes.append(len(batch.sources))
+        return super().forward(model, batch)
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 5])
+def test_fast_path_recomputes_more_before_its_passes_are_made_smaller(
+    rounds: int, workspace: Workspace, run_in_process: Any
+) -> None:
+    """With the same results to the last bit; after every layer waits on the host, passes are halved."""
+    options = {"hyperparameters": {**_HYPERPARAMETERS, "trainer": "fast"}}
+    plain = _train(workspace, run_in_process, f"kept-{rounds}", Likelihood(), **options)
+    tight_objective = _SmallUntilLess(rounds)
+    tight = _train(workspace, run_in_process, f"less-{rounds}", tight_objective, **options)
+    warnings = [event.message for event in tight.of("warning") if event.code == RECOMPUTING_MORE]
+    assert len(warnings) == min(rounds, 4)
+    assert "but for matrix products" in warnings[0]
+    assert tight.of("memory_measured")[0].analytic_bytes == 0
+    reduced = tight.of("micro_batch_reduced")
+    if rounds <= 4:
+        assert not reduced
+        assert tight.losses == plain.losses
+    else:
+        assert "host memory" in warnings[-1]
+        assert [(event.unit, event.limit) for event in reduced] == [("examples", 2)]
+        assert set(tight_objective.sizes) == {2}
+
+
+def test_what_was_asked_for_is_not_recomputed_more(workspace: Workspace, run_in_process: Any) -> None:
+    options = {"hyperparameters": {**_HYPERPARAMETERS, "trainer": "fast", "gradient_checkpointing": False}}
+    log = _train(workspace, run_in_process, "asked", _SmallUntilLess(1), **options)
+    assert not [event for event in log.of("warning") if event.code == RECOMPUTING_MORE]
+    assert [event.limit for event in log.of("micro_batch_reduced")] == [2]
 
 
 def test_random_numbers_are_drawn_as_if_nothing_had_happened(workspace: Workspace, run_in_process: Any) -> None:

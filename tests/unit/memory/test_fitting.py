@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +147,25 @@ def test_memory_of_unknown_size_changes_nothing() -> None:
     resolved = _plan(CPU, trainer="fast").hyperparameters
     assert resolved.recomputation == NOTHING
     assert resolved.base_weights == "streamed"
+
+
+def _documented() -> list[list[str]]:
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+    lines = page.split("<!-- fast memory example -->")[1].split("<!-- end -->")[0].strip().splitlines()[2:]
+    return [[cell.strip(" `") for cell in line.strip("| ").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("row", _documented(), ids=lambda row: row[0])
+def test_documented_plans(row: list[str]) -> None:
+    device, elementwise, feed_forward, full, offload, weights, peak, total = row
+    checked = _plan(_with_memory(float(device.removesuffix(" GiB"))))
+    assert checked.hyperparameters.recomputation == Recomputation(
+        full_layers=int(full),
+        feed_forward_layers=int(feed_forward),
+        elementwise_layers=int(elementwise),
+        offload=offload == "yes",
+    )
+    assert checked.hyperparameters.base_weights == weights
+    assert [checked.memory.peak_bytes / 1e9, checked.memory.total_bytes / 1e9] == pytest.approx(
+        [float(peak), float(total)], abs=0.0051
+    )
