@@ -33,10 +33,27 @@ def build_base(
     Raises what from_pretrained raises, IncompleteWeights.
     """
     tensors, loaded.tensors = loaded.tensors, None
+    model, report = from_tensors(request, loaded, loaded.config, tensors, quantization_config, progress)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise IncompleteWeights(f"the weight files lack {', '.join(missing[:5])}{more}")
+    return model
+
+
+def from_tensors(
+    request: LoadRequest,
+    loaded: Loaded,
+    config: Any,
+    tensors: Any,
+    quantization_config: BitsAndBytesConfig | None,
+    progress: Progress,
+) -> tuple[Any, dict[str, Any]]:
+    """The model class' model of `config` and `tensors` by name, and its report of keys. Raises what it raises."""
     with _tensor_progress(progress), _library_report(loaded):
         model, report = request.family.MODEL_CLASS.from_pretrained(
             None,
-            config=loaded.config,
+            config=config,
             state_dict=tensors,
             dtype=request.method.base_dtype(request.compute_dtype),
             device_map={"": str(request.device)},
@@ -44,11 +61,7 @@ def build_base(
             use_safetensors=True,
             output_loading_info=True,
         )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise IncompleteWeights(f"the weight files lack {', '.join(missing[:5])}{more}")
-    return model
+    return model, report
 
 
 class _CountedTensors:
