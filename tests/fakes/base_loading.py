@@ -1,4 +1,4 @@
-"""Loads bases through the two stages that make them, without a run around: by the engine's reader, or by the library."""
+"""Loads bases through the stages that make them, without a run around: by the engine's reader, or by the library."""
 
 from __future__ import annotations
 
@@ -74,3 +74,19 @@ def everything(model: Any) -> Iterator[tuple[str, Any]]:
             for part, value in sorted(vars(one).items() if one is not None else ()):
                 if part != "state2":
                     yield f"{name} {label} {part}", value
+
+
+def same(found: Any, expected: Any) -> None:
+    """Assert that two bases are equal in every tensor and every fact."""
+    ours, theirs = dict(everything(found)), dict(everything(expected))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if isinstance(value, torch.Tensor):
+            assert ours[name].dtype == value.dtype, name
+            assert torch.equal(ours[name], value), name
+        else:
+            assert ours[name] == value, name
+    for name in ("is_loaded_in_4bit", "hf_device_map", "quantization_method", "training", "dtype"):
+        assert getattr(found, name, None) == getattr(expected, name, None), name
+    assert found.config.to_dict() == expected.config.to_dict()
+    assert found.generation_config.to_dict() == expected.generation_config.to_dict()

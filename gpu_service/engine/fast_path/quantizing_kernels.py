@@ -17,7 +17,9 @@ _BLOCKS = 16
 
 
 @triton.jit
-def _quantize_values(values, bounds, packed, scales, num_blocks, BLOCKS: tl.constexpr, NUM_BOUNDS: tl.constexpr):
+def _quantize_values(
+    values, bounds, packed, scales, num_blocks, BLOCKS: tl.constexpr, NUM_BOUNDS: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     inside = (block < num_blocks)[:, None]
     element = block[:, None] * 64 + tl.arange(0, 64)[None, :]

@@ -48,7 +48,7 @@ def find(cache_directory: Path, weights_digest: str, files: Sequence[Path]) -> D
 
 
 def keep(cache_directory: Path, weights_digest: str, digests: Digests) -> None:
-    """For the next time; `digests` are of files whose whole digest was verified. A full disk costs no more than that."""
+    """For the next time; `digests` are of files whose whole digest was verified. A full disk costs that time alone."""
     document = {
         "format": _FORMAT,
         "piece_bytes": PIECE_BYTES,

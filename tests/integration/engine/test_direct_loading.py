@@ -13,23 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from gpu_service.engine.loading import direct, weights
 from gpu_service.engine.reading import piece_digests, prequantized, reader
-from tests.fakes.base_loading import everything, load_base
+from tests.fakes.base_loading import load_base, same
 from tests.fakes.tiny_models import TinyOptions, place
-
-
-def _same(found: Any, expected: Any) -> None:
-    ours, theirs = dict(everything(found)), dict(everything(expected))
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        if isinstance(value, torch.Tensor):
-            assert ours[name].dtype == value.dtype, name
-            assert torch.equal(ours[name], value), name
-        else:
-            assert ours[name] == value, name
-    for name in ("is_loaded_in_4bit", "hf_device_map", "quantization_method", "training", "dtype"):
-        assert getattr(found, name, None) == getattr(expected, name, None), name
-    assert found.config.to_dict() == expected.config.to_dict()
-    assert found.generation_config.to_dict() == expected.generation_config.to_dict()
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +61,8 @@ def test_the_model_is_the_librarys_bit_for_bit(options: TinyOptions, double: boo
     assert again_details["read_from"] == "the 4-bit copy"
     assert first_details["quantizer"] == again_details["quantizer"] == "own"
     assert first.stored_dtype == again.stored_dtype == expected.stored_dtype
-    _same(first.base, expected.base)
-    _same(again.base, expected.base)
+    same(first.base, expected.base)
+    same(again.base, expected.base)
 
 
 @pytest.mark.parametrize("training_type", ["lora", "full"])
@@ -90,7 +75,7 @@ def test_plain_models_are_the_librarys_too(
     monkeypatch.setattr(direct, "is_wanted", lambda request: True)
     found, details = load_base(model, cache=tmp_path, **settings)
     assert "reader_threads" in details
-    _same(found.base, expected.base)
+    same(found.base, expected.base)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -102,7 +87,7 @@ def test_stored_types_are_rounded_as_the_library_does(tmp_path: Path) -> None:
         expected, _ = load_base(directory, cache=None, quantizer="bitsandbytes")
         found, details = load_base(directory, cache=tmp_path)
         assert "reader_threads" in details
-        _same(found.base, expected.base)
+        same(found.base, expected.base)
 
 
 def test_what_the_files_do_not_hold_tensor_for_tensor_is_the_librarys(tmp_path: Path) -> None:
@@ -114,7 +99,7 @@ def test_what_the_files_do_not_hold_tensor_for_tensor_is_the_librarys(tmp_path: 
     expected, _ = load_base(directory, cache=None, quantizer="bitsandbytes")
     found, details = load_base(directory, cache=tmp_path)
     assert details["quantizer"] == "bitsandbytes"
-    _same(found.base, expected.base)
+    same(found.base, expected.base)
 
 
 def test_other_weights_than_the_jobs(model: Path, tmp_path: Path) -> None:
@@ -165,10 +150,10 @@ def test_a_copy_that_is_not_to_be_believed_is_made_anew(damage: Any, model: Path
     damage(cache)
     found, details = load_base(model, cache=cache)
     assert details["read_from"] == "files"
-    _same(found.base, expected.base)
+    same(found.base, expected.base)
     again, details = load_base(model, cache=cache)
     assert details["read_from"] == "the 4-bit copy"
-    _same(again.base, expected.base)
+    same(again.base, expected.base)
 
 
 def test_a_file_that_changed_is_never_covered_by_a_copy(model: Path, tmp_path: Path) -> None:
