@@ -258,8 +258,7 @@ def main() -> None:
             print(f"parity: {report['parity_bytes']:,} quantized bytes are the library's", flush=True)
         else:
             # Kernels are compiled and libraries imported before anything counts.
-            by_reader(setting)[0].copying.join()
-            _forget(device)
+            measure(setting, "files", cold=False)
         report["rows"] = [
             _print(measure(setting, row, cold=cold))
             for cold in ((False, True) if arguments.cold else (False,))
