@@ -75,7 +75,7 @@ def by_reader(setting: Setting, *, quantized: bool = True, pinned: bool = True) 
     """The base as stages CONFIG and WEIGHTS make it, and what went into its seconds."""
     loaded = Loaded()
     request = request_for(setting, quantized=quantized, pinned=pinned)
-    details = {}
+    details: dict[str, str] = {}
     for stage in (config_stage, weights_stage):
         details |= stage.run(request, loaded, lambda done, total, unit: None)
     _synchronize(setting.device)

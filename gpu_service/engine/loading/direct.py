@@ -1,20 +1,18 @@
-"""The base by this engine's own reader: many threads bring tensors to their places while transformers makes the model.
+"""The base by this engine's own reader: threads bring tensors to their places while transformers makes the model.
 
-The places are made first, empty; the model class' own `from_pretrained` takes them for the tensors of a state dict (of
-one that is quantized already, where layers are), so that names, tying, types and modules stay its work, and nothing is
-made twice. Meanwhile the threads fill them. Layers are bitsandbytes' own, with its own weights and states; only what
-quantizes them is ours. A model that is not tensor for tensor what the files hold is not for this module: it says so
-before anything is read, and the library loads it, or fails, as it always does.
+What is not tensor for tensor what the model holds is not for this module: it says so before anything is kept, and the
+library loads it, or fails, as it always does. Everything that is read is verified: files of a known digest whole the
+first time and piece by piece from then on, the 4-bit copy always. A copy that is damaged is dropped, and the files are
+read; pieces of a file that differ leave the verdict to the whole digest.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,241 +22,219 @@ from typing import Any
 
 import torch
 
-from gpu_service.engine.fast_path.nf4 import BLOCK_WEIGHTS, NESTED_BLOCK, OWN
+from gpu_service.domain.quantizer import OWN
 from gpu_service.engine.fast_path.quantizing import Tables
-from gpu_service.engine.loading.building import from_tensors
+from gpu_service.engine.loading import places as places_of
+from gpu_service.engine.loading import shell
+from gpu_service.engine.loading.places import NotTensorForTensor
 from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
 from gpu_service.engine.reading import piece_digests, prequantized
-from gpu_service.engine.reading.flat_nf4 import Layout, Parts, QuantizingTask
+from gpu_service.engine.reading.flat_nf4 import QuantizingTask
+from gpu_service.engine.reading.piece_digests import Digests
 from gpu_service.engine.reading.reader import HashTask, Piece, PlainTask, Reading, Task, cut
 from gpu_service.engine.reading.stored import NoSafetensors, StoredTensor, most_common_dtype, read_header
 
 _LOG = logging.getLogger(__name__)
 _HASH_CHUNK_BYTES = 8 * 1024 * 1024
-# Threads that have just been read for want the interpreter at once, and transformers' Python gives it up this often.
+# Threads that have read a piece want the interpreter at once; while transformers makes the model, it is given up this
+# often.
 _SWITCH_SECONDS = 0.0005
 
 
 class DigestDiffers(ValueError):
-    """A piece is not what it was when the whole was verified, or the whole is not what the job is for."""
+    """The files, whole, have another digest than they should; the message is theirs."""
+
+
+class _PiecesDiffer(Exception):
+    """Pieces are not what they were when they were verified last."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(f"{file.name} is not what it was")
+        self.file = file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The files of a model, in the order that their digest is made in. `digest` empty: not pinned to any."""
+    """The files of a model in the order that their digest is made in, as lower-case hex; empty: not pinned to any."""
 
     files: Sequence[Path]
     digest: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Places:
-    """Where tensors go. `layout` and `buffer` hold what is quantized; the rest has tensors of its own by name."""
-
-    stored: Mapping[str, StoredTensor]
-    plain: Mapping[str, torch.Tensor]
-    layout: Layout
-    buffer: torch.Tensor
-
-    def parts(self, name: str) -> Parts:
-        return self.layout.parts(name, self.buffer)
-
-
 def is_wanted(request: LoadRequest) -> bool:
-    """Whether the reader may be tried: on CUDA for 16-bit bases, anywhere for those that it quantizes itself."""
+    """Whether to try: on CUDA for bases that are not quantized, anywhere for those that the plan has quantized here."""
     if request.device.type == "cuda" and not torch.cuda.is_available():
         return False
     if request.quantization.IS_QUANTIZED:
         return request.quantizer == OWN
-    # On a CPU the library maps plain tensors, and copies none.
+    # On a CPU the library maps such tensors, and copies none.
     return request.device.type == "cuda"
 
 
 def load(request: LoadRequest, loaded: Loaded, source: Source, progress: Progress) -> dict[str, str] | None:
-    """Make `loaded.base`; None when the library has to, and nothing was read. Raises what reading raises."""
-    started = time.perf_counter()
+    """Make `loaded.base`, and tell how; None when the library has to. Raises what reading raises, DigestDiffers."""
     try:
+        return _Load(request, loaded, source, progress).run()
+    except (NoSafetensors, NotTensorForTensor, _PiecesDiffer) as error:
+        _LOG.info("the library loads this model: %s", error)
+        return None
+
+
+class _Load:
+    """One load on its way."""
+
+    def __init__(self, request: LoadRequest, loaded: Loaded, source: Source, progress: Progress) -> None:
+        self._request = request
+        self._loaded = loaded
+        self._source = source
+        self._progress = progress
+        self._began = time.perf_counter()
+        self._base: Any = None
         headers = {file: read_header(file) for file in source.files}
-    except NoSafetensors as error:
-        return _leave(str(error))
-    stored = {tensor.name: tensor for _, tensors in headers.values() for tensor in tensors}
-    quantized, obstacle = _compare(request, loaded, stored)
-    if obstacle:
-        return _leave(obstacle)
-    places = _make_places(request, stored, quantized)
-    loaded.timings["places"] = time.perf_counter() - started
-    starts = {file: start for file, (start, _) in headers.items()}
-    return _fill(request, loaded, source, starts, places, progress)
+        self._starts = {file: start for file, (start, _) in headers.items()}
+        self._stored: Mapping[str, StoredTensor] = {
+            tensor.name: tensor for _, tensors in headers.values() for tensor in tensors
+        }
+        self._places = places_of.make(request, loaded.config, self._stored)
+        # What is not known by a digest is not remembered by it either.
+        self._cache = request.cache_directory if source.digest else None
+        self._known: Digests | None = None
+        if self._cache is not None:
+            self._known = piece_digests.find(self._cache, source.digest, source.files)
+        self._identity = self._identify()
 
+    def run(self) -> dict[str, str]:
+        self._note("places")
+        pieces = self._find_copy()
+        if pieces is not None:
+            try:
+                reading = self._read([*self._plain_tasks(), *(self._copy_task(piece) for piece in pieces)])
+            except _PiecesDiffer as error:
+                if error.file != pieces[0].file:
+                    raise
+                self._drop_copy()
+                pieces = None
+        if pieces is None:
+            reading = self._read([*self._plain_tasks(), *self._quantizing_tasks(), *self._header_tasks()])
+            self._keep_copy()
+        self._note("done")
+        self._loaded.base = self._base
+        self._loaded.stored_dtype = most_common_dtype(self._stored.values())
+        return {
+            "tensors": str(len(self._stored)),
+            "stored_dtype": str(self._loaded.stored_dtype),
+            "reader_threads": str(reading.num_threads),
+            "read_bytes": str(reading.total_bytes),
+            "read_from": "files" if pieces is None else "the 4-bit copy",
+        }
 
-def _leave(why: str) -> None:
-    _LOG.info("the library loads this model: %s", why)
+    def _note(self, what: str) -> None:
+        self._loaded.timings[what] = time.perf_counter() - self._began
 
-
-def _compare(
-    request: LoadRequest, loaded: Loaded, stored: Mapping[str, StoredTensor]
-) -> tuple[dict[str, tuple[int, ...]], str]:
-    """Shapes of the matrices that are to be quantized, and why it is the library's work after all, if it is."""
-    rounded = request.method.base_dtype(request.compute_dtype)
-    if request.quantization.IS_QUANTIZED and request.device.type == "cuda" and rounded is torch.float32:
-        return {}, "weights in float32 are quantized by the library alone"
-    with torch.device("meta"):
-        model = request.family.MODEL_CLASS(copy.deepcopy(loaded.config))
-    shapes: dict[str, tuple[int, ...]] = {}
-    names_by_tensor: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shapes[name] = tuple(parameter.shape)
-        names_by_tensor.setdefault(id(parameter), []).append(name)
-    for names in names_by_tensor.values():
-        if sum(name in stored for name in names) != 1:
-            return {}, f"{names[0]} is not in the files exactly once"
-    for name, tensor in stored.items():
-        if tensor.shape != shapes.get(name):
-            return {}, f"{name} is {tensor.shape} in the files and {shapes.get(name)} in the model"
-    if not request.quantization.IS_QUANTIZED:
-        return {}, ""
-    head = model.get_output_embeddings()
-    linears = [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and module is not head
-    ]
-    uneven = next((name for name in linears if shapes[name][1] % BLOCK_WEIGHTS), None)
-    if uneven is not None:
-        return {}, f"rows of {uneven} are no whole number of blocks"
-    return {name: shapes[name] for name in linears}, ""
-
-
-def _make_places(
-    request: LoadRequest, stored: Mapping[str, StoredTensor], quantized: Mapping[str, tuple[int, ...]]
-) -> _Places:
-    dtype = request.method.base_dtype(request.compute_dtype)
-    layout = Layout.of(quantized, double=request.plan.resolved.quantization.double_quantization)
-    return _Places(
-        stored=stored,
-        plain={
-            name: torch.empty(tensor.shape, dtype=dtype, device=request.device)
-            for name, tensor in stored.items()
-            if name not in quantized
-        },
-        layout=layout,
-        buffer=torch.empty(layout.num_bytes, dtype=torch.uint8, device=request.device),
-    )
-
-
-def _fill(
-    request: LoadRequest,
-    loaded: Loaded,
-    source: Source,
-    starts: Mapping[Path, int],
-    places: _Places,
-    progress: Progress,
-) -> dict[str, str] | None:
-    cache = request.cache_directory if source.digest else None
-    known = None if cache is None else piece_digests.find(cache, source.digest, source.files)
-    identity, blob = None, None
-    if cache is not None and places.layout.shapes and places.layout.num_bytes >= prequantized.SMALLEST_BYTES:
-        identity = prequantized.Identity.of(
-            source.digest,
-            source.files,
-            double=places.layout.double,
-            rounded=request.method.base_dtype(request.compute_dtype),
-            device=request.device,
-        )
-        # Without digests of the other tensors' pieces all files are read anyway.
-        blob = prequantized.find(cache, identity, places.layout.num_bytes) if known else None
-    digests = known or {}
-    base: Any = None
-    while True:
-        tasks = _plain_tasks(places, digests)
-        if blob is not None:
-            tasks += [_blob_task(piece, places) for piece in blob]
-        else:
-            tasks += _quantizing_tasks(request, places, digests)
-            tasks += [HashTask(pieces=cut(file, 0, start, digests.get(file, {}))) for file, start in starts.items()]
-        began = time.perf_counter()
-        verifies_whole = bool(source.digest) and known is None
+    def _read(self, tasks: Iterable[Task]) -> Reading:
+        """Everything at its place and verified, and the model over it. Raises _PiecesDiffer, DigestDiffers."""
+        verifies_whole = bool(self._source.digest) and self._known is None
+        # As they lie on the disk: one that is read for the first time is faster from front to back.
+        in_order = sorted(tasks, key=lambda task: (task.pieces[0].file, task.pieces[0].offset))
         with (
-            _running(tasks, request.device, loaded, hashes=verifies_whole) as reading,
-            _hashing(source.files if verifies_whole else ()) as hashed,
+            _running(in_order, self._request.device, self._loaded, hashes=verifies_whole) as reading,
+            _hashing(self._source.files if verifies_whole else ()) as hashed,
         ):
-            if base is None:
-                base = _build(request, loaded, places)
-                loaded.timings["model"] = time.perf_counter() - began
-                if base is None:
-                    return _leave("the library makes another model of the places")
-            reading.wait(lambda done: progress(done, reading.total_bytes, "bytes"))
-            loaded.timings["reading"] = time.perf_counter() - began
-            whole = _join_digests(hashed, progress, reading.total_bytes)
-        if reading.differing and blob is not None and reading.differing[0].file == blob[0].file:
-            assert identity is not None
-            assert cache is not None
-            _LOG.warning("the 4-bit copy of weights %s is damaged, and made anew", source.digest)
-            prequantized.drop(cache, identity)
-            blob = None
-            continue
-        break
-    if reading.differing:
-        # Either the files or what was kept of them changed; hashing them whole tells which.
-        assert cache is not None
-        piece_digests.forget(cache, source.digest)
-        return _leave(f"{reading.differing[0].file.name} is not what it was")
-    if verifies_whole:
-        if whole != source.digest:
-            raise DigestDiffers(whole)
-        if cache is not None:
-            piece_digests.keep(cache, source.digest, reading.digests)
-    loaded.timings["verified"] = time.perf_counter() - began
-    if cache is not None and identity is not None and blob is None:
-        # Of the device's memory, a copy of the writer's own: nothing of a run waits for it, and it for nothing.
-        loaded.copying = prequantized.write_behind(cache, identity, places.buffer.cpu())
-    loaded.base = base
-    loaded.stored_dtype = most_common_dtype(places.stored.values())
-    return {
-        "tensors": str(len(places.stored)),
-        "stored_dtype": str(loaded.stored_dtype),
-        "reader_threads": str(reading.num_threads),
-        "read_bytes": str(reading.total_bytes),
-        "read_from": "files" if blob is None else "the 4-bit copy",
-    }
+            if self._base is None:
+                self._base = shell.build(self._request, self._loaded, self._places)
+                self._note("model")
+            reading.wait(lambda done: self._progress(done, reading.total_bytes, "bytes"))
+            self._note("read")
+            if reading.differing:
+                self._distrust(reading.differing[0].file)
+            if verifies_whole:
+                self._verify_whole(hashed, reading)
+                self._note("hashed")
+        return reading
 
+    def _distrust(self, file: Path) -> None:
+        if self._cache is not None and file in self._source.files:
+            piece_digests.forget(self._cache, self._source.digest)
+        raise _PiecesDiffer(file)
 
-def _plain_tasks(places: _Places, digests: piece_digests.Digests) -> list[Task]:
-    """One task a piece: nothing holds the pieces of such a tensor together."""
-    tasks: list[Task] = []
-    for name, destination in places.plain.items():
-        tensor = places.stored[name]
-        first = 0
-        for piece in _pieces(tensor, digests):
-            count = piece.num_bytes // tensor.dtype.itemsize
-            flat = destination.view(-1)[first : first + count]
-            tasks.append(PlainTask(pieces=[piece], dtype=tensor.dtype, destination=flat))
-            first += count
-    return tasks
+    def _verify_whole(self, hashed: Sequence[tuple[Path, Future[str]]], reading: Reading) -> None:
+        whole = hashlib.sha256()
+        for file, future in hashed:
+            while not future.done():
+                self._progress(reading.total_bytes, reading.total_bytes, "bytes")
+                time.sleep(0.01)
+            whole.update(f"{file.name}\0{future.result()}\n".encode())
+        if whole.hexdigest() != self._source.digest:
+            raise DigestDiffers(whole.hexdigest())
+        if self._cache is not None:
+            piece_digests.keep(self._cache, self._source.digest, reading.digests)
 
-
-def _quantizing_tasks(request: LoadRequest, places: _Places, digests: piece_digests.Digests) -> list[Task]:
-    tables = Tables.on(request.device)
-    return [
-        QuantizingTask(
-            pieces=_pieces(places.stored[name], digests),
-            dtype=places.stored[name].dtype,
-            rounded=request.method.base_dtype(request.compute_dtype),
-            parts=places.parts(name),
-            tables=tables,
-            num_weights=prod(shape),
+    def _identify(self) -> prequantized.Identity | None:
+        """Of the 4-bit copy; None where none is kept."""
+        layout = self._places.layout
+        if self._cache is None or not layout.shapes or layout.num_bytes < prequantized.SMALLEST_BYTES:
+            return None
+        return prequantized.Identity.of(
+            self._source.digest,
+            self._source.files,
+            double=layout.double,
+            rounded=places_of.base_dtype(self._request),
+            device=self._request.device,
         )
-        for name, shape in places.layout.shapes.items()
-    ]
 
+    def _find_copy(self) -> list[Piece] | None:
+        # Without digests of the other tensors' pieces all files are read anyway.
+        if self._cache is None or self._identity is None or self._known is None:
+            return None
+        return prequantized.find(self._cache, self._identity, self._places.layout.num_bytes)
 
-def _blob_task(piece: Piece, places: _Places) -> Task:
-    destination = places.buffer[piece.offset : piece.offset + piece.num_bytes]
-    return PlainTask(pieces=[piece], dtype=torch.uint8, destination=destination)
+    def _drop_copy(self) -> None:
+        assert self._cache is not None
+        assert self._identity is not None
+        _LOG.warning("the 4-bit copy of weights %s is damaged, and made anew", self._source.digest)
+        prequantized.drop(self._cache, self._identity)
 
+    def _keep_copy(self) -> None:
+        if self._cache is not None and self._identity is not None:
+            # Off the device it is the writer's own: nothing of a run waits for it.
+            self._loaded.copying = prequantized.write_behind(self._cache, self._identity, self._places.buffer.cpu())
 
-def _pieces(tensor: StoredTensor, digests: piece_digests.Digests) -> list[Piece]:
-    return cut(tensor.file, tensor.offset, tensor.num_bytes, digests.get(tensor.file, {}))
+    def _plain_tasks(self) -> Iterator[Task]:
+        """One task a piece: nothing holds the pieces of such a tensor together."""
+        for name, destination in self._places.plain.items():
+            tensor, first = self._stored[name], 0
+            for piece in self._pieces(tensor):
+                count = piece.num_bytes // tensor.dtype.itemsize
+                flat = destination.view(-1)[first : first + count]
+                yield PlainTask(pieces=[piece], dtype=tensor.dtype, destination=flat)
+                first += count
+
+    def _quantizing_tasks(self) -> Iterator[Task]:
+        tables = Tables.on(self._request.device)
+        for name, shape in self._places.layout.shapes.items():
+            tensor = self._stored[name]
+            yield QuantizingTask(
+                pieces=self._pieces(tensor),
+                dtype=tensor.dtype,
+                rounded=places_of.base_dtype(self._request),
+                parts=self._places.parts(name),
+                tables=tables,
+                num_weights=prod(shape),
+            )
+
+    def _header_tasks(self) -> Iterator[Task]:
+        for file, start in self._starts.items():
+            yield HashTask(pieces=cut(file, 0, start, self._digests(file)))
+
+    def _copy_task(self, piece: Piece) -> Task:
+        destination = self._places.buffer[piece.offset : piece.offset + piece.num_bytes]
+        return PlainTask(pieces=[piece], dtype=torch.uint8, destination=destination)
+
+    def _pieces(self, tensor: StoredTensor) -> list[Piece]:
+        return cut(tensor.file, tensor.offset, tensor.num_bytes, self._digests(tensor.file))
+
+    def _digests(self, file: Path) -> Mapping[int, bytes]:
+        return {} if self._known is None else self._known[file]
 
 
 @contextmanager
@@ -298,74 +274,3 @@ def _hash(file: Path) -> str:
         while count := stream.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
-
-
-def _join_digests(hashed: Sequence[tuple[Path, Future[str]]], progress: Progress, total: int) -> str:
-    whole = hashlib.sha256()
-    for file, future in hashed:
-        while not future.done():
-            progress(total, total, "bytes")
-            time.sleep(0.02)
-        whole.update(f"{file.name}\0{future.result()}\n".encode())
-    return whole.hexdigest()
-
-
-def _build(request: LoadRequest, loaded: Loaded, places: _Places) -> Any:
-    """The model over the places; None when it is not made of just these."""
-    config, settings = loaded.config, request.plan.resolved.quantization
-    tensors = dict(places.plain)
-    if places.layout.shapes:
-        config = copy.deepcopy(config)
-        config.quantization_config = request.quantization.build_config(
-            double_quantization=settings.double_quantization, compute_dtype=request.compute_dtype
-        ).to_dict()
-        tensors |= {name: places.parts(name).packed for name in places.layout.shapes}
-    model, report = from_tensors(request, loaded, config, tensors, None, lambda done, total, unit: None)
-    if any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-        return None
-    if request.quantization.count_quantized(model) != len(places.layout.shapes):
-        return None
-    if places.layout.shapes and not _attach(model, request, places):
-        return None
-    held = {name: parameter.data_ptr() for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return model if all(held.get(name) == place.data_ptr() for name, place in places.plain.items()) else None
-
-
-def _attach(model: Any, request: LoadRequest, places: _Places) -> bool:
-    """Give each quantized layer its weight, as bitsandbytes has it."""
-    from bitsandbytes.functional import QuantState
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    tables = Tables.on(request.device)
-    for name, shape in places.layout.shapes.items():
-        layer, parts = model.get_submodule(name.removesuffix(".weight")), places.parts(name)
-        if not isinstance(layer, Linear4bit):
-            return False
-        nested = None
-        if parts.nested_scales is not None:
-            nested = QuantState(
-                absmax=parts.nested_scales, code=tables.nested_codes, blocksize=NESTED_BLOCK, dtype=torch.float32
-            )
-        state = QuantState(
-            absmax=parts.scales,
-            shape=torch.Size(shape),
-            code=tables.codes,
-            blocksize=BLOCK_WEIGHTS,
-            quant_type="nf4",
-            dtype=request.method.base_dtype(request.compute_dtype),
-            offset=parts.offset,
-            state2=nested,
-        )
-        layer.weight = Params4bit(
-            parts.packed,
-            requires_grad=False,
-            quant_state=state,
-            blocksize=BLOCK_WEIGHTS,
-            compress_statistics=places.layout.double,
-            quant_type="nf4",
-            quant_storage=torch.uint8,
-            module=layer,
-            bnb_quantized=True,
-        )
-        layer.quant_state = state
-    return True

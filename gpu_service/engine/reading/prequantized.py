@@ -123,7 +123,7 @@ def _write(cache_directory: Path, identity: Identity, content: torch.Tensor) -> 
         parent.mkdir(parents=True, exist_ok=True)
         room.require(parent, len(content))
         staging.mkdir()
-        view = memoryview(content.numpy())
+        view = memoryview(content.numpy())  # type: ignore[arg-type]
         digests = []
         with (staging / _DATA_FILE).open("wb", buffering=0) as file:
             for offset in range(0, len(view), PIECE_BYTES):
