@@ -54,7 +54,7 @@ class LoadRequest:
     compute_dtype: torch.dtype
     device: torch.device
     # Where the node keeps what makes loading faster the next time; None: nothing is kept.
-    cache_directory: Path | None
+    cache_directory: Path | None = None
     # Who quantizes, by the plan: `own` or `bitsandbytes`; empty where nothing is quantized.
     quantizer: str = ""
     resident_model: Any | None = None
