@@ -133,4 +133,6 @@ def _write_weights(directory: Path, shape: Shape) -> None:
         save_file(shard, directory / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    size_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    index = {"metadata": {"total_size": size_bytes}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

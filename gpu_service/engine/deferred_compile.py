@@ -27,7 +27,7 @@ def compiling_at_first_call() -> Iterator[None]:
             return compile_now(model, **options)
         return _deferred(model, functools.partial(compile_now, **options))
 
-    torch.compile = compile_later  # type: ignore[assignment]
+    torch.compile = compile_later
     try:
         yield
     finally:

@@ -70,6 +70,18 @@ def quantize(weight: torch.Tensor, *, double: bool) -> Quantized:
     return Quantized(packed=packed[:, None], scales=places, nested_scales=nested, offset=offset)
 
 
+def make_ready(tables: Tables, dtype: torch.dtype) -> None:
+    """Compile what quantizes weights of `dtype` on the tables' device, before several threads ask for it at once."""
+    device = tables.codes.device
+    if device.type == "cuda":
+        num_weights = BLOCK_WEIGHTS * NESTED_BLOCK
+        scales = torch.empty(NESTED_BLOCK, device=device)
+        places = torch.empty(NESTED_BLOCK, dtype=torch.uint8, device=device)
+        packed = torch.empty(num_weights // 2, dtype=torch.uint8, device=device)
+        quantize_values(torch.zeros(num_weights, dtype=dtype, device=device), tables, packed, scales)
+        quantize_scales(scales, tables, places, torch.empty(1, device=device), torch.empty((), device=device))
+
+
 def quantize_values(values: torch.Tensor, tables: Tables, packed: torch.Tensor, scales: torch.Tensor) -> None:
     """Whole blocks of weights, `values` [n]: `packed` uint8 [n / 2] and `scales` float32 [n / 64] are written.
 

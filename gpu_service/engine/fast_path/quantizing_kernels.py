@@ -16,7 +16,7 @@ _NESTED_BLOCK = 256
 _BLOCKS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _quantize_values(
     values, bounds, packed, scales, num_blocks, BLOCKS: tl.constexpr, NUM_BOUNDS: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +38,7 @@ def _quantize_values(
     tl.store(scales + block, scale, mask=block < num_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_scales"])
 def _quantize_scales(scales, offset, bounds, places, nested, num_scales, BLOCK: tl.constexpr):
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < num_scales

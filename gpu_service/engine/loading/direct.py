@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from gpu_service.domain.quantizer import OWN
-from gpu_service.engine.fast_path.quantizing import Tables
+from gpu_service.engine.fast_path.quantizing import Tables, make_ready
 from gpu_service.engine.loading import places as places_of
 from gpu_service.engine.loading import shell
-from gpu_service.engine.loading.places import NotTensorForTensor
+from gpu_service.engine.loading.places import NotTensorForTensor, Places
 from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
 from gpu_service.engine.reading import piece_digests, prequantized
 from gpu_service.engine.reading.flat_nf4 import QuantizingTask
@@ -90,12 +90,12 @@ class _Load:
         self._progress = progress
         self._began = time.perf_counter()
         self._base: Any = None
+        self._places: Places
         headers = {file: read_header(file) for file in source.files}
         self._starts = {file: start for file, (start, _) in headers.items()}
         self._stored: Mapping[str, StoredTensor] = {
             tensor.name: tensor for _, tensors in headers.values() for tensor in tensors
         }
-        self._places = places_of.make(request, loaded.config, self._stored)
         # What is not known by a digest is not remembered by it either.
         self._cache = request.cache_directory if source.digest else None
         self._known: Digests | None = None
@@ -104,19 +104,17 @@ class _Load:
         self._identity = self._identify()
 
     def run(self) -> dict[str, str]:
-        self._note("places")
-        pieces = self._find_copy()
-        if pieces is not None:
+        copy = self._find_copy()
+        if copy is not None:
             try:
-                reading = self._read([*self._plain_tasks(), *(self._copy_task(piece) for piece in pieces)])
+                reading = self._load_copy(copy)
             except _PiecesDiffer as error:
-                if error.file != pieces[0].file:
+                if error.file != copy.pieces[0].file:
                     raise
                 self._drop_copy()
-                pieces = None
-        if pieces is None:
-            reading = self._read([*self._plain_tasks(), *self._quantizing_tasks(), *self._header_tasks()])
-            self._keep_copy()
+                copy = None
+        if copy is None:
+            reading = self._load_files()
         self._note("done")
         self._loaded.base = self._base
         self._loaded.stored_dtype = most_common_dtype(self._stored.values())
@@ -125,8 +123,22 @@ class _Load:
             "stored_dtype": str(self._loaded.stored_dtype),
             "reader_threads": str(reading.num_threads),
             "read_bytes": str(reading.total_bytes),
-            "read_from": "files" if pieces is None else "the 4-bit copy",
+            "read_from": "files" if copy is None else "the 4-bit copy",
         }
+
+    def _load_copy(self, copy: prequantized.Copy) -> Reading:
+        # Which tensors are quantized, the copy tells: reading begins before a model is made.
+        self._places = places_of.make(self._request, self._stored, copy.layout)
+        self._note("places")
+        return self._read([*self._plain_tasks(), *(self._copy_task(piece) for piece in copy.pieces)])
+
+    def _load_files(self) -> Reading:
+        layout = places_of.lay_out(self._request, self._loaded.config, self._stored)
+        self._places = places_of.make(self._request, self._stored, layout)
+        self._note("places")
+        reading = self._read([*self._plain_tasks(), *self._quantizing_tasks(), *self._header_tasks()])
+        self._keep_copy()
+        return reading
 
     def _note(self, what: str) -> None:
         self._loaded.timings[what] = time.perf_counter() - self._began
@@ -140,9 +152,8 @@ class _Load:
             _running(in_order, self._request.device, self._loaded, hashes=verifies_whole) as reading,
             _hashing(self._source.files if verifies_whole else ()) as hashed,
         ):
-            if self._base is None:
-                self._base = shell.build(self._request, self._loaded, self._places)
-                self._note("model")
+            self._base = shell.build(self._request, self._loaded, self._places)
+            self._note("model")
             reading.wait(lambda done: self._progress(done, reading.total_bytes, "bytes"))
             self._note("read")
             if reading.differing:
@@ -171,22 +182,21 @@ class _Load:
 
     def _identify(self) -> prequantized.Identity | None:
         """Of the 4-bit copy; None where none is kept."""
-        layout = self._places.layout
-        if self._cache is None or not layout.shapes or layout.num_bytes < prequantized.SMALLEST_BYTES:
+        if self._cache is None or not self._request.quantization.IS_QUANTIZED:
             return None
         return prequantized.Identity.of(
             self._source.digest,
             self._source.files,
-            double=layout.double,
+            double=self._request.plan.resolved.quantization.double_quantization,
             rounded=places_of.base_dtype(self._request),
             device=self._request.device,
         )
 
-    def _find_copy(self) -> list[Piece] | None:
+    def _find_copy(self) -> prequantized.Copy | None:
         # Without digests of the other tensors' pieces all files are read anyway.
         if self._cache is None or self._identity is None or self._known is None:
             return None
-        return prequantized.find(self._cache, self._identity, self._places.layout.num_bytes)
+        return prequantized.find(self._cache, self._identity)
 
     def _drop_copy(self) -> None:
         assert self._cache is not None
@@ -195,9 +205,11 @@ class _Load:
         prequantized.drop(self._cache, self._identity)
 
     def _keep_copy(self) -> None:
-        if self._cache is not None and self._identity is not None:
-            # Off the device it is the writer's own: nothing of a run waits for it.
-            self._loaded.copying = prequantized.write_behind(self._cache, self._identity, self._places.buffer.cpu())
+        layout, buffer = self._places.layout, self._places.buffer
+        if self._cache is None or self._identity is None or layout.num_bytes < prequantized.SMALLEST_BYTES:
+            return
+        # Off the device it is the writer's own: nothing of a run waits for it.
+        self._loaded.copying = prequantized.write_behind(self._cache, self._identity, layout, buffer.cpu())
 
     def _plain_tasks(self) -> Iterator[Task]:
         """One task a piece: nothing holds the pieces of such a tensor together."""
@@ -211,6 +223,7 @@ class _Load:
 
     def _quantizing_tasks(self) -> Iterator[Task]:
         tables = Tables.on(self._request.device)
+        make_ready(tables, places_of.base_dtype(self._request))
         for name, shape in self._places.layout.shapes.items():
             tensor = self._stored[name]
             yield QuantizingTask(

@@ -44,16 +44,20 @@ def base_dtype(request: LoadRequest) -> torch.dtype:
     return dtype
 
 
-def make(request: LoadRequest, config: Any, stored: Mapping[str, StoredTensor]) -> Places:
-    """Empty places on the request's device. Raises NotTensorForTensor."""
+def lay_out(request: LoadRequest, config: Any, stored: Mapping[str, StoredTensor]) -> Layout:
+    """What is to be quantized. Raises NotTensorForTensor."""
     quantized = _find_quantized(request, config, stored)
-    layout = Layout.of(quantized, double=request.plan.resolved.quantization.double_quantization)
+    return Layout.of(quantized, double=request.plan.resolved.quantization.double_quantization)
+
+
+def make(request: LoadRequest, stored: Mapping[str, StoredTensor], layout: Layout) -> Places:
+    """Empty places on the request's device."""
     return Places(
         stored=stored,
         plain={
             name: torch.empty(tensor.shape, dtype=base_dtype(request), device=request.device)
             for name, tensor in stored.items()
-            if name not in quantized
+            if name not in layout.shapes
         },
         layout=layout,
         buffer=torch.empty(layout.num_bytes, dtype=torch.uint8, device=request.device),

@@ -67,6 +67,8 @@ def _give_quantized(model: Any, request: LoadRequest, places: Places) -> None:
     tables = Tables.on(request.device)
     for name, shape in places.layout.shapes.items():
         layer, parts = model.get_submodule(name.removesuffix(".weight")), places.parts(name)
+        if (layer.out_features, layer.in_features) != shape:
+            raise NotTensorForTensor(f"{name} is {shape} in the files, and not in the model")
         nested = None
         if parts.nested_scales is not None:
             nested = QuantState(

@@ -1,7 +1,8 @@
-"""A thread's own way onto a device: host buffers to read into, and the copies from there.
+"""A thread's own way onto a device: a host buffer to read into, and the copies from there.
 
-On CUDA two pinned buffers and a stream of its own: while one is copied, the other is filled. On a CPU one buffer, and
-a copy that is done when it returns. A lane belongs to the thread that opened it.
+On CUDA the buffer is pinned and the copies go through a stream of its own; on a CPU they are done when they return. One
+buffer is enough: other threads read while it is copied, and pinning more takes longer than it saves. A lane belongs to
+the thread that opened it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Lane(Protocol):
     """What a reading thread needs of a device."""
 
     def next_buffer(self, num_bytes: int) -> torch.Tensor:
-        """Host bytes [num_bytes] to fill; valid until the next but one is asked for."""
+        """Host bytes [num_bytes] to fill; valid until the next is asked for."""
         ...
 
     def move(self, host: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -89,33 +90,27 @@ class CpuLane:
 class CudaLane:
     """Everything goes through the current stream, which is this lane's own while it is open."""
 
-    _NUM_BUFFERS = 2
-
     def __init__(self, room: LaneRoom) -> None:
-        self._hosts = [
-            torch.empty(room.piece_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(self._NUM_BUFFERS)
-        ]
-        self._copied = [torch.cuda.Event() for _ in range(self._NUM_BUFFERS)]
+        self._host = torch.empty(room.piece_bytes, dtype=torch.uint8, pin_memory=True)
+        self._copied = torch.cuda.Event()
         self._staged = room.staged
         self._scratch = room.scratch
-        self._turn = 0
 
     def next_buffer(self, num_bytes: int) -> torch.Tensor:
-        self._turn = (self._turn + 1) % self._NUM_BUFFERS
-        # Done at once for a buffer that was never copied from.
-        self._copied[self._turn].synchronize()
-        return self._hosts[self._turn][:num_bytes]
+        # Done at once before the first copy.
+        self._copied.synchronize()
+        return self._host[:num_bytes]
 
     def move(self, host: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         staged = self._staged[: len(host)]
         staged.copy_(host, non_blocking=True)
-        self._copied[self._turn].record()
+        self._copied.record()
         return staged.view(dtype)
 
     def put(self, host: torch.Tensor, dtype: torch.dtype, destination: torch.Tensor) -> None:
         if destination.dtype is dtype:
             destination.copy_(host.view(dtype), non_blocking=True)
-            self._copied[self._turn].record()
+            self._copied.record()
         else:
             destination.copy_(self.move(host, dtype))
 

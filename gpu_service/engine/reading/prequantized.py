@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from gpu_service.engine import durable, room
+from gpu_service.engine.reading.flat_nf4 import Layout
 from gpu_service.engine.reading.piece_digests import seal, unseal
 from gpu_service.engine.reading.reader import PIECE_BYTES, Piece
 
@@ -76,16 +77,27 @@ class Identity:
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
 
-def find(cache_directory: Path, identity: Identity, num_bytes: int) -> list[Piece] | None:
-    """The pieces of the copy with their digests; None when there is none, or it is not to be believed."""
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """What is in the buffer, and the pieces of its file with their digests."""
+
+    layout: Layout
+    pieces: Sequence[Piece]
+
+
+def find(cache_directory: Path, identity: Identity) -> Copy | None:
+    """The copy; None when there is none, or it is not to be believed."""
     directory = cache_directory / DIRECTORY / identity.name
     data = directory / _DATA_FILE
     try:
         manifest = unseal((directory / _MANIFEST_FILE).read_bytes())
         if manifest["identity"] != identity.describe():
             raise ValueError("it is of other weights or another version")
-        if manifest["num_bytes"] != num_bytes or data.stat().st_size != num_bytes:
-            raise ValueError(f"it has not the {num_bytes} bytes that the model needs")
+        shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
+        layout = Layout.of(shapes, double=identity.double)
+        num_bytes = layout.num_bytes
+        if data.stat().st_size != num_bytes:
+            raise ValueError(f"it has not the {num_bytes} bytes that it should have")
         digests = [bytes.fromhex(digest) for digest in manifest["pieces"]]
         offsets = range(0, num_bytes, PIECE_BYTES)
         pieces = [
@@ -95,11 +107,11 @@ def find(cache_directory: Path, identity: Identity, num_bytes: int) -> list[Piec
         os.utime(directory)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _LOG.warning("the 4-bit copy %s is ignored: %s", directory, error)
         drop(cache_directory, identity)
         return None
-    return pieces
+    return Copy(layout=layout, pieces=pieces)
 
 
 def drop(cache_directory: Path, identity: Identity) -> None:
@@ -107,16 +119,16 @@ def drop(cache_directory: Path, identity: Identity) -> None:
     shutil.rmtree(cache_directory / DIRECTORY / identity.name, ignore_errors=True)
 
 
-def write_behind(cache_directory: Path, identity: Identity, content: torch.Tensor) -> threading.Thread:
+def write_behind(cache_directory: Path, identity: Identity, layout: Layout, content: torch.Tensor) -> threading.Thread:
     """Write `content`, uint8 [n] in host memory that is the writer's own, in a thread that holds up nobody's end."""
     thread = threading.Thread(
-        target=_write, args=(cache_directory, identity, content), name="prequantized-copy", daemon=True
+        target=_write, args=(cache_directory, identity, layout, content), name="prequantized-copy", daemon=True
     )
     thread.start()
     return thread
 
 
-def _write(cache_directory: Path, identity: Identity, content: torch.Tensor) -> None:
+def _write(cache_directory: Path, identity: Identity, layout: Layout, content: torch.Tensor) -> None:
     parent = cache_directory / DIRECTORY
     staging = parent / f"{_STAGING_PREFIX}{secrets.token_hex(8)}"
     try:
@@ -130,7 +142,7 @@ def _write(cache_directory: Path, identity: Identity, content: torch.Tensor) -> 
                 piece = view[offset : offset + PIECE_BYTES]
                 digests.append(hashlib.sha256(piece).hexdigest())
                 _write_whole(file.fileno(), piece)
-        manifest = {"identity": identity.describe(), "num_bytes": len(content), "pieces": digests}
+        manifest = {"identity": identity.describe(), "shapes": dict(layout.shapes), "pieces": digests}
         (staging / _MANIFEST_FILE).write_bytes(seal(manifest))
         for path in (staging / _DATA_FILE, staging / _MANIFEST_FILE, staging):
             durable.sync(path)

@@ -21,7 +21,7 @@ from gpu_service.engine.reading.lanes import Lane, LaneRoom, make_rooms, open_la
 
 # A whole number of blocks of weights in every type. Digests are kept by piece: another size makes them all anew.
 PIECE_BYTES = 8 * 1024 * 1024
-MAX_THREADS = 12
+MAX_THREADS = 16
 _WAIT_SECONDS = 0.02
 
 
@@ -116,6 +116,7 @@ class Reading:
         self.failed_file: Path | None = None
         self._ends = False
         self._changed = threading.Condition()
+        self._num_running = 0
         self._threads: list[threading.Thread] = []
         self._descriptors: dict[Path, int] = {}
 
@@ -130,18 +131,23 @@ class Reading:
         rooms = make_rooms(self.num_threads, self._device, piece_bytes=PIECE_BYTES, scratch_floats=scratch_floats)
         for number, room in enumerate(rooms):
             thread = threading.Thread(target=self._work, args=(room,), name=f"weights-{number}", daemon=True)
-            thread.start()
             self._threads.append(thread)
+        self._num_running = len(self._threads)
+        for thread in self._threads:
+            thread.start()
 
     def wait(self, progress: Callable[[int], None]) -> None:
         """Until everything is in its place; `progress` hears of bytes done, and may raise to end it.
 
         Raises what a thread raised first. Call `close` whatever happens.
         """
-        while any(thread.is_alive() for thread in self._threads):
+        while True:
             with self._changed:
-                self._changed.wait(_WAIT_SECONDS)
-                done_bytes = self._done_bytes
+                if self._num_running:
+                    self._changed.wait(_WAIT_SECONDS)
+                done_bytes, num_running = self._done_bytes, self._num_running
+            if not num_running:
+                break
             progress(done_bytes)
         if self._failure is not None:
             raise self._failure
@@ -171,6 +177,7 @@ class Reading:
                 self._failure = self._failure or error
                 self._ends = True
         with self._changed:
+            self._num_running -= 1
             self._changed.notify_all()
 
     def _next(self) -> Task | None:
