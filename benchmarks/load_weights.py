@@ -2,8 +2,9 @@
 
 Both load the same random weights of a real shape in 4 bits (double quantized) in one process, in turn, several times;
 the model of one is gone before the other's turn. Warm: the files are in the page cache. Cold: they were dropped from
-it. `first` knows nothing of the files yet and hashes them from front to back; `files` verifies every piece of them;
-`copy` reads the node's 4-bit copy. Parity: every quantized byte of the reader's model is the library's.
+it. `first` (always made once) knows nothing of the files yet and hashes them from front to back; `files` verifies every
+piece of them; `unpinned` verifies nothing; `copy` reads the node's 4-bit copy, verified like the files. Parity: every
+quantized byte of the reader's model is the library's.
 
     python -m benchmarks.load_weights --size 3B --models /tmp/models --out rows.json
 """
@@ -12,13 +13,17 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +33,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks import random_models
-from gpu_service.catalog.weight_files import weights_digest
+from gpu_service.catalog.weight_files import list_weight_files
 from gpu_service.engine.builders.quantization import nf4
 from gpu_service.engine.failures import library_versions
 from gpu_service.engine.loading import config as config_stage
@@ -94,12 +99,24 @@ def by_library(setting: Setting, *, quantized: bool = True) -> tuple[Any, dict[s
     return model, {}
 
 
-def _prepare(setting: Setting, row: str) -> None:
-    # What the node has kept decides which way the reader takes.
-    if row in ("first", "files", "files-16bit"):
-        shutil.rmtree(setting.cache / prequantized.DIRECTORY, ignore_errors=True)
+@contextmanager
+def _kept(setting: Setting, row: str) -> Iterator[None]:
+    """What the node has kept decides which way the reader takes: nothing, or no copy, or both."""
     if row == "first":
         shutil.rmtree(setting.cache, ignore_errors=True)
+    if row != "files":
+        yield
+        return
+    copies, aside = setting.cache / prequantized.DIRECTORY, setting.cache / "aside"
+    smallest, prequantized.SMALLEST_BYTES = prequantized.SMALLEST_BYTES, sys.maxsize
+    if copies.is_dir():
+        copies.rename(aside)
+    try:
+        yield
+    finally:
+        if aside.is_dir():
+            aside.rename(copies)
+        prequantized.SMALLEST_BYTES = smallest
 
 
 _LOADERS: dict[str, Callable[[Setting], tuple[Any, dict[str, Any]]]] = {
@@ -115,15 +132,17 @@ _LOADERS: dict[str, Callable[[Setting], tuple[Any, dict[str, Any]]]] = {
 
 def measure(setting: Setting, row: str, *, cold: bool) -> dict[str, Any]:
     """One load. `peak_bytes` is torch's, on CUDA."""
-    _prepare(setting, row)
-    if cold:
-        drop_from_page_cache(setting.directory)
-        drop_from_page_cache(setting.cache)
-    if setting.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    made, parts = _LOADERS[row](setting)
-    seconds = time.perf_counter() - began
+    with _kept(setting, row):
+        if cold:
+            drop_from_page_cache(setting.directory)
+            drop_from_page_cache(setting.cache)
+        if setting.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        made, parts = _LOADERS[row](setting)
+        seconds = time.perf_counter() - began
+    if row == "copy" and parts["read_from"] == "files":
+        raise SystemExit("there is no 4-bit copy to read")
     peak_bytes = torch.cuda.max_memory_allocated() if setting.device.type == "cuda" else 0
     if isinstance(made, Loaded) and made.copying is not None:
         made.copying.join()
@@ -222,11 +241,55 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def _digest(directory: Path) -> str:
+    """As the catalog makes it, with the files hashed at the same time."""
+    files = list_weight_files(directory)
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor(len(files)) as executor:
+        for file, digest in zip(files, executor.map(_hash, files), strict=True):
+            whole.update(f"{file.name}\0{digest}\n".encode())
+    return whole.hexdigest()
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def measure_size(arguments: argparse.Namespace, size: str, device: torch.device) -> dict[str, Any]:
+    """All rows of one shape."""
+    directory = arguments.models / "random" / size
+    if not directory.is_dir():
+        began = time.perf_counter()
+        random_models.place(arguments.models, size)
+        print(f"wrote {directory} in {time.perf_counter() - began:.1f} s", flush=True)
+    with tempfile.TemporaryDirectory(dir=arguments.models) as cache:
+        setting = Setting(directory=directory, cache=Path(cache) / "cache", digest=_digest(directory), device=device)
+        report: dict[str, Any] = {"size": size}
+        # Kernels are compiled and libraries imported, and digests and copy made, before anything counts.
+        report["rows"] = [_print(measure(setting, "first", cold=False))]
+        report["rows"] += [
+            _print(measure(setting, row, cold=cold))
+            for cold in ((False, True) if arguments.cold else (False,))
+            for _ in range(1 if cold else arguments.repeats)
+            for row in arguments.rows
+        ]
+        if arguments.parity:
+            report["parity_bytes"] = check_parity(setting)
+            print(f"parity: {report['parity_bytes']:,} quantized bytes are the library's", flush=True)
+        if arguments.sweep:
+            report["sweep"] = sweep(setting)
+    for row in arguments.rows:
+        seconds = [one["seconds"] for one in report["rows"] if one["row"] == row and not one["cold"]]
+        print(f"{size} {row:14} warm median {statistics.median(seconds):.3f} s  ({min(seconds)} to {max(seconds)})")
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--size", choices=sorted(random_models.SHAPES), default="3B")
-    parser.add_argument("--models", type=Path, required=True, help="where the random model is, or is written to")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--size", nargs="+", choices=sorted(random_models.SHAPES), default=["3B"])
+    parser.add_argument("--models", type=Path, required=True, help="where random models are, or are written to")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["files", "copy", "library"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="each row once more with the files dropped from the cache")
     parser.add_argument("--threads", type=int, default=0, help="reading threads; 0: as the engine decides")
@@ -237,41 +300,17 @@ def main() -> None:
     if arguments.threads:
         reader.MAX_THREADS = arguments.threads
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    directory = arguments.models / "random" / arguments.size
-    if not directory.is_dir():
-        began = time.perf_counter()
-        random_models.place(arguments.models, arguments.size)
-        print(f"wrote {directory} in {time.perf_counter() - began:.1f} s", flush=True)
-    with tempfile.TemporaryDirectory(dir=arguments.models) as cache:
-        setting = Setting(
-            directory=directory, cache=Path(cache) / "cache", digest=weights_digest(directory), device=device
-        )
-        _synchronize(device)
-        report: dict[str, Any] = {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "size": arguments.size,
-            "cpus": os.cpu_count(),
-            "versions": library_versions(),
-        }
-        if arguments.parity:
-            report["parity_bytes"] = check_parity(setting)
-            print(f"parity: {report['parity_bytes']:,} quantized bytes are the library's", flush=True)
-        else:
-            # Kernels are compiled and libraries imported before anything counts.
-            measure(setting, "files", cold=False)
-        report["rows"] = [
-            _print(measure(setting, row, cold=cold))
-            for cold in ((False, True) if arguments.cold else (False,))
-            for _ in range(1 if cold else arguments.repeats)
-            for row in arguments.rows
-        ]
-        if arguments.sweep:
-            report["sweep"] = sweep(setting)
-    for row in arguments.rows:
-        seconds = [one["seconds"] for one in report["rows"] if one["row"] == row and not one["cold"]]
-        print(f"{row:14} warm median {statistics.median(seconds):.3f} s  ({min(seconds):.3f} to {max(seconds):.3f})")
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    _synchronize(device)
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "cpus": os.cpu_count(),
+        "versions": library_versions(),
+        "sizes": [],
+    }
+    for size in arguments.size:
+        report["sizes"].append(measure_size(arguments, size, device))
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def _print(row: dict[str, Any]) -> dict[str, Any]:

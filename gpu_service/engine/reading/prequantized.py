@@ -35,7 +35,7 @@ _QUANTIZER = 1
 _DATA_FILE, _MANIFEST_FILE = "data", "manifest"
 _STAGING_PREFIX = ".staging-"
 # A smaller one is quantized as fast as it is read.
-SMALLEST_BYTES = 64 * 1024 * 1024
+SMALLEST_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
