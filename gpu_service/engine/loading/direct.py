@@ -130,7 +130,8 @@ class _Load:
         # Which tensors are quantized, the copy tells: reading begins before a model is made.
         self._places = places_of.make(self._request, self._stored, copy.layout)
         self._note("places")
-        return self._read([*self._plain_tasks(), *(self._copy_task(piece) for piece in copy.pieces)])
+        copied = (self._copy_task(piece) for piece in copy.pieces)
+        return self._read([*self._plain_tasks(), *self._header_tasks(), *copied])
 
     def _load_files(self) -> Reading:
         layout = places_of.lay_out(self._request, self._loaded.config, self._stored)
@@ -148,6 +149,11 @@ class _Load:
         verifies_whole = bool(self._source.digest) and self._known is None
         # As they lie on the disk: one that is read for the first time is faster from front to back.
         in_order = sorted(tasks, key=lambda task: (task.pieces[0].file, task.pieces[0].offset))
+        if self._known is not None:
+            # Nothing is read unverified because a header moved it to where no digest is known.
+            unknown = (piece for task in in_order for piece in task.pieces if piece.digest is None)
+            if (piece := next(unknown, None)) is not None:
+                self._distrust(piece.file)
         with (
             _running(in_order, self._request.device, self._loaded, hashes=verifies_whole) as reading,
             _hashing(self._source.files if verifies_whole else ()) as hashed,

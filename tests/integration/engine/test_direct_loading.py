@@ -186,6 +186,30 @@ def test_a_changed_byte_under_the_old_date_is_found(model: Path, tmp_path: Path)
         load_base(model, cache=tmp_path / "cache", digest=digest)
 
 
+def test_a_config_that_asks_for_another_model_is_never_met_by_the_copy(model: Path, tmp_path: Path) -> None:
+    load_base(model, cache=tmp_path / "cache")
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"head_dim": config["head_dim"] // 2, "num_key_value_heads": 4}))
+    _, details = load_base(model, cache=tmp_path / "cache")
+    # What to say of such files is the library's business.
+    assert details["quantizer"] == "bitsandbytes"
+
+
+def test_digests_of_other_pieces_verify_nothing(model: Path, tmp_path: Path) -> None:
+    digest = weights_digest_of(model)
+    load_base(model, cache=tmp_path, digest=digest)
+    path = tmp_path / piece_digests.DIRECTORY / f"{digest}.json"
+    document = piece_digests.unseal(path.read_bytes())
+    for pieces in document["pieces"].values():
+        pieces.pop(max(pieces, key=int))
+    path.write_bytes(piece_digests.seal(document))
+    _, details = load_base(model, cache=tmp_path, digest=digest)
+    # Everything was hashed from front to back once more.
+    assert details["quantizer"] == "bitsandbytes"
+    assert not path.exists()
+
+
 def test_a_disk_without_room_keeps_nothing_and_fails_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
