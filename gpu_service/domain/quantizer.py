@@ -1,6 +1,6 @@
 """Who turns a base's weights into 4 bits: this engine's own code, or bitsandbytes. Pure.
 
-Its own is for the fast path, and gives the same bits as the versions of bitsandbytes that tests compared it with.
+Its own is for the fast path and for answers, and gives the same bits as the versions of bitsandbytes that tests compared it with.
 Beside any other version, and on the reference path always, it is bitsandbytes.
 """
 
