@@ -148,7 +148,8 @@ def measure(setting: Setting, row: str, *, cold: bool) -> dict[str, Any]:
         made.copying.join()
     del made
     _forget(setting.device)
-    return {"row": row, "cold": cold, "seconds": round(seconds, 3), "peak_bytes": peak_bytes, **parts}
+    size = setting.directory.name
+    return {"size": size, "row": row, "cold": cold, "seconds": round(seconds, 3), "peak_bytes": peak_bytes, **parts}
 
 
 def check_parity(setting: Setting) -> int:
@@ -265,7 +266,7 @@ def measure_size(arguments: argparse.Namespace, size: str, device: torch.device)
         print(f"wrote {directory} in {time.perf_counter() - began:.1f} s", flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.models) as cache:
         setting = Setting(directory=directory, cache=Path(cache) / "cache", digest=_digest(directory), device=device)
-        report: dict[str, Any] = {"size": size}
+        report: dict[str, Any] = {}
         # Kernels are compiled and libraries imported, and digests and copy made, before anything counts.
         report["rows"] = [_print(measure(setting, "first", cold=False))]
         report["rows"] += [
@@ -305,17 +306,21 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "cpus": os.cpu_count(),
         "versions": library_versions(),
-        "sizes": [],
+        "size": " ".join(arguments.size),
+        "rows": [],
     }
+    print(f"{report['device']}, {report['cpus']} CPUs, {reader.MAX_THREADS} threads at most", flush=True)
     for size in arguments.size:
-        report["sizes"].append(measure_size(arguments, size, device))
+        measured = measure_size(arguments, size, device)
+        report["rows"] += measured.pop("rows")
+        report |= {f"{name}_{size}": value for name, value in measured.items()}
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def _print(row: dict[str, Any]) -> dict[str, Any]:
-    parts = " ".join(f"{name}={value}" for name, value in row.items() if name not in ("row", "cold"))
-    print(f"{row['row']:14} {'cold' if row['cold'] else 'warm'} {parts}", flush=True)
+    parts = " ".join(f"{name}={value}" for name, value in row.items() if name not in ("size", "row", "cold"))
+    print(f"{row['size']} {row['row']:14} {'cold' if row['cold'] else 'warm'} {parts}", flush=True)
     return row
 
 
