@@ -1,7 +1,7 @@
 """Who turns a base's weights into 4 bits: this engine's own code, or bitsandbytes. Pure.
 
-Its own is for the fast path and for answers, and gives the same bits as the versions of bitsandbytes that tests compared it with.
-Beside any other version, and on the reference path always, it is bitsandbytes.
+Its own is for the fast path and for answers, and gives the same bits as the versions of bitsandbytes that tests
+compared it with. Beside any other version, and on the reference path always, it is bitsandbytes.
 """
 
 from collections.abc import Mapping
