@@ -197,8 +197,8 @@ def sweep(setting: Setting) -> list[dict[str, Any]]:
     """Gigabytes a second of reading alone, with hashing, and onto the device, by threads and bytes of a piece."""
     rows = []
     files = sorted(setting.directory.glob("*.safetensors"))
-    for piece_mib in (2, 4, 8, 16):
-        for threads in (4, 8, 12, 16):
+    for piece_mib in (4, 8, 16):
+        for threads in (8, 16):
             row: dict[str, Any] = {"piece_mib": piece_mib, "threads": threads}
             for what in ("read", "hash", "copy"):
                 row[what] = round(_rate(files, setting.device, what, piece_mib * 1024**2, threads), 1)

@@ -20,6 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from gpu_service.domain.quantizer import OWN
@@ -90,6 +91,7 @@ class _Load:
         self._progress = progress
         self._began = time.perf_counter()
         self._base: Any = None
+        self._failed_file: Path | None = None
         self._places: Places
         headers = {file: read_header(file) for file in source.files}
         self._starts = {file: start for file, (start, _) in headers.items()}
@@ -131,7 +133,14 @@ class _Load:
         self._places = places_of.make(self._request, self._stored, copy.layout)
         self._note("places")
         copied = (self._copy_task(piece) for piece in copy.pieces)
-        return self._read([*self._plain_tasks(), *self._header_tasks(), *copied])
+        try:
+            return self._read([*self._plain_tasks(), *self._header_tasks(), *copied])
+        except OSError as error:
+            # Deleted to make room since it was found, or on a bad place of the disk.
+            if self._failed_file != copy.pieces[0].file:
+                raise
+            self._loaded.file = ""
+            raise _PiecesDiffer(copy.pieces[0].file) from error
 
     def _load_files(self) -> Reading:
         layout = places_of.lay_out(self._request, self._loaded.config, self._stored)
@@ -155,7 +164,7 @@ class _Load:
             if (piece := next(unknown, None)) is not None:
                 self._distrust(piece.file)
         with (
-            _running(in_order, self._request.device, self._loaded, hashes=verifies_whole) as reading,
+            self._running(in_order, hashes=verifies_whole) as reading,
             _hashing(self._source.files if verifies_whole else ()) as hashed,
         ):
             self._base = shell.build(self._request, self._loaded, self._places)
@@ -168,6 +177,23 @@ class _Load:
                 self._verify_whole(hashed, reading)
                 self._note("hashed")
         return reading
+
+    @contextmanager
+    def _running(self, tasks: Sequence[Task], *, hashes: bool) -> Iterator[Reading]:
+        reading = Reading(tasks, self._request.device, hashes=hashes)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        try:
+            reading.start()
+            yield reading
+        except OSError:
+            self._failed_file = reading.failed_file
+            if reading.failed_file is not None:
+                self._loaded.file = reading.failed_file.name
+            raise
+        finally:
+            reading.close()
+            sys.setswitchinterval(interval)
 
     def _distrust(self, file: Path) -> None:
         if self._cache is not None and file in self._source.files:
@@ -214,6 +240,9 @@ class _Load:
         layout, buffer = self._places.layout, self._places.buffer
         if self._cache is None or self._identity is None or layout.num_bytes < prequantized.SMALLEST_BYTES:
             return
+        if psutil.virtual_memory().available < 2 * layout.num_bytes:
+            _LOG.warning("no 4-bit copy is kept: the machine has no memory to spare")
+            return
         # Off the device it is the writer's own: nothing of a run waits for it.
         self._loaded.copying = prequantized.write_behind(self._cache, self._identity, layout, buffer.cpu())
 
@@ -254,23 +283,6 @@ class _Load:
 
     def _digests(self, file: Path) -> Mapping[int, bytes]:
         return {} if self._known is None else self._known[file]
-
-
-@contextmanager
-def _running(tasks: Sequence[Task], device: torch.device, loaded: Loaded, *, hashes: bool) -> Iterator[Reading]:
-    reading = Reading(tasks, device, hashes=hashes)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    try:
-        reading.start()
-        yield reading
-    except OSError:
-        if reading.failed_file is not None:
-            loaded.file = reading.failed_file.name
-        raise
-    finally:
-        reading.close()
-        sys.setswitchinterval(interval)
 
 
 @contextmanager

@@ -210,6 +210,24 @@ def test_digests_of_other_pieces_verify_nothing(model: Path, tmp_path: Path) -> 
     assert not path.exists()
 
 
+def test_a_copy_that_goes_when_it_is_about_to_be_read_is_not_missed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = load_base(model, cache=tmp_path / "cache")
+    find = prequantized.find
+
+    def find_and_lose(*arguments: Any) -> Any:
+        found = find(*arguments)
+        (_entry(tmp_path / "cache") / "data").unlink()
+        return found
+
+    monkeypatch.setattr(prequantized, "find", find_and_lose)
+    loaded, details = load_base(model, cache=tmp_path / "cache")
+    assert details["read_from"] == "files"
+    assert loaded.file == ""
+    same(loaded.base, expected.base)
+
+
 def test_a_disk_without_room_keeps_nothing_and_fails_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
