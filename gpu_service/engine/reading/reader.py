@@ -157,7 +157,9 @@ class Reading:
         """End the threads and close the files."""
         self._ends = True
         for thread in self._threads:
-            thread.join()
+            # One that could not be started cannot be waited for.
+            if thread.ident is not None:
+                thread.join()
         self._threads = []
         for descriptor in self._descriptors.values():
             os.close(descriptor)
@@ -176,9 +178,10 @@ class Reading:
             with self._changed:
                 self._failure = self._failure or error
                 self._ends = True
-        with self._changed:
-            self._num_running -= 1
-            self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._num_running -= 1
+                self._changed.notify_all()
 
     def _next(self) -> Task | None:
         with self._changed:

@@ -254,6 +254,22 @@ def test_a_file_that_ends_early_names_itself(model: Path, tmp_path: Path) -> Non
     assert reading.failed_file == shard
 
 
+def test_a_failure_of_one_thread_ends_all(model: Path) -> None:
+    shard = sorted(model.glob("model-*.safetensors"))[0]
+    beyond = reader.Piece(file=shard, offset=shard.stat().st_size, num_bytes=64)
+    row = [reader.Piece(file=shard, offset=0, num_bytes=64)] * 100_000
+    tasks = [reader.HashTask(pieces=row) for _ in range(3)]
+    reading = reader.Reading(
+        [*tasks, reader.HashTask(pieces=[beyond])], torch.device("cpu"), hashes=True, num_threads=4
+    )
+    reading.start()
+    try:
+        with pytest.raises(OSError, match="ends at byte"):
+            reading.wait(lambda done: None)
+    finally:
+        reading.close()
+
+
 def test_a_stop_ends_the_threads(model: Path) -> None:
     class Stopped(Exception):
         pass
