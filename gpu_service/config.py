@@ -48,7 +48,9 @@ class Settings(BaseSettings):
         30.0, gt=0, description="a shim that twice does not answer within this is ended, with its engine"
     )
     cache_max_bytes: int = Field(
-        20 * 1024**3, ge=0, description="blobs, plans and tokens beyond this are deleted, the longest unused first"
+        20 * 1024**3,
+        ge=0,
+        description="blobs, plans, tokens and copies of weights beyond this are deleted, the longest unused first",
     )
     stalled_reader_seconds: float = Field(
         60.0, gt=0, le=3600, description="a caller that takes nothing of a stream for this long is cut off"

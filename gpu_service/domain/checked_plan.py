@@ -96,6 +96,8 @@ class CheckedPlan:
     trainer_reason: str = ""
     # The same of resolved.recomputation and resolved.base_weights; empty on the plain path.
     memory_reason: str = ""
+    # Who quantizes the base; empty where nothing is quantized.
+    quantizer: str = ""
     # Under what a node keeps its measurements of such runs.
     kind_of_run: str = ""
     total_tokens: int = 0
@@ -152,4 +154,5 @@ class CheckedPlan:
             "num_duplicates": str(self.num_duplicates),
             "trainer_reason": self.trainer_reason,
             "memory_reason": self.memory_reason,
+            "quantizer": self.quantizer,
         }

@@ -202,6 +202,7 @@ class InferenceDesk:
                 "base_model": held.base_model.name,
                 "model_directory": str(held.base_model.directory),
                 "weights_digest": held.base_model.weights_digest,
+                "cache_directory": str(self._files.cache),
                 "model_type": held.family.id,
                 "training_type": held.method.id,
                 "quantization": vars(held.quantization),

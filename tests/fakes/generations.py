@@ -79,6 +79,7 @@ class InProcessEngine:
             "base_model": model,
             "model_directory": str(directory),
             "weights_digest": base_models.weights_digest(directory, self.workspace.root / "digests.json"),
+            "cache_directory": str(self.workspace.root / "cache"),
             "model_type": "llama",
             "training_type": "lora" if quantization == "none" else "qlora",
             "quantization": {

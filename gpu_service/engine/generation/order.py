@@ -57,6 +57,8 @@ class GenerationRequest:
     model_directory: Path
     weights_digest: str
     model_type: str
+    # Where the node keeps what makes loading faster; None: nowhere.
+    cache_directory: Path | None
     training_type: str
     quantization: str
     double_quantization: bool
@@ -80,6 +82,7 @@ def read(path: Path) -> GenerationRequest:
         model_directory=Path(document["model_directory"]),
         weights_digest=document["weights_digest"],
         model_type=document["model_type"],
+        cache_directory=Path(document["cache_directory"]) if document.get("cache_directory") else None,
         training_type=document["training_type"],
         quantization=quantization["method"],
         double_quantization=quantization["double_quantization"],

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 
 from gpu_service.catalog import families, methods, quantization
+from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
+from gpu_service.domain.quantizer import choose_quantizer
+from gpu_service.domain.trainer import FAST
 from gpu_service.engine import devices
-from gpu_service.engine.failures import LoadFailure, from_exception
+from gpu_service.engine.failures import LoadFailure, from_exception, library_versions
 from gpu_service.engine.generation import adapter, order
 from gpu_service.engine.generation.decoding import generate
 from gpu_service.engine.generation.order import GenerationOrder, GenerationRequest
@@ -175,6 +178,14 @@ class _Generation:
                 method=self._method,
                 compute_dtype=self._compute_dtype,
                 device=self._device.torch_device,
+                cache_directory=request.cache_directory,
+                quantizer=choose_quantizer(
+                    request.quantization,
+                    compute_dtype=request.compute_dtype,
+                    trainer=FAST,
+                    device=Device(type=request.device.type),
+                    versions=library_versions(),
+                ),
                 resident_model=None if resident is None else resident.model,
             ),
             loaded,
