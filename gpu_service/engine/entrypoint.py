@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from gpu_service.engine.control import ControlPipe
+from gpu_service.engine.spare_planner import SparePlanner
 
 # Read by the libraries when they are imported.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -44,11 +45,14 @@ def main(arguments: Sequence[str]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: pipe.shut_down())
         pipe.start()
+        # It imports beside this process.
+        planner = SparePlanner()
+        planner.prepare()
         for name in _SLOW_IMPORTS:
             # Each may take a minute from a slow disk, and is a sign of progress.
             import_module(name)
             pipe.note_progress()
         service = import_module("gpu_service.engine.service")
         pipe.notify({"type": "ready"})
-        status: int = service.serve(pipe)
+        status: int = service.serve(pipe, planner)
         return status

@@ -44,6 +44,7 @@ class Run:
     switch: StopSwitch
     reporter: Reporter
     planner_command: Sequence[str]
+    spare_planner: planning.SparePlanner | None = None
     make_session: Callable[..., Session] = Session
     key: BaseKey | None = None
     method: ModuleType | None = None
@@ -73,6 +74,7 @@ class Run:
             device=self.device.describe(),
             switch=self.switch,
             reporter=self.reporter,
+            spare=self.spare_planner,
         )
         self.open_session(plan_directory).train()
 
