@@ -11,6 +11,7 @@ each thing was done, in milliseconds since the call, by the clock of whoever did
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -91,7 +92,25 @@ class LogLines:
 
 
 def _set_spares(num_spares: int) -> None:
-    if os.environ.get("X_SPARES"): os.environ[_ENGINE_VARIABLE] = str(num_spares)
+    os.environ[_ENGINE_VARIABLE] = str(num_spares)
+
+
+def enlarge_tokenizer(directory: Path, vocabulary: int) -> None:
+    """Give a random model's tokenizer as many tokens as the model has, by merges that mean nothing: a real one takes
+    time to read.
+    """
+    path = directory / "tokenizer.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    tokens: dict[str, int] = document["model"]["vocab"]
+    letters = [token for token in tokens if len(token) == 1]
+    merges = []
+    for left in itertools.chain(letters, [one + other for one in letters for other in letters]):
+        for right in letters if len(tokens) < vocabulary else ():
+            if len(tokens) < vocabulary and left + right not in tokens:
+                tokens[left + right] = len(tokens)
+                merges.append([left, right])
+    document["model"]["merges"] = merges
+    path.write_text(json.dumps(document), encoding="utf-8")
 
 
 def _wait_for(what: str, condition: Callable[[], Any]) -> Any:
@@ -117,6 +136,7 @@ class Bench:
             self.base_model = options.model[1]
         else:
             self.base_model = random_models.place(models, options.size)
+            enlarge_tokenizer(models / self.base_model, random_models.SHAPES[options.size].vocabulary)
         self.log = LogLines()
         config = PairConfig(
             data_directory=directory / "data",

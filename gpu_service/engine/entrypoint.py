@@ -22,6 +22,8 @@ from gpu_service.engine.spare_planner import SparePlanner
 # Read by the libraries when they are imported.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
+# Set by whoever starts an engine for a device: `cuda:0`.
+_DEVICE_VARIABLE = "TUNESMITH_ENGINE_DEVICE"
 # What the service imports anyway.
 _SLOW_IMPORTS = ("torch", "transformers", "accelerate", "bitsandbytes", "peft")
 
@@ -53,6 +55,5 @@ def main(arguments: Sequence[str]) -> int:
             import_module(name)
             pipe.note_progress()
         service = import_module("gpu_service.engine.service")
-        pipe.notify({"type": "ready"})
-        status: int = service.serve(pipe, planner)
+        status: int = service.serve(pipe, planner, os.environ.get(_DEVICE_VARIABLE, ""))
         return status

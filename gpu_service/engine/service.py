@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from gpu_service.engine import devices, request
+from gpu_service.engine import devices, request, warm_up
 from gpu_service.engine.control import ControlPipe
 from gpu_service.engine.ending import BaseLine, Outcome, conclude
 from gpu_service.engine.failures import RunFailure, unforeseen
@@ -44,8 +44,14 @@ _STATE_BY_STOP = {
 }
 
 
-def serve(pipe: ControlPipe, spare_planner: SparePlanner | None = None) -> int:
-    """Carry out runs and generations until the pipe says to end. The process' exit status."""
+def serve(pipe: ControlPipe, spare_planner: SparePlanner | None = None, device_id: str = "") -> int:
+    """Carry out runs and generations until the pipe says to end. The process' exit status.
+
+    `device_id` is the device to be made ready for before there is any (`cuda:0`); empty: none.
+    """
+    if device_id and not pipe.has_order:
+        warm_up.make_ready(device_id, lambda: pipe.has_order)
+    pipe.notify({"type": "ready"})
     # What the libraries made when they were imported lives as long as the process. The collections that give a run's
     # memory back need not walk it: a third of a second each.
     gc.freeze()

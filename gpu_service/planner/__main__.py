@@ -1,9 +1,9 @@
 """The planner's process: `python -m gpu_service.planner <request.json>`. Every outcome is a line and a status.
 
 It plans a spec, or inspects a dataset when the request has `inspect`. Status 0: done. 3: refused or failed, and the
-last line says why. 2: it was called wrongly. With `--wait` in place of a request it has imported everything before it is
-wanted: one line of its standard input, `{"request": "/abs", "log": "/abs"}`, is its request and what takes the place of
-its standard error; an input that ends without one ends it, with status 0.
+last line says why. 2: it was called wrongly. With `--wait` in place of a request it has imported everything before it
+is wanted: one line of its standard input, `{"request": "/abs", "log": "/abs"}`, is its request and what takes the place
+of its standard error; an input that ends without one ends it, with status 0.
 """
 
 import errno

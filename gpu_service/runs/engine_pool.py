@@ -67,6 +67,9 @@ class EnginePool:
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         # Called when an engine is done with a generation.
         self.on_generation_over: Callable[[], None] = lambda: None
+        # Called when an engine has imported all that it takes, and when one ended by itself before it had any work.
+        self.on_ready: Callable[[Engine], None] = lambda engine: None
+        self.on_spare_lost: Callable[[Engine], None] = lambda engine: None
 
     def engine_of(self, run: Run) -> Engine | None:
         return next((engine for engine in self._engines.values() if engine.run is run), None)
@@ -76,7 +79,9 @@ class EnginePool:
         engine = self._engines.get(device_id)
         if engine is not None and engine.can_take_run and engine.generations:
             return _EVERYTHING_BYTES
-        return int(engine.resident.get("bytes") or 0) if engine is not None and engine.is_idle else 0
+        if engine is None or not engine.is_idle:
+            return 0
+        return int(engine.resident.get("bytes") or 0) + engine.context_bytes
 
     @property
     def resident_base_model(self) -> str:
@@ -161,10 +166,27 @@ class EnginePool:
             if engine is not None:
                 with contextlib.suppress(ShimGone):
                     await engine.give_up_generations()
-                if engine.can_take_run and engine.keeps(wanted):
+                # Where engines are kept, one that keeps another base drops that: it has imported all that it takes.
+                if engine.can_take_run and (engine.keeps(wanted) or self._settings.keeps_spare(device.id)):
                     return engine
                 await self._replace(engine)
             return await self._start(device)
+
+    def has_engine(self, device_id: str) -> bool:
+        """Whether an engine is there for the device, or on its way in or out."""
+        return device_id in self._engines or self._changing[device_id].locked()
+
+    def keeps_spare(self, device: Device) -> bool:
+        """Whether the device is to have an engine before a run wants one."""
+        return self._settings.keeps_spare(device.id)
+
+    async def start_spare(self, device: Device, is_free: Callable[[], bool]) -> Engine | None:
+        """An engine on a device that has none, if it is still free when it comes to that. Not to be cancelled.
+
+        Raises EngineStartFailed, OSError.
+        """
+        async with self._changing[device.id]:
+            return None if device.id in self._engines or not is_free() else await self._start(device)
 
     def is_generating(self, device_id: str) -> bool:
         """Whether the device's engine is not done with a generation."""
@@ -187,7 +209,7 @@ class EnginePool:
             engine = self._engines.get(device.id)
             if not is_free() or (engine is not None and not engine.is_idle):
                 return False
-            if engine is not None and not engine.keeps(wanted):
+            if engine is not None and not (engine.keeps(wanted) or self._settings.keeps_spare(device.id)):
                 await self._replace(engine)
                 engine = None
             if engine is None and is_free():
@@ -257,6 +279,8 @@ class EnginePool:
         if self._engines.get(engine.device_id) is engine:
             del self._engines[engine.device_id]
         self._watches.pop(engine.id, None)
+        if not engine.had_work and not engine.leaving:
+            self.on_spare_lost(engine)
         # Looked at again: from here on nobody can hand it a run any more.
         run = engine.run
         if run is not None:
@@ -274,6 +298,10 @@ class EnginePool:
             return
         if message["type"] == "run_finished":
             engine.last_finished = str(message["run_directory"])
+        if message["type"] == "ready":
+            _log.info("engine-ready", engine=engine.id, device=engine.device_id)
+            self.on_ready(engine)
+            return
         run = engine.run
         if run is None or message.get("run_directory", str(run.directory)) != str(run.directory):
             return
@@ -348,7 +376,8 @@ class EnginePool:
             if engine.ask_at is not None and now >= engine.ask_at:
                 engine.ask_at = None
                 self._spawn(self._ask(engine))
-            if engine.is_idle and now - engine.idle_since >= self._settings.idle_seconds:
+            is_kept = engine.is_spare and self._settings.keeps_spare(engine.device_id)
+            if engine.is_idle and not is_kept and now - engine.idle_since >= self._settings.idle_seconds:
                 _log.info("engine-idle-too-long", engine=engine.id)
                 await self._ask_to_leave(engine)
             elif engine.run is not None and engine.run.is_over and not engine.leaving:

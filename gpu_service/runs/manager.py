@@ -132,6 +132,7 @@ class RunManager:
     async def drain(self, grace_seconds: float) -> None:
         """Take no more runs; every engine checkpoints and leaves within the grace, or is killed by its shim."""
         self.begin_draining()
+        await self._launcher.end_spares()
         for run in self._runs.values():
             if not run.is_over and run.stop_mode is None:
                 run.note_stop("checkpoint", grace_seconds)
