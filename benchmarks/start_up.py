@@ -254,13 +254,20 @@ class Bench:
         for at, event in seen:
             name = _name(event.payload)
             if name:
-                marks.append((f"event: {name} (+{1000 * (at - event.time.ToNanoseconds() / 1e9):.0f} at client)",
-                              event.time.ToNanoseconds() / 1e9))
+                marks.append(
+                    (
+                        f"event: {name} (+{1000 * (at - event.time.ToNanoseconds() / 1e9):.0f} at client)",
+                        event.time.ToNanoseconds() / 1e9,
+                    )
+                )
             if event.payload.HasField("step"):
                 break
         marks.append(("client: first STEP", began + row.seconds))
-        row.marks = [(what, 1000 * (at - began)) for what, at in sorted(marks, key=lambda mark: mark[1])
-                     if at <= began + row.seconds + 0.001]
+        row.marks = [
+            (what, 1000 * (at - began))
+            for what, at in sorted(marks, key=lambda mark: mark[1])
+            if at <= began + row.seconds + 0.001
+        ]
         return row
 
     def _engine_marks(self, began: float) -> list[tuple[str, float]]:
@@ -308,8 +315,11 @@ def measure_peer(bench: Bench, options: argparse.Namespace) -> Row:
 
 
 def _show(row: Row, *, marks: bool) -> None:
-    print(f"\n== {row.case}: {row.seconds:.3f} s to the first step (the step itself {row.step_seconds:.3f} s, "
-          f"loss {row.loss:.4f})", flush=True)
+    print(
+        f"\n== {row.case}: {row.seconds:.3f} s to the first step (the step itself {row.step_seconds:.3f} s, "
+        f"loss {row.loss:.4f})",
+        flush=True,
+    )
     before = 0.0
     for what, at in row.marks if marks else ():
         print(f"  {at:8.0f} ms  +{at - before:6.0f}  {what}")
@@ -358,11 +368,16 @@ def main(arguments: Sequence[str]) -> int:
         times = [row.seconds for row in rows if row.case == case]
         if times:
             step = statistics.median(row.step_seconds for row in rows if row.case == case)
-            print(f"| {case} | {len(times)} | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} | "
-                  f"{step:.3f} |")
+            print(
+                f"| {case} | {len(times)} | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} | "
+                f"{step:.3f} |"
+            )
     if options.out:
-        told = {"machine": platform.platform(), "options": {**vars(options), "out": str(options.out)},
-                "rows": [vars(row) for row in rows]}
+        told = {
+            "machine": platform.platform(),
+            "options": {**vars(options), "out": str(options.out)},
+            "rows": [vars(row) for row in rows],
+        }
         options.out.write_text(json.dumps(told, indent=1, default=str), encoding="utf-8")
     return 0
 

@@ -31,7 +31,6 @@ _LOG_INTERVAL_SECONDS = 2.0
 _MAX_OUTPUT_CHARACTERS = 4000
 
 
-
 def plan(
     request: RunRequest,
     *,

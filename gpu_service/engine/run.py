@@ -135,6 +135,7 @@ class Run:
                 device=self.device.torch_device,
                 resident_model=None if self.resident is None else self.resident.model,
                 start=self.request.start,
+                tokenizers=self.shelf.tokenizers,
             ),
             loaded,
             switch=self.switch,

@@ -1,4 +1,4 @@
-"""A planner process that has imported what it needs before a run wants it. Imports no torch, and plans nothing itself."""
+"""A planner process that has imported what it needs before a run wants it. Imports no torch, plans nothing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PLANNER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "gpu_service.planner")
 class SparePlanner:
     """One planner that has imported what it needs, and waits: most of a plan whose tokens are in the cache is that.
 
-    It belongs to no run. It ends when this process does, whose end of its input closes then. Whoever ends what a run left
-    of processes ends it too, so it is looked at again before it is used.
+    It belongs to no run. It ends when this process does, whose end of its input closes then. Whoever ends what a run
+    left of processes ends it too, so it is looked at again before it is used.
     """
 
     def __init__(self, command: Sequence[str] = (*PLANNER_COMMAND, "--wait")) -> None:

@@ -176,6 +176,7 @@ class _Generation:
                 compute_dtype=self._compute_dtype,
                 device=self._device.torch_device,
                 resident_model=None if resident is None else resident.model,
+                tokenizers=self._shelf.tokenizers,
             ),
             loaded,
             switch=self._switch,

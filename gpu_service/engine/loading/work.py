@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +18,16 @@ from tunesmith.common.v1 import plan_pb2
 
 # Called with what is done, of what, in which unit; raises StopRequested once a stop was asked for.
 Progress = Callable[[int, int, str], None]
+
+
+class KeptTokenizers(Protocol):
+    """Tokenizers that outlive a run."""
+
+    def find(self, model_directory: Path) -> Any | None:
+        """As it was read; None when it is not there, or its files have changed since."""
+        ...
+
+    def put(self, model_directory: Path, tokenizer: Any) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +65,8 @@ class LoadRequest:
     resident_model: Any | None = None
     # What an earlier job left, to begin with; None: the base as it is.
     start: StartPoint | None = None
+    # Has the tokenizer that was read last, and takes the one that is read.
+    tokenizers: KeptTokenizers | None = None
 
 
 @dataclass(kw_only=True)
