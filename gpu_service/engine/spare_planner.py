@@ -52,7 +52,7 @@ class SparePlanner:
             with child.stdin as orders:
                 orders.write(line.encode())
         except BrokenPipeError:
-            child.wait()
+            _bury(child)
             return None
         return child
 
@@ -61,4 +61,10 @@ class SparePlanner:
         child, self._child = self._child, None
         if child is not None and child.stdin is not None:
             child.stdin.close()
-            child.wait()
+            _bury(child)
+
+
+def _bury(child: subprocess.Popen[bytes]) -> None:
+    child.wait()
+    if child.stdout is not None:
+        child.stdout.close()

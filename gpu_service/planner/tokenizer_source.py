@@ -51,7 +51,10 @@ class TokenizerSource:
 def load_source(
     directory: Path, facts: TokenizerFacts, *, config_type: str, cache_directory: Path, keeps_ids: bool = False
 ) -> TokenizerSource:
-    """`keeps_ids`: a tokenizer that is read now need not be read again where nothing is tokenized. Raises `Refusal` MODEL_INVALID (stage TOKENIZER) with the library's own exception type and message."""
+    """`keeps_ids`: a tokenizer that is read now need not be read again where nothing is tokenized.
+
+    Raises `Refusal` MODEL_INVALID (stage TOKENIZER) with the library's own exception type and message.
+    """
     digest = tokenizer_digest(directory)
     verbatim = facts.tokenizer_class in _VERBATIM_CLASSES and config_type not in _OVERRULED_CONFIG_TYPES
     if facts.has_fast_file and verbatim:

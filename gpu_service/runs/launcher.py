@@ -57,7 +57,11 @@ class Launcher:
         # Ids of runs that met an engine on its way out, and are on their way to another.
         self._second_tries: set[str] = set()
         pool.on_run_left = self._run_left
-        self._spares = SpareKeeper(pool=pool, admission=admission, ledger=ledger)
+        self._spares = SpareKeeper(
+            pool=pool,
+            devices=admission.devices,
+            is_free=lambda device_id: ledger.holder_of(device_id) is None and admission.problem() is None,
+        )
 
     def begin(self, run: Run, leaving: Sequence[Run]) -> None:
         """Hand the run to an engine once those that are leaving have left. The device is the run's already."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,6 @@ from typing import Any
 import structlog
 
 from gpu_service.devices import Device
-from gpu_service.domain.memory import MemoryLedger
-from gpu_service.runs.admission import Admission
 from gpu_service.runs.engine import Engine
 from gpu_service.runs.engine_directories import EngineStartFailed
 from gpu_service.runs.engine_pool import EnginePool
@@ -42,10 +40,17 @@ class _Place:
 class SpareKeeper:
     """Asked to `look` now and then."""
 
-    def __init__(self, *, pool: EnginePool, admission: Admission, ledger: MemoryLedger) -> None:
+    def __init__(
+        self,
+        *,
+        pool: EnginePool,
+        devices: Callable[[], Awaitable[Sequence[Device]]],
+        is_free: Callable[[str], bool],
+    ) -> None:
+        """`is_free(device_id)`: whether neither run nor probe has the device."""
         self._pool = pool
-        self._admission = admission
-        self._ledger = ledger
+        self._devices = devices
+        self._is_free = is_free
         self._places: dict[str, _Place] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = False
@@ -56,12 +61,12 @@ class SpareKeeper:
         """Have an engine started wherever one is wanted and there is none."""
         if self._places and all(self._pool.has_engine(device_id) for device_id in self._places):
             return
-        for device in await self._admission.devices():
+        for device in await self._devices():
             if not self._pool.keeps_spare(device):
                 continue
             place = self._places.setdefault(device.id, _Place())
-            is_wanted = not (device.quarantine_reason or self._pool.has_engine(device.id) or self._ended)
-            if is_wanted and self._is_free(device.id) and time.monotonic() >= place.not_before:
+            is_wanted = not (device.quarantine_reason or self._pool.has_engine(device.id))
+            if is_wanted and self._may_have_one(device.id) and time.monotonic() >= place.not_before:
                 place.free_bytes = device.free_memory_bytes
                 # A task of its own: it is not to be cancelled with whoever looks.
                 self._spawn(self._start(device), f"spare-{device.id}")
@@ -71,12 +76,12 @@ class SpareKeeper:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _is_free(self, device_id: str) -> bool:
-        return self._ledger.holder_of(device_id) is None and not self._ended
+    def _may_have_one(self, device_id: str) -> bool:
+        return self._is_free(device_id) and not self._ended
 
     async def _start(self, device: Device) -> None:
         try:
-            engine = await self._pool.start_spare(device, lambda: self._is_free(device.id))
+            engine = await self._pool.start_spare(device, lambda: self._may_have_one(device.id))
         except (EngineStartFailed, OSError) as error:
             _log.error("spare-not-started", device=device.id, error=str(error))
             self._pause(device.id)
@@ -101,7 +106,7 @@ class SpareKeeper:
 
     async def _measure(self, engine: Engine, free_before_bytes: int) -> None:
         """What a spare holds on a GPU is the next run's, and counts as free."""
-        for device in await self._admission.devices():
+        for device in await self._devices():
             if device.id == engine.device_id and device.type != "cpu" and engine.is_spare and not engine.had_work:
                 taken = free_before_bytes - device.free_memory_bytes
                 engine.context_bytes = min(max(taken, 0), _MAX_CONTEXT_BYTES)
