@@ -70,6 +70,11 @@ class Engine:
         return self.run is None and not self.leaving
 
     @property
+    def held_bytes(self) -> int:
+        """What it keeps on its device without work."""
+        return int(self.resident.get("bytes") or 0) + self.context_bytes
+
+    @property
     def is_spare(self) -> bool:
         """Idle, and without a base."""
         return self.is_idle and not self.resident

@@ -62,7 +62,7 @@ class SpareKeeper:
         if self._places and all(self._pool.has_engine(device_id) for device_id in self._places):
             return
         for device in await self._devices():
-            if not self._pool.keeps_spare(device):
+            if not self._pool.settings.keeps_spare(device.id):
                 continue
             place = self._places.setdefault(device.id, _Place())
             is_wanted = not (device.quarantine_reason or self._pool.has_engine(device.id))
