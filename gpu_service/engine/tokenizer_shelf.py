@@ -1,4 +1,4 @@
-"""Keeps the tokenizer that was read last, for the next run on the same files. Reads none itself, and imports no torch."""
+"""Keeps the tokenizer that was read last, for the next run on the same files. Reads none, and imports no torch."""
 
 from __future__ import annotations
 
