@@ -94,6 +94,8 @@ class CheckedPlan:
     memory: MemoryEstimate
     # Why resolved.trainer is what it is; empty where nothing is trained.
     trainer_reason: str = ""
+    # Who quantizes the base; empty where nothing is quantized.
+    quantizer: str = ""
     # Under what a node keeps its measurements of such runs.
     kind_of_run: str = ""
     total_tokens: int = 0
@@ -149,4 +151,5 @@ class CheckedPlan:
             "largest_step_tokens": str(self.largest_step_tokens),
             "num_duplicates": str(self.num_duplicates),
             "trainer_reason": self.trainer_reason,
+            "quantizer": self.quantizer,
         }

@@ -32,6 +32,7 @@ from gpu_service.domain.mix import compute_sources
 from gpu_service.domain.plan_base import check_device, find_family, find_method, find_quantization, unsupported
 from gpu_service.domain.plan_start import check_exports, check_start, check_task
 from gpu_service.domain.plan_warnings import list_warnings
+from gpu_service.domain.quantizer import choose_quantizer
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
 from gpu_service.domain.trainer import choose_trainer
 
@@ -155,6 +156,13 @@ def resolve(
         memory=memory,
         kind_of_run=kind,
         trainer_reason=trainer.reason if trains else "",
+        quantizer=choose_quantizer(
+            quantized.id,
+            compute_dtype=resolved.quantization.compute_dtype,
+            trainer=resolved.trainer if trains else "",
+            device=device,
+            versions=versions or {},
+        ),
         spec_digest=spec_digest,
         warnings=tuple(list_warnings(spec, base_model, method, resolved, mix, memory, device)),
     )

@@ -133,6 +133,8 @@ class Run:
                 method=method,
                 compute_dtype=compute_dtype,
                 device=self.device.torch_device,
+                cache_directory=self.request.cache_directory,
+                quantizer=plan.quantizer,
                 resident_model=None if self.resident is None else self.resident.model,
                 start=self.request.start,
                 tokenizers=self.shelf.tokenizers,

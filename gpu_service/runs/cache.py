@@ -1,6 +1,7 @@
-"""Keeps blobs and what planners left within a number of bytes, by deleting what was not used for the longest time.
+"""Keeps blobs and what planners and engines left within a number of bytes: what was not used for the longest time goes.
 
-Everything here can be had again: control pushes blobs that a node lacks, and planners make plans and tokens anew.
+Everything here can be had again: control pushes blobs that a node lacks, planners make plans and tokens anew, and
+engines digests and copies of weights.
 Refuses to touch what a run that is not over may read. All functions block.
 """
 
@@ -24,7 +25,11 @@ from gpu_service.shim import durable_json
 _FRESH_SECONDS = 600.0
 # An unfinished write that nobody went on with for this long is given up.
 _ABANDONED_SECONDS = 24 * 3600.0
+# A copy of a base takes seconds to write; whoever began it this long ago is dead.
+_ABANDONED_COPY_SECONDS = 3600.0
 _STAGING_PREFIX = ".staging-"
+# Of a base's weights: digests of pieces, and copies in 4 bits. Engines make them, and read them as a run begins.
+_WEIGHTS = ("weights", "prequantized")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +60,7 @@ def make_room(files: NodeFiles, max_bytes: int, protected: Protected, *, kept_sh
     At most `kept_share` of the bytes that are there stay, as far as they may go.
     """
     now = time.time()
-    entries = [*_blobs(files, protected, now), *_planned(files, protected, now)]
+    entries = [*_blobs(files, protected, now), *_planned(files, protected, now), *_weights(files, now)]
     doomed = list(_abandoned(files, protected, now))
     num_bytes = sum(entry.num_bytes for entry in entries)
     excess = num_bytes - min(max_bytes, int(kept_share * num_bytes))
@@ -110,14 +115,28 @@ def _planned(files: NodeFiles, protected: Protected, now: float) -> Iterator[_En
                 yield _Entry(path=path, used=used, num_bytes=_measure(path), may_go=may_go)
 
 
+def _weights(files: NodeFiles, now: float) -> Iterator[_Entry]:
+    for parent in _WEIGHTS:
+        for path in _whole(files.cache / parent):
+            used = _last_use(path)
+            if used is not None:
+                # Who has it open reads on when it goes; who has just looked for it is about to open it.
+                yield _Entry(path=path, used=used, num_bytes=_measure(path), may_go=used < now - _FRESH_SECONDS)
+
+
 def _abandoned(files: NodeFiles, protected: Protected, now: float) -> Iterator[Path]:
     """What no process will ever finish."""
     for path in files.blobs.glob("partial/*"):
         used = _last_use(path)
         if used is not None and used < now - _ABANDONED_SECONDS:
             yield path
-    if protected.planners_rest:
-        yield from files.cache.glob(f"*/{_STAGING_PREFIX}*")
+    for path in files.cache.glob(f"*/{_STAGING_PREFIX}*"):
+        if path.parent.name in _WEIGHTS:
+            used = _last_use(path)
+            if used is not None and used < now - _ABANDONED_COPY_SECONDS:
+                yield path
+        elif protected.planners_rest:
+            yield path
 
 
 def _whole(parent: Path) -> list[Path]:

@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 
+from gpu_service.domain.quantizer import LIBRARY, OWN, TESTED_VERSIONS
 from gpu_service.engine.fast_path.operations import operations_for
 
-# Versions whose results are equal to these, bit for bit (tests/integration/engine, tests/gpu).
-TESTED_VERSIONS = ("0.50.2",)
-OWN, LIBRARY = "own", "bitsandbytes"
 BLOCK_WEIGHTS = 64
 NESTED_BLOCK = 256
 

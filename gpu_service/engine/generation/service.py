@@ -175,6 +175,8 @@ class _Generation:
                 method=self._method,
                 compute_dtype=self._compute_dtype,
                 device=self._device.torch_device,
+                # A generation is told of no cache; it quantizes as the reference path does.
+                cache_directory=None,
                 resident_model=None if resident is None else resident.model,
                 tokenizers=self._shelf.tokenizers,
             ),

@@ -33,22 +33,49 @@ def build_base(
     Raises what from_pretrained raises, IncompleteWeights.
     """
     tensors, loaded.tensors = loaded.tensors, None
-    with _tensor_progress(progress), _library_report(loaded):
-        model, report = request.family.MODEL_CLASS.from_pretrained(
-            None,
-            config=loaded.config,
-            state_dict=tensors,
-            dtype=request.method.base_dtype(request.compute_dtype),
-            device_map={"": str(request.device)},
-            quantization_config=quantization_config,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+    model, report = from_tensors(
+        request,
+        loaded,
+        loaded.config,
+        tensors,
+        device=str(request.device),
+        quantization_config=quantization_config,
+        progress=progress,
+    )
     missing = sorted(report["missing_keys"])
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise IncompleteWeights(f"the weight files lack {', '.join(missing[:5])}{more}")
     return model
+
+
+def _unheard(done: int, total: int, unit: str) -> None:
+    """Progress that nobody hears of."""
+
+
+def from_tensors(
+    request: LoadRequest,
+    loaded: Loaded,
+    config: Any,
+    tensors: Any,
+    *,
+    device: str,
+    quantization_config: BitsAndBytesConfig | None = None,
+    progress: Progress = _unheard,
+) -> tuple[Any, dict[str, Any]]:
+    """The model class' model of `config` and `tensors` by name, and its report of keys. Raises what it raises."""
+    with _tensor_progress(progress), _library_report(loaded):
+        model, report = request.family.MODEL_CLASS.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=request.method.base_dtype(request.compute_dtype),
+            device_map={"": device},
+            quantization_config=quantization_config,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    return model, report
 
 
 class _CountedTensors:

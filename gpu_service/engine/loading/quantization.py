@@ -1,11 +1,13 @@
 """Stage QUANTIZATION: the linear layers of the base become quantized ones, on the run's device.
 
-The mapped tensors of the stage before become the model here, through transformers with a BitsAndBytesConfig:
-bitsandbytes quantizes each linear layer as it is placed. Without quantization there is nothing to do.
+Where the plan names bitsandbytes, the mapped tensors of the stage before become the model here, through transformers
+with a BitsAndBytesConfig: it quantizes each linear layer as it is placed. Where the plan names this engine's own
+quantizer, the layers hold their weights already. Without quantization there is nothing to do.
 """
 
 from __future__ import annotations
 
+from gpu_service.domain.quantizer import LIBRARY, OWN
 from gpu_service.engine.loading.building import build_base
 from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
 
@@ -31,14 +33,19 @@ def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, s
     if not request.quantization.IS_QUANTIZED:
         return details
     settings = request.plan.resolved.quantization
-    loaded.base = build_base(
-        request,
-        loaded,
-        request.quantization.build_config(
-            double_quantization=settings.double_quantization, compute_dtype=request.compute_dtype
-        ),
-        progress,
-    )
+    if loaded.base is None:
+        loaded.base = build_base(
+            request,
+            loaded,
+            request.quantization.build_config(
+                double_quantization=settings.double_quantization, compute_dtype=request.compute_dtype
+            ),
+            progress,
+        )
+        details["quantizer"] = LIBRARY
+    else:
+        # Quantized as it was read, or read as it was quantized before.
+        details["quantizer"] = OWN
     request.method.prepare_base(loaded.base)
     return details | {
         "model_class": type(loaded.base).__name__,

@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gpu_service.engine.loading import direct
 from gpu_service.engine.loading.building import build_base
 from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
 
@@ -51,34 +53,66 @@ def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, s
     for shard in shards:
         loaded.file = shard
         total += (directory / shard).stat().st_size
+    _check_shards(directory, shards, loaded)
+    # The files of an earlier job were verified one by one when they came.
+    pinned = "" if starts_from_model else request.weights_digest
+    details = {"shards": str(len(shards))}
+    if starts_from_model:
+        details["start_from"] = MODEL_ARTIFACT
+    if direct.is_wanted(request):
+        source = direct.Source(files=[directory / shard for shard in shards], digest=pinned)
+        try:
+            found = direct.load(request, loaded, source, progress)
+        except direct.DigestDiffers as error:
+            raise WeightsChanged(f"the weights' digest is {error}; the job is for {pinned}") from error
+        if found is not None:
+            loaded.file = ""
+            return details | found | {"model_class": type(loaded.base).__name__}
+    return details | _load_by_library(request, loaded, directory, shards, pinned, total, progress)
+
+
+def _load_by_library(
+    request: LoadRequest,
+    loaded: Loaded,
+    directory: Path,
+    shards: Mapping[str, list[str]],
+    pinned: str,
+    total: int,
+    progress: Progress,
+) -> dict[str, str]:
     tensors: dict[str, torch.Tensor] = {}
     done = 0
     digest = hashlib.sha256()
-    for shard, names in shards.items():
+    for shard in shards:
         loaded.file = shard
         contents = hashlib.sha256()
         done = _read(directory / shard, contents, done, total, progress)
         digest.update(f"{shard}\0{contents.hexdigest()}\n".encode())
         with safe_open(directory / shard, framework="pt", device="cpu") as opened:
-            held = set(opened.keys())
-            missing = [name for name in names if name not in held]
-            if missing:
-                raise TensorNotInShard(f"{shard} does not hold {', '.join(sorted(missing)[:5])}")
-            for name in held:
+            for name in opened.keys():  # noqa: SIM118 - no mapping
                 tensors[name] = opened.get_tensor(name)
     loaded.file = ""
-    # The files of an earlier job were verified one by one when they came.
-    if request.weights_digest and not starts_from_model and digest.hexdigest() != request.weights_digest:
-        raise WeightsChanged(f"the weights' digest is {digest.hexdigest()}; the job is for {request.weights_digest}")
+    if pinned and digest.hexdigest() != pinned:
+        raise WeightsChanged(f"the weights' digest is {digest.hexdigest()}; the job is for {pinned}")
     loaded.tensors = tensors
     loaded.stored_dtype = _most_common_dtype(tensors)
-    details = {"shards": str(len(shards)), "tensors": str(len(tensors)), "stored_dtype": str(loaded.stored_dtype)}
-    if starts_from_model:
-        details["start_from"] = MODEL_ARTIFACT
+    details = {"tensors": str(len(tensors)), "stored_dtype": str(loaded.stored_dtype)}
     if request.quantization.IS_QUANTIZED:
         return details
     loaded.base = build_base(request, loaded, None, progress)
     return details | {"model_class": type(loaded.base).__name__}
+
+
+def _check_shards(directory: Path, shards: Mapping[str, list[str]], loaded: Loaded) -> None:
+    """safetensors' own verdict on each file, and that it holds what the index says. Reads headers only."""
+    for shard, names in shards.items():
+        loaded.file = shard
+        with safe_open(directory / shard, framework="pt", device="cpu") as opened:
+            held = set(opened.keys())
+        missing = [name for name in names if name not in held]
+        if missing:
+            raise TensorNotInShard(f"{shard} does not hold {', '.join(sorted(missing)[:5])}")
+    loaded.file = ""
 
 
 def _shards(directory: Path, loaded: Loaded) -> dict[str, list[str]]:

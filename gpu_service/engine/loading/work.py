@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -62,6 +63,10 @@ class LoadRequest:
     method: ModuleType
     compute_dtype: torch.dtype
     device: torch.device
+    # Where the node keeps what makes loading faster the next time; None: nothing is kept.
+    cache_directory: Path | None = None
+    # Who quantizes, by the plan: `own` or `bitsandbytes`; empty where nothing is quantized.
+    quantizer: str = ""
     resident_model: Any | None = None
     # What an earlier job left, to begin with; None: the base as it is.
     start: StartPoint | None = None
@@ -89,3 +94,7 @@ class Loaded:
     file: str = ""
     # Anything that belongs into a failure's details, by name.
     failure_details: dict[str, str] = field(default_factory=dict)
+    # Seconds by what they went into, where this engine's own reader loaded; for measurements.
+    timings: dict[str, float] = field(default_factory=dict)
+    # The thread that writes a 4-bit copy of the base for the next time, while it does.
+    copying: Thread | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -223,11 +223,13 @@ def planned(workspace: Workspace, run_in_process: Any) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("quantizer", ["bitsandbytes", "own"])
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_stage_says_what_broke(
-    name: str, planned: Path, workspace: Workspace, run_in_process: Any, tmp_path: Path
+    name: str, quantizer: str, planned: Path, workspace: Workspace, run_in_process: Any, tmp_path: Path
 ) -> None:
-    case = BREAKS[name]
+    """The same words whoever reads and quantizes."""
+    case = _by(quantizer, BREAKS[name])
     if case.device == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has the device")
     directory = _copy_run(planned, tmp_path, case)
@@ -256,8 +258,18 @@ def test_a_broken_stage_says_what_broke(
     assert log.of("memory_released")[0].resident_bytes == 0
 
 
+def _by(quantizer: str, case: Break) -> Break:
+    def change(plan: dict[str, Any]) -> None:
+        plan["quantizer"] = quantizer
+        if case.plan is not None:
+            case.plan(plan)
+
+    return replace(case, plan=change)
+
+
+@pytest.mark.parametrize("quantizer", ["bitsandbytes", "own"])
 def test_the_report_of_the_library_is_kept(
-    planned: Path, workspace: Workspace, run_in_process: Any, tmp_path: Path
+    quantizer: str, planned: Path, workspace: Workspace, run_in_process: Any, tmp_path: Path
 ) -> None:
     """transformers says `see the above report`; the failure carries that report."""
 
@@ -270,6 +282,7 @@ def test_the_report_of_the_library_is_kept(
             save_file(tensors, path)
 
     case = Break(stage="QUANTIZATION", exception_type="", message="", file="", model=shrink, pinned=False)
+    case = _by(quantizer, case)
     directory = _copy_run(planned, tmp_path, case)
     log = run_in_process(directory, planner_command=_answer_with(_copy_plan(workspace, tmp_path, case), tmp_path))
 

@@ -123,3 +123,16 @@ def test_a_damaged_plan_is_nobodys(tmp_path: Path) -> None:
     (plan / "plan.json").write_text("{")
     cache.clear(0, live(spec_digests={"live"}))
     assert not plan.exists()
+
+
+def test_what_engines_keep_of_weights_ages_like_the_rest_planners_or_not(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    root = cache.files.cache
+    old_copy = cache._file(root / "prequantized" / "old" / "data", age=9).parent
+    new_copy = cache._file(root / "prequantized" / "new" / "data", age=0.01).parent
+    digests = cache._file(root / "weights" / "d.json", age=8)
+    being_written = cache._file(root / "prequantized" / ".staging-now" / "data", age=0.5).parent
+    abandoned = cache._file(root / "prequantized" / ".staging-then" / "data", age=2).parent
+    assert cache.clear(0, live(planners_rest=False)) > 0
+    assert [path.exists() for path in (old_copy, new_copy, digests)] == [False, True, False]
+    assert [path.exists() for path in (being_written, abandoned)] == [True, False]

@@ -264,6 +264,7 @@ class Plan(_message.Message):
     MEMORY_PROBE_FIELD_NUMBER: _builtins.int
     NUM_DUPLICATES_FIELD_NUMBER: _builtins.int
     TRAINER_REASON_FIELD_NUMBER: _builtins.int
+    QUANTIZER_FIELD_NUMBER: _builtins.int
     level: Global___PlanLevel.ValueType
     training_type: _builtins.str
     """`qlora`, `lora` or `full`."""
@@ -303,6 +304,10 @@ class Plan(_message.Message):
     """Examples of an epoch that are exactly like an earlier one of the same trait and dataset; repeats do not count."""
     trainer_reason: _builtins.str
     """Why resolved.trainer is what it is, in a sentence; empty where nothing is trained."""
+    quantizer: _builtins.str
+    """Who quantizes the base: `own` (this service's code, to the same bits) or `bitsandbytes`; empty where nothing is
+    quantized.
+    """
     @_builtins.property
     def resolved(self) -> _training_spec_pb2.Hyperparameters:
         """All hyper-parameters with defaults applied."""
@@ -352,10 +357,11 @@ class Plan(_message.Message):
         memory_probe: Global___MemoryProbe | None = ...,
         num_duplicates: _builtins.int = ...,
         trainer_reason: _builtins.str = ...,
+        quantizer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "memory_probe", b"memory_probe", "resolved", b"resolved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_type", b"config_type", "data_digest", b"data_digest", "datasets", b"datasets", "device", b"device", "examples_per_epoch", b"examples_per_epoch", "fill", b"fill", "largest_step_tokens", b"largest_step_tokens", "level", b"level", "longest_example_tokens", b"longest_example_tokens", "memory", b"memory", "memory_probe", b"memory_probe", "model_type", b"model_type", "num_covered_linears", b"num_covered_linears", "num_duplicates", b"num_duplicates", "num_epochs", b"num_epochs", "num_linears", b"num_linears", "num_parameters", b"num_parameters", "num_steps", b"num_steps", "num_trainable_parameters", b"num_trainable_parameters", "resolved", b"resolved", "spec_digest", b"spec_digest", "target_tokens_per_epoch", b"target_tokens_per_epoch", "tokens_per_epoch", b"tokens_per_epoch", "total_examples", b"total_examples", "total_target_tokens", b"total_target_tokens", "total_tokens", b"total_tokens", "trainer_reason", b"trainer_reason", "training_type", b"training_type", "warnings", b"warnings", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_type", b"config_type", "data_digest", b"data_digest", "datasets", b"datasets", "device", b"device", "examples_per_epoch", b"examples_per_epoch", "fill", b"fill", "largest_step_tokens", b"largest_step_tokens", "level", b"level", "longest_example_tokens", b"longest_example_tokens", "memory", b"memory", "memory_probe", b"memory_probe", "model_type", b"model_type", "num_covered_linears", b"num_covered_linears", "num_duplicates", b"num_duplicates", "num_epochs", b"num_epochs", "num_linears", b"num_linears", "num_parameters", b"num_parameters", "num_steps", b"num_steps", "num_trainable_parameters", b"num_trainable_parameters", "quantizer", b"quantizer", "resolved", b"resolved", "spec_digest", b"spec_digest", "target_tokens_per_epoch", b"target_tokens_per_epoch", "tokens_per_epoch", b"tokens_per_epoch", "total_examples", b"total_examples", "total_target_tokens", b"total_target_tokens", "total_tokens", b"total_tokens", "trainer_reason", b"trainer_reason", "training_type", b"training_type", "warnings", b"warnings", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

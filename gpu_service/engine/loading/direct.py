@@ -1,0 +1,276 @@
+"""The base by this engine's own reader: threads bring tensors to their places while transformers makes the model.
+
+What is not tensor for tensor what the model holds is not for this module: it says so before anything is kept, and the
+library loads it, or fails, as it always does. Everything that is read is verified: files of a known digest whole the
+first time and piece by piece from then on, the 4-bit copy always. A copy that is damaged is dropped, and the files are
+read; pieces of a file that differ leave the verdict to the whole digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_service.domain.quantizer import OWN
+from gpu_service.engine.fast_path.quantizing import Tables
+from gpu_service.engine.loading import places as places_of
+from gpu_service.engine.loading import shell
+from gpu_service.engine.loading.places import NotTensorForTensor
+from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
+from gpu_service.engine.reading import piece_digests, prequantized
+from gpu_service.engine.reading.flat_nf4 import QuantizingTask
+from gpu_service.engine.reading.piece_digests import Digests
+from gpu_service.engine.reading.reader import HashTask, Piece, PlainTask, Reading, Task, cut
+from gpu_service.engine.reading.stored import NoSafetensors, StoredTensor, most_common_dtype, read_header
+
+_LOG = logging.getLogger(__name__)
+_HASH_CHUNK_BYTES = 8 * 1024 * 1024
+# Threads that have read a piece want the interpreter at once; while transformers makes the model, it is given up this
+# often.
+_SWITCH_SECONDS = 0.0005
+
+
+class DigestDiffers(ValueError):
+    """The files, whole, have another digest than they should; the message is theirs."""
+
+
+class _PiecesDiffer(Exception):
+    """Pieces are not what they were when they were verified last."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(f"{file.name} is not what it was")
+        self.file = file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The files of a model in the order that their digest is made in, as lower-case hex; empty: not pinned to any."""
+
+    files: Sequence[Path]
+    digest: str
+
+
+def is_wanted(request: LoadRequest) -> bool:
+    """Whether to try: on CUDA for bases that are not quantized, anywhere for those that the plan has quantized here."""
+    if request.device.type == "cuda" and not torch.cuda.is_available():
+        return False
+    if request.quantization.IS_QUANTIZED:
+        return request.quantizer == OWN
+    # On a CPU the library maps such tensors, and copies none.
+    return request.device.type == "cuda"
+
+
+def load(request: LoadRequest, loaded: Loaded, source: Source, progress: Progress) -> dict[str, str] | None:
+    """Make `loaded.base`, and tell how; None when the library has to. Raises what reading raises, DigestDiffers."""
+    try:
+        return _Load(request, loaded, source, progress).run()
+    except (NoSafetensors, NotTensorForTensor, _PiecesDiffer) as error:
+        _LOG.info("the library loads this model: %s", error)
+        return None
+
+
+class _Load:
+    """One load on its way."""
+
+    def __init__(self, request: LoadRequest, loaded: Loaded, source: Source, progress: Progress) -> None:
+        self._request = request
+        self._loaded = loaded
+        self._source = source
+        self._progress = progress
+        self._began = time.perf_counter()
+        self._base: Any = None
+        headers = {file: read_header(file) for file in source.files}
+        self._starts = {file: start for file, (start, _) in headers.items()}
+        self._stored: Mapping[str, StoredTensor] = {
+            tensor.name: tensor for _, tensors in headers.values() for tensor in tensors
+        }
+        self._places = places_of.make(request, loaded.config, self._stored)
+        # What is not known by a digest is not remembered by it either.
+        self._cache = request.cache_directory if source.digest else None
+        self._known: Digests | None = None
+        if self._cache is not None:
+            self._known = piece_digests.find(self._cache, source.digest, source.files)
+        self._identity = self._identify()
+
+    def run(self) -> dict[str, str]:
+        self._note("places")
+        pieces = self._find_copy()
+        if pieces is not None:
+            try:
+                reading = self._read([*self._plain_tasks(), *(self._copy_task(piece) for piece in pieces)])
+            except _PiecesDiffer as error:
+                if error.file != pieces[0].file:
+                    raise
+                self._drop_copy()
+                pieces = None
+        if pieces is None:
+            reading = self._read([*self._plain_tasks(), *self._quantizing_tasks(), *self._header_tasks()])
+            self._keep_copy()
+        self._note("done")
+        self._loaded.base = self._base
+        self._loaded.stored_dtype = most_common_dtype(self._stored.values())
+        return {
+            "tensors": str(len(self._stored)),
+            "stored_dtype": str(self._loaded.stored_dtype),
+            "reader_threads": str(reading.num_threads),
+            "read_bytes": str(reading.total_bytes),
+            "read_from": "files" if pieces is None else "the 4-bit copy",
+        }
+
+    def _note(self, what: str) -> None:
+        self._loaded.timings[what] = time.perf_counter() - self._began
+
+    def _read(self, tasks: Iterable[Task]) -> Reading:
+        """Everything at its place and verified, and the model over it. Raises _PiecesDiffer, DigestDiffers."""
+        verifies_whole = bool(self._source.digest) and self._known is None
+        # As they lie on the disk: one that is read for the first time is faster from front to back.
+        in_order = sorted(tasks, key=lambda task: (task.pieces[0].file, task.pieces[0].offset))
+        with (
+            _running(in_order, self._request.device, self._loaded, hashes=verifies_whole) as reading,
+            _hashing(self._source.files if verifies_whole else ()) as hashed,
+        ):
+            if self._base is None:
+                self._base = shell.build(self._request, self._loaded, self._places)
+                self._note("model")
+            reading.wait(lambda done: self._progress(done, reading.total_bytes, "bytes"))
+            self._note("read")
+            if reading.differing:
+                self._distrust(reading.differing[0].file)
+            if verifies_whole:
+                self._verify_whole(hashed, reading)
+                self._note("hashed")
+        return reading
+
+    def _distrust(self, file: Path) -> None:
+        if self._cache is not None and file in self._source.files:
+            piece_digests.forget(self._cache, self._source.digest)
+        raise _PiecesDiffer(file)
+
+    def _verify_whole(self, hashed: Sequence[tuple[Path, Future[str]]], reading: Reading) -> None:
+        whole = hashlib.sha256()
+        for file, future in hashed:
+            while not future.done():
+                self._progress(reading.total_bytes, reading.total_bytes, "bytes")
+                time.sleep(0.01)
+            whole.update(f"{file.name}\0{future.result()}\n".encode())
+        if whole.hexdigest() != self._source.digest:
+            raise DigestDiffers(whole.hexdigest())
+        if self._cache is not None:
+            piece_digests.keep(self._cache, self._source.digest, reading.digests)
+
+    def _identify(self) -> prequantized.Identity | None:
+        """Of the 4-bit copy; None where none is kept."""
+        layout = self._places.layout
+        if self._cache is None or not layout.shapes or layout.num_bytes < prequantized.SMALLEST_BYTES:
+            return None
+        return prequantized.Identity.of(
+            self._source.digest,
+            self._source.files,
+            double=layout.double,
+            rounded=places_of.base_dtype(self._request),
+            device=self._request.device,
+        )
+
+    def _find_copy(self) -> list[Piece] | None:
+        # Without digests of the other tensors' pieces all files are read anyway.
+        if self._cache is None or self._identity is None or self._known is None:
+            return None
+        return prequantized.find(self._cache, self._identity, self._places.layout.num_bytes)
+
+    def _drop_copy(self) -> None:
+        assert self._cache is not None
+        assert self._identity is not None
+        _LOG.warning("the 4-bit copy of weights %s is damaged, and made anew", self._source.digest)
+        prequantized.drop(self._cache, self._identity)
+
+    def _keep_copy(self) -> None:
+        if self._cache is not None and self._identity is not None:
+            # Off the device it is the writer's own: nothing of a run waits for it.
+            self._loaded.copying = prequantized.write_behind(self._cache, self._identity, self._places.buffer.cpu())
+
+    def _plain_tasks(self) -> Iterator[Task]:
+        """One task a piece: nothing holds the pieces of such a tensor together."""
+        for name, destination in self._places.plain.items():
+            tensor, first = self._stored[name], 0
+            for piece in self._pieces(tensor):
+                count = piece.num_bytes // tensor.dtype.itemsize
+                flat = destination.view(-1)[first : first + count]
+                yield PlainTask(pieces=[piece], dtype=tensor.dtype, destination=flat)
+                first += count
+
+    def _quantizing_tasks(self) -> Iterator[Task]:
+        tables = Tables.on(self._request.device)
+        for name, shape in self._places.layout.shapes.items():
+            tensor = self._stored[name]
+            yield QuantizingTask(
+                pieces=self._pieces(tensor),
+                dtype=tensor.dtype,
+                rounded=places_of.base_dtype(self._request),
+                parts=self._places.parts(name),
+                tables=tables,
+                num_weights=prod(shape),
+            )
+
+    def _header_tasks(self) -> Iterator[Task]:
+        for file, start in self._starts.items():
+            yield HashTask(pieces=cut(file, 0, start, self._digests(file)))
+
+    def _copy_task(self, piece: Piece) -> Task:
+        destination = self._places.buffer[piece.offset : piece.offset + piece.num_bytes]
+        return PlainTask(pieces=[piece], dtype=torch.uint8, destination=destination)
+
+    def _pieces(self, tensor: StoredTensor) -> list[Piece]:
+        return cut(tensor.file, tensor.offset, tensor.num_bytes, self._digests(tensor.file))
+
+    def _digests(self, file: Path) -> Mapping[int, bytes]:
+        return {} if self._known is None else self._known[file]
+
+
+@contextmanager
+def _running(tasks: Sequence[Task], device: torch.device, loaded: Loaded, *, hashes: bool) -> Iterator[Reading]:
+    reading = Reading(tasks, device, hashes=hashes)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        reading.start()
+        yield reading
+    except OSError:
+        if reading.failed_file is not None:
+            loaded.file = reading.failed_file.name
+        raise
+    finally:
+        reading.close()
+        sys.setswitchinterval(interval)
+
+
+@contextmanager
+def _hashing(files: Sequence[Path]) -> Iterator[list[tuple[Path, Future[str]]]]:
+    """Each file hashed from front to back, all at the same time."""
+    if not files:
+        yield []
+        return
+    executor = ThreadPoolExecutor(max_workers=len(files), thread_name_prefix="whole-digest")
+    try:
+        yield [(file, executor.submit(_hash, file)) for file in files]
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _hash(file: Path) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_HASH_CHUNK_BYTES))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""The 4-bit copy of a base that a node keeps in its cache: one file of bytes, and a manifest that says of what.
+
+Believed only where everything that made it is the same: the weights' digest, the files as they lie there, this format,
+the quantizer, the type that was quantized from, the kind of device, and the libraries' versions. Its pieces have
+digests, which whoever reads it compares. Written beside its place and renamed, behind the run's back: a copy that
+cannot be written costs time at the next start and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from gpu_service.engine import durable, room
+from gpu_service.engine.reading.piece_digests import seal, unseal
+from gpu_service.engine.reading.reader import PIECE_BYTES, Piece
+
+_LOG = logging.getLogger(__name__)
+DIRECTORY = "prequantized"
+_FORMAT = 1
+# Of what `fast_path.quantizing` and `flat_nf4` make: to be raised when either makes other bits or lays them out anew.
+_QUANTIZER = 1
+_DATA_FILE, _MANIFEST_FILE = "data", "manifest"
+_STAGING_PREFIX = ".staging-"
+# A smaller one is quantized as fast as it is read.
+SMALLEST_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Everything that the bits depend on. `sources` has size and modification time of the files, by name."""
+
+    weights_digest: str
+    double: bool
+    rounded: str
+    device_type: str
+    sources: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def of(
+        cls, weights_digest: str, files: Sequence[Path], *, double: bool, rounded: torch.dtype, device: torch.device
+    ) -> Identity:
+        """Raises OSError."""
+        statuses = {file.name: file.stat() for file in files}
+        return cls(
+            weights_digest=weights_digest,
+            double=double,
+            rounded=str(rounded),
+            device_type=device.type,
+            sources={name: (status.st_size, status.st_mtime_ns) for name, status in statuses.items()},
+        )
+
+    def describe(self) -> dict[str, object]:
+        """As the manifest has it."""
+        return json.loads(json.dumps(asdict(self))) | {
+            "format": _FORMAT,
+            "quantizer": _QUANTIZER,
+            "torch": torch.__version__,
+            "bitsandbytes": metadata.version("bitsandbytes"),
+        }
+
+    @property
+    def name(self) -> str:
+        """Of its directory: a copy that only an older version would believe is another one, and ages there."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+
+def find(cache_directory: Path, identity: Identity, num_bytes: int) -> list[Piece] | None:
+    """The pieces of the copy with their digests; None when there is none, or it is not to be believed."""
+    directory = cache_directory / DIRECTORY / identity.name
+    data = directory / _DATA_FILE
+    try:
+        manifest = unseal((directory / _MANIFEST_FILE).read_bytes())
+        if manifest["identity"] != identity.describe():
+            raise ValueError("it is of other weights or another version")
+        if manifest["num_bytes"] != num_bytes or data.stat().st_size != num_bytes:
+            raise ValueError(f"it has not the {num_bytes} bytes that the model needs")
+        digests = [bytes.fromhex(digest) for digest in manifest["pieces"]]
+        offsets = range(0, num_bytes, PIECE_BYTES)
+        pieces = [
+            Piece(file=data, offset=offset, num_bytes=min(PIECE_BYTES, num_bytes - offset), digest=digest)
+            for offset, digest in zip(offsets, digests, strict=True)
+        ]
+        os.utime(directory)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _LOG.warning("the 4-bit copy %s is ignored: %s", directory, error)
+        drop(cache_directory, identity)
+        return None
+    return pieces
+
+
+def drop(cache_directory: Path, identity: Identity) -> None:
+    """Delete a copy that is damaged; the next one takes its place."""
+    shutil.rmtree(cache_directory / DIRECTORY / identity.name, ignore_errors=True)
+
+
+def write_behind(cache_directory: Path, identity: Identity, content: torch.Tensor) -> threading.Thread:
+    """Write `content`, uint8 [n] in host memory that is the writer's own, in a thread that holds up nobody's end."""
+    thread = threading.Thread(
+        target=_write, args=(cache_directory, identity, content), name="prequantized-copy", daemon=True
+    )
+    thread.start()
+    return thread
+
+
+def _write(cache_directory: Path, identity: Identity, content: torch.Tensor) -> None:
+    parent = cache_directory / DIRECTORY
+    staging = parent / f"{_STAGING_PREFIX}{secrets.token_hex(8)}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        room.require(parent, len(content))
+        staging.mkdir()
+        view = memoryview(content.numpy())  # type: ignore[arg-type]
+        digests = []
+        with (staging / _DATA_FILE).open("wb", buffering=0) as file:
+            for offset in range(0, len(view), PIECE_BYTES):
+                piece = view[offset : offset + PIECE_BYTES]
+                digests.append(hashlib.sha256(piece).hexdigest())
+                _write_whole(file.fileno(), piece)
+        manifest = {"identity": identity.describe(), "num_bytes": len(content), "pieces": digests}
+        (staging / _MANIFEST_FILE).write_bytes(seal(manifest))
+        for path in (staging / _DATA_FILE, staging / _MANIFEST_FILE, staging):
+            durable.sync(path)
+        staging.rename(parent / identity.name)
+        durable.sync(parent)
+    except OSError as error:
+        # No room, or another engine was first.
+        shutil.rmtree(staging, ignore_errors=True)
+        _LOG.warning("no 4-bit copy was kept: %s", error)
+
+
+def _write_whole(descriptor: int, piece: memoryview) -> None:
+    while piece:
+        piece = piece[os.write(descriptor, piece) :]

@@ -1,0 +1,80 @@
+"""The engine's own reader on a CUDA device: kernels against their reference, models against the library's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(autouse=True)
+def _on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from gpu_service.engine.reading import flat_nf4, piece_digests, prequantized, reader
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.manual_seed(0)
+    monkeypatch.setattr(prequantized, "SMALLEST_BYTES", 0)
+    # Tiny tensors have many pieces then.
+    for module in (reader, piece_digests, prequantized, flat_nf4):
+        monkeypatch.setattr(module, "PIECE_BYTES", 1024)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("num_weights", [64, 64 * 999, 8192 * 3072])
+def test_kernels_are_their_reference_bit_for_bit(dtype: str, num_weights: int) -> None:
+    import torch
+
+    from gpu_service.engine.fast_path import quantizing, quantizing_kernels
+
+    tables = quantizing.Tables.on(torch.device("cuda"))
+    values = (torch.randn(num_weights, device="cuda") * 0.02).to(getattr(torch, dtype))
+    values[:32] = 0
+    values[64 * 7 : 64 * 8] = 0
+    results = []
+    for module, suffix in ((quantizing_kernels, ""), (quantizing, "_reference")):
+        packed = torch.empty(num_weights // 2, dtype=torch.uint8, device="cuda")
+        scales = torch.empty(num_weights // 64, device="cuda")
+        getattr(module, f"quantize_values{suffix}")(values, tables.bounds, packed, scales)
+        offset = scales.mean()
+        places = torch.empty(len(scales), dtype=torch.uint8, device="cuda")
+        nested = torch.empty(-(-len(scales) // 256), device="cuda")
+        getattr(module, f"quantize_scales{suffix}")(scales, offset, tables.nested_bounds, places, nested)
+        results.append((packed, scales, places, nested))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_model_is_the_librarys_bit_for_bit(family: str, double: bool, tmp_path: Path) -> None:
+    from tests.fakes.base_loading import load_base, same
+    from tests.fakes.tiny_models import TinyOptions, place
+
+    directory = tmp_path / place(tmp_path, TinyOptions(family=family, tied=True, sharded=True))
+    settings: dict[str, Any] = {"model_type": family, "double": double, "device": "cuda:0"}
+    expected, _ = load_base(directory, cache=None, quantizer="bitsandbytes", **settings)
+    for source in ("files", "the 4-bit copy"):
+        found, details = load_base(directory, cache=tmp_path / "cache", **settings)
+        assert details["read_from"] == source
+        same(found.base, expected.base)
+
+
+@pytest.mark.parametrize("training_type", ["lora", "full"])
+def test_plain_models_are_the_librarys_too(training_type: str, tmp_path: Path) -> None:
+    from tests.fakes.base_loading import load_base, same
+    from tests.fakes.tiny_models import TinyOptions, place
+
+    directory = tmp_path / place(tmp_path, TinyOptions(sharded=True))
+    settings: dict[str, Any] = {"method": "none", "training_type": training_type, "quantizer": ""}
+    expected, _ = load_base(directory, cache=None, **settings)
+    found, details = load_base(directory, cache=tmp_path / "cache", device="cuda:0", **settings)
+    assert "reader_threads" in details
+    found.base.to("cpu")
+    found.base.hf_device_map = expected.base.hf_device_map
+    same(found.base, expected.base)

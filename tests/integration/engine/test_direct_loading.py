@@ -1,0 +1,229 @@
+"""The engine's own reader against the library: the same model, bit for bit, from files and from the 4-bit copy."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gpu_service.engine.loading import direct, weights
+from gpu_service.engine.reading import piece_digests, prequantized, reader
+from tests.fakes.base_loading import load_base, same
+from tests.fakes.tiny_models import TinyOptions, place
+
+
+@pytest.fixture(autouse=True)
+def _copies_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prequantized, "SMALLEST_BYTES", 0)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that tiny tensors have many."""
+    for module in (reader, piece_digests, prequantized):
+        monkeypatch.setattr(module, "PIECE_BYTES", 1024)
+    monkeypatch.setattr("gpu_service.engine.reading.flat_nf4.PIECE_BYTES", 1024)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tmp_path / place(tmp_path, TinyOptions(sharded=True))
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        TinyOptions(),
+        TinyOptions(tied=True),
+        TinyOptions(sharded=True),
+        TinyOptions(family="qwen2"),
+        TinyOptions(family="qwen3"),
+        TinyOptions(family="mistral"),
+    ],
+    ids=lambda options: options.name,
+)
+def test_the_model_is_the_librarys_bit_for_bit(options: TinyOptions, double: bool, tmp_path: Path) -> None:
+    directory = tmp_path / place(tmp_path, options)
+    settings: dict[str, Any] = {"model_type": options.family, "double": double}
+    expected, _ = load_base(directory, cache=None, quantizer="bitsandbytes", **settings)
+
+    first, first_details = load_base(directory, cache=tmp_path / "cache", **settings)
+    again, again_details = load_base(directory, cache=tmp_path / "cache", **settings)
+
+    assert first_details["read_from"] == "files"
+    assert again_details["read_from"] == "the 4-bit copy"
+    assert first_details["quantizer"] == again_details["quantizer"] == "own"
+    assert first.stored_dtype == again.stored_dtype == expected.stored_dtype
+    same(first.base, expected.base)
+    same(again.base, expected.base)
+
+
+@pytest.mark.parametrize("training_type", ["lora", "full"])
+def test_plain_models_are_the_librarys_too(
+    training_type: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"method": "none", "training_type": training_type, "quantizer": ""}
+    expected, _ = load_base(model, cache=None, **settings)
+    # On a CPU the library does it; the reader can.
+    monkeypatch.setattr(direct, "is_wanted", lambda request: True)
+    found, details = load_base(model, cache=tmp_path, **settings)
+    assert "reader_threads" in details
+    same(found.base, expected.base)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_stored_types_are_rounded_as_the_library_does(tmp_path: Path) -> None:
+    directory = tmp_path / place(tmp_path, TinyOptions())
+    path = directory / "model.safetensors"
+    for dtype in (torch.float32, torch.float16):
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
+        expected, _ = load_base(directory, cache=None, quantizer="bitsandbytes")
+        found, details = load_base(directory, cache=tmp_path)
+        assert "reader_threads" in details
+        same(found.base, expected.base)
+
+
+def test_what_the_files_do_not_hold_tensor_for_tensor_is_the_librarys(tmp_path: Path) -> None:
+    """A head beside the embedding that it is tied to: which of the two counts, transformers decides."""
+    directory = tmp_path / place(tmp_path, TinyOptions(tied=True))
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
+    expected, _ = load_base(directory, cache=None, quantizer="bitsandbytes")
+    found, details = load_base(directory, cache=tmp_path)
+    assert details["quantizer"] == "bitsandbytes"
+    same(found.base, expected.base)
+
+
+def test_other_weights_than_the_jobs(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(weights.WeightsChanged, match="digest"):
+        load_base(model, cache=tmp_path / "cache", digest="0" * 64)
+    assert not (tmp_path / "cache").exists()
+
+
+def _entry(cache: Path) -> Path:
+    return next((cache / prequantized.DIRECTORY).iterdir())
+
+
+def _flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def _truncate(cache: Path) -> None:
+    os.truncate(_entry(cache) / "data", 100)
+
+
+def _damage_data(cache: Path) -> None:
+    _flip(_entry(cache) / "data", -1)
+
+
+def _damage_manifest(cache: Path) -> None:
+    _flip(_entry(cache) / "manifest", 100)
+
+
+def _empty_manifest(cache: Path) -> None:
+    (_entry(cache) / "manifest").write_bytes(b"")
+
+
+def _put_anothers_in_its_place(cache: Path) -> None:
+    path = _entry(cache) / "manifest"
+    manifest = piece_digests.unseal(path.read_bytes())
+    manifest["identity"]["bitsandbytes"] = "0.0.1"
+    path.write_bytes(piece_digests.seal(manifest))
+
+
+@pytest.mark.parametrize(
+    "damage", [_truncate, _damage_data, _damage_manifest, _empty_manifest, _put_anothers_in_its_place]
+)
+def test_a_copy_that_is_not_to_be_believed_is_made_anew(damage: Any, model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    expected, _ = load_base(model, cache=cache)
+    damage(cache)
+    found, details = load_base(model, cache=cache)
+    assert details["read_from"] == "files"
+    same(found.base, expected.base)
+    again, details = load_base(model, cache=cache)
+    assert details["read_from"] == "the 4-bit copy"
+    same(again.base, expected.base)
+
+
+def test_a_file_that_changed_is_never_covered_by_a_copy(model: Path, tmp_path: Path) -> None:
+    load_base(model, cache=tmp_path / "cache", digest=(digest := weights_digest_of(model)))
+    path = sorted(model.glob("model-*.safetensors"))[0]
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, path)
+    with pytest.raises(weights.WeightsChanged):
+        load_base(model, cache=tmp_path / "cache", digest=digest)
+
+
+def weights_digest_of(directory: Path) -> str:
+    from gpu_service.catalog.weight_files import weights_digest
+
+    return weights_digest(directory)
+
+
+def test_a_changed_byte_under_the_old_date_is_found(model: Path, tmp_path: Path) -> None:
+    """Neither size nor date tells; the pieces' digests do."""
+    digest = weights_digest_of(model)
+    load_base(model, cache=tmp_path / "cache", digest=digest)
+    path = sorted(model.glob("model-*.safetensors"))[0]
+    status = path.stat()
+    _flip(path, -1)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for one in (tmp_path / "cache" / prequantized.DIRECTORY).iterdir():
+        (one / "data").unlink()
+    with pytest.raises(weights.WeightsChanged):
+        load_base(model, cache=tmp_path / "cache", digest=digest)
+
+
+def test_a_disk_without_room_keeps_nothing_and_fails_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(directory: Path, num_bytes: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prequantized.room, "require", none_left)
+    _, details = load_base(model, cache=tmp_path / "cache")
+    assert details["read_from"] == "files"
+    assert list((tmp_path / "cache" / prequantized.DIRECTORY).iterdir()) == []
+
+
+def test_a_file_that_ends_early_names_itself(model: Path, tmp_path: Path) -> None:
+    """Between the look at the header and the reading."""
+    shard = sorted(model.glob("model-*.safetensors"))[1]
+    piece = reader.Piece(file=shard, offset=shard.stat().st_size - 10, num_bytes=64)
+    reading = reader.Reading([reader.HashTask(pieces=[piece])], torch.device("cpu"), hashes=True)
+    reading.start()
+    try:
+        with pytest.raises(OSError, match="ends at byte"):
+            reading.wait(lambda done: None)
+    finally:
+        reading.close()
+    assert reading.failed_file == shard
+
+
+def test_a_stop_ends_the_threads(model: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int) -> None:
+        raise Stopped
+
+    shard = sorted(model.glob("model-*.safetensors"))[0]
+    tasks = [reader.HashTask(pieces=[reader.Piece(file=shard, offset=0, num_bytes=64)]) for _ in range(1000)]
+    reading = reader.Reading(tasks, torch.device("cpu"), hashes=True)
+    reading.start()
+    with pytest.raises(Stopped):
+        reading.wait(stop)
+    reading.close()
+    assert json.dumps(reading.differing) == "[]"
