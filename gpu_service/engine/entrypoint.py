@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from gpu_service.engine.control import ControlPipe
+from gpu_service.engine.deferred_compile import compiling_at_first_call
 from gpu_service.engine.spare_planner import SparePlanner
 
 # Read by the libraries when they are imported.
@@ -25,8 +26,8 @@ _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 
 # Set by whoever starts an engine for a device: `cuda:0`.
 _DEVICE_VARIABLE = "TUNESMITH_ENGINE_DEVICE"
-# What the service imports anyway.
-_SLOW_IMPORTS = ("torch", "transformers", "accelerate", "bitsandbytes", "peft")
+# What the service imports anyway. bitsandbytes before peft, which would import it by another way.
+_SLOW_IMPORTS = ("torch", "bitsandbytes", "transformers", "accelerate", "peft")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,11 +55,12 @@ def main(arguments: Sequence[str]) -> int:
         # Of the millions of objects that imports make nearly all stay; looking for those that do not takes a fifth of
         # the time. The service freezes what is there when it begins.
         gc.disable()
-        for name in _SLOW_IMPORTS:
-            # Each may take a minute from a slow disk, and is a sign of progress.
-            import_module(name)
-            pipe.note_progress()
-        service = import_module("gpu_service.engine.service")
+        with compiling_at_first_call():
+            for name in _SLOW_IMPORTS:
+                # Each may take a minute from a slow disk, and is a sign of progress.
+                import_module(name)
+                pipe.note_progress()
+            service = import_module("gpu_service.engine.service")
         gc.enable()
         status: int = service.serve(pipe, planner, os.environ.get(_DEVICE_VARIABLE, ""))
         return status

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models
 
 from gpu_service.catalog import families, methods, quantization
 from gpu_service.domain.planned_data import Example, ExampleReference, PlannedData
+from gpu_service.domain.quantizer import OWN
 from gpu_service.engine import devices
 from gpu_service.engine.devices import Device
 from gpu_service.engine.loading import Loaded, LoadRequest, load
@@ -174,6 +175,8 @@ def _train(directory: Path, device: Device, pace: _Pace) -> None:
             method=method,
             compute_dtype=DTYPES[dtype],
             device=device.torch_device,
+            # A run's base may come in by bitsandbytes; ours has kernels to be compiled.
+            quantizer=OWN,
         ),
         loaded,
         switch=StopSwitch(pace.check),
