@@ -170,9 +170,9 @@ class EnginePool:
                 await self._replace(engine)
             return await self._start(device)
 
-    def has_engine(self, device_id: str) -> bool:
-        """Whether the device has an engine, or one is on its way in or out."""
-        return device_id in self._engines or self._changing[device_id].locked()
+    def engine_on(self, device_id: str) -> Engine | None:
+        """The device's engine, if it has one."""
+        return self._engines.get(device_id)
 
     async def start_spare(self, device: Device, is_free: Callable[[], bool]) -> Engine | None:
         """An engine where there is none, if `is_free` then. Not to be cancelled. Raises EngineStartFailed, OSError."""

@@ -52,29 +52,32 @@ class SpareKeeper:
         self._devices = devices
         self._is_free = is_free
         self._places: dict[str, _Place] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        # By name; one that is wanted while another of its name is under way is not begun.
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ended = False
         pool.on_ready = self._note_ready
         pool.on_spare_lost = self._note_lost
 
     async def look(self) -> None:
         """Have an engine started wherever one is wanted and there is none."""
-        if self._places and all(self._pool.has_engine(device_id) for device_id in self._places):
+        if self._places and all(self._pool.engine_on(device_id) for device_id in self._places):
             return
         for device in await self._devices():
             if not self._pool.settings.keeps_spare(device.id):
                 continue
             place = self._places.setdefault(device.id, _Place())
-            is_wanted = not (device.quarantine_reason or self._pool.has_engine(device.id))
+            is_wanted = not (device.quarantine_reason or self._pool.engine_on(device.id))
             if is_wanted and self._may_have_one(device.id) and time.monotonic() >= place.not_before:
                 place.free_bytes = device.free_memory_bytes
                 # A task of its own: it is not to be cancelled with whoever looks.
                 self._spawn(self._start(device), f"spare-{device.id}")
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = asyncio.create_task(work, name=name, context=Context())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if name in self._tasks:
+            work.close()
+            return
+        task = self._tasks[name] = asyncio.create_task(work, name=name, context=Context())
+        task.add_done_callback(lambda task: self._tasks.pop(name))
 
     def _may_have_one(self, device_id: str) -> bool:
         return self._is_free(device_id) and not self._ended
@@ -112,7 +115,11 @@ class SpareKeeper:
                 engine.context_bytes = min(max(taken, 0), _MAX_CONTEXT_BYTES)
 
     async def end(self) -> None:
-        """No further spare comes up; returns when none is on its way."""
+        """No further spare comes up, and those that are there leave: what comes next may be another version."""
         self._ended = True
         if self._tasks:
-            await asyncio.wait(set(self._tasks))
+            await asyncio.wait(set(self._tasks.values()))
+        for device_id in self._places:
+            engine = self._pool.engine_on(device_id)
+            if engine is not None and engine.is_spare:
+                await self._pool.make_room(device_id)
