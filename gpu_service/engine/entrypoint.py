@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from gpu_service.engine.control import ControlPipe
 from gpu_service.engine.deferred_compile import compiling_at_first_call
@@ -24,8 +25,8 @@ from gpu_service.engine.spare_planner import SparePlanner
 # Read by the libraries when they are imported.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
-# Set by whoever starts an engine for a device: `cuda:0`.
-_DEVICE_VARIABLE = "TUNESMITH_ENGINE_DEVICE"
+# Set by whoever starts an engine for a device: `cuda:0`, and the directory of a model that is likely to be wanted.
+_DEVICE_VARIABLE, _MODEL_VARIABLE = "TUNESMITH_ENGINE_DEVICE", "TUNESMITH_ENGINE_MODEL"
 # What the service imports anyway. bitsandbytes before peft, which would import it by another way.
 _SLOW_IMPORTS = ("torch", "bitsandbytes", "transformers", "accelerate", "peft")
 
@@ -62,5 +63,6 @@ def main(arguments: Sequence[str]) -> int:
                 pipe.note_progress()
             service = import_module("gpu_service.engine.service")
         gc.enable()
-        status: int = service.serve(pipe, planner, os.environ.get(_DEVICE_VARIABLE, ""))
+        device_id, model = (os.environ.get(name, "") for name in (_DEVICE_VARIABLE, _MODEL_VARIABLE))
+        status: int = service.serve(pipe, planner, device_id, Path(model) if model else None)
         return status

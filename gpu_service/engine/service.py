@@ -44,18 +44,26 @@ _STATE_BY_STOP = {
 }
 
 
-def serve(pipe: ControlPipe, spare_planner: SparePlanner | None = None, device_id: str = "") -> int:
+def serve(
+    pipe: ControlPipe,
+    spare_planner: SparePlanner | None = None,
+    device_id: str = "",
+    model_directory: Path | None = None,
+) -> int:
     """Carry out runs and generations until the pipe says to end. The process' exit status.
 
-    `device_id` is the device to be made ready for before there is any (`cuda:0`); empty: none.
+    `device_id` is the device to be made ready for before there is any (`cuda:0`), with the tokenizer of a model that is
+    likely to be wanted; empty: none.
     """
+    shelf = BaseShelf()
     if device_id and not pipe.has_order:
         warm_up.make_ready(device_id, lambda: pipe.has_order)
+        if model_directory is not None and not pipe.has_order:
+            warm_up.read_tokenizer(model_directory, shelf.tokenizers)
     pipe.notify({"type": "ready"})
     # What the libraries made when they were imported lives as long as the process. The collections that give a run's
     # memory back need not walk it: a third of a second each.
     gc.freeze()
-    shelf = BaseShelf()
     while (order := pipe.next_order()) is not None:
         if isinstance(order, GenerationOrder):
             ends_engine = generation.carry_out(order, shelf=shelf, notify=pipe.notify)

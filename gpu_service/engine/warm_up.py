@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoTokenizer
 
 from gpu_service.catalog import families, methods, quantization
 from gpu_service.domain.planned_data import Example, ExampleReference, PlannedData
@@ -29,6 +30,8 @@ from gpu_service.domain.quantizer import OWN
 from gpu_service.engine import devices
 from gpu_service.engine.devices import Device
 from gpu_service.engine.loading import Loaded, LoadRequest, load
+from gpu_service.engine.loading import tokenizer as stage_tokenizer
+from gpu_service.engine.loading.work import KeptTokenizers
 from gpu_service.engine.precision import DTYPES
 from gpu_service.engine.request import DeviceChoice
 from gpu_service.engine.stopping import StopSwitch
@@ -112,6 +115,21 @@ def make_ready(device_id: str, is_wanted: Callable[[], bool]) -> None:
         _LOG.info("warm after %.1f s", time.monotonic() - start)
     gc.collect()
     device.give_back()
+
+
+def read_tokenizer(model_directory: Path, tokenizers: KeptTokenizers) -> None:
+    """Keep the tokenizer of a model, if it can be read; what is wrong with it is for a run to say."""
+    start = time.monotonic()
+    try:
+        config = AutoConfig.from_pretrained(model_directory, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_directory, config=config, trust_remote_code=False, local_files_only=True
+        )
+        tokenizers.put(model_directory, tokenizer)
+    except stage_tokenizer.RAISES as error:
+        _LOG.info("no tokenizer was read ahead: %s", error)
+    else:
+        _LOG.info("a tokenizer was read ahead in %.1f s", time.monotonic() - start)
 
 
 def _touch(device: Device) -> None:

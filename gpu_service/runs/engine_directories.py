@@ -30,6 +30,8 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = {
 }
 # The device that an engine makes itself ready for, before it has a run: `cuda:0`.
 DEVICE_VARIABLE = "TUNESMITH_ENGINE_DEVICE"
+# The model whose tokenizer it may read meanwhile.
+MODEL_VARIABLE = "TUNESMITH_ENGINE_MODEL"
 # Triton's.
 _KERNELS_VARIABLE = "TRITON_CACHE_DIR"
 # Directories of engines that ended, kept for their logs.
@@ -45,6 +47,13 @@ class EngineStartFailed(Exception):
     def __init__(self, ending: ExitRecord) -> None:
         super().__init__(ending.note)
         self.ending = ending
+
+
+@dataclass(kw_only=True, slots=True)
+class RecentModel:
+    """Directory of the base that a run asked for last; empty when none did. The next run's is often the same."""
+
+    directory: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +72,7 @@ class EngineSettings:
     spare_engines: int | None = 0
     # Where compiled kernels are kept, for engines to come; None: the compiler's own place.
     kernels_directory: Path | None = None
+    recent_model: RecentModel = field(default_factory=RecentModel)
 
     def keeps_spare(self, device_id: str) -> bool:
         """Whether the device is to have an engine at all times that it can."""
@@ -71,7 +81,8 @@ class EngineSettings:
     def environment(self, device: Device) -> dict[str, str]:
         """What an engine on the device is started with."""
         kernels = {} if self.kernels_directory is None else {_KERNELS_VARIABLE: str(self.kernels_directory)}
-        return {**ENGINE_ENVIRONMENT, DEVICE_VARIABLE: device.id, **kernels}
+        model = {MODEL_VARIABLE: self.recent_model.directory} if self.recent_model.directory else {}
+        return {**ENGINE_ENVIRONMENT, DEVICE_VARIABLE: device.id, **kernels, **model}
 
     @property
     def ask_seconds(self) -> float:

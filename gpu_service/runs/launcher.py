@@ -65,7 +65,12 @@ class Launcher:
 
     def begin(self, run: Run, leaving: Sequence[Run]) -> None:
         """Hand the run to an engine once those that are leaving have left. The device is the run's already."""
+        self.note_model(run)
         self._spawn(self._launch(run, leaving), f"launch-{run.key.id}", run)
+
+    def note_model(self, run: Run) -> None:
+        """Engines that come up without work expect another run on this base."""
+        self._pool.settings.recent_model.directory = str(run.content.get("model_directory", ""))
 
     async def take_up(self, run: Run, older: Sequence[Run]) -> None:
         """Go on with a run that a former server accepted and that is not over."""

@@ -118,6 +118,8 @@ class RunManager:
             await run.refresh()
             if not run.is_over:
                 await self._launcher.take_up(run, self._older_of(run.key))
+        if self._runs:
+            self._launcher.note_model(max(self._runs.values(), key=lambda run: run.key.job_id))
         self._launcher.watch_over(lambda: [run for run in self._runs.values() if not run.is_over])
         self._cache_keeper.begin()
 

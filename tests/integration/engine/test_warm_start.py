@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,21 @@ def test_the_next_run_finds_the_tokenizer_and_its_own_template(
     templates = [(directory / "artifacts/adapter/chat_template.jinja").read_text() for directory in directories]
     assert templates[0] != templates[1]
     assert templates[1] == CHAT_TEMPLATE
+
+
+def test_a_tokenizer_that_was_read_ahead_is_the_runs(
+    workspace: Workspace, run_in_process: RunInProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = workspace.make_run("ahead")
+    shelf = BaseShelf()
+    warm_up.read_tokenizer(workspace.models_directory / "tiny/llama", shelf.tokenizers)
+    log = run_in_process(directory, shelf=shelf)
+    assert log.states[-1] == "SUCCEEDED"
+    assert "resident" in log.stage_details("TOKENIZER")
+    # What cannot be read is nobody's trouble before a run wants it.
+    caplog.set_level("INFO", logger=warm_up.__name__)
+    warm_up.read_tokenizer(tmp_path, BaseShelf().tokenizers)
+    assert "no tokenizer was read ahead" in caplog.text
 
 
 def test_a_run_is_planned_by_the_planner_that_waits(workspace: Workspace, run_in_process: RunInProcess) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,9 +89,11 @@ async def test_a_spare_takes_the_next_run_whatever_its_base(node: Node) -> None:
 
 
 async def test_a_spare_knows_its_device_and_where_kernels_are_kept(node: Node, tmp_path: Path) -> None:
+    node.pool.settings.recent_model.directory = "/models/org/name"
     spare = await node.get_spare(CPU)
     environment = EngineConfiguration.read(spare.directory).environment
     assert environment["TUNESMITH_ENGINE_DEVICE"] == "cpu:-1"
+    assert environment["TUNESMITH_ENGINE_MODEL"] == "/models/org/name"
     assert environment["TRITON_CACHE_DIR"] == str(tmp_path / "kernels")
 
 
@@ -175,6 +177,7 @@ def test_a_node_trains_on_its_spare_and_has_another_behind_a_failure(tmp_path: P
         server.start_run()
         assert server.watch_to_end()[-1].run_state.state == event_pb2.RUN_STATE_SUCCEEDED
         assert [shim["shim_pid"] for shim in server.shims()] == [first["shim_pid"]]
+        assert "TUNESMITH_ENGINE_MODEL" not in _environment(server)
         # Taken over with its spare by the server that comes next.
         server.kill()
         server.start()
@@ -182,7 +185,15 @@ def test_a_node_trains_on_its_spare_and_has_another_behind_a_failure(tmp_path: P
         assert server.watch_to_end("01JOC")[-1].run_state.state == event_pb2.RUN_STATE_FAILED
         wait_for(lambda: [shim for shim in server.shims() if shim["shim_pid"] != first["shim_pid"]])
         assert not psutil.pid_exists(first["engine_pid"])
+        # The one behind it expects another run on the same base.
+        assert _environment(server)["TUNESMITH_ENGINE_MODEL"] == str(server.models_directory / "org/name")
         assert server.terminate() == 0
         assert server.living_processes() == []
     finally:
         server.clean_up()
+
+
+def _environment(server: GpuServer) -> Mapping[str, str]:
+    """Of the newest engine."""
+    newest = max(server.engine_directories(), key=lambda directory: (directory / "engine.json").stat().st_mtime_ns)
+    return EngineConfiguration.read(newest).environment
