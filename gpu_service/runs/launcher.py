@@ -236,8 +236,9 @@ class Launcher:
         await self._spares.end()
 
     async def close(self) -> None:
-        """Drop what is under way; engines are left as they are."""
+        """Drop what is under way; engines with work or a base are left as they are."""
         await self.end_spares()
+        await self._spares.dismiss()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -7,6 +7,7 @@ one where a run, a probe or a quarantine is, and to start again and again what d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextvars import Context
@@ -115,11 +116,16 @@ class SpareKeeper:
                 engine.context_bytes = min(max(taken, 0), _MAX_CONTEXT_BYTES)
 
     async def end(self) -> None:
-        """No further spare comes up, and those that are there leave: what comes next may be another version."""
+        """No further spare comes up from now on."""
         self._ended = True
         if self._tasks:
             await asyncio.wait(set(self._tasks.values()))
-        for device_id in self._places:
-            engine = self._pool.engine_on(device_id)
-            if engine is not None and engine.is_spare:
-                await self._pool.make_room(device_id)
+
+    async def dismiss(self) -> None:
+        """Have the spares leave that are there: the server that comes next may be of another version."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._pool.settings.grace_seconds):
+                for device_id in self._places:
+                    engine = self._pool.engine_on(device_id)
+                    if engine is not None and engine.is_spare:
+                        await self._pool.make_room(device_id)

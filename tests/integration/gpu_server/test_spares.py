@@ -103,6 +103,8 @@ async def test_who_has_one(tmp_path: Path, spare_engines: int | None, wanted: se
     await node.keeper.look()
     await wait_until(lambda: set(node.pool._engines) == wanted)
     await node.keeper.end()
+    assert set(node.pool._engines) == wanted
+    await node.keeper.dismiss()
     assert not node.pool._engines
     await node.pool.shut_down(20)
 
@@ -197,3 +199,14 @@ def _environment(server: GpuServer) -> Mapping[str, str]:
     """Of the newest engine."""
     newest = max(server.engine_directories(), key=lambda directory: (directory / "engine.json").stat().st_mtime_ns)
     return EngineConfiguration.read(newest).environment
+
+
+def test_a_spare_leaves_with_a_server_that_keeps_engines(tmp_path: Path) -> None:
+    server = GpuServer(tmp_path, spare_engines=1, keep_engines=True)
+    try:
+        server.start()
+        wait_for(lambda: server.shims())
+        assert server.terminate() == 0
+        assert server.living_processes() == []
+    finally:
+        server.clean_up()
