@@ -119,6 +119,8 @@ async def build(
         hang_limit_seconds=settings.hang_limit_seconds,
         answer_limit_seconds=settings.shim_answer_seconds,
         memory=memory_of_devices or DeviceMemory(),
+        spare_engines=settings.spare_engines,
+        kernels_directory=files.kernels,
     )
     ledger = MemoryLedger()
     blobs = BlobStore(files.blobs)

@@ -37,6 +37,13 @@ class Settings(BaseSettings):
     models_directory: Path = Field(Path("data/models"), description="base models, as <org>/<name>")
     keep_engines: bool = Field(False, description="leave engines training when the server stops in order")
     engine_idle_seconds: float = Field(600.0, ge=0, description="how long an idle engine keeps its base in memory")
+    spare_engines: int | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="1: a device without work has an engine that a run need not wait for; 0: engines start with runs "
+        "(default 1 for GPUs, 0 for a CPU)",
+    )
     orphan_limit_seconds: float = Field(
         1800.0, gt=0, description="how long an engine trains on without any server before it checkpoints and ends"
     )

@@ -50,6 +50,11 @@ class ControlPipe:
         """Begin to read, in a thread that ends with the process."""
         threading.Thread(target=self._read_commands, name="control", daemon=True).start()
 
+    @property
+    def has_order(self) -> bool:
+        """Whether something is to be done, the end included."""
+        return self._shutting_down or not self._orders.empty()
+
     def next_order(self) -> Path | GenerationOrder | None:
         """Wait for the next run directory or generation. None means that the engine is to end."""
         if self._shutting_down:

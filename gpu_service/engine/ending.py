@@ -66,6 +66,9 @@ def conclude(run: Run, outcome: Outcome, base_line: BaseLine) -> Outcome:
         _keep_base(run)
     run.loaded = None
     run.resident = None
+    if outcome.state == event_pb2.RUN_STATE_CANCELLED:
+        # It is no part of what is measured, and may be larger than what a cancelled run may leave.
+        run.shelf.tokenizers.clear()
     run.device.give_back()
     resident_bytes = 0 if outcome.ends_engine else run.shelf.describe().get("bytes", 0)
     left_bytes = run.device.held_bytes() - base_line.num_bytes - resident_bytes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -15,14 +16,19 @@ import socket
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from gpu_service.engine.control import ControlPipe
+from gpu_service.engine.deferred_compile import compiling_at_first_call
+from gpu_service.engine.spare_planner import SparePlanner
 
 # Read by the libraries when they are imported.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
-# What the service imports anyway.
-_SLOW_IMPORTS = ("torch", "transformers", "accelerate", "bitsandbytes", "peft")
+# Set by whoever starts an engine for a device: `cuda:0`, and the directory of a model that is likely to be wanted.
+_DEVICE_VARIABLE, _MODEL_VARIABLE = "TUNESMITH_ENGINE_DEVICE", "TUNESMITH_ENGINE_MODEL"
+# What the service imports anyway. bitsandbytes before peft, which would import it by another way.
+_SLOW_IMPORTS = ("torch", "bitsandbytes", "transformers", "accelerate", "peft")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,11 +50,19 @@ def main(arguments: Sequence[str]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: pipe.shut_down())
         pipe.start()
-        for name in _SLOW_IMPORTS:
-            # Each may take a minute from a slow disk, and is a sign of progress.
-            import_module(name)
-            pipe.note_progress()
-        service = import_module("gpu_service.engine.service")
-        pipe.notify({"type": "ready"})
-        status: int = service.serve(pipe)
+        # It imports beside this process.
+        planner = SparePlanner()
+        planner.prepare()
+        # Of the millions of objects that imports make nearly all stay; looking for those that do not takes a fifth of
+        # the time. The service freezes what is there when it begins.
+        gc.disable()
+        with compiling_at_first_call():
+            for name in _SLOW_IMPORTS:
+                # Each may take a minute from a slow disk, and is a sign of progress.
+                import_module(name)
+                pipe.note_progress()
+            service = import_module("gpu_service.engine.service")
+        gc.enable()
+        device_id, model = (os.environ.get(name, "") for name in (_DEVICE_VARIABLE, _MODEL_VARIABLE))
+        status: int = service.serve(pipe, planner, device_id, Path(model) if model else None)
         return status

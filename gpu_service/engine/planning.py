@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from gpu_service.domain.spec import TrainingSpec, spec_digest
 from gpu_service.engine.failures import RunFailure, library_versions
 from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.request import RunRequest
+from gpu_service.engine.spare_planner import SparePlanner
 from gpu_service.engine.stopping import StopSwitch
 from gpu_service.journal.events import failure
 from gpu_service.oom_counter import oom_kills
@@ -31,9 +31,6 @@ from tunesmith.common.v1 import event_pb2, plan_pb2
 
 _LOG_INTERVAL_SECONDS = 2.0
 _MAX_OUTPUT_CHARACTERS = 4000
-
-# The request's path is added as the last argument.
-PLANNER_COMMAND: tuple[str, ...] = (sys.executable, "-m", "gpu_service.planner")
 
 
 def plan(
@@ -43,8 +40,9 @@ def plan(
     device: dict[str, Any],
     switch: StopSwitch,
     reporter: Reporter,
+    spare: SparePlanner | None = None,
 ) -> Path:
-    """The plan directory of the run, made anew or from the planner's cache.
+    """The plan directory of the run, made anew or from the planner's cache, by `spare` if that is there.
 
     Raises RunFailure when the planner refuses (its own reason and fault) or dies (HOST_OUT_OF_MEMORY where the kernel
     killed it for memory, else PLANNING), StopRequested, OSError.
@@ -66,23 +64,20 @@ def plan(
     )
     errors_path = request.run_directory / "planner.log"
     oom_kills_before = oom_kills()
-    with errors_path.open("wb") as errors:
-        child = subprocess.Popen(
-            [*command, str(request_path)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            process_group=0,
-        )
-        with switch.owning(child):
-            answer = _follow(child, switch, reporter)
-            child.wait()
+    child = spare.take(request_path, errors_path) if spare is not None else None
+    if child is None:
+        child = _start(command, request_path, errors_path)
+    with switch.owning(child):
+        answer = _follow(child, switch, reporter)
+        child.wait()
     switch.check()
     if answer.get("type") == "planned":
         return Path(answer["plan_directory"])
     if answer.get("type") == "refused":
         raise _refusal(answer["failure"])
-    output = errors_path.read_text(encoding="utf-8", errors="replace")[-_MAX_OUTPUT_CHARACTERS:]
+    output = ""
+    if errors_path.exists():
+        output = errors_path.read_text(encoding="utf-8", errors="replace")[-_MAX_OUTPUT_CHARACTERS:]
     raise _death(child.returncode, output, out_of_memory=oom_kills() > oom_kills_before)
 
 
@@ -123,6 +118,17 @@ def check(request: RunRequest, *, device: dict[str, Any]) -> plan_pb2.Plan:
     except Refusal as refusal:
         raise _refusal(refusal.to_failure()) from refusal
     return json_format.ParseDict(checked.to_json(), plan_pb2.Plan())
+
+
+def _start(command: Sequence[str], request_path: Path, errors_path: Path) -> subprocess.Popen[bytes]:
+    with errors_path.open("wb") as errors:
+        return subprocess.Popen(
+            [*command, str(request_path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            process_group=0,
+        )
 
 
 def _follow(child: subprocess.Popen[bytes], switch: StopSwitch, reporter: Reporter) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The base that stays on the device between runs, and when it may be used again. Holds at most one."""
+"""The base that stays on the device between runs, with the tokenizer that was read last, and when each may be used
+again. Holds at most one of either.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 
 from gpu_service.engine.loading.work import BaseKey
+from gpu_service.engine.tokenizer_shelf import TokenizerShelf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +35,10 @@ class ResidentBase:
 
 
 class BaseShelf:
-    """Room for one resident base."""
+    """Room for one resident base, and for a tokenizer."""
 
     def __init__(self) -> None:
+        self.tokenizers = TokenizerShelf()
         self._base: ResidentBase | None = None
 
     def take(self, key: BaseKey) -> ResidentBase | None:

@@ -29,6 +29,7 @@ from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.request import RunRequest
 from gpu_service.engine.resident import BaseShelf, ResidentBase
 from gpu_service.engine.session import Session
+from gpu_service.engine.spare_planner import SparePlanner
 from gpu_service.engine.stopping import StopSwitch
 from gpu_service.engine.training import random_state
 from tunesmith.common.v1 import plan_pb2
@@ -44,6 +45,7 @@ class Run:
     switch: StopSwitch
     reporter: Reporter
     planner_command: Sequence[str]
+    spare_planner: SparePlanner | None = None
     make_session: Callable[..., Session] = Session
     key: BaseKey | None = None
     method: ModuleType | None = None
@@ -73,6 +75,7 @@ class Run:
             device=self.device.describe(),
             switch=self.switch,
             reporter=self.reporter,
+            spare=self.spare_planner,
         )
         self.open_session(plan_directory).train()
 
@@ -135,6 +138,7 @@ class Run:
                 resident_model=None if self.resident is None else self.resident.model,
                 start=self.request.start,
                 pace=self.switch,
+                tokenizers=self.shelf.tokenizers,
             ),
             loaded,
             switch=self.switch,

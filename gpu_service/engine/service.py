@@ -13,18 +13,18 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from gpu_service.engine import devices, request
+from gpu_service.engine import devices, request, warm_up
 from gpu_service.engine.control import ControlPipe
 from gpu_service.engine.ending import BaseLine, Outcome, conclude
 from gpu_service.engine.failures import RunFailure, unforeseen
 from gpu_service.engine.generation import service as generation
 from gpu_service.engine.generation.order import GenerationOrder
-from gpu_service.engine.planning import PLANNER_COMMAND
 from gpu_service.engine.reporter import Notify, Reporter
 from gpu_service.engine.resident import BaseShelf
 from gpu_service.engine.room import wait_for_room
 from gpu_service.engine.run import Run
 from gpu_service.engine.session import Session
+from gpu_service.engine.spare_planner import PLANNER_COMMAND, SparePlanner
 from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
 from gpu_service.journal import JournalFull, Writer
 from tunesmith.common.v1 import event_pb2
@@ -44,12 +44,26 @@ _STATE_BY_STOP = {
 }
 
 
-def serve(pipe: ControlPipe) -> int:
-    """Carry out runs and generations until the pipe says to end. The process' exit status."""
+def serve(
+    pipe: ControlPipe,
+    spare_planner: SparePlanner | None = None,
+    device_id: str = "",
+    model_directory: Path | None = None,
+) -> int:
+    """Carry out runs and generations until the pipe says to end. The process' exit status.
+
+    `device_id` is the device to be made ready for before there is any (`cuda:0`), with the tokenizer of a model that is
+    likely to be wanted; empty: none.
+    """
+    shelf = BaseShelf()
+    if device_id and not pipe.has_order:
+        warm_up.make_ready(device_id, lambda: pipe.has_order)
+        if model_directory is not None and not pipe.has_order:
+            warm_up.read_tokenizer(model_directory, shelf.tokenizers)
+    pipe.notify({"type": "ready"})
     # What the libraries made when they were imported lives as long as the process. The collections that give a run's
     # memory back need not walk it: a third of a second each.
     gc.freeze()
-    shelf = BaseShelf()
     while (order := pipe.next_order()) is not None:
         if isinstance(order, GenerationOrder):
             ends_engine = generation.carry_out(order, shelf=shelf, notify=pipe.notify)
@@ -60,7 +74,14 @@ def serve(pipe: ControlPipe) -> int:
         run_directory = order
         switch = StopSwitch(pipe.note_progress, pipe.announce_pause)
         pipe.begin(run_directory, switch)
-        outcome = carry_out(run_directory, shelf=shelf, switch=switch, notify=pipe.notify, clear=pipe.clear)
+        outcome = carry_out(
+            run_directory,
+            shelf=shelf,
+            switch=switch,
+            notify=pipe.notify,
+            clear=pipe.clear,
+            spare_planner=spare_planner,
+        )
         pipe.end()
         if not outcome.is_told:
             return EXIT_MEMORY_HELD
@@ -74,6 +95,8 @@ def serve(pipe: ControlPipe) -> int:
         )
         if outcome.ends_engine:
             return EXIT_AFTER_FAILURE
+        if spare_planner is not None and not pipe.shutting_down:
+            spare_planner.prepare()
     return EXIT_CLEAN
 
 
@@ -84,6 +107,7 @@ def carry_out(
     switch: StopSwitch,
     notify: Notify,
     planner_command: Sequence[str] = PLANNER_COMMAND,
+    spare_planner: SparePlanner | None = None,
     make_session: Callable[..., Session] = Session,
     clear: Callable[[Path], bool] = lambda run_directory: True,
 ) -> Outcome:
@@ -101,6 +125,7 @@ def carry_out(
             switch=switch,
             reporter=Reporter(run_directory=run_directory, writer=writer, notify=notify),
             planner_command=planner_command,
+            spare_planner=spare_planner,
             make_session=make_session,
         )
         base_line = BaseLine.of(run)

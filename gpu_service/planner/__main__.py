@@ -1,7 +1,9 @@
 """The planner's process: `python -m gpu_service.planner <request.json>`. Every outcome is a line and a status.
 
 It plans a spec, or inspects a dataset when the request has `inspect`. Status 0: done. 3: refused or failed, and the
-last line says why. 2: it was called wrongly.
+last line says why. 2: it was called wrongly. With `--wait` in place of a request it has imported everything before it
+is wanted: one line of its standard input, `{"request": "/abs", "log": "/abs"}`, is its request and what takes the place
+of its standard error; an input that ends without one ends it, with status 0.
 """
 
 import errno
@@ -19,13 +21,21 @@ from gpu_service.planner.inspection import InspectRequest, inspect_dataset
 from gpu_service.planner.progress import write_line
 
 EXIT_DONE, EXIT_USAGE, EXIT_REFUSED = 0, 2, 3
+WAIT = "--wait"
 
 
 def main(arguments: list[str]) -> int:
     """Runs one request and returns the process' status."""
     if len(arguments) != 1:
-        sys.stderr.write("usage: python -m gpu_service.planner <request.json>\n")
+        sys.stderr.write(f"usage: python -m gpu_service.planner <request.json> | {WAIT}\n")
         return EXIT_USAGE
+    if arguments[0] == WAIT:
+        line = sys.stdin.readline()
+        if not line:
+            return EXIT_DONE
+        order = json.loads(line)
+        os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), sys.stderr.fileno())
+        arguments = [order["request"]]
     try:
         value = json.loads(Path(arguments[0]).read_bytes())
         try:

@@ -114,6 +114,7 @@ def _make_stores(
         chat_template=resolved.chat_template,
         max_length=resolved.max_length,
         loss_on=resolved.loss_on,
+        keeps_ids=True,
     )
     progress = Progress(stream, total=sum(dataset.num_examples for dataset in checked.datasets))
     stores = TokenStores(

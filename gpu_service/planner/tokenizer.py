@@ -1,7 +1,8 @@
-"""Text and spans to token ids and loss mask. Renders nothing, keeps nothing, and loads no tokenizer itself."""
+"""Text and spans to token ids and loss mask. Renders nothing, keeps nothing, reads no tokenizer that is not used."""
 
 from array import array
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from gpu_service.planner.rendering import Rendered
@@ -12,15 +13,22 @@ class TextTokenizer:
     """Made once. `end_token_id` is None for a tokenizer that names no end of sequence; `config` is config.json."""
 
     def __init__(self, source: TokenizerSource, config: Mapping[str, Any]) -> None:
-        self._tokenizer = source.backend
+        self._source = source
+        self.end_token_id = _find_end_token(source, config)
+        self._begin_tokens: list[int] = []
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """Read when the first text comes."""
+        tokenizer = self._source.backend
         # Settings saved in the file would cut or pad in silence.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._begin_tokens = self._find_begin_tokens()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._begin_tokens = _find_begin_tokens(tokenizer)
         # All else that post-processing does to a text is to leave spaces out of offsets (GPT-2's does), and tokens of
         # nothing but spaces, such as a code's indentation, would lie in no span. Ids are the same without it.
-        self._tokenizer.post_processor = None
-        self.end_token_id = self._find_end_token(source.special_tokens, config)
+        tokenizer.post_processor = None
+        return tokenizer
 
     def encode(
         self, rendered: Sequence[Rendered], *, loss_on_all: bool, max_length: int
@@ -58,22 +66,24 @@ class TextTokenizer:
             mask.append(1)
         return tokens, mask
 
-    def _find_begin_tokens(self) -> list[int]:
-        """What the tokenizer's own post-processing puts in front of a text."""
-        bare = self._tokenizer.encode("a", add_special_tokens=False).ids
-        dressed = self._tokenizer.encode("a", add_special_tokens=True).ids
-        for start in range(len(dressed) - len(bare) + 1):
-            if dressed[start : start + len(bare)] == bare:
-                return list(dressed[:start])
-        return []
 
-    def _find_end_token(self, special_tokens: Mapping[str, str], config: Mapping[str, Any]) -> int | None:
-        """The tokenizer's `eos_token`, else the first of config.json's `eos_token_id`."""
-        text = special_tokens.get("eos_token")
-        token = self._tokenizer.token_to_id(text) if text else config.get("eos_token_id")
-        if isinstance(token, list):
-            token = token[0] if token else None
-        return token if isinstance(token, int) and not isinstance(token, bool) else None
+def _find_begin_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer's own post-processing puts in front of a text."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    dressed = tokenizer.encode("a", add_special_tokens=True).ids
+    for start in range(len(dressed) - len(bare) + 1):
+        if dressed[start : start + len(bare)] == bare:
+            return list(dressed[:start])
+    return []
+
+
+def _find_end_token(source: TokenizerSource, config: Mapping[str, Any]) -> int | None:
+    """The tokenizer's `eos_token`, else the first of config.json's `eos_token_id`."""
+    text = source.special_tokens.get("eos_token")
+    token = source.special_ids.get(text) if text else config.get("eos_token_id")
+    if isinstance(token, list):
+        token = token[0] if token else None
+    return token if isinstance(token, int) and not isinstance(token, bool) else None
 
 
 def _mask(offsets: Sequence[tuple[int, int]], targets: Sequence[tuple[int, int]]) -> bytearray:

@@ -11,8 +11,9 @@ import importlib
 import importlib.metadata
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,41 @@ from gpu_service.domain.errors import Fault, Refusal
 
 # Tokenizer classes for which tokenizer.json is the whole truth.
 _VERBATIM_CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
+# Ids of special tokens, by text, beside a kept tokenizer.
+_IDS_SUFFIX = ".ids.json"
 # Config types for which transformers takes its own class whatever the model's files name.
 _OVERRULED_CONFIG_TYPES = frozenset({"qwen2"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSource:
-    """`backend` is a `tokenizers.Tokenizer`; `digest` names everything that decides its ids."""
+    """`digest` names everything that decides the tokenizer's ids; `special_ids` has that of each special token's text.
 
-    backend: Any
+    Where all tokens of a plan are in the cache already, the tokenizer itself is never read: a large one takes a second.
+    """
+
+    read: Callable[[], Any]
     special_tokens: Mapping[str, str]
+    special_ids: Mapping[str, int | None]
     digest: str
 
+    @cached_property
+    def backend(self) -> Any:
+        """A `tokenizers.Tokenizer`. Raises `Refusal` MODEL_INVALID."""
+        return self.read()
 
-def load_source(directory: Path, facts: TokenizerFacts, *, config_type: str, cache_directory: Path) -> TokenizerSource:
-    """Raises `Refusal` MODEL_INVALID (stage TOKENIZER) with the library's own exception type and message."""
+
+def load_source(
+    directory: Path, facts: TokenizerFacts, *, config_type: str, cache_directory: Path, keeps_ids: bool = False
+) -> TokenizerSource:
+    """`keeps_ids`: a tokenizer that is read now need not be read again where nothing is tokenized.
+
+    Raises `Refusal` MODEL_INVALID (stage TOKENIZER) with the library's own exception type and message.
+    """
     digest = tokenizer_digest(directory)
     verbatim = facts.tokenizer_class in _VERBATIM_CLASSES and config_type not in _OVERRULED_CONFIG_TYPES
     if facts.has_fast_file and verbatim:
-        return TokenizerSource(backend=_load(directory), special_tokens=facts.special_tokens, digest=digest)
+        return _make(lambda: _load(directory), facts.special_tokens, digest, cache_directory, keeps_ids)
     version = importlib.metadata.version("transformers")
     digest = hashlib.sha256(f"{digest}\ntransformers {version}".encode()).hexdigest()
     path = cache_directory / "tokenizers" / f"{digest}.json"
@@ -49,9 +66,23 @@ def load_source(directory: Path, facts: TokenizerFacts, *, config_type: str, cac
     if kept is None:
         kept = _convert(directory)
         _keep(path, kept)
-    return TokenizerSource(
-        backend=Tokenizer.from_str(kept["tokenizer"]), special_tokens=kept["special_tokens"], digest=digest
-    )
+    text = kept["tokenizer"]
+    return _make(lambda: Tokenizer.from_str(text), kept["special_tokens"], digest, cache_directory, keeps_ids)
+
+
+def _make(
+    read: Callable[[], Any], special_tokens: Mapping[str, str], digest: str, cache_directory: Path, keeps_ids: bool
+) -> TokenizerSource:
+    """Reads the tokenizer at once unless it was read before: then what is asked of every one is in the cache."""
+    path = cache_directory / "tokenizers" / f"{digest}{_IDS_SUFFIX}"
+    ids = _read_object(path)
+    if ids is not None:
+        return TokenizerSource(read=read, special_tokens=special_tokens, special_ids=ids, digest=digest)
+    backend = read()
+    ids = {text: backend.token_to_id(text) for text in special_tokens.values()}
+    if keeps_ids:
+        _keep(path, ids)
+    return TokenizerSource(read=lambda: backend, special_tokens=special_tokens, special_ids=ids, digest=digest)
 
 
 def _load(directory: Path) -> Any:
@@ -77,13 +108,18 @@ def _convert(directory: Path) -> dict[str, Any]:
 
 
 def _read_kept(path: Path) -> dict[str, Any] | None:
+    kept = _read_object(path)
+    whole = kept is not None and isinstance(kept.get("tokenizer"), str) and "special_tokens" in kept
+    return kept if whole else None
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
     """What was kept, None when there is nothing or it cannot be read: it only saves time."""
     try:
         kept = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    whole = isinstance(kept, dict) and isinstance(kept.get("tokenizer"), str) and "special_tokens" in kept
-    return kept if whole else None
+    return kept if isinstance(kept, dict) else None
 
 
 def _keep(path: Path, kept: Mapping[str, Any]) -> None:

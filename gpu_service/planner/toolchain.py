@@ -22,9 +22,15 @@ class Toolchain:
 
 
 def load_toolchain(
-    base: BaseModel, *, cache_directory: Path, chat_template: str | None, max_length: int, loss_on: str
+    base: BaseModel,
+    *,
+    cache_directory: Path,
+    chat_template: str | None,
+    max_length: int,
+    loss_on: str,
+    keeps_ids: bool = False,
 ) -> Toolchain:
-    """`chat_template` is a catalog id, None for the base's own.
+    """`chat_template` is a catalog id, None for the base's own; `keeps_ids` is `load_source`'s.
 
     Raises `Refusal` MODEL_INVALID or CHAT_TEMPLATE_UNUSABLE, at stage TOKENIZER.
     """
@@ -32,7 +38,9 @@ def load_toolchain(
     template, tool_template = facts.chat_template, facts.tool_template
     if chat_template:
         template, tool_template = templates.REGISTRY[chat_template].read_text(), None
-    source = load_source(base.directory, facts, config_type=base.config_type, cache_directory=cache_directory)
+    source = load_source(
+        base.directory, facts, config_type=base.config_type, cache_directory=cache_directory, keeps_ids=keeps_ids
+    )
     return Toolchain(
         settings=ShardSettings(
             tokenizer_digest=source.digest,

@@ -48,6 +48,10 @@ class Engine:
         self.ask_at: float | None = 0.0
         # True once it was asked to leave: it takes no further run.
         self.leaving = False
+        # Whether it was ever handed a run or a generation.
+        self.had_work = False
+        # What it holds of a device before it has any work; 0 where that was not measured.
+        self.context_bytes = 0
         self._process = process
         self._on_notice = on_notice
         self._new_client()
@@ -64,6 +68,16 @@ class Engine:
     def can_take_run(self) -> bool:
         """A generation is in no run's way."""
         return self.run is None and not self.leaving
+
+    @property
+    def held_bytes(self) -> int:
+        """What it keeps on its device without work."""
+        return int(self.resident.get("bytes") or 0) + self.context_bytes
+
+    @property
+    def is_spare(self) -> bool:
+        """Idle, and without a base."""
+        return self.is_idle and not self.resident
 
     def keeps(self, wanted: dict[str, str]) -> bool:
         """Whether a run on this base starts warm: no fact that both know differs."""
@@ -100,12 +114,14 @@ class Engine:
     async def start(self, run: Run) -> None:
         """Hand the run over. Raises ShimGone."""
         self.run = run
+        self.had_work = True
         self.lingers_since = None
         await self.client.send({"type": "start_run", "run_directory": str(run.directory)})
 
     async def generate(self, generation: Generation) -> None:
         """Hand the generation over. Raises ShimGone."""
         self.generations[generation.id] = generation
+        self.had_work = True
         generation.over.clear()
         await self.client.send(
             {"type": "generate", "generation": generation.id, "request": str(generation.request_file)}

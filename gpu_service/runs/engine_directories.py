@@ -29,6 +29,12 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = {
     # spinning makes a training step on the CPU take many times as long.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+# The device that an engine makes itself ready for, before it has a run: `cuda:0`.
+DEVICE_VARIABLE = "TUNESMITH_ENGINE_DEVICE"
+# The model whose tokenizer it may read meanwhile.
+MODEL_VARIABLE = "TUNESMITH_ENGINE_MODEL"
+# Triton's.
+_KERNELS_VARIABLE = "TRITON_CACHE_DIR"
 # Directories of engines that ended, kept for their logs.
 KEPT_ENDED_ENGINES = 8
 _LOG_TAIL_BYTES = 2000
@@ -45,6 +51,13 @@ class EngineStartFailed(Exception):
         self.ending = ending
 
 
+@dataclass(kw_only=True, slots=True)
+class RecentModel:
+    """Directory of the base that a run asked for last; empty when none did. The next run's is often the same."""
+
+    directory: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSettings:
     """How engines are started, and how long they may take or wait."""
@@ -57,6 +70,21 @@ class EngineSettings:
     # A shim answers at once; one that twice does not within this is broken.
     answer_limit_seconds: float = 30.0
     memory: DeviceMemory = field(default_factory=DeviceMemory)
+    # Whether a device has an engine before a run wants one; None: a GPU has.
+    spare_engines: int | None = 0
+    # Where compiled kernels are kept, for engines to come; None: the compiler's own place.
+    kernels_directory: Path | None = None
+    recent_model: RecentModel = field(default_factory=RecentModel)
+
+    def keeps_spare(self, device_id: str) -> bool:
+        """Whether the device is to have an engine at all times that it can."""
+        return device_id.startswith("cuda") if self.spare_engines is None else self.spare_engines > 0
+
+    def environment(self, device: Device) -> dict[str, str]:
+        """What an engine on the device is started with."""
+        kernels = {} if self.kernels_directory is None else {_KERNELS_VARIABLE: str(self.kernels_directory)}
+        model = {MODEL_VARIABLE: self.recent_model.directory} if self.recent_model.directory else {}
+        return {**ENGINE_ENVIRONMENT, DEVICE_VARIABLE: device.id, **kernels, **model}
 
     @property
     def ask_seconds(self) -> float:
@@ -69,7 +97,7 @@ def make(directory: Path, settings: EngineSettings, device: Device) -> subproces
     command = settings.memory.command(device)
     configuration = EngineConfiguration(
         argv=settings.command,
-        environment=ENGINE_ENVIRONMENT,
+        environment=settings.environment(device),
         device={"type": device.type, "index": device.index},
         orphan_limit_seconds=settings.orphan_limit_seconds,
         grace_seconds=settings.grace_seconds,

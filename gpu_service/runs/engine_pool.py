@@ -52,7 +52,7 @@ class EnginePool:
     def __init__(self, *, directory: Path, settings: EngineSettings, quarantine: Quarantine | None = None) -> None:
         self._directory = directory
         self._quarantine = quarantine or Quarantine()
-        self._settings = settings
+        self.settings = settings
         self._burials = Burials(
             quarantine=self._quarantine,
             memory=settings.memory,
@@ -62,12 +62,15 @@ class EnginePool:
         self.on_run_left: Callable[[Run, ExitRecord], None] = _nobody_listens
         self._engines: dict[str, Engine] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
-        # Requests to leave or to end a generation that are on their way, and burials.
+        # Messages to engines that are on their way, and burials.
         self._sending: set[asyncio.Task[None]] = set()
         # Whoever changes which engine a device has holds the device's lock.
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         # Called when an engine is done with a generation.
         self.on_generation_over: Callable[[], None] = lambda: None
+        self.on_ready: Callable[[Engine], None] = lambda engine: None
+        # Called when one ended by itself before it had any work.
+        self.on_spare_lost: Callable[[Engine], None] = lambda engine: None
 
     def engine_of(self, run: Run) -> Engine | None:
         return next((engine for engine in self._engines.values() if engine.run is run), None)
@@ -77,7 +80,7 @@ class EnginePool:
         engine = self._engines.get(device_id)
         if engine is not None and engine.can_take_run and engine.generations:
             return _EVERYTHING_BYTES
-        return int(engine.resident.get("bytes") or 0) if engine is not None and engine.is_idle else 0
+        return engine.held_bytes if engine is not None and engine.is_idle else 0
 
     @property
     def resident_base_model(self) -> str:
@@ -105,9 +108,9 @@ class EnginePool:
             device_id=f"{device['type']}:{device['index']}",
             process=None,
             on_notice=self._on_notice,
-            answer_limit_seconds=self._settings.answer_limit_seconds,
+            answer_limit_seconds=self.settings.answer_limit_seconds,
         )
-        deadline = time.monotonic() + self._settings.answer_limit_seconds
+        deadline = time.monotonic() + self.settings.answer_limit_seconds
         while await is_alive(directory):
             try:
                 status = await engine.connect()
@@ -139,7 +142,7 @@ class EnginePool:
             return
         if await asyncio.to_thread(needs_burial, directory, runs):
             burial = self._spawn(self._burials.bury(directory))
-            await asyncio.wait({burial}, timeout=self._settings.answer_limit_seconds)
+            await asyncio.wait({burial}, timeout=self.settings.answer_limit_seconds)
             if not burial.done():
                 await self._keep_unreachable(engine, runs)
 
@@ -163,10 +166,20 @@ class EnginePool:
             if engine is not None:
                 with contextlib.suppress(ShimGone):
                     await engine.give_up_generations()
-                if engine.can_take_run and engine.keeps(wanted):
+                # Where spares are kept, an engine with another base is one: it drops that.
+                if engine.can_take_run and (engine.keeps(wanted) or self.settings.keeps_spare(device.id)):
                     return engine
                 await self._replace(engine)
             return await self._start(device)
+
+    def engine_on(self, device_id: str) -> Engine | None:
+        """The device's engine, if it has one."""
+        return self._engines.get(device_id)
+
+    async def start_spare(self, device: Device, is_free: Callable[[], bool]) -> Engine | None:
+        """An engine where there is none, if `is_free` then. Not to be cancelled. Raises EngineStartFailed, OSError."""
+        async with self._changing[device.id]:
+            return None if device.id in self._engines or not is_free() else await self._start(device)
 
     def is_generating(self, device_id: str) -> bool:
         """Whether the device's engine is not done with a generation."""
@@ -189,7 +202,7 @@ class EnginePool:
             engine = self._engines.get(device.id)
             if not is_free() or (engine is not None and not engine.is_idle):
                 return False
-            if engine is not None and not engine.keeps(wanted):
+            if engine is not None and not (engine.keeps(wanted) or self.settings.keeps_spare(device.id)):
                 await self._replace(engine)
                 engine = None
             if engine is None and is_free():
@@ -211,14 +224,14 @@ class EnginePool:
 
     async def _start(self, device: Device) -> Engine:
         directory = self._directory / uuid.uuid4().hex[:12]
-        process = await asyncio.to_thread(make, directory, self._settings, device)
+        process = await asyncio.to_thread(make, directory, self.settings, device)
         failpoint("spawn.after-shim")
         engine = Engine(
             directory=directory,
             device_id=device.id,
             process=process,
             on_notice=self._on_notice,
-            answer_limit_seconds=self._settings.answer_limit_seconds,
+            answer_limit_seconds=self.settings.answer_limit_seconds,
         )
         try:
             status = await engine.connect()
@@ -258,6 +271,8 @@ class EnginePool:
         if self._engines.get(engine.device_id) is engine:
             del self._engines[engine.device_id]
         self._watches.pop(engine.id, None)
+        if not engine.had_work and not engine.leaving:
+            self.on_spare_lost(engine)
         # Looked at again: from here on nobody can hand it a run any more.
         run = engine.run
         if run is not None:
@@ -275,6 +290,9 @@ class EnginePool:
             return
         if message["type"] == "run_finished":
             engine.last_finished = str(message["run_directory"])
+        if message["type"] == "ready":
+            _log.info("engine-ready", engine=engine.id, device=engine.device_id)
+            self.on_ready(engine)
         run = engine.run
         if run is None or message.get("run_directory", str(run.directory)) != str(run.directory):
             return
@@ -286,7 +304,7 @@ class EnginePool:
             if message.get("state") == "FAILED":
                 # What a failure left in the process is unknown; many engines end by themselves now.
                 engine.leaving = True
-                self._send_soon(engine.shut_down(self._settings.grace_seconds), engine)
+                self._send_soon(engine.shut_down(self.settings.grace_seconds), engine)
             self.on_run_left(run, NO_ENDING)
 
     def _send_soon(self, sending: Coroutine[Any, Any, None], engine: Engine) -> None:
@@ -315,7 +333,7 @@ class EnginePool:
                 _log.error("shim-does-not-answer", engine=engine.id, error=str(error))
                 await asyncio.to_thread(kill_shim, engine.directory)
         finally:
-            engine.ask_at = time.monotonic() + self._settings.ask_seconds
+            engine.ask_at = time.monotonic() + self.settings.ask_seconds
 
     async def make_room(self, device_id: str) -> None:
         """Have an engine without a run leave the device, with what it keeps there; returns when it is gone."""
@@ -335,7 +353,7 @@ class EnginePool:
 
     async def _ask_to_leave(self, engine: Engine) -> None:
         try:
-            await engine.shut_down(self._settings.grace_seconds)
+            await engine.shut_down(self.settings.grace_seconds)
         except ShimGone:
             _log.info("engine-gone-already", engine=engine.id)
 
@@ -349,12 +367,13 @@ class EnginePool:
             if engine.ask_at is not None and now >= engine.ask_at:
                 engine.ask_at = None
                 self._spawn(self._ask(engine))
-            if engine.is_idle and now - engine.idle_since >= self._settings.idle_seconds:
+            is_kept = engine.is_spare and self.settings.keeps_spare(engine.device_id)
+            if engine.is_idle and not is_kept and now - engine.idle_since >= self.settings.idle_seconds:
                 _log.info("engine-idle-too-long", engine=engine.id)
                 await self._ask_to_leave(engine)
             elif engine.run is not None and engine.run.is_over and not engine.leaving:
                 engine.lingers_since = engine.lingers_since or now
-                if now - engine.lingers_since >= self._settings.grace_seconds:
+                if now - engine.lingers_since >= self.settings.grace_seconds:
                     _log.error("engine-hangs-after-run", engine=engine.id, **engine.run.log_ids)
                     await self._ask_to_leave(engine)
 

@@ -25,6 +25,7 @@ from gpu_service.runs.room import FULL
 from gpu_service.runs.run import Run
 from gpu_service.runs.shim_client import ShimGone
 from gpu_service.runs.signal import Signal, wait_for
+from gpu_service.runs.spares import SpareKeeper
 from gpu_service.shim.closing import close_run
 from gpu_service.shim.records import ExitRecord
 
@@ -56,10 +57,20 @@ class Launcher:
         # Ids of runs that met an engine on its way out, and are on their way to another.
         self._second_tries: set[str] = set()
         pool.on_run_left = self._run_left
+        self._spares = SpareKeeper(
+            pool=pool,
+            devices=admission.devices,
+            is_free=lambda device_id: ledger.holder_of(device_id) is None and admission.problem() is None,
+        )
 
     def begin(self, run: Run, leaving: Sequence[Run]) -> None:
         """Hand the run to an engine once those that are leaving have left. The device is the run's already."""
+        self.note_model(run)
         self._spawn(self._launch(run, leaving), f"launch-{run.key.id}", run)
+
+    def note_model(self, run: Run) -> None:
+        """Engines that come up without work expect another run on this base."""
+        self._pool.settings.recent_model.directory = str(run.content.get("model_directory", ""))
 
     async def take_up(self, run: Run, older: Sequence[Run]) -> None:
         """Go on with a run that a former server accepted and that is not over."""
@@ -199,6 +210,7 @@ class Launcher:
 
     async def _sweep(self, live_runs: Callable[[], Sequence[Run]]) -> None:
         while True:
+            await self._spares.look()
             await asyncio.sleep(_SWEEP_SECONDS)
             for run in live_runs():
                 run.wake()
@@ -219,8 +231,14 @@ class Launcher:
         if not task.cancelled() and task.exception() is not None:
             _log.error("task-failed", task=task.get_name(), exc_info=task.exception())
 
+    async def end_spares(self) -> None:
+        """No engine comes up any more that no run waits for."""
+        await self._spares.end()
+
     async def close(self) -> None:
-        """Drop what is under way; engines are left as they are."""
+        """Drop what is under way; engines with work or a base are left as they are."""
+        await self.end_spares()
+        await self._spares.dismiss()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -118,6 +118,8 @@ class RunManager:
             await run.refresh()
             if not run.is_over:
                 await self._launcher.take_up(run, self._older_of(run.key))
+        if self._runs:
+            self._launcher.note_model(max(self._runs.values(), key=lambda run: run.key.job_id))
         self._launcher.watch_over(lambda: [run for run in self._runs.values() if not run.is_over])
         self._cache_keeper.begin()
 
@@ -132,6 +134,7 @@ class RunManager:
     async def drain(self, grace_seconds: float) -> None:
         """Take no more runs; every engine checkpoints and leaves within the grace, or is killed by its shim."""
         self.begin_draining()
+        await self._launcher.end_spares()
         for run in self._runs.values():
             if not run.is_over and run.stop_mode is None:
                 run.note_stop("checkpoint", grace_seconds)

@@ -83,6 +83,8 @@ class NodeFiles:
         self.runs = data_directory / "runs"
         # Requests of planners and probes; nothing in it outlives a call.
         self.requests = data_directory / "requests"
+        # Compiled kernels, of engines.
+        self.kernels = data_directory / "kernels"
         # What was measured of estimates.
         self.memory_records = data_directory / "memory.json"
         # Released runs on their way out.

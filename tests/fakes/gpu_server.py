@@ -41,7 +41,8 @@ class GpuServer:
         self.root = root
         self.data_directory = root / "node"
         self.models_directory = root / "models"
-        self.settings = {"grace_seconds": 20, "orphan_limit_seconds": 300, **settings}
+        # Without spares, also on a GPU: tests count engines, and what they hold.
+        self.settings = {"grace_seconds": 20, "orphan_limit_seconds": 300, "spare_engines": 0, **settings}
         # How long a stream of a run's events may take.
         self.watch_seconds = WAIT_SECONDS
         self.engine_command: tuple[str, ...] = STUB_COMMAND

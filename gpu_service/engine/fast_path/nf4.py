@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -23,9 +24,13 @@ class NotNf4(ValueError):
     """A layer is quantized in another way than the fast path restores."""
 
 
+# Asked for each layer of a model, and read from a file.
+_read_version = cache(metadata.version)
+
+
 def name_quantizer() -> str:
     """`own` beside a version of bitsandbytes that was compared, else `bitsandbytes`."""
-    return OWN if metadata.version("bitsandbytes") in TESTED_VERSIONS else LIBRARY
+    return OWN if _read_version("bitsandbytes") in TESTED_VERSIONS else LIBRARY
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,6 +187,7 @@ class _Generation:
                     versions=library_versions(),
                 ),
                 resident_model=None if resident is None else resident.model,
+                tokenizers=self._shelf.tokenizers,
             ),
             loaded,
             switch=self._switch,

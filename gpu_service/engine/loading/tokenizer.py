@@ -26,10 +26,18 @@ def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, s
     if not present:
         # Without a vocabulary transformers would make an empty tokenizer and say nothing.
         raise FileNotFoundError(f"no vocabulary file; looked for {', '.join(_VOCABULARY_FILES)}")
-    tokenizer = AutoTokenizer.from_pretrained(
-        request.model_directory, config=loaded.config, trust_remote_code=False, local_files_only=True
+    kept = None if request.tokenizers is None else request.tokenizers.find(request.model_directory)
+    tokenizer = (
+        kept
+        if kept is not None
+        else AutoTokenizer.from_pretrained(
+            request.model_directory, config=loaded.config, trust_remote_code=False, local_files_only=True
+        )
     )
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if request.tokenizers is not None and kept is None:
+        request.tokenizers.put(request.model_directory, tokenizer)
     loaded.tokenizer = tokenizer
     progress(1, 1, "files")
-    return {"tokenizer_class": type(tokenizer).__name__, "vocabulary_size": str(len(tokenizer))}
+    details = {"tokenizer_class": type(tokenizer).__name__, "vocabulary_size": str(len(tokenizer))}
+    return details if kept is None else details | {"resident": "true"}

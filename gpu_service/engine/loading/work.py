@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,6 +20,16 @@ from tunesmith.common.v1 import plan_pb2
 
 # Called with what is done, of what, in which unit; raises StopRequested once a stop was asked for.
 Progress = Callable[[int, int, str], None]
+
+
+class KeptTokenizers(Protocol):
+    """Tokenizers that outlive a run."""
+
+    def find(self, model_directory: Path) -> Any | None:
+        """As it was read; None when it is not there, or its files have changed since."""
+        ...
+
+    def put(self, model_directory: Path, tokenizer: Any) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +73,8 @@ class LoadRequest:
     start: StartPoint | None = None
     # Hears of work on a big file, beside the progress that is reported.
     pace: Pace = NOBODY
+    # Has the tokenizer that was read last, and takes the one that is read.
+    tokenizers: KeptTokenizers | None = None
 
 
 @dataclass(kw_only=True)

@@ -45,7 +45,28 @@ def attach(base: Any, base_model: str, hyperparameters: training_spec_pb2.Hyperp
         target_modules=list(lora.target_modules),
         bias="none",
     )
-    return get_peft_model(base, config)
+    device = next(base.parameters()).device
+    if device.type == "cpu":
+        return get_peft_model(base, config)
+    # PEFT draws three times as many numbers as there are weights, on the host, and copies each matrix by itself.
+    model = get_peft_model(base, config, low_cpu_mem_usage=True)
+    draw_adapter(model, device)
+    return model
+
+
+def draw_adapter(model: Any, device: torch.device) -> None:
+    """Give adapters that are on no device yet their first weights there, from its own generator: A as PEFT draws it
+    (uniform within one by the root of what it reads), B zero.
+    """
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for name, below in module.lora_A.items():
+            above = module.lora_B[name]
+            bound = below.in_features**-0.5
+            first = torch.empty(below.weight.shape, device=device).uniform_(-bound, bound)
+            below.weight = torch.nn.Parameter(first)
+            above.weight = torch.nn.Parameter(torch.zeros(above.weight.shape, device=device))
 
 
 def set_gradient_checkpointing(model: Any, enabled: bool) -> None:

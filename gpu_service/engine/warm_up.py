@@ -1,0 +1,222 @@
+"""Makes an engine ready before it has a run: the device's context, its kernels, and what libraries import at first use.
+
+It loads a model of one small layer as a run loads its base, puts an adapter on it, and makes one step. Nothing of it is
+kept, and nothing that a run finds (random states, what is on the shelf) comes from it. Stops between its parts as soon
+as there is work, which then pays for the rest itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import tempfile
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoTokenizer
+
+from gpu_service.catalog import families, methods, quantization
+from gpu_service.domain.planned_data import Example, ExampleReference, PlannedData
+from gpu_service.domain.quantizer import OWN
+from gpu_service.engine import devices
+from gpu_service.engine.devices import Device
+from gpu_service.engine.loading import Loaded, LoadRequest, load
+from gpu_service.engine.loading import tokenizer as stage_tokenizer
+from gpu_service.engine.loading.work import KeptTokenizers
+from gpu_service.engine.precision import DTYPES
+from gpu_service.engine.request import DeviceChoice
+from gpu_service.engine.stopping import StopSwitch
+from gpu_service.engine.trainers import make_trainer
+from gpu_service.engine.training.batches import collate
+from gpu_service.engine.training.flat_attention import attending_within_sequences
+from gpu_service.engine.training.objectives import make_objective
+from tunesmith.common.v1 import plan_pb2, training_spec_pb2
+
+_LOG = logging.getLogger(__name__)
+_HIDDEN, _INTERMEDIATE, _HEADS, _KEY_VALUE_HEADS, _VOCABULARY = 256, 512, 4, 2, 512
+_LINEARS = {
+    "self_attn.q_proj": (_HIDDEN, _HIDDEN),
+    "self_attn.k_proj": (_HIDDEN // 2, _HIDDEN),
+    "self_attn.v_proj": (_HIDDEN // 2, _HIDDEN),
+    "self_attn.o_proj": (_HIDDEN, _HIDDEN),
+    "mlp.gate_proj": (_INTERMEDIATE, _HIDDEN),
+    "mlp.up_proj": (_INTERMEDIATE, _HIDDEN),
+    "mlp.down_proj": (_HIDDEN, _INTERMEDIATE),
+}
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+# Tokens of the two sequences of the step.
+_LENGTHS = (96, 160)
+
+
+class _Wanted(Exception):
+    """There is work."""
+
+
+@dataclass(kw_only=True)
+class _Pace:
+    """Takes the place of a run's reporter and switch: says nothing, and stops when there is work."""
+
+    is_wanted: Callable[[], bool]
+    loading_stage: str = ""
+
+    def emit(self, message: object) -> None:
+        del message
+        self.check()
+
+    def check(self) -> None:
+        if self.is_wanted():
+            raise _Wanted
+
+
+class _Rows:
+    """Two examples in memory, in place of planned data."""
+
+    def __init__(self) -> None:
+        self._examples = [
+            Example(
+                tokens=memoryview(array("i", (number % _VOCABULARY for number in range(length)))),
+                mask=memoryview(b"\0" + b"\1" * (length - 1)),
+            )
+            for length in _LENGTHS
+        ]
+
+    def example(self, reference: ExampleReference) -> Example:
+        return self._examples[reference.example_index]
+
+
+def make_ready(device_id: str, is_wanted: Callable[[], bool]) -> None:
+    """Make the engine ready for runs on a device (`cuda:0`, `cpu:-1`), or until `is_wanted`."""
+    start = time.monotonic()
+    kind, _, index = device_id.partition(":")
+    device = devices.select(DeviceChoice(type=kind, index=int(index)))
+    pace = _Pace(is_wanted=is_wanted)
+    try:
+        with tempfile.TemporaryDirectory(prefix="warm-up-") as name:
+            pace.check()
+            _touch(device)
+            pace.check()
+            _write_model(Path(name))
+            _train(Path(name), device, pace)
+    except _Wanted:
+        _LOG.info("warm-up left for a run after %.1f s", time.monotonic() - start)
+    except torch.OutOfMemoryError as error:
+        # Somebody else's work fills the device; a run is told of that in its own words.
+        _LOG.warning("warm-up found no memory: %s", error)
+    else:
+        _LOG.info("warm after %.1f s", time.monotonic() - start)
+    gc.collect()
+    device.give_back()
+
+
+def read_tokenizer(model_directory: Path, tokenizers: KeptTokenizers) -> None:
+    """Keep the tokenizer of a model, if it can be read; what is wrong with it is for a run to say."""
+    start = time.monotonic()
+    try:
+        config = AutoConfig.from_pretrained(model_directory, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_directory, config=config, trust_remote_code=False, local_files_only=True
+        )
+        tokenizers.put(model_directory, tokenizer)
+    except stage_tokenizer.RAISES as error:
+        _LOG.info("no tokenizer was read ahead: %s", error)
+    else:
+        _LOG.info("a tokenizer was read ahead in %.1f s", time.monotonic() - start)
+
+
+def _touch(device: Device) -> None:
+    """The context, and the library that multiplies."""
+    if device.torch_device.type == "cuda":
+        torch.cuda.set_device(device.torch_device)
+    one = torch.ones(256, 256, device=device.torch_device, dtype=torch.bfloat16)
+    (one @ one).sum().item()
+
+
+def _write_model(directory: Path) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": _HIDDEN,
+        "intermediate_size": _INTERMEDIATE,
+        "num_hidden_layers": 1,
+        "num_attention_heads": _HEADS,
+        "num_key_value_heads": _KEY_VALUE_HEADS,
+        "head_dim": _HIDDEN // _HEADS,
+        "vocab_size": _VOCABULARY,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 512,
+        "eos_token_id": 0,
+    }
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokens = {f"<{number}>": number for number in range(_VOCABULARY)}
+    Tokenizer(models.WordLevel(tokens, unk_token="<0>")).save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8")
+    tensors = {f"model.layers.0.{name}.weight": torch.zeros(sizes) for name, sizes in _LINEARS.items()}
+    tensors |= {f"model.layers.0.{name}.weight": torch.ones(_HIDDEN) for name in _NORMS}
+    tensors |= {"model.embed_tokens.weight": torch.ones(_VOCABULARY, _HIDDEN), "model.norm.weight": torch.ones(_HIDDEN)}
+    save_file(
+        {name: value.to(torch.bfloat16) for name, value in tensors.items()},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def _train(directory: Path, device: Device, pace: _Pace) -> None:
+    on_gpu = device.torch_device.type == "cuda"
+    dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    settings = training_spec_pb2.Hyperparameters(
+        quantization=training_spec_pb2.Quantization(method="nf4", double_quantization=True, compute_dtype=dtype),
+        lora=training_spec_pb2.Lora(rank=8, alpha=16, target_modules=[name.rpartition(".")[2] for name in _LINEARS]),
+        optimizer=training_spec_pb2.Optimizer(
+            name="adamw", learning_rate=1e-4, beta1=0.9, beta2=0.999, epsilon=1e-8, max_gradient_norm=1.0
+        ),
+        trainer="fast",
+    )
+    method = import_module(methods.REGISTRY["qlora"].builder)
+    loaded = Loaded()
+    load(
+        LoadRequest(
+            model_directory=directory,
+            base_model="warm/up",
+            weights_digest="",
+            plan=plan_pb2.Plan(resolved=settings, num_covered_linears=len(_LINEARS)),
+            family=import_module(families.REGISTRY["llama"].builder),
+            quantization=import_module(quantization.REGISTRY["nf4"].builder),
+            method=method,
+            compute_dtype=DTYPES[dtype],
+            device=device.torch_device,
+            # A run's base may come in by bitsandbytes; ours has kernels to be compiled.
+            quantizer=OWN,
+        ),
+        loaded,
+        switch=StopSwitch(pace.check),
+        reporter=pace,
+    )
+    trainer = make_trainer(loaded.model, settings, device.torch_device)
+    try:
+        _step(trainer, settings, device, pace)
+    finally:
+        trainer.release()
+
+
+def _step(trainer: Any, settings: training_spec_pb2.Hyperparameters, device: Device, pace: _Pace) -> None:
+    objective = make_objective(settings)
+    batch = collate(cast(PlannedData, _Rows()), [ExampleReference(0, number) for number in range(len(_LENGTHS))])
+    trainer.model.train()
+    with attending_within_sequences(trainer.model):
+        # The second has the optimizer's state from the start.
+        for _ in range(2):
+            pace.check()
+            outcome = objective.forward(trainer.model, batch.to(device.torch_device))
+            trainer.accelerator.backward(outcome.total)
+            trainer.accelerator.clip_grad_norm_(list(trainer.model.parameters()), 1.0).item()
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad(set_to_none=True)

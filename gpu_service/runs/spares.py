@@ -1,0 +1,131 @@
+"""Sees that a device has an engine before a run wants one: imported, and on a GPU with its context made.
+
+An engine without work takes the next run, whatever its base, so there is never more than one a device. Refuses to start
+one where a run, a probe or a quarantine is, and to start again and again what does not come up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextvars import Context
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from gpu_service.devices import Device
+from gpu_service.runs.engine import Engine
+from gpu_service.runs.engine_directories import EngineStartFailed
+from gpu_service.runs.engine_pool import EnginePool
+
+_log = structlog.get_logger(__name__)
+# After a spare that was lost, twice as long after each further one.
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 300.0
+# No context is larger; what else was taken meanwhile is somebody else's.
+_MAX_CONTEXT_BYTES = 2 << 30
+
+
+@dataclass(kw_only=True)
+class _Place:
+    """What is known of a device."""
+
+    # What it had free before its spare came up.
+    free_bytes: int = 0
+    pause_seconds: float = 0.0
+    not_before: float = 0.0
+
+
+class SpareKeeper:
+    """Asked to `look` now and then."""
+
+    def __init__(
+        self,
+        *,
+        pool: EnginePool,
+        devices: Callable[[], Awaitable[Sequence[Device]]],
+        is_free: Callable[[str], bool],
+    ) -> None:
+        """`is_free(device_id)`: whether neither run nor probe has the device."""
+        self._pool = pool
+        self._devices = devices
+        self._is_free = is_free
+        self._places: dict[str, _Place] = {}
+        # By name; one that is wanted while another of its name is under way is not begun.
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._ended = False
+        pool.on_ready = self._note_ready
+        pool.on_spare_lost = self._note_lost
+
+    async def look(self) -> None:
+        """Have an engine started wherever one is wanted and there is none."""
+        if self._places and all(self._pool.engine_on(device_id) for device_id in self._places):
+            return
+        for device in await self._devices():
+            if not self._pool.settings.keeps_spare(device.id):
+                continue
+            place = self._places.setdefault(device.id, _Place())
+            is_wanted = not (device.quarantine_reason or self._pool.engine_on(device.id))
+            if is_wanted and self._may_have_one(device.id) and time.monotonic() >= place.not_before:
+                place.free_bytes = device.free_memory_bytes
+                # A task of its own: it is not to be cancelled with whoever looks.
+                self._spawn(self._start(device), f"spare-{device.id}")
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        if name in self._tasks:
+            work.close()
+            return
+        task = self._tasks[name] = asyncio.create_task(work, name=name, context=Context())
+        task.add_done_callback(lambda task: self._tasks.pop(name))
+
+    def _may_have_one(self, device_id: str) -> bool:
+        return self._is_free(device_id) and not self._ended
+
+    async def _start(self, device: Device) -> None:
+        try:
+            engine = await self._pool.start_spare(device, lambda: self._may_have_one(device.id))
+        except (EngineStartFailed, OSError) as error:
+            _log.error("spare-not-started", device=device.id, error=str(error))
+            self._pause(device.id)
+            return
+        if engine is not None:
+            _log.info("spare-started", engine=engine.id, device=device.id)
+
+    def _note_lost(self, engine: Engine) -> None:
+        _log.warning("spare-lost", engine=engine.id, device=engine.device_id)
+        self._pause(engine.device_id)
+
+    def _pause(self, device_id: str) -> None:
+        place = self._places.setdefault(device_id, _Place())
+        place.pause_seconds = min(max(2 * place.pause_seconds, _FIRST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
+        place.not_before = time.monotonic() + place.pause_seconds
+
+    def _note_ready(self, engine: Engine) -> None:
+        place = self._places.get(engine.device_id)
+        if place is not None and not engine.had_work:
+            place.pause_seconds = 0.0
+            self._spawn(self._measure(engine, place.free_bytes), f"measure-{engine.id}")
+
+    async def _measure(self, engine: Engine, free_before_bytes: int) -> None:
+        """What a spare holds on a GPU is the next run's, and counts as free."""
+        for device in await self._devices():
+            if device.id == engine.device_id and device.type != "cpu" and engine.is_spare and not engine.had_work:
+                taken = free_before_bytes - device.free_memory_bytes
+                engine.context_bytes = min(max(taken, 0), _MAX_CONTEXT_BYTES)
+
+    async def end(self) -> None:
+        """No further spare comes up from now on."""
+        self._ended = True
+        if self._tasks:
+            await asyncio.wait(set(self._tasks.values()))
+
+    async def dismiss(self) -> None:
+        """Have the spares leave that are there: the server that comes next may be of another version."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._pool.settings.grace_seconds):
+                for device_id in self._places:
+                    engine = self._pool.engine_on(device_id)
+                    if engine is not None and engine.is_spare:
+                        await self._pool.make_room(device_id)

@@ -1,0 +1,212 @@
+"""Engines that wait for runs: where there is one, who gets it, and what it never does. Real shims, the stub engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gpu_service.devices import Device
+from gpu_service.runs.engine import Engine
+from gpu_service.runs.engine_directories import EngineSettings
+from gpu_service.runs.engine_pool import EnginePool
+from gpu_service.runs.spares import SpareKeeper
+from gpu_service.shim.configuration import EngineConfiguration
+from gpu_service.shim.records import ExitRecord, ShimRecord
+from tests.fakes.gpu_runs import STUB_COMMAND, child_environment, processes_of, wait_for, wait_until
+from tests.fakes.gpu_server import GpuServer
+from tunesmith.common.v1 import event_pb2
+
+GIB = 1 << 30
+CPU = Device(index=-1, type="cpu", name="cpu", total_memory_bytes=GIB, free_memory_bytes=GIB)
+GPU = Device(index=0, type="cuda", name="a GPU", total_memory_bytes=80 * GIB, free_memory_bytes=79 * GIB)
+WANTED = {"base_model": "org/name", "weights_digest": "w", "quantization": "nf4"}
+
+
+class Node:
+    """A pool with a keeper over devices as the test says."""
+
+    def __init__(self, root: Path, *devices: Device, spare_engines: int | None = 1, idle_seconds: float = 300) -> None:
+        (root / "engines").mkdir()
+        self.devices: Sequence[Device] = devices
+        self.held: set[str] = set()
+        self.pool = EnginePool(
+            directory=root / "engines",
+            settings=EngineSettings(
+                command=STUB_COMMAND,
+                orphan_limit_seconds=300,
+                grace_seconds=20,
+                idle_seconds=idle_seconds,
+                hang_limit_seconds=600,
+                spare_engines=spare_engines,
+                kernels_directory=root / "kernels",
+            ),
+        )
+        self.keeper = SpareKeeper(pool=self.pool, devices=self._list, is_free=lambda name: name not in self.held)
+
+    async def _list(self) -> Sequence[Device]:
+        return self.devices
+
+    def engine(self, device: Device) -> Engine | None:
+        return self.pool.engine_on(device.id)
+
+    async def get_spare(self, device: Device) -> Engine:
+        await self.keeper.look()
+        engine = await wait_until(lambda: self.engine(device))
+        assert isinstance(engine, Engine)
+        return engine
+
+
+@pytest.fixture(autouse=True)
+def _children_find_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", child_environment()["PYTHONPATH"])
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncIterator[Node]:
+    node = Node(tmp_path, CPU)
+    yield node
+    await node.keeper.end()
+    await node.pool.shut_down(20)
+
+
+async def test_a_spare_takes_the_next_run_whatever_its_base(node: Node) -> None:
+    spare = await node.get_spare(CPU)
+    assert spare.is_spare
+    assert await node.pool.acquire(CPU, WANTED) is spare
+    spare.resident = {"base_model": "org/other", "weights_digest": "v", "bytes": 5}
+    # One that keeps another base has imported everything too, and drops that base.
+    assert await node.pool.acquire(CPU, WANTED) is spare
+    assert node.pool.resident_bytes(CPU.id) == 5
+    await node.keeper.look()
+    assert len(list((spare.directory.parent).iterdir())) == 1
+
+
+async def test_a_spare_knows_its_device_and_where_kernels_are_kept(node: Node, tmp_path: Path) -> None:
+    node.pool.settings.recent_model.directory = "/models/org/name"
+    spare = await node.get_spare(CPU)
+    environment = EngineConfiguration.read(spare.directory).environment
+    assert environment["TUNESMITH_ENGINE_DEVICE"] == "cpu:-1"
+    assert environment["TUNESMITH_ENGINE_MODEL"] == "/models/org/name"
+    assert environment["TRITON_CACHE_DIR"] == str(tmp_path / "kernels")
+
+
+@pytest.mark.parametrize(("spare_engines", "wanted"), [(0, set()), (1, {"cpu:-1", "cuda:0"}), (None, {"cuda:0"})])
+async def test_who_has_one(tmp_path: Path, spare_engines: int | None, wanted: set[str]) -> None:
+    node = Node(tmp_path, CPU, GPU, spare_engines=spare_engines)
+    await node.keeper.look()
+    await wait_until(lambda: set(node.pool._engines) == wanted)
+    await node.keeper.end()
+    assert set(node.pool._engines) == wanted
+    await node.keeper.dismiss()
+    assert not node.pool._engines
+    await node.pool.shut_down(20)
+
+
+async def test_none_where_a_run_or_a_quarantine_is_or_the_node_drains(node: Node, tmp_path: Path) -> None:
+    node.held = {CPU.id}
+    await node.keeper.look()
+    node.held = set()
+    node.devices = (replace(CPU, quarantine_reason="broken"),)
+    await node.keeper.look()
+    node.devices = (CPU,)
+    await node.keeper.end()
+    await node.keeper.look()
+    assert list((tmp_path / "engines").iterdir()) == []
+
+
+async def test_the_device_may_be_taken_while_a_spare_waits_to_be_started(node: Node) -> None:
+    lock = node.pool._changing[CPU.id]
+    starting: asyncio.Task[Engine | None]
+    async with lock:
+        starting = asyncio.create_task(node.pool.start_spare(CPU, lambda: CPU.id not in node.held))
+        await asyncio.sleep(0)
+        node.held = {CPU.id}
+    assert await starting is None
+
+
+async def test_what_a_spare_holds_of_a_gpu_counts_as_free(tmp_path: Path) -> None:
+    node = Node(tmp_path, GPU)
+    spare = await node.get_spare(GPU)
+    node.devices = (replace(GPU, free_memory_bytes=GPU.free_memory_bytes - GIB // 2),)
+    await wait_until(lambda: spare.context_bytes)
+    assert node.pool.resident_bytes(GPU.id) == GIB // 2
+    await node.keeper.end()
+    await node.pool.shut_down(20)
+    assert node.pool.resident_bytes(GPU.id) == 0
+
+
+async def test_an_idle_spare_stays_and_an_idle_base_goes(tmp_path: Path) -> None:
+    node = Node(tmp_path, CPU, idle_seconds=0)
+    spare = await node.get_spare(CPU)
+    await node.pool.retire()
+    assert not spare.leaving
+    spare.resident = {"base_model": "org/name", "bytes": 5}
+    await node.pool.retire()
+    await wait_until(lambda: node.engine(CPU) is None)
+    assert processes_of(spare.directory) == []
+    again = await node.get_spare(CPU)
+    assert again is not spare
+    await node.keeper.end()
+    await node.pool.shut_down(20)
+
+
+async def test_one_that_does_not_come_up_is_not_started_again_and_again(node: Node) -> None:
+    spare = await node.get_spare(CPU)
+    record = ShimRecord.read(spare.directory)
+    assert record is not None
+    os.kill(record.engine_pid, signal.SIGKILL)
+    await wait_until(lambda: node.engine(CPU) is None)
+    await node.keeper.look()
+    await node.keeper.end()
+    assert len(list(spare.directory.parent.iterdir())) == 1
+    ending = ExitRecord.read(spare.directory)
+    assert ending is not None
+    assert ending.signal == signal.SIGKILL
+
+
+def test_a_node_trains_on_its_spare_and_has_another_behind_a_failure(tmp_path: Path) -> None:
+    server = GpuServer(tmp_path, spare_engines=1)
+    try:
+        server.start()
+        (first,) = wait_for(lambda: server.shims())
+        server.start_run()
+        assert server.watch_to_end()[-1].run_state.state == event_pb2.RUN_STATE_SUCCEEDED
+        assert [shim["shim_pid"] for shim in server.shims()] == [first["shim_pid"]]
+        assert "TUNESMITH_ENGINE_MODEL" not in _environment(server)
+        # Taken over with its spare by the server that comes next.
+        server.kill()
+        server.start()
+        server.start_run("01JOC", script={"fail_at_step": 1})
+        assert server.watch_to_end("01JOC")[-1].run_state.state == event_pb2.RUN_STATE_FAILED
+        wait_for(lambda: [shim for shim in server.shims() if shim["shim_pid"] != first["shim_pid"]])
+        assert not psutil.pid_exists(first["engine_pid"])
+        # The one behind it expects another run on the same base.
+        assert _environment(server)["TUNESMITH_ENGINE_MODEL"] == str(server.models_directory / "org/name")
+        assert server.terminate() == 0
+        assert server.living_processes() == []
+    finally:
+        server.clean_up()
+
+
+def _environment(server: GpuServer) -> Mapping[str, str]:
+    """Of the newest engine."""
+    newest = max(server.engine_directories(), key=lambda directory: (directory / "engine.json").stat().st_mtime_ns)
+    return EngineConfiguration.read(newest).environment
+
+
+def test_a_spare_leaves_with_a_server_that_keeps_engines(tmp_path: Path) -> None:
+    server = GpuServer(tmp_path, spare_engines=1, keep_engines=True)
+    try:
+        server.start()
+        wait_for(lambda: server.shims())
+        assert server.terminate() == 0
+        assert server.living_processes() == []
+    finally:
+        server.clean_up()
