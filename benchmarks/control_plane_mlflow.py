@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 SINGLE, BATCHES, BATCH = 200, 10, 1000
 PATIENCE_SECONDS = 90.0
@@ -49,7 +50,7 @@ def _wait(address: str) -> None:
             time.sleep(0.2)
 
 
-def _measure(address: str) -> dict:
+def _measure(address: str) -> dict[str, Any]:
     import mlflow
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient

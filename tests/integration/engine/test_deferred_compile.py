@@ -47,4 +47,5 @@ def test_a_function_is_compiled_once_with_its_options(with_options: bool, monkey
     assert seen == []
     assert [double(1), double(2)] == [2, 4]
     assert seen == [{"dynamic": False} if with_options else {}]
-    assert torch.compile is compile_now
+    compile_after: object = torch.compile
+    assert compile_after is compile_now

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gpu_service.engine import room
 from gpu_service.engine.loading import direct, weights
 from gpu_service.engine.reading import piece_digests, prequantized, reader
 from tests.fakes.base_loading import load_base, same
@@ -234,7 +235,7 @@ def test_a_disk_without_room_keeps_nothing_and_fails_nothing(
     def none_left(directory: Path, num_bytes: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prequantized.room, "require", none_left)
+    monkeypatch.setattr(room, "require", none_left)
     _, details = load_base(model, cache=tmp_path / "cache")
     assert details["read_from"] == "files"
     assert list((tmp_path / "cache" / prequantized.DIRECTORY).iterdir()) == []

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from gpu_service.domain.quantizer import LIBRARY
 from gpu_service.domain.recomputation import Recomputation
 from gpu_service.engine.builders.optimizers import adamw
 from gpu_service.engine.fast_path import nf4, quantizing, torch_reference
@@ -162,7 +163,7 @@ def test_library_restores_beside_a_version_that_was_not_compared(
     monkeypatch.setattr(nf4, "TESTED_VERSIONS", ())
     own = pytest.fail
     monkeypatch.setattr(torch_reference, "nf4_dequantize", lambda *arguments: own("not the library"))
-    assert nf4.name_quantizer() == nf4.LIBRARY
+    assert nf4.name_quantizer() == LIBRARY
     _check_parity(lambda: make_peft(quantize=hold_in_nf4), rows)
 
 

@@ -24,7 +24,8 @@ def _decide(device: Device = _H100, *, spec: dict[str, Any] | None = None, base:
 def test_adapters_over_known_families_take_the_fast_path() -> None:
     assert _decide(trainer="fast") == ("fast", "asked for")
     assert _decide(trainer="fast", spec={"training_type": "lora"})[0] == "fast"
-    for word in ({}, {"trainer": "auto"}):
+    words: tuple[dict[str, Any], ...] = ({}, {"trainer": "auto"})
+    for word in words:
         path, reason = _decide(**word)
         assert path == "fast"
         assert "nothing keeps" in reason
