@@ -23,7 +23,7 @@ class _HangingLoop(TrainingLoop):
         run = json.loads((self.checkpoints.directory.parent / "run.json").read_text())
         prompts = run["spec"].get("sample_prompts", [])
         if prompts and json.loads(prompts[0]["prompt"]).get("hang_at_step") == step + 1:
-            torch.cuda._sleep(_ENDLESS_CYCLES)  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(_ENDLESS_CYCLES)
         super()._step(step)
 
 
