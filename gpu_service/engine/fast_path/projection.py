@@ -126,7 +126,8 @@ class Projection:
         if self.room:
             inner = gradient[:, frozen.num_rows :]
             right, prepared = frozen.margins.right, self._ranks
-            if of_gated is not None and prepared.takes_gates:
+            # In float32 its tiles are more than a multiprocessor holds.
+            if of_gated is not None and prepared.takes_gates and of_output.dtype is not torch.float32:
                 self.operations.gate_adapter_backward_(of_gated, of_output, right, ranks, inner, prepared, gradients)
             else:
                 if of_gated is not None:
