@@ -19,9 +19,8 @@ from gpu_service.engine import devices, service
 from gpu_service.engine.entrypoint import main
 from gpu_service.engine.request import DeviceChoice
 from gpu_service.journal import Writer
+from tests.fakes.failure_order import ORDER_FILE
 from tunesmith.common.v1 import event_pb2
-
-ORDER_FILE = "fail"
 
 
 def _exit() -> None:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tests.fakes.failure_order import ORDER_FILE
 from tests.fakes.gpu_server import GpuServer
-from tests.fakes.host_engine import ORDER_FILE
 from tests.faults.crowd import Crowd, CrowdConfig
 from tests.faults.driver import World, WorldConfig
 from tests.faults.driver.services import environment

@@ -97,6 +97,9 @@ class _Checkpoints:
     def save(self, progress: TrainingProgress) -> None:
         self.saved[progress.steps_done] = self.model.adapter.detach().clone()
 
+    def tell_lost_steps(self, progress: TrainingProgress) -> None:
+        assert progress.steps_done in self.saved
+
 
 class _Steps(PlannedRows):
     """Two examples a step."""
