@@ -61,6 +61,8 @@ def test_cancelled_means_gone(node: GpuServer, behavior: str) -> None:
     assert problems == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_cancel_leaves_a_real_engine_and_the_planner_that_waits_for_it(tmp_path: Path) -> None:
     with running_node(tmp_path, real_engine="gpu_service.engine") as server:
         assert real_engine.cancel_while_planning(server) == []
