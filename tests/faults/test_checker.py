@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.fault_evidence import CANCELLED, RUNNING, SUCCEEDED, Entry, HandMadeTrial
+from tests.fakes.fault_evidence import CANCELLED, NODE, RUNNING, SUCCEEDED, Entry, HandMadeTrial
 from tests.faults import checker
 from tests.faults.checker import check
 from tunesmith.common.v1 import errors_pb2, event_pb2
@@ -115,6 +115,18 @@ def _begin_anew(trial: Trial) -> None:
     log = trial.logs[SUCCEEDED]
     log.remove(_run_entry(trial, SUCCEEDED, 3, attempt=2))
     _run_entry(trial, SUCCEEDED, 4, attempt=2).payload.step.step = 1
+
+
+def _lose_node(trial: Trial, *, stopped_seconds: float, service: str = NODE, is_told: bool = True) -> None:
+    """The server that is killed at 35 s was stopped until shortly before, and another attempt is seen afterwards."""
+    trial.scenario["node_lease_seconds"] = 18.0
+    trial.faults[:0] = [
+        {"at": 34.0 - stopped_seconds, "kind": "stop", "target": "gpu", "service": service, "pid": 9},
+        {"at": 34.0, "kind": "continue", "target": "", "service": "", "pid": 9},
+    ]
+    if is_told:
+        trial.add(RUNNING, 1, event_pb2.NodeReachabilityEvent(node=NODE, reachable=False))
+    trial.processes[1].update(attempt=2, engine_pid=555)
 
 
 def _other_outcome(trial: Trial) -> None:
@@ -258,6 +270,15 @@ PLANTED = {
     "an adopted run is another attempt": Planted(
         lambda trial: trial.processes[1].update(attempt=2), "R6", "attempt was 1"
     ),
+    "a job is given away after a short stop": Planted(
+        lambda trial: _lose_node(trial, stopped_seconds=17.0), "R6", "attempt was 1"
+    ),
+    "a job is given away while another node was stopped": Planted(
+        lambda trial: _lose_node(trial, stopped_seconds=19.0, service="other"), "R6", "attempt was 1"
+    ),
+    "a job is given away though its node was not lost": Planted(
+        lambda trial: _lose_node(trial, stopped_seconds=19.0, is_told=False), "R6", "attempt was 1"
+    ),
     "the outcome is not the recorded one": Planted(_other_outcome, "R7", "recorded SUCCEEDED, the job is FAILED"),
     "a run that succeeded is run again": Planted(_run_again_after_success, "R7", "attempt 3 was dispatched"),
     "the log goes on after the end": Planted(_go_on_after_the_end, "R7", "the log goes on after SUCCEEDED"),
@@ -316,6 +337,12 @@ def test_a_planted_violation_is_found(tmp_path: Path, name: str) -> None:
     found = {finding.promise: finding for finding in check(trial.write())}[planted.promise]
     assert found.held < found.tried
     assert any(planted.said in violation for violation in found.violations), found.violations
+
+
+def test_a_job_whose_node_was_stopped_beyond_its_lease_is_rightly_given_away(tmp_path: Path) -> None:
+    trial = HandMadeTrial(tmp_path)
+    _lose_node(trial, stopped_seconds=19.0)
+    assert [violation for finding in check(trial.write()) for violation in finding.violations] == []
 
 
 def test_a_call_without_answer_may_have_made_one_job_or_none(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tests.fakes.gpu_runs import (
 from tests.fakes.gpu_server import GpuServer, error_info
 from tests.fakes.hanging import WAYS
 from tests.faults.nodes import running_node
-from tests.faults.scenarios import cancels, engine_failures, hangs, orphans, quarantine
+from tests.faults.scenarios import cancels, engine_failures, hangs, orphans, quarantine, real_engine
 from tunesmith.common.v1 import errors_pb2, event_pb2, generation_pb2
 from tunesmith.gpu.v1 import inference_service_pb2
 
@@ -59,6 +59,14 @@ def test_hangs_are_found_by_progress_and_told_with_their_stacks(tmp_path: Path) 
 def test_cancelled_means_gone(node: GpuServer, behavior: str) -> None:
     problems, _ = cancels.cancel(node, behavior=behavior, job_id=f"01CANCEL{list(cancels.BEHAVIORS).index(behavior)}")
     assert problems == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_cancel_leaves_a_real_engine_and_the_planner_that_waits_for_it(tmp_path: Path) -> None:
+    with running_node(tmp_path, real_engine="gpu_service.engine") as server:
+        assert real_engine.cancel_while_planning(server) == []
+        assert real_engine.cancel(server)[0] == []
 
 
 def test_a_frozen_shim_is_noticed_and_buried(node: GpuServer) -> None:

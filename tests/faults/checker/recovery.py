@@ -3,7 +3,7 @@ can be had, and an engine whose server alone died is the same engine afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -116,7 +116,10 @@ def _fold(known: dict[str, _Checkpoint], event: Event, node: str) -> None:
 
 
 def check_adoptions(evidence: Evidence, tally: Tally) -> None:
-    """R6: between two looks at a run with nothing killed but its server, its processes and attempt are the same."""
+    """R6: between two looks at a run with nothing killed but its server, its processes and attempt are the same.
+
+    A node that was stopped for longer than its lease is no such case: control has rightly given its job away.
+    """
     looks: dict[str, list[Mapping[str, Any]]] = {}
     for observation in sorted(evidence.processes, key=lambda one: one["at"]):
         if observation.get("job_id"):
@@ -135,7 +138,7 @@ def check_adoptions(evidence: Evidence, tally: Tally) -> None:
                 for operation in evidence.operations_on(job_id, *_STOPS)
             )
             targets = {fault["target"] for fault in ended}
-            if asked or not targets or not targets <= _ENDS_SERVER_ALONE:
+            if asked or not targets or not targets <= _ENDS_SERVER_ALONE or _was_given_away(evidence, before, after):
                 continue
             for field in ("shim_pid", "engine_pid", "start_time", "attempt"):
                 tally.expect(
@@ -144,6 +147,37 @@ def check_adoptions(evidence: Evidence, tally: Tally) -> None:
                     f"job {job_id}: {field} was {before[field]} before {sorted(targets)} was killed and is"
                     f" {after[field]} afterwards",
                 )
+
+
+def _was_given_away(evidence: Evidence, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether a later attempt is there because the node was stopped for so long that its lease ran out.
+
+    Evidence that does not tell the lease excuses nothing, nor does a lease that ran out for any other reason.
+    """
+    lease_seconds = evidence.scenario.get("node_lease_seconds")
+    if lease_seconds is None or after["attempt"] <= before["attempt"]:
+        return False
+    was_lost = any(
+        event.attempt == before["attempt"]
+        and event.payload.HasField("node_reachability")
+        and not event.payload.node_reachability.reachable
+        for event in evidence.logs.get(before["job_id"], ())
+    )
+    # The run is ended only once its node has heard of it, which may be up to the next look.
+    return was_lost and any(
+        end - begin >= lease_seconds and begin <= after["at"] and end >= before["at"] - lease_seconds
+        for begin, end in _stops(evidence, before["node"])
+    )
+
+
+def _stops(evidence: Evidence, node: str) -> Iterator[tuple[float, float]]:
+    """From when until when processes of the node's server were stopped."""
+    stopped_at: dict[int, float] = {}
+    for fault in evidence.faults:
+        if fault["kind"] == "stop" and fault.get("service") == node:
+            stopped_at.setdefault(fault["pid"], fault["at"])
+        elif fault["kind"] == "continue" and fault["pid"] in stopped_at:
+            yield stopped_at.pop(fault["pid"]), fault["at"]
 
 
 def check_vanished(evidence: Evidence, tally: Tally) -> None:

@@ -32,13 +32,23 @@ class Evidence:
             text = (self.directory / f"{name}.jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
-    def fault(self, *, kind: str, target: str, pid: int = 0, failpoint: str = "", seconds_ago: float = 0.0) -> None:
-        """Something was broken, or mended."""
+    def fault(
+        self,
+        *,
+        kind: str,
+        target: str,
+        pid: int = 0,
+        failpoint: str = "",
+        service: str = "",
+        seconds_ago: float = 0.0,
+    ) -> None:
+        """Something was broken, or mended; `service` is the name of one that was meant, as control or a node."""
         line = {
             "at": time.monotonic() - seconds_ago,
             "kind": kind,
             "target": target,
             "failpoint": failpoint,
+            "service": service,
             "pid": pid,
         }
         self.append("faults", line)
@@ -50,12 +60,17 @@ class Evidence:
         control_directory: Path,
         output_root: Path,
         node_directories: Mapping[str, Path],
+        node_lease_seconds: float,
         all_over: bool = False,
     ) -> None:
-        """Writes `scenario.json`: where the services' own files lie, and whether every job was waited for."""
+        """Writes `scenario.json`: where the services' own files lie, and whether every job was waited for.
+
+        `node_lease_seconds`: how long a node may be silent before control gives its jobs away.
+        """
         facts = {
             "seed": seed,
             "all_over": all_over,
+            "node_lease_seconds": node_lease_seconds,
             "control_directory": str(control_directory),
             "output_root": str(output_root),
             "node_directories": {name: str(path) for name, path in node_directories.items()},

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.faults.driver.evidence import Evidence
 from tests.faults.driver.failpoints import Failpoints
@@ -40,6 +42,30 @@ def environment(added: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """One process of a service that came to serve; moments are of the monotonic clock, as the evidence's."""
+
+    pid: int
+    began: float
+    served: float
+
+    def seconds(self, faults: Iterable[Mapping[str, Any]]) -> float:
+        """What it needed until it served, less the time for which the trial itself had stopped it."""
+        held_up_seconds, stopped_at = 0.0, None
+        for fault in faults:
+            if fault["pid"] != self.pid:
+                continue
+            # Another process may have had the id at another time.
+            at = min(max(fault["at"], self.began), self.served)
+            if fault["kind"] == "stop" and stopped_at is None:
+                stopped_at = at
+            elif fault["kind"] == "continue" and stopped_at is not None:
+                held_up_seconds += at - stopped_at
+                stopped_at = None
+        return self.served - self.began - held_up_seconds
+
+
 class Service:
     """One service: `control`, or a node by its name."""
 
@@ -56,8 +82,8 @@ class Service:
     ) -> None:
         self.name = name
         self.address = ""
-        # Seconds from each start to the ready file.
-        self.start_seconds: list[float] = []
+        # Each start that came to its ready file.
+        self.starts: list[Start] = []
         # Why it could not be kept alive; empty when it could.
         self.problems: list[str] = []
         # Of every process that it ever was.
@@ -132,7 +158,7 @@ class Service:
             pid = self._process.pid
             if self._process.poll() is None:
                 self._process.send_signal(number)
-                self._evidence.fault(kind=kind, target=self.kind, pid=pid)
+                self._evidence.fault(kind=kind, target=self.kind, service=self.name, pid=pid)
 
     def stop(self) -> int:
         """Ends it in order; gives the exit status."""
@@ -199,7 +225,7 @@ class Service:
             content = self._read_ready()
             if content is not None:
                 self.address = content
-                self.start_seconds.append(time.monotonic() - started)
+                self.starts.append(Start(pid=self._process.pid, began=started, served=time.monotonic()))
                 self._ready.set()
                 return
             time.sleep(_LOOK_SECONDS)

@@ -58,7 +58,11 @@ class WorldConfig:
 
 
 # Kept, because the checker reads them; reachable again within seconds, because trials are many.
-_CONTROL_FLAGS: Mapping[str, Any] = {"no-release-runs": True, "node-heartbeat-seconds": 1.0}
+_CONTROL_FLAGS: Mapping[str, Any] = {
+    "no-release-runs": True,
+    "node-heartbeat-seconds": 1.0,
+    "node-lease-seconds": 30.0,
+}
 _NODE_FLAGS: Mapping[str, Any] = {"grace-seconds": 10, "orphan-limit-seconds": 600}
 
 
@@ -132,6 +136,7 @@ class World:
             control_directory=self.control_directory,
             output_root=self.control_directory / "output",
             node_directories=self.node_directories,
+            node_lease_seconds={**_CONTROL_FLAGS, **self.config.control_flags}["node-lease-seconds"],
             all_over=all_over,
         )
 
