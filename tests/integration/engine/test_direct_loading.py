@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from gpu_service.engine import room
+from gpu_service.engine.builders.methods import qlora
+from gpu_service.engine.builders.quantization import nf4
+from gpu_service.engine.fast_path.nf4 import NotNf4
 from gpu_service.engine.loading import direct, weights
+from gpu_service.engine.loading.work import LoadRequest
 from gpu_service.engine.reading import piece_digests, prequantized, reader
 from tests.fakes.base_loading import load_base, same
 from tests.fakes.tiny_models import TinyOptions, place
@@ -77,6 +82,39 @@ def test_plain_models_are_the_librarys_too(
     found, details = load_base(model, cache=tmp_path, **settings)
     assert "reader_threads" in details
     same(found.base, expected.base)
+
+
+def test_nothing_is_made_ready_to_quantize_where_nothing_is_quantized(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full training holds its weights in float32, which no kernel of ours quantizes."""
+
+    def make_ready_as_on_cuda(tables: Any, dtype: torch.dtype) -> None:
+        if dtype is torch.float32:
+            raise NotNf4("weights in float32 are quantized by the library alone")
+
+    monkeypatch.setattr(direct, "is_wanted", lambda request: True)
+    monkeypatch.setattr(direct, "make_ready", make_ready_as_on_cuda)
+    _, details = load_base(model, cache=tmp_path / "cache", method="none", training_type="full", quantizer="")
+    assert details["read_from"] == "files"
+
+
+@pytest.mark.parametrize(
+    ("device_type", "compute_dtype", "is_ours"),
+    [("cuda", "bfloat16", True), ("cuda", "float32", False), ("cpu", "float32", True)],
+)
+def test_float32_is_quantized_on_cuda_by_the_library_alone(
+    device_type: str, compute_dtype: str, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    request = SimpleNamespace(
+        device=torch.device(device_type),
+        compute_dtype=getattr(torch, compute_dtype),
+        quantization=nf4,
+        method=qlora,
+        quantizer="own",
+    )
+    assert direct.is_wanted(cast(LoadRequest, request)) is is_ours
 
 
 @pytest.mark.usefixtures("small_pieces")
