@@ -8,6 +8,7 @@ differs leaves the verdict to the whole digest.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import sys
@@ -201,8 +202,10 @@ class _Load:
     @contextmanager
     def _running(self, tasks: Sequence[Task], *, hashes: bool) -> Iterator[Reading]:
         reading = Reading(tasks, self._request.device, hashes=hashes)
-        interval = sys.getswitchinterval()
+        interval, collects = sys.getswitchinterval(), gc.isenabled()
         sys.setswitchinterval(_SWITCH_SECONDS)
+        # A model is many small objects, none of them garbage: looking for some takes as long as making it.
+        gc.disable()
         try:
             reading.start()
             yield reading
@@ -214,6 +217,8 @@ class _Load:
         finally:
             reading.close()
             sys.setswitchinterval(interval)
+            if collects:
+                gc.enable()
 
     def _distrust(self, file: Path) -> None:
         if file in self._source.files:
@@ -261,8 +266,8 @@ class _Load:
         if psutil.virtual_memory().available < 2 * layout.num_bytes:
             _LOG.warning("no 4-bit copy is kept: the machine has no memory to spare")
             return
-        # Off the device it is the writer's own: nothing of a run waits for it.
-        self._loaded.copying = prequantized.write_behind(self._cache, self._identity, layout, buffer.cpu())
+        # Nobody changes weights in 4 bits, and nothing of a run waits for their way to the disk.
+        self._loaded.copying = prequantized.write_behind(self._cache, self._identity, layout, buffer)
 
     def _plain_tasks(self) -> Iterator[Task]:
         """One task a piece: nothing holds the pieces of such a tensor together."""

@@ -156,15 +156,49 @@ def drop(cache_directory: Path, identity: Identity) -> None:
 
 
 def write_behind(cache_directory: Path, identity: Identity, layout: Layout, content: torch.Tensor) -> threading.Thread:
-    """Write `content`, uint8 [n] in host memory that is the writer's own, in a thread that holds up nobody's end."""
+    """Write `content`, uint8 [n] that nobody changes, in a thread that holds up nobody's end.
+
+    It is in host memory before it is written, so that its device has the memory back when the model goes.
+    """
+    stream = None
+    if content.device.type == "cuda":
+        stream = torch.cuda.Stream(content.device)
+        stream.wait_stream(torch.cuda.current_stream(content.device))
     thread = threading.Thread(
-        target=_write, args=(cache_directory, identity, layout, content), name="prequantized-copy", daemon=True
+        target=_write,
+        args=(cache_directory, identity, layout, [content], stream),
+        name="prequantized-copy",
+        daemon=True,
     )
+    del content
     thread.start()
     return thread
 
 
-def _write(cache_directory: Path, identity: Identity, layout: Layout, content: torch.Tensor) -> None:
+def _to_host(content: torch.Tensor, stream: torch.cuda.Stream | None) -> torch.Tensor:
+    """Through a pinned buffer, and beside whatever else the device does."""
+    if stream is None:
+        return content
+    host = torch.empty(len(content), dtype=torch.uint8)
+    pinned = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
+    with torch.cuda.stream(stream):
+        for offset in range(0, len(content), PIECE_BYTES):
+            piece = content[offset : offset + PIECE_BYTES]
+            pinned[: len(piece)].copy_(piece, non_blocking=True)
+            stream.synchronize()
+            host[offset : offset + len(piece)].copy_(pinned[: len(piece)])
+    return host
+
+
+def _write(
+    cache_directory: Path,
+    identity: Identity,
+    layout: Layout,
+    taken: list[torch.Tensor],
+    stream: torch.cuda.Stream | None,
+) -> None:
+    # A thread keeps its arguments until it ends; what is on a device must not wait for the disk.
+    content = _to_host(taken.pop(), stream)
     parent = cache_directory / DIRECTORY
     staging = parent / f"{_STAGING_PREFIX}{secrets.token_hex(8)}"
     try:

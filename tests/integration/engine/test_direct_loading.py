@@ -19,7 +19,7 @@ from gpu_service.engine import room
 from gpu_service.engine.builders.methods import qlora
 from gpu_service.engine.builders.quantization import nf4
 from gpu_service.engine.fast_path.nf4 import NotNf4
-from gpu_service.engine.loading import direct, weights
+from gpu_service.engine.loading import direct, shell, weights
 from gpu_service.engine.loading.work import LoadRequest
 from gpu_service.engine.reading import piece_digests, prequantized, reader
 from tests.fakes.base_loading import load_base, same
@@ -305,13 +305,13 @@ def test_files_that_change_while_they_are_read_are_hashed(
 ) -> None:
     cache = tmp_path / "cache"
     digest = weights_digest(model, cache / CACHE_FILE)
-    build = direct.shell.build
+    build = shell.build
 
     def build_and_flip(*arguments: Any) -> Any:
         _flip(sorted(model.glob("model-*.safetensors"))[0], -1)
         return build(*arguments)
 
-    monkeypatch.setattr(direct.shell, "build", build_and_flip)
+    monkeypatch.setattr(shell, "build", build_and_flip)
     with pytest.raises(weights.WeightsChanged):
         load_base(model, cache=cache, digest=digest)
 
@@ -326,6 +326,7 @@ def test_a_copy_that_was_touched_is_hashed_once(model: Path, tmp_path: Path, mon
 
     def find_and_note(*arguments: Any) -> Any:
         copy = find(*arguments)
+        assert copy is not None
         found.append(copy.is_unchanged)
         return copy
 
