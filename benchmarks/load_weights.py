@@ -2,9 +2,9 @@
 
 Both load the same random weights of a real shape in 4 bits (double quantized) in one process, in turn, several times;
 the model of one is gone before the other's turn. Warm: the files are in the page cache. Cold: they were dropped from
-it. `first` (always made once) knows nothing of the files yet and hashes them from front to back; `files` verifies every
-piece of them; `unpinned` verifies nothing; `copy` reads the node's 4-bit copy, verified like the files. Parity: every
-quantized byte of the reader's model is the library's.
+it. `first` (always made once) knows nothing of the files yet and hashes them from front to back; `files` finds them as
+they were then; `pieces` verifies every piece of them, as after somebody touched them; `unpinned` asks for no digest;
+`copy` reads the node's 4-bit copy. Parity: every quantized byte of the reader's model is the library's.
 
     python -m benchmarks.load_weights --size 3B --models /tmp/models --out rows.json
 """
@@ -39,10 +39,10 @@ from gpu_service.engine.failures import library_versions
 from gpu_service.engine.loading import config as config_stage
 from gpu_service.engine.loading import weights as weights_stage
 from gpu_service.engine.loading.work import Loaded, LoadRequest
-from gpu_service.engine.reading import prequantized, reader
+from gpu_service.engine.reading import piece_digests, prequantized, reader
 from tunesmith.common.v1 import plan_pb2, training_spec_pb2
 
-ROWS = ("library", "first", "files", "unpinned", "copy", "library-16bit", "files-16bit")
+ROWS = ("library", "first", "files", "pieces", "unpinned", "copy", "library-16bit", "files-16bit")
 _DTYPE = torch.bfloat16
 
 
@@ -104,9 +104,15 @@ def _kept(setting: Setting, row: str) -> Iterator[None]:
     """What the node has kept decides which way the reader takes: nothing, or no copy, or both."""
     if row == "first":
         shutil.rmtree(setting.cache, ignore_errors=True)
-    if row != "files":
+    if row not in ("files", "pieces"):
         yield
         return
+    if row == "pieces":
+        files = list_weight_files(setting.directory)
+        record = piece_digests.find(setting.cache, setting.digest, files)
+        if record is None:
+            raise SystemExit("there are no digests of pieces to compare")
+        piece_digests.keep(setting.cache, setting.digest, record.digests, {})
     copies, aside = setting.cache / prequantized.DIRECTORY, setting.cache / "aside"
     smallest, prequantized.SMALLEST_BYTES = prequantized.SMALLEST_BYTES, sys.maxsize
     if copies.is_dir():
@@ -123,6 +129,7 @@ _LOADERS: dict[str, Callable[[Setting], tuple[Any, dict[str, Any]]]] = {
     "library": by_library,
     "first": by_reader,
     "files": by_reader,
+    "pieces": by_reader,
     "unpinned": lambda setting: by_reader(setting, pinned=False),
     "copy": by_reader,
     "library-16bit": lambda setting: by_library(setting, quantized=False),

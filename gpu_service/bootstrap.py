@@ -17,6 +17,7 @@ from gpu_service.api.inference import InferenceServicer
 from gpu_service.api.interceptors import CallInterceptor
 from gpu_service.api.runs import RunServicer
 from gpu_service.api.server_options import SERVER_OPTIONS
+from gpu_service.catalog import weight_files
 from gpu_service.config import Settings
 from gpu_service.devices import DeviceMemory, ListDevices, list_devices
 from gpu_service.domain.memory import MemoryLedger
@@ -124,7 +125,7 @@ async def build(
     )
     ledger = MemoryLedger()
     blobs = BlobStore(files.blobs)
-    models = ModelShelf(files.models, cache_file=files.cache / "weights-digests.json")
+    models = ModelShelf(files.models, cache_file=files.cache / weight_files.CACHE_FILE)
     planner = PlannerProcess(files.requests)
     memory = await asyncio.to_thread(MemoryRecords, files.memory_records)
     planning = Planning(files=files, models=models, blobs=blobs, planner=planner, versions=versions, memory=memory)

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_service.catalog.known_files import FileIdentity
 from gpu_service.domain.errors import Fault, Refusal
 
+# In a node's cache: what was hashed, by resolved path.
+CACHE_FILE = "weights-digests.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -21,6 +24,7 @@ _MAXIMUM_HEADER_BYTES = 100_000_000
 _MAXIMUM_INDEX_BYTES = 64 * 1024 * 1024
 _MAXIMUM_SHARDS = 4096
 _HASH_CHUNK_BYTES = 4 * 1024 * 1024
+_HEX_CHARACTERS = 64
 _DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
@@ -76,24 +80,35 @@ def read_tensors(files: list[Path]) -> list[TensorFacts]:
 def weights_digest(directory: Path, cache_file: Path | None = None) -> str:
     """Lower-case hex SHA-256 over name and SHA-256 of each weight file: minutes for large models.
 
-    `cache_file` remembers each file's hash by path, size and modification time. Raises as `list_weight_files` does, and
+    `cache_file` remembers each file's hash with its identity (`known_files`). Raises as `list_weight_files` does, and
     `Refusal` MODEL_INVALID when a file cannot be read.
     """
     remembered = _read_cache(cache_file)
     fresh: dict[str, Any] = {}
-    whole = hashlib.sha256()
+    hashes: dict[str, str] = {}
     for path in list_weight_files(directory):
         try:
-            status = path.stat()
-            key = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
-            known = remembered.get(key)
-            fresh[key] = digest = known if isinstance(known, str) and len(known) == 64 else _hash_file(path)
+            before = FileIdentity.of(path)
+            known = _find_hash(remembered, path, before)
+            if known is None:
+                is_settled = before.is_settled()
+                known = _hash_file(path)
+                if is_settled and FileIdentity.of(path) == before:
+                    fresh[str(path.resolve())] = {"identity": before.to_json(), "sha256": known}
+            hashes[path.name] = known
         except OSError as error:
             raise invalid_weights(path.name, str(error.strerror)) from error
-        whole.update(f"{path.name}\0{digest}\n".encode())
-    if cache_file is not None and not fresh.keys() <= remembered.keys():
+    if cache_file is not None and fresh:
         _write_cache(cache_file, {**remembered, **fresh})
-    return whole.hexdigest()
+    return _whole_digest(hashes)
+
+
+def remembered_weights_digest(identities: Mapping[Path, FileIdentity], cache_file: Path) -> str:
+    """The digest of files in this order by what `weights_digest` remembered; empty where one has to be hashed."""
+    remembered = _read_cache(cache_file)
+    hashes = {path.name: _find_hash(remembered, path, identity) for path, identity in identities.items()}
+    known = {name: found for name, found in hashes.items() if found is not None}
+    return _whole_digest(known) if known.keys() == hashes.keys() else ""
 
 
 def invalid_weights(file: str, message: str) -> Refusal:
@@ -156,6 +171,21 @@ def _tensor(file: str, name: str, facts: Mapping[str, Any], data_bytes: int) -> 
     if dtype in _DTYPE_BYTES and end - start != _DTYPE_BYTES[dtype] * math.prod(shape):
         raise invalid_weights(file, f"tensor {name!r} has {end - start} bytes, which its shape contradicts")
     return TensorFacts(name=name, dtype=dtype, shape=shape)
+
+
+def _whole_digest(hashes: Mapping[str, str]) -> str:
+    whole = hashlib.sha256()
+    for name, digest in hashes.items():
+        whole.update(f"{name}\0{digest}\n".encode())
+    return whole.hexdigest()
+
+
+def _find_hash(remembered: Mapping[str, Any], path: Path, identity: FileIdentity) -> str | None:
+    record = remembered.get(str(path.resolve()))
+    if not isinstance(record, dict) or record.get("identity") != identity.to_json():
+        return None
+    digest = record.get("sha256")
+    return digest if isinstance(digest, str) and len(digest) == _HEX_CHARACTERS else None
 
 
 def _hash_file(path: Path) -> str:

@@ -1,13 +1,14 @@
 """The base by this engine's own reader: threads bring tensors to their places while transformers makes the model.
 
 What is not tensor for tensor what the model holds is not for this module: it says so before anything is kept, and the
-library loads it, or fails, as it always does. Everything that is read is verified: files of a known digest whole the
-first time and piece by piece from then on, the 4-bit copy always. A copy that is damaged is dropped, and the files are
-read; pieces of a file that differ leave the verdict to the whole digest.
+library loads it, or fails, as it always does. What is read is verified: by its bytes, or by being what it was when its
+bytes were hashed (`reading.verification`). A copy that is damaged is dropped, and the files are read; a file that
+differs leaves the verdict to the whole digest.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import sys
@@ -29,11 +30,11 @@ from gpu_service.engine.loading import places as places_of
 from gpu_service.engine.loading import shell
 from gpu_service.engine.loading.places import NotTensorForTensor, Places
 from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
-from gpu_service.engine.reading import piece_digests, prequantized
+from gpu_service.engine.reading import prequantized
 from gpu_service.engine.reading.flat_nf4 import QuantizingTask
-from gpu_service.engine.reading.piece_digests import Digests
 from gpu_service.engine.reading.reader import HashTask, Piece, PlainTask, Reading, Task, cut
 from gpu_service.engine.reading.stored import NoSafetensors, StoredTensor, most_common_dtype, read_header
+from gpu_service.engine.reading.verification import PIECES, WHOLE, Verification
 
 _LOG = logging.getLogger(__name__)
 _HASH_CHUNK_BYTES = 8 * 1024 * 1024
@@ -67,7 +68,9 @@ def is_wanted(request: LoadRequest) -> bool:
     if request.device.type == "cuda" and not torch.cuda.is_available():
         return False
     if request.quantization.IS_QUANTIZED:
-        return request.quantizer == OWN
+        # Whoever plans knows as well that float32 is the library's there; a warm-up has no plan.
+        is_librarys = request.device.type == "cuda" and places_of.base_dtype(request) is torch.float32
+        return request.quantizer == OWN and not is_librarys
     # On a CPU the library maps such tensors, and copies none.
     return request.device.type == "cuda"
 
@@ -93,6 +96,8 @@ class _Load:
         self._base: Any = None
         self._failed_file: Path | None = None
         self._places: Places
+        # Before anything of the files is read.
+        self._verification = Verification(request.cache_directory, source.files, source.digest)
         headers = {file: read_header(file) for file in source.files}
         self._starts = {file: start for file, (start, _) in headers.items()}
         self._stored: Mapping[str, StoredTensor] = {
@@ -100,9 +105,6 @@ class _Load:
         }
         # What is not known by a digest is not remembered by it either.
         self._cache = request.cache_directory if source.digest else None
-        self._known: Digests | None = None
-        if self._cache is not None:
-            self._known = piece_digests.find(self._cache, source.digest, source.files)
         self._identity = self._identify()
 
     def run(self) -> dict[str, str]:
@@ -111,7 +113,7 @@ class _Load:
             try:
                 reading = self._load_copy(copy)
             except _PiecesDiffer as error:
-                if error.file != copy.pieces[0].file:
+                if error.file != copy.file:
                     raise
                 self._drop_copy()
                 copy = None
@@ -125,6 +127,7 @@ class _Load:
             "stored_dtype": str(self._loaded.stored_dtype),
             "reader_threads": str(reading.num_threads),
             "read_bytes": str(reading.total_bytes),
+            "verified_by": self._verification.by,
             "read_from": "files" if copy is None else "the 4-bit copy",
         }
 
@@ -134,19 +137,35 @@ class _Load:
         self._note("places")
         copied = (self._copy_task(piece) for piece in copy.pieces)
         try:
-            return self._read([*self._plain_tasks(), *self._header_tasks(), *copied])
+            reading = self._read([*self._plain_tasks(), *self._header_tasks(), *copied])
         except OSError as error:
             # Deleted to make room since it was found, or on a bad place of the disk.
-            if self._failed_file != copy.pieces[0].file:
+            if self._failed_file != copy.file:
                 raise
             self._loaded.file = ""
-            raise _PiecesDiffer(copy.pieces[0].file) from error
+            raise _PiecesDiffer(copy.file) from error
+        self._check_copy(copy)
+        return reading
+
+    def _check_copy(self, copy: prequantized.Copy) -> None:
+        assert self._cache is not None
+        assert self._identity is not None
+        if not copy.is_unchanged:
+            prequantized.renew(self._cache, self._identity, copy)
+            return
+        try:
+            has_changed = copy.has_changed()
+        except OSError as error:
+            raise _PiecesDiffer(copy.file) from error
+        if has_changed:
+            raise _PiecesDiffer(copy.file)
 
     def _load_files(self) -> Reading:
         layout = places_of.lay_out(self._request, self._loaded.config, self._stored)
         self._places = places_of.make(self._request, self._stored, layout)
         self._note("places")
         reading = self._read([*self._plain_tasks(), *self._quantizing_tasks(), *self._header_tasks()])
+        self._verification.keep(reading.digests)
         self._keep_copy()
         return reading
 
@@ -155,13 +174,13 @@ class _Load:
 
     def _read(self, tasks: Iterable[Task]) -> Reading:
         """Everything at its place and verified, and the model over it. Raises _PiecesDiffer, DigestDiffers."""
-        verifies_whole = bool(self._source.digest) and self._known is None
+        verifies_whole = self._verification.by == WHOLE
         # As they lie on the disk: one that is read for the first time is faster from front to back.
         in_order = sorted(tasks, key=lambda task: (task.pieces[0].file, task.pieces[0].offset))
-        if self._known is not None:
+        if self._verification.by == PIECES:
             # Nothing is read unverified because a header moved it to where no digest is known.
-            unknown = (piece for task in in_order for piece in task.pieces if piece.digest is None)
-            if (piece := next(unknown, None)) is not None:
+            pieces = (piece for task in in_order for piece in task.pieces if piece.file in self._source.files)
+            if (piece := next((piece for piece in pieces if piece.digest is None), None)) is not None:
                 self._distrust(piece.file)
         with (
             self._running(in_order, hashes=verifies_whole) as reading,
@@ -176,13 +195,17 @@ class _Load:
             if verifies_whole:
                 self._verify_whole(hashed, reading)
                 self._note("hashed")
+            if (changed := self._verification.find_changed()) is not None:
+                self._distrust(changed)
         return reading
 
     @contextmanager
     def _running(self, tasks: Sequence[Task], *, hashes: bool) -> Iterator[Reading]:
         reading = Reading(tasks, self._request.device, hashes=hashes)
-        interval = sys.getswitchinterval()
+        interval, collects = sys.getswitchinterval(), gc.isenabled()
         sys.setswitchinterval(_SWITCH_SECONDS)
+        # A model is many small objects, none of them garbage: looking for some takes as long as making it.
+        gc.disable()
         try:
             reading.start()
             yield reading
@@ -194,10 +217,12 @@ class _Load:
         finally:
             reading.close()
             sys.setswitchinterval(interval)
+            if collects:
+                gc.enable()
 
     def _distrust(self, file: Path) -> None:
-        if self._cache is not None and file in self._source.files:
-            piece_digests.forget(self._cache, self._source.digest)
+        if file in self._source.files:
+            self._verification.forget()
         raise _PiecesDiffer(file)
 
     def _verify_whole(self, hashed: Sequence[tuple[Path, Future[str]]], reading: Reading) -> None:
@@ -209,8 +234,6 @@ class _Load:
             whole.update(f"{file.name}\0{future.result()}\n".encode())
         if whole.hexdigest() != self._source.digest:
             raise DigestDiffers(whole.hexdigest())
-        if self._cache is not None:
-            piece_digests.keep(self._cache, self._source.digest, reading.digests)
 
     def _identify(self) -> prequantized.Identity | None:
         """Of the 4-bit copy; None where none is kept."""
@@ -225,8 +248,8 @@ class _Load:
         )
 
     def _find_copy(self) -> prequantized.Copy | None:
-        # Without digests of the other tensors' pieces all files are read anyway.
-        if self._cache is None or self._identity is None or self._known is None:
+        # Files that have to be hashed from front to back are all read anyway.
+        if self._cache is None or self._identity is None or self._verification.by == WHOLE:
             return None
         return prequantized.find(self._cache, self._identity)
 
@@ -243,8 +266,8 @@ class _Load:
         if psutil.virtual_memory().available < 2 * layout.num_bytes:
             _LOG.warning("no 4-bit copy is kept: the machine has no memory to spare")
             return
-        # Off the device it is the writer's own: nothing of a run waits for it.
-        self._loaded.copying = prequantized.write_behind(self._cache, self._identity, layout, buffer.cpu())
+        # Nobody changes weights in 4 bits, and nothing of a run waits for their way to the disk.
+        self._loaded.copying = prequantized.write_behind(self._cache, self._identity, layout, buffer)
 
     def _plain_tasks(self) -> Iterator[Task]:
         """One task a piece: nothing holds the pieces of such a tensor together."""
@@ -257,6 +280,8 @@ class _Load:
                 first += count
 
     def _quantizing_tasks(self) -> Iterator[Task]:
+        if not self._places.layout.shapes:
+            return
         tables = Tables.on(self._request.device)
         make_ready(tables, places_of.base_dtype(self._request))
         for name, shape in self._places.layout.shapes.items():
@@ -271,18 +296,17 @@ class _Load:
             )
 
     def _header_tasks(self) -> Iterator[Task]:
+        if self._verification.by not in (PIECES, WHOLE):
+            return
         for file, start in self._starts.items():
-            yield HashTask(pieces=cut(file, 0, start, self._digests(file)))
+            yield HashTask(pieces=cut(file, 0, start, self._verification.digests(file)))
 
     def _copy_task(self, piece: Piece) -> Task:
         destination = self._places.buffer[piece.offset : piece.offset + piece.num_bytes]
         return PlainTask(pieces=[piece], dtype=torch.uint8, destination=destination)
 
     def _pieces(self, tensor: StoredTensor) -> list[Piece]:
-        return cut(tensor.file, tensor.offset, tensor.num_bytes, self._digests(tensor.file))
-
-    def _digests(self, file: Path) -> Mapping[int, bytes]:
-        return {} if self._known is None else self._known[file]
+        return cut(tensor.file, tensor.offset, tensor.num_bytes, self._verification.digests(tensor.file))
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from gpu_service.engine.reading.lanes import Lane, LaneRoom, make_rooms, open_la
 
 # A whole number of blocks of weights in every type. Digests are kept by piece: another size makes them all anew.
 PIECE_BYTES = 8 * 1024 * 1024
-MAX_THREADS = 16
+# More copy no faster, and take the interpreter from whoever makes the model.
+MAX_THREADS = 8
 _WAIT_SECONDS = 0.02
 
 
@@ -106,7 +107,7 @@ class Reading:
         self._device = device
         self._hashes = hashes
         self.total_bytes = sum(piece.num_bytes for task in tasks for piece in task.pieces)
-        self.num_threads = min(num_threads or min(MAX_THREADS, os.cpu_count() or 1), max(len(tasks), 1))
+        self.num_threads = min(num_threads or min(MAX_THREADS, len(os.sched_getaffinity(0))), max(len(tasks), 1))
         # SHA-256 by file and offset, of every piece that was hashed; and those that had another than was known.
         self.digests: dict[Path, dict[int, bytes]] = {}
         self.differing: list[Piece] = []

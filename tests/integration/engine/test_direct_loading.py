@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gpu_service.catalog import known_files
+from gpu_service.catalog.weight_files import CACHE_FILE, weights_digest
 from gpu_service.engine import room
-from gpu_service.engine.loading import direct, weights
+from gpu_service.engine.builders.methods import qlora
+from gpu_service.engine.builders.quantization import nf4
+from gpu_service.engine.fast_path.nf4 import NotNf4
+from gpu_service.engine.loading import direct, shell, weights
+from gpu_service.engine.loading.work import LoadRequest
 from gpu_service.engine.reading import piece_digests, prequantized, reader
 from tests.fakes.base_loading import load_base, same
 from tests.fakes.tiny_models import TinyOptions, place
@@ -21,6 +29,14 @@ from tests.fakes.tiny_models import TinyOptions, place
 @pytest.fixture(autouse=True)
 def _copies_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prequantized, "SMALLEST_BYTES", 0)
+    # Files are as if just written: their bytes are compared.
+    monkeypatch.setattr(known_files, "UNSETTLED_SECONDS", 10**6)
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are as if they had been there for long."""
+    monkeypatch.setattr(known_files, "UNSETTLED_SECONDS", -10)
 
 
 @pytest.fixture
@@ -77,6 +93,39 @@ def test_plain_models_are_the_librarys_too(
     found, details = load_base(model, cache=tmp_path, **settings)
     assert "reader_threads" in details
     same(found.base, expected.base)
+
+
+def test_nothing_is_made_ready_to_quantize_where_nothing_is_quantized(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full training holds its weights in float32, which no kernel of ours quantizes."""
+
+    def make_ready_as_on_cuda(tables: Any, dtype: torch.dtype) -> None:
+        if dtype is torch.float32:
+            raise NotNf4("weights in float32 are quantized by the library alone")
+
+    monkeypatch.setattr(direct, "is_wanted", lambda request: True)
+    monkeypatch.setattr(direct, "make_ready", make_ready_as_on_cuda)
+    _, details = load_base(model, cache=tmp_path / "cache", method="none", training_type="full", quantizer="")
+    assert details["read_from"] == "files"
+
+
+@pytest.mark.parametrize(
+    ("device_type", "compute_dtype", "is_ours"),
+    [("cuda", "bfloat16", True), ("cuda", "float32", False), ("cpu", "float32", True)],
+)
+def test_float32_is_quantized_on_cuda_by_the_library_alone(
+    device_type: str, compute_dtype: str, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    request = SimpleNamespace(
+        device=torch.device(device_type),
+        compute_dtype=getattr(torch, compute_dtype),
+        quantization=nf4,
+        method=qlora,
+        quantizer="own",
+    )
+    assert direct.is_wanted(cast(LoadRequest, request)) is is_ours
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -158,7 +207,7 @@ def test_a_copy_that_is_not_to_be_believed_is_made_anew(damage: Any, model: Path
 
 
 def test_a_file_that_changed_is_never_covered_by_a_copy(model: Path, tmp_path: Path) -> None:
-    load_base(model, cache=tmp_path / "cache", digest=(digest := weights_digest_of(model)))
+    load_base(model, cache=tmp_path / "cache", digest=(digest := weights_digest(model)))
     path = sorted(model.glob("model-*.safetensors"))[0]
     tensors = load_file(path)
     next(iter(tensors.values())).view(-1)[0] += 1
@@ -167,15 +216,9 @@ def test_a_file_that_changed_is_never_covered_by_a_copy(model: Path, tmp_path: P
         load_base(model, cache=tmp_path / "cache", digest=digest)
 
 
-def weights_digest_of(directory: Path) -> str:
-    from gpu_service.catalog.weight_files import weights_digest
-
-    return weights_digest(directory)
-
-
 def test_a_changed_byte_under_the_old_date_is_found(model: Path, tmp_path: Path) -> None:
     """Neither size nor date tells; the pieces' digests do."""
-    digest = weights_digest_of(model)
+    digest = weights_digest(model)
     load_base(model, cache=tmp_path / "cache", digest=digest)
     path = sorted(model.glob("model-*.safetensors"))[0]
     status = path.stat()
@@ -185,6 +228,128 @@ def test_a_changed_byte_under_the_old_date_is_found(model: Path, tmp_path: Path)
         (one / "data").unlink()
     with pytest.raises(weights.WeightsChanged):
         load_base(model, cache=tmp_path / "cache", digest=digest)
+
+
+@pytest.mark.usefixtures("settled")
+def test_what_was_hashed_once_is_not_hashed_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    expected, first = load_base(model, cache=cache)
+    for module in (reader, direct):
+        monkeypatch.setattr(module, "hashlib", None)
+    again, second = load_base(model, cache=cache, digest=next((cache / "weights").iterdir()).stem)
+    assert (first["verified_by"], second["verified_by"]) == ("whole", "identity")
+    assert second["read_from"] == "the 4-bit copy"
+    same(again.base, expected.base)
+
+
+@pytest.mark.usefixtures("settled")
+def test_what_the_node_hashed_for_the_models_digest_is_not_hashed_again(model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    digest = weights_digest(model, cache / CACHE_FILE)
+    _, details = load_base(model, cache=cache, digest=digest)
+    assert (details["verified_by"], details["read_from"]) == ("identity", "files")
+    _, details = load_base(model, cache=cache, digest=digest)
+    assert (details["verified_by"], details["read_from"]) == ("identity", "the 4-bit copy")
+    # Without either's record, everything is hashed as it always was.
+    (cache / CACHE_FILE).unlink()
+    _, details = load_base(model, cache=cache, digest=digest)
+    assert details["verified_by"] == "whole"
+
+
+def test_what_was_just_written_is_hashed_again(model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    digest = weights_digest(model, cache / CACHE_FILE)
+    assert [load_base(model, cache=cache, digest=digest)[1]["verified_by"] for _ in range(3)] == [
+        "whole",
+        "pieces",
+        "pieces",
+    ]
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("keeps_copy", [True, False])
+def test_a_changed_byte_under_the_old_date_is_found_among_known_files(
+    keeps_copy: bool, model: Path, tmp_path: Path
+) -> None:
+    """Nobody can set the time of change back."""
+    cache = tmp_path / "cache"
+    digest = weights_digest(model, cache / CACHE_FILE)
+    load_base(model, cache=cache, digest=digest)
+    path = sorted(model.glob("model-*.safetensors"))[0]
+    status = path.stat()
+    _flip(path, -1)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    if not keeps_copy:
+        shutil.rmtree(cache / prequantized.DIRECTORY)
+    with pytest.raises(weights.WeightsChanged):
+        load_base(model, cache=cache, digest=digest)
+
+
+@pytest.mark.usefixtures("settled")
+def test_files_that_were_touched_are_hashed_once(model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    digest = weights_digest(model)
+    load_base(model, cache=cache, digest=digest)
+    shutil.rmtree(cache / prequantized.DIRECTORY)
+    for path in model.iterdir():
+        os.utime(path)
+    found = []
+    for _ in range(2):
+        found.append(load_base(model, cache=cache, digest=digest)[1]["verified_by"])
+    assert found == ["pieces", "identity"]
+
+
+@pytest.mark.usefixtures("settled")
+def test_files_that_change_while_they_are_read_are_hashed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    digest = weights_digest(model, cache / CACHE_FILE)
+    build = shell.build
+
+    def build_and_flip(*arguments: Any) -> Any:
+        _flip(sorted(model.glob("model-*.safetensors"))[0], -1)
+        return build(*arguments)
+
+    monkeypatch.setattr(shell, "build", build_and_flip)
+    with pytest.raises(weights.WeightsChanged):
+        load_base(model, cache=cache, digest=digest)
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_copy_that_was_touched_is_hashed_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    expected, _ = load_base(model, cache=cache)
+    os.utime(_entry(cache) / "data")
+    found = []
+    find = prequantized.find
+
+    def find_and_note(*arguments: Any) -> Any:
+        copy = find(*arguments)
+        assert copy is not None
+        found.append(copy.is_unchanged)
+        return copy
+
+    monkeypatch.setattr(prequantized, "find", find_and_note)
+    for _ in range(2):
+        again, details = load_base(model, cache=cache)
+        assert details["read_from"] == "the 4-bit copy"
+        same(again.base, expected.base)
+    assert found == [False, True]
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_damaged_copy_of_known_files_is_made_anew(model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    expected, _ = load_base(model, cache=cache)
+    data = _entry(cache) / "data"
+    status = data.stat()
+    _flip(data, -1)
+    os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for source in ("files", "the 4-bit copy"):
+        found, details = load_base(model, cache=cache)
+        assert (details["verified_by"], details["read_from"]) == ("identity", source)
+        same(found.base, expected.base)
 
 
 def test_a_config_that_asks_for_another_model_is_never_met_by_the_copy(model: Path, tmp_path: Path) -> None:
@@ -198,7 +363,7 @@ def test_a_config_that_asks_for_another_model_is_never_met_by_the_copy(model: Pa
 
 
 def test_digests_of_other_pieces_verify_nothing(model: Path, tmp_path: Path) -> None:
-    digest = weights_digest_of(model)
+    digest = weights_digest(model)
     load_base(model, cache=tmp_path, digest=digest)
     path = tmp_path / piece_digests.DIRECTORY / f"{digest}.json"
     document = piece_digests.unseal(path.read_bytes())

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from google.protobuf import json_format
 
+from gpu_service.doctor import installed_version
 from gpu_service.domain.planned_data import PlannedData
+from gpu_service.domain.quantizer import OWN, TESTED_VERSIONS
 from tests.fakes.datasets import make_spec, write_blob
 from tests.fakes.tiny_models import TinyOptions, place_header_only
 from tunesmith.common.v1 import errors_pb2, plan_pb2
@@ -95,6 +97,14 @@ def make_references(node: Node) -> list[dict[str, Any]]:
         write_blob(node.blobs, 3, [{"text": f"text number {number}"} for number in range(300)], "text"),
         write_blob(node.blobs, 4, chat_rows(10, first=500), "chat-messages"),
     ]
+
+
+def test_the_fast_path_quantizes_by_itself_beside_a_version_that_was_compared(node: Node) -> None:
+    """Whoever plans exactly knows the versions too: the run trains by this plan."""
+    references = [write_blob(node.blobs, 1, chat_rows(10), "chat-messages")]
+    spec = make_spec(references, hyperparameters={"num_epochs": 1, "trainer": "fast"})
+    assert installed_version("bitsandbytes") in TESTED_VERSIONS
+    assert node.plan(spec).plan["quantizer"] == OWN
 
 
 def test_exact_counts(node: Node) -> None:

@@ -1,14 +1,18 @@
 """Base models are read as facts, and what is broken or wants code run is refused with its file and stage."""
 
 import json
+import os
 import re
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gpu_service.catalog import base_models
+from gpu_service.catalog import base_models, known_files, weight_files
+from gpu_service.catalog.known_files import FileIdentity
+from gpu_service.catalog.weight_files import remembered_weights_digest
 from gpu_service.domain.errors import Refusal
 from tests.fakes.tiny_models import TinyOptions, place_header_only, write_zero_weights
 
@@ -192,21 +196,75 @@ def test_scan_says_what_is_wrong_and_goes_on(models: Path) -> None:
     assert base_models.scan(models / "nowhere") == []
 
 
-def test_the_weights_digest_is_over_content_and_remembered(models: Path, tmp_path: Path) -> None:
+def test_the_weights_digest_is_over_content_and_remembered(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_files, "UNSETTLED_SECONDS", -1)
     directory = models / NAME
+    path = directory / "model.safetensors"
     cache = tmp_path / "cache" / "digests.json"
     first = base_models.weights_digest(directory, cache)
     assert first == base_models.weights_digest(directory)
+    identities = {path: FileIdentity.of(path)}
+    assert remembered_weights_digest(identities, cache) == first
     # A remembered hash is used: this one is planted.
-    planted = dict.fromkeys(json.loads(cache.read_text(encoding="utf-8")), "0" * 64)
-    cache.write_text(json.dumps(planted), encoding="utf-8")
-    assert base_models.weights_digest(directory, cache) != first
-    # Other content has another size or time, so nothing stale is believed.
-    with (directory / "model.safetensors").open("ab") as file:
+    records = json.loads(cache.read_text(encoding="utf-8"))
+    cache.write_text(
+        json.dumps({key: {**record, "sha256": "0" * 64} for key, record in records.items()}), encoding="utf-8"
+    )
+    assert base_models.weights_digest(directory, cache) == remembered_weights_digest(identities, cache) != first
+    # Other content has another identity, so nothing stale is believed.
+    with path.open("ab") as file:
         file.write(b"\1")
+    assert remembered_weights_digest({path: FileIdentity.of(path)}, cache) == ""
     assert base_models.weights_digest(directory, cache) == base_models.weights_digest(directory) != first
     cache.write_bytes(b"not json")
     assert base_models.weights_digest(directory, cache) == base_models.weights_digest(directory)
+
+
+def test_content_of_the_same_size_under_the_old_date_is_hashed(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_files, "UNSETTLED_SECONDS", -1)
+    directory = models / NAME
+    path, cache = directory / "model.safetensors", tmp_path / "digests.json"
+    first = base_models.weights_digest(directory, cache)
+    status = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    # Not within the tick in which the file was made.
+    while time.time_ns() < status.st_ctime_ns + 20_000_000:
+        time.sleep(0.001)
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    assert base_models.weights_digest(directory, cache) == base_models.weights_digest(directory) != first
+
+
+def test_what_was_written_just_before_it_was_hashed_is_not_remembered(models: Path, tmp_path: Path) -> None:
+    path, cache = models / NAME / "model.safetensors", tmp_path / "digests.json"
+    # As if a clock ran ahead.
+    os.utime(path, ns=(time.time_ns() + 10**12,) * 2)
+    base_models.weights_digest(models / NAME, cache)
+    assert remembered_weights_digest({path: FileIdentity.of(path)}, cache) == ""
+
+
+def test_what_changes_while_it_is_hashed_is_not_remembered(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_files, "UNSETTLED_SECONDS", -1)
+    path, cache = models / NAME / "model.safetensors", tmp_path / "digests.json"
+    hash_file = weight_files._hash_file
+
+    def hash_and_touch(one: Path) -> str:
+        digest = hash_file(one)
+        os.utime(one, ns=(0, 0))
+        return digest
+
+    monkeypatch.setattr(weight_files, "_hash_file", hash_and_touch)
+    base_models.weights_digest(models / NAME, cache)
+    assert remembered_weights_digest({path: FileIdentity.of(path)}, cache) == ""
 
 
 @pytest.mark.parametrize(
