@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from gpu_service.catalog.base_models import BaseModel, read_directory
 from gpu_service.catalog.datasets import REGISTRY
+from gpu_service.doctor import read_versions
 from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
 from gpu_service.domain.defaults import default_warmup_steps
 from gpu_service.domain.device import Device
@@ -89,7 +90,15 @@ def make_plan(request: PlanRequest, *, stream: TextIO) -> Path:
     """Plans exactly and returns the plan directory; progress goes to `stream`. Raises `Refusal`, `OSError`."""
     spec = request.spec
     base = replace(read_directory(request.model_directory, spec.base_model), weights_digest=request.weights_digest)
-    checked = resolve(spec, base, request.device, spec_digest=request.spec_digest, calibrations=request.calibrations)
+    checked = resolve(
+        spec,
+        base,
+        request.device,
+        # Of this interpreter, which is the engine's too: who quantizes depends on them.
+        read_versions(),
+        spec_digest=request.spec_digest,
+        calibrations=request.calibrations,
+    )
     stores, warnings, progress = _make_stores(request, checked, base, stream)
     with stores:
         sources, idle = Chooser(spec, checked, stores).choose()
