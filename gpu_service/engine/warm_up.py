@@ -29,6 +29,7 @@ from gpu_service.domain.planned_data import Example, ExampleReference, PlannedDa
 from gpu_service.domain.quantizer import OWN
 from gpu_service.engine import devices
 from gpu_service.engine.devices import Device
+from gpu_service.engine.failures import RunFailure
 from gpu_service.engine.loading import Loaded, LoadRequest, load
 from gpu_service.engine.loading import tokenizer as stage_tokenizer
 from gpu_service.engine.loading.work import KeptTokenizers
@@ -111,6 +112,10 @@ def make_ready(device_id: str, is_wanted: Callable[[], bool]) -> None:
     except torch.OutOfMemoryError as error:
         # Somebody else's work fills the device; a run is told of that in its own words.
         _LOG.warning("warm-up found no memory: %s", error)
+    except (RunFailure, OSError, RuntimeError, ImportError) as error:
+        # Without room for files, or kernels that cannot be compiled, there are still runs that can be carried out; what
+        # a run needs it misses in its own words. A device that is lost says so once more below, and ends the engine.
+        _LOG.warning("warm-up was not finished: %s: %s", type(error).__name__, error)
     else:
         _LOG.info("warm after %.1f s", time.monotonic() - start)
     gc.collect()
