@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer
 
 from gpu_service.catalog import families, methods, quantization
+from gpu_service.domain.device import Device as PlannedDevice
 from gpu_service.domain.planned_data import Example, ExampleReference, PlannedData
 from gpu_service.domain.quantizer import OWN
 from gpu_service.engine import devices
@@ -105,8 +106,9 @@ def make_ready(device_id: str, is_wanted: Callable[[], bool]) -> None:
             pace.check()
             _touch(device)
             pace.check()
-            _write_model(Path(name))
-            _train(Path(name), device, pace)
+            if _has_kernels(device):
+                _write_model(Path(name))
+                _train(Path(name), device, pace)
     except _Wanted:
         _LOG.info("warm-up left for a run after %.1f s", time.monotonic() - start)
     except torch.OutOfMemoryError as error:
@@ -145,6 +147,12 @@ def _touch(device: Device) -> None:
     (one @ one).sum().item()
 
 
+def _has_kernels(device: Device) -> bool:
+    """Whether runs take the fast path there; an older GPU has no use for its kernels, and may not compile them."""
+    described = PlannedDevice.from_json(device.describe())
+    return described.type != "cuda" or described.has_bfloat16
+
+
 def _write_model(directory: Path) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -176,7 +184,7 @@ def _write_model(directory: Path) -> None:
 
 def _train(directory: Path, device: Device, pace: _Pace) -> None:
     on_gpu = device.torch_device.type == "cuda"
-    dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    dtype = "bfloat16" if on_gpu else "float32"
     settings = training_spec_pb2.Hyperparameters(
         quantization=training_spec_pb2.Quantization(method="nf4", double_quantization=True, compute_dtype=dtype),
         lora=training_spec_pb2.Lora(rank=8, alpha=16, target_modules=[name.rpartition(".")[2] for name in _LINEARS]),

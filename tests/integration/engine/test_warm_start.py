@@ -84,6 +84,18 @@ def test_what_fails_in_a_warm_up_is_left_to_runs(
     assert "warm after" not in caplog.text
 
 
+def test_an_older_gpu_compiles_no_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger=warm_up.__name__)
+    trained: list[Any] = []
+    monkeypatch.setattr(warm_up, "_train", lambda *arguments: trained.append(arguments))
+    for capability in ("7.5", "8.0"):
+        told = {"type": "cuda", "name": "a card", "compute_capability": capability}
+        monkeypatch.setattr(devices.CpuDevice, "describe", lambda device, told=told: told)
+        warm_up.make_ready("cpu:-1", lambda: False)
+    assert len(trained) == 1
+    assert caplog.text.count("warm after") == 2
+
+
 def test_a_warm_up_changes_no_run(workspace: Workspace, run_in_process: RunInProcess) -> None:
     before = run_in_process(workspace.make_run("before"), shelf=BaseShelf())
     warm_up.make_ready("cpu:-1", lambda: False)
