@@ -122,8 +122,8 @@ def _saved(shape: StepShape, sizes: _Sizes, one: PassShape, level: str) -> int:
 
 
 def _standing_of(shape: StepShape, saved: Sequence[int], one: PassShape, *, on_their_way: int) -> int:
-    """What these blocks keep; of those on the host's shelf so many are here."""
-    if not shape.recomputation.offload:
+    """What these blocks keep; of those on the host's shelf so many are here. A CPU's shelf is its own memory."""
+    if not shape.recomputation.offload or shape.device_type == "cpu":
         return sum(saved)
     on_shelf = min(shape.recomputation.full_layers, len(saved))
     stream = one.tokens * shape.base.hidden_size * shape.precision.compute_bytes

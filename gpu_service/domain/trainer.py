@@ -133,6 +133,8 @@ def _find_in_config(config: Mapping[str, Any], resolved: ResolvedHyperparameters
         return "the model rotates a part of each head only"
     if config.get("hidden_act", "silu") != "silu":
         return f"the fast path knows the activation 'silu' alone, not {config['hidden_act']!r}"
+    if config.get("attention_dropout"):
+        return "the model drops a part of its attention in training"
     window = config.get("sliding_window")
     if window is not None and config.get("use_sliding_window", True) and resolved.max_length > window:
         return f"examples may be longer than the model's sliding window of {window} tokens"

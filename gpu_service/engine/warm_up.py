@@ -25,10 +25,12 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoTokenizer
 
 from gpu_service.catalog import families, methods, quantization
+from gpu_service.domain.device import Device as PlannedDevice
 from gpu_service.domain.planned_data import Example, ExampleReference, PlannedData
 from gpu_service.domain.quantizer import OWN
 from gpu_service.engine import devices
 from gpu_service.engine.devices import Device
+from gpu_service.engine.failures import RunFailure
 from gpu_service.engine.loading import Loaded, LoadRequest, load
 from gpu_service.engine.loading import tokenizer as stage_tokenizer
 from gpu_service.engine.loading.work import KeptTokenizers
@@ -104,13 +106,18 @@ def make_ready(device_id: str, is_wanted: Callable[[], bool]) -> None:
             pace.check()
             _touch(device)
             pace.check()
-            _write_model(Path(name))
-            _train(Path(name), device, pace)
+            if _has_kernels(device):
+                _write_model(Path(name))
+                _train(Path(name), device, pace)
     except _Wanted:
         _LOG.info("warm-up left for a run after %.1f s", time.monotonic() - start)
     except torch.OutOfMemoryError as error:
         # Somebody else's work fills the device; a run is told of that in its own words.
         _LOG.warning("warm-up found no memory: %s", error)
+    except (RunFailure, OSError, RuntimeError, ImportError) as error:
+        # Without room for files, or kernels that cannot be compiled, there are still runs that can be carried out; what
+        # a run needs it misses in its own words. A device that is lost says so once more below, and ends the engine.
+        _LOG.warning("warm-up was not finished: %s: %s", type(error).__name__, error)
     else:
         _LOG.info("warm after %.1f s", time.monotonic() - start)
     gc.collect()
@@ -138,6 +145,12 @@ def _touch(device: Device) -> None:
         torch.cuda.set_device(device.torch_device)
     one = torch.ones(256, 256, device=device.torch_device, dtype=torch.bfloat16)
     (one @ one).sum().item()
+
+
+def _has_kernels(device: Device) -> bool:
+    """Whether runs take the fast path there; an older GPU has no use for its kernels, and may not compile them."""
+    described = PlannedDevice.from_json(device.describe())
+    return described.type != "cuda" or described.has_bfloat16
 
 
 def _write_model(directory: Path) -> None:
@@ -171,7 +184,7 @@ def _write_model(directory: Path) -> None:
 
 def _train(directory: Path, device: Device, pace: _Pace) -> None:
     on_gpu = device.torch_device.type == "cuda"
-    dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    dtype = "bfloat16" if on_gpu else "float32"
     settings = training_spec_pb2.Hyperparameters(
         quantization=training_spec_pb2.Quantization(method="nf4", double_quantization=True, compute_dtype=dtype),
         lora=training_spec_pb2.Lora(rank=8, alpha=16, target_modules=[name.rpartition(".")[2] for name in _LINEARS]),

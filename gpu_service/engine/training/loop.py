@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +111,7 @@ class TrainingLoop:
             with attending_within_sequences(self.model):
                 stopped_early = self._train()
         except StopRequested as stop:
-            self._settle()
+            self._settle_at_stop()
             self.reporter.enter_stopping()
             if stop.mode is StopMode.CHECKPOINT:
                 self._save_at_stop()
@@ -173,9 +174,14 @@ class TrainingLoop:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         references = self.data.step_examples(step)
-        gradient = self.pass_size.carry_out(
-            lambda limit: self._accumulate(references, limit), references, step=step + 1, undo=self._undo
-        )
+        try:
+            gradient = self.pass_size.carry_out(
+                lambda limit: self._accumulate(references, limit), references, step=step + 1, undo=self._undo
+            )
+        except torch.OutOfMemoryError:
+            # The steps before it are over all the same; one that was not finite is what the run fails of.
+            self._settle()
+            raise
         self._in_hand.append(self._finish(step, learning_rate, gradient))
         # The first step's numbers are waited for: people wait for them, and kernels are compiled in it.
         self._settle(leaving=self._updates.steps_ahead if self._settled_any else 0)
@@ -189,6 +195,12 @@ class TrainingLoop:
         """Report steps in hand, oldest first, until so many are left; waits for their numbers. Raises RunFailure."""
         while len(self._in_hand) > leaving:
             self._report(self._in_hand.popleft())
+
+    def _settle_at_stop(self) -> None:
+        """`_settle`, also where the disk has no room for what it says: a stop ends the waiting for some."""
+        while self._in_hand:
+            with suppress(StopRequested):
+                self._settle()
 
     def _report(self, issued: _Issued) -> None:
         numbers = issued.read()

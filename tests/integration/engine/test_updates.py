@@ -276,6 +276,44 @@ def test_smaller_passes_are_told_after_the_steps_before(monkeypatch: pytest.Monk
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
 
 
+def test_a_stop_where_nothing_can_be_said_saves_what_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk: each event waits for room, and a stop ends that."""
+    training = _make(on_device=True)
+    emit = training.reporter.emit
+
+    def emit_until_full(message: Any) -> None:
+        if getattr(message, "step", 0) >= 3:
+            training.switch.request(StopMode.CHECKPOINT)
+            training.switch.check()
+        emit(message)
+
+    monkeypatch.setattr(training.reporter, "emit", emit_until_full)
+    with pytest.raises(StopRequested):
+        training.loop.run()
+    assert _words(training) == ["step 1", "step 2", "STOPPING"]
+    assert list(training.checkpoints.saved) == [4]
+    assert torch.equal(training.checkpoints.saved[4], training.model.adapter.detach())
+
+
+@pytest.mark.parametrize("spoiled", [{}, {2: math.nan}])
+def test_a_step_that_finds_no_memory_is_told_after_the_steps_before(
+    spoiled: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = _make(on_device=True, policy="stop", spoiled=spoiled)
+    collate = batches.collate
+
+    def collating(data: Any, references: Any) -> MicroBatch:
+        if training.objective.num_passes == 2:
+            raise torch.OutOfMemoryError("for a test")
+        return collate(data, references)
+
+    monkeypatch.setattr(loop_module, "collate", collating)
+    monkeypatch.setattr(PassSize, "_halve", lambda *arguments: None)
+    with pytest.raises(RunFailure if spoiled else torch.OutOfMemoryError):
+        training.loop.run()
+    assert _words(training) == ["step 1", "step 2", *(["non-finite-loss"] if spoiled else [])]
+
+
 def test_a_step_without_weight_is_left_out() -> None:
     model = make_fast(make_peft())
     optimizer = FlatAdamW(model.flat_adapter, _SETTINGS)

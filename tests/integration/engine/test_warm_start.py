@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import pytest
 import torch
 
 from gpu_service.engine import devices, warm_up
+from gpu_service.engine.failures import LoadFailure
 from gpu_service.engine.request import DeviceChoice
 from gpu_service.engine.resident import BaseShelf
 from gpu_service.engine.spare_planner import SparePlanner
 from tests.fakes.engine_runs import RunLog, Workspace
 from tests.fakes.tiny_models import CHAT_TEMPLATE
+from tunesmith.common.v1 import errors_pb2
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -57,6 +61,39 @@ def test_a_device_without_memory_ends_the_warm_up_alone(
     monkeypatch.setattr(warm_up, "_step", refuse)
     warm_up.make_ready("cpu:-1", lambda: False)
     assert "no memory: none left" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["_write_model", "_step", "load"])
+def test_what_fails_in_a_warm_up_is_left_to_runs(
+    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk without room for the small model, or a kernel that cannot be compiled, ends no engine."""
+    caplog.set_level("INFO", logger=warm_up.__name__)
+    errors = {
+        "_write_model": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        "_step": RuntimeError("Failed to find C compiler"),
+        "load": LoadFailure(errors_pb2.Failure(message="no kernels")),
+    }
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise errors[part]
+
+    monkeypatch.setattr(warm_up, part, refuse)
+    warm_up.make_ready("cpu:-1", lambda: False)
+    assert "warm-up was not finished" in caplog.text
+    assert "warm after" not in caplog.text
+
+
+def test_an_older_gpu_compiles_no_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger=warm_up.__name__)
+    trained: list[Any] = []
+    monkeypatch.setattr(warm_up, "_train", lambda *arguments: trained.append(arguments))
+    for capability in ("7.5", "8.0"):
+        told = {"type": "cuda", "name": "a card", "compute_capability": capability}
+        monkeypatch.setattr(devices.CpuDevice, "describe", lambda device, told=told: told)
+        warm_up.make_ready("cpu:-1", lambda: False)
+    assert len(trained) == 1
+    assert caplog.text.count("warm after") == 2
 
 
 def test_a_warm_up_changes_no_run(workspace: Workspace, run_in_process: RunInProcess) -> None:

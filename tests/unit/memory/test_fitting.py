@@ -169,3 +169,11 @@ def test_documented_plans(row: list[str]) -> None:
     assert [checked.memory.peak_bytes / 1e9, checked.memory.total_bytes / 1e9] == pytest.approx(
         [float(peak), float(total)], abs=0.0051
     )
+
+
+def test_on_a_cpu_nothing_is_saved_by_the_host_s_memory() -> None:
+    peaks = [
+        _plan(CPU, trainer="fast", recomputation={"full_layers": 28, "offload": offload}).memory.peak_bytes
+        for offload in (False, True)
+    ]
+    assert peaks[1] >= peaks[0]

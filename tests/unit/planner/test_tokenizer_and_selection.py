@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from gpu_service.catalog.tokenizer_files import read_tokenizer_facts
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Refusal
 from gpu_service.domain.planned_data import PlannedData, PlannedDataDamaged
+from gpu_service.domain.quantizer import TESTED_VERSIONS
 from gpu_service.domain.spec import TrainingSpec
 from gpu_service.planner.exact import PlanRequest, make_plan
 from gpu_service.planner.rendering import Rendered
@@ -119,6 +121,16 @@ def test_every_step_is_full_but_the_last_and_epochs_are_reshuffled(tmp_path: Pat
     for outside in ((9, 0), (0, 20), (0, -1), (-1, 0)):
         with pytest.raises(IndexError):
             data.example(outside)
+
+
+@pytest.mark.parametrize(("version", "quantizer"), [(TESTED_VERSIONS[0], "own"), ("0.0.1", "bitsandbytes")])
+def test_a_run_is_planned_for_the_installed_libraries(
+    version: str, quantizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine loads by this plan: who quantizes must not be left to chance."""
+    monkeypatch.setattr(metadata, "version", lambda library: version)
+    data = PlannedData.open(make(tmp_path, training_type="qlora", hyperparameters={"trainer": "fast"}))
+    assert data.plan["quantizer"] == quantizer
 
 
 def test_the_plan_counts_what_the_steps_hold(tmp_path: Path) -> None:

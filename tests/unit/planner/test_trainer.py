@@ -95,6 +95,7 @@ def test_products_in_8_bits_are_refused_elsewhere(device: Device, changes: dict[
     [
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
         ({"hidden_act": "gelu"}, "gelu"),
+        ({"attention_dropout": 0.1}, "attention"),
         ({"sliding_window": 64}, "sliding window"),
         ({"partial_rotary_factor": 0.5}, "part of each head"),
     ],
@@ -108,6 +109,8 @@ def test_config_that_it_does_not_know(config: dict[str, Any], word: str) -> None
 
 def test_dropout_goes_the_fast_way() -> None:
     assert _decide(lora={"dropout": 0.1, "rank": 64})[0] == "fast"
+    base = make_base()
+    assert _decide(base=make_base(config={**base.config, "attention_dropout": 0.0}))[0] == "fast"
 
 
 def test_window_that_no_example_reaches_is_none() -> None:
