@@ -230,13 +230,18 @@ class NodeMonitor:
             await self.refresh()
 
     async def _refresh(self, name: str) -> None:
+        client = self._clients.get(name)
+        # None while it is dialed anew.
+        if client is None:
+            return
         try:
-            capabilities = await self._clients[name].capabilities()
+            capabilities = await client.capabilities()
         except TunesmithError as error:
             _log.info("capabilities-not-refreshed", node=name, reason=error.reason)
             return
         view = self._views.get(name)
-        if view is not None and view.capabilities != capabilities:
+        # What was asked before the node was dialed anew is another server's answer.
+        if view is not None and view.capabilities != capabilities and self._clients.get(name) is client:
             self._put(replace(view, capabilities=capabilities))
 
     def _put(self, view: NodeView, *, tell: bool = True) -> None:

@@ -26,6 +26,8 @@ _log = structlog.get_logger(__name__)
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 300.0
 # No context is larger; what else was taken meanwhile is somebody else's.
 _MAX_CONTEXT_BYTES = 2 << 30
+# A shim comes up in less. One that does not, or cannot be buried, must not keep runs from being told to stop.
+_LAST_START_SECONDS = 5.0
 
 
 @dataclass(kw_only=True)
@@ -116,10 +118,12 @@ class SpareKeeper:
                 engine.context_bytes = min(max(taken, 0), _MAX_CONTEXT_BYTES)
 
     async def end(self) -> None:
-        """No further spare comes up from now on."""
+        """No further spare is started from now on; one that is on its way is waited for, but not for ever: the next
+        server adopts or buries what it leaves.
+        """
         self._ended = True
         if self._tasks:
-            await asyncio.wait(set(self._tasks.values()))
+            await asyncio.wait(set(self._tasks.values()), timeout=_LAST_START_SECONDS)
 
     async def dismiss(self) -> None:
         """Have the spares leave that are there: the server that comes next may be of another version."""

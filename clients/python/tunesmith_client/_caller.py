@@ -3,8 +3,9 @@
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
     UnaryMethod = grpc.UnaryUnaryMultiCallable[Request, Response]
 
 
+class Closable(Protocol):
+    """What outlives a call and ends with its client."""
+
+    def close(self) -> None:
+        """Ends it; from any thread."""
+
+
 class Caller:
     """Calls unary methods of one channel."""
 
@@ -28,6 +36,13 @@ class Caller:
         self.config = config
         self._random = random.Random()
         self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._open: weakref.WeakSet[Closable] = weakref.WeakSet()
+
+    def keep(self, opened: Closable) -> None:
+        """Has it closed with this caller, if it is still used then."""
+        with self._lock:
+            self._open.add(opened)
 
     def call(
         self,
@@ -57,5 +72,9 @@ class Caller:
                     raise typed from error
 
     def close(self) -> None:
-        """No call is repeated any more; to be called before the channel is closed."""
+        """No call is repeated any more, and what was kept ends; to be called before the channel is closed."""
         self._closed.set()
+        with self._lock:
+            opened = list(self._open)
+        for each in opened:
+            each.close()

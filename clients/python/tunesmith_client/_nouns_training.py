@@ -39,6 +39,7 @@ class Jobs:
         self._stub = job_service_pb2_grpc.JobServiceStub(channel)
         self._config = caller.config
         self._call = caller.call
+        self._keep = caller.keep
 
     def plan(
         self,
@@ -126,7 +127,9 @@ class Jobs:
         """Iterates the job's events, history first, each once and in order, until it is over; reconnects itself."""
         cursor = Cursor(job_id=job_id, after_sequence=after_sequence, config=self._config)
         # A watch has no deadline: the silence limit notices a server that hangs.
-        return Watch(lambda request: self._stub.WatchJob(request), cursor, self._config.silence_limit_seconds)
+        watch = Watch(lambda request: self._stub.WatchJob(request), cursor, self._config.silence_limit_seconds)
+        self._keep(watch)
+        return watch
 
     def events(self, job_id: str, *, after_sequence: int = 0) -> Iterator[event_pb2.Event]:
         """The events written so far, page by page; does not wait for more."""

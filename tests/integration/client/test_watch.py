@@ -166,6 +166,36 @@ def test_closing_ends_a_watch_that_waits() -> None:
     assert over.wait(10), "the server's side of the stream ended too"
 
 
+@pytest.mark.parametrize("is_reconnecting", [False, True])
+def test_closing_the_client_ends_a_watch_that_waits(is_reconnecting: bool) -> None:
+    over, waits = threading.Event(), threading.Event()
+
+    def quiet(request: job_service_pb2.WatchJobRequest, context: grpc.ServicerContext) -> Any:
+        context.add_callback(over.set)
+        if not request.after_sequence:
+            yield events(1, 1)
+        waits.set()
+        if is_reconnecting:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the wire broke")
+        over.wait(30)
+
+    with FakeControl() as control:
+        client = Client(config=config(control))
+        control.handlers["WatchJob"] = quiet
+        watch = client.jobs.watch("j")
+        assert next(watch).sequence == 1
+
+        def close() -> None:
+            waits.wait(30)
+            client.close()
+
+        closer = threading.Thread(target=close)
+        closer.start()
+        assert list(watch) == []
+        closer.join()
+    assert over.wait(10), "the server's side of the stream ended too"
+
+
 async def test_asyncio_cancelling_the_reader_ends_the_stream() -> None:
     over = threading.Event()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from control_service.adapters.sql.store import SqlStore
 from control_service.app.node_monitor import NodeMonitor, NodeMonitorConfig
 from control_service.app.nodes import list_nodes, register_node
@@ -13,7 +15,7 @@ from control_service.domain.job_state import JobState
 from control_service.domain.node import NodeState
 from tests.fakes.control_clock import FakeClock
 from tests.fakes.control_core import until
-from tests.fakes.control_node import FakeDialer, FakeNode
+from tests.fakes.control_node import FakeDialer, FakeNode, FakeNodeClient
 from tests.integration.control_core.conftest import OpenCore
 
 
@@ -64,6 +66,41 @@ async def test_a_new_server_that_speaks_is_not_silent_while_it_is_asked_what_it_
         node.capabilities_gate.set()
         await until(lambda: _state(monitor) is NodeState.REACHABLE)
     finally:
+        await monitor.stop()
+        await store.close()
+
+
+async def test_a_node_that_is_dialed_anew_is_not_asked_by_the_old_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, old, new = FakeClock(), FakeNode("a"), FakeNode("b", models=("org/new",))
+    closing, may_close = asyncio.Event(), asyncio.Event()
+
+    async def close(_: FakeNodeClient) -> None:
+        closing.set()
+        await may_close.wait()
+
+    monkeypatch.setattr(FakeNodeClient, "close", close)
+    store = await SqlStore.open(tmp_path / "control.db")
+    config = NodeMonitorConfig(lease_seconds=30.0, capabilities_refresh_seconds=10_000.0)
+    monitor = NodeMonitor(store=store, dialer=FakeDialer(old, new), clock=clock, config=config)
+    await register_node("a", "a", store=store, nodes=monitor, clock=clock)
+    await monitor.start()
+    try:
+        await until(lambda: _state(monitor) is NodeState.REACHABLE)
+        old.capabilities_gate = asyncio.Event()
+        asked_before = asyncio.create_task(monitor.refresh())
+        await register_node("a", "b", store=store, nodes=monitor, clock=clock)
+        await closing.wait()
+        # While it is dialed there is nobody to ask.
+        await monitor.refresh()
+        may_close.set()
+        await until(lambda: _state(monitor) is NodeState.REACHABLE and _models(monitor) == ["org/new"])
+        old.capabilities_gate.set()
+        await asked_before
+        assert _models(monitor) == ["org/new"]
+    finally:
+        may_close.set()
         await monitor.stop()
         await store.close()
 
@@ -133,3 +170,8 @@ def _state(monitor: NodeMonitor) -> NodeState | None:
 def _accepting(monitor: NodeMonitor) -> bool | None:
     view = monitor.view("a")
     return None if view is None or view.report is None else view.report.accepting
+
+
+def _models(monitor: NodeMonitor) -> list[str]:
+    view = monitor.view("a")
+    return [] if view is None or view.capabilities is None else [model.name for model in view.capabilities.models]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from gpu_service.devices import Device
+from gpu_service.runs import spares
 from gpu_service.runs.engine import Engine
 from gpu_service.runs.engine_directories import EngineSettings
 from gpu_service.runs.engine_pool import EnginePool
@@ -169,6 +170,24 @@ async def test_one_that_does_not_come_up_is_not_started_again_and_again(node: No
     ending = ExitRecord.read(spare.directory)
     assert ending is not None
     assert ending.signal == signal.SIGKILL
+
+
+async def test_a_spare_that_neither_comes_up_nor_ends_keeps_no_server_from_stopping(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spares, "_LAST_START_SECONDS", 0.01)
+    never = asyncio.Event()
+
+    async def start_spare(device: Device, is_free: Callable[[], bool]) -> Engine | None:
+        await never.wait()
+        return None
+
+    monkeypatch.setattr(node.pool, "start_spare", start_spare)
+    await node.keeper.look()
+    async with asyncio.timeout(30):
+        await node.keeper.end()
+        await node.keeper.dismiss()
+    never.set()
 
 
 def test_a_node_trains_on_its_spare_and_has_another_behind_a_failure(tmp_path: Path) -> None:
