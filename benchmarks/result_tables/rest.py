@@ -6,7 +6,7 @@ Each script's results are known by what its document holds. Reads no file.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.result_tables.markdown import Result, table
@@ -42,12 +42,12 @@ def tried_table(results: Mapping[str, Result]) -> list[str]:
     rows = []
     for name, result in results.items():
         steps = [part for part in result.get("parts", ()) if part.get("part") == "steps" and "change" in part]
-        trained = {part["row"]: float(part["ms"]) for part in steps if part["change"] == _AS_TRAINED}
+        trained = {part["row"]: _median(part["ms"]) for part in steps if part["change"] == _AS_TRAINED}
         for part in steps:
             if part["row"] in trained:
-                change = part["ms"] / trained[part["row"]] - 1
+                change = _median(part["ms"]) / trained[part["row"]] - 1
                 said = "" if part["change"] == _AS_TRAINED else f"{change:+.1%}"
-                rows.append((name, part["row"], part["change"], f"{part['ms']:.1f}", said))
+                rows.append((name, part["row"], part["change"], f"{_median(part['ms']):.1f}", said))
     return table(("run", "row", "what", "ms a step", "against as trained"), rows)
 
 
@@ -90,6 +90,11 @@ def host_table(results: Mapping[str, Result]) -> list[str]:
                 )
             )
     return table(("run", "side", "steps filled", "packing, ms", "making a step, ms"), rows)
+
+
+def _median(figure: float | Sequence[float]) -> float:
+    """Of a figure, or of those of several turns."""
+    return float(figure) if isinstance(figure, float | int) else statistics.median(figure)
 
 
 def _group(result: Result, *keys: str) -> dict[tuple[Any, ...], list[float]]:

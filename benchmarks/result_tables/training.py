@@ -59,6 +59,7 @@ def training_table(results: Mapping[str, Result]) -> list[str]:
             )
     heads = (
         "run",
+        "device",
         "row",
         "side",
         "real tokens/s",

@@ -169,7 +169,6 @@ def resolve(
         memory_reason=fitted.reason if trains else "",
         quantizer=choose_quantizer(
             quantized.id,
-            compute_dtype=resolved.quantization.compute_dtype,
             trainer=resolved.trainer if trains else "",
             device=device,
             versions=versions or {},

@@ -181,7 +181,6 @@ class _Generation:
                 cache_directory=request.cache_directory,
                 quantizer=choose_quantizer(
                     request.quantization,
-                    compute_dtype=request.compute_dtype,
                     trainer=FAST,
                     device=Device(type=request.device.type),
                     versions=library_versions(),
