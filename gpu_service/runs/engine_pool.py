@@ -66,10 +66,9 @@ class EnginePool:
         self._sending: set[asyncio.Task[None]] = set()
         # Whoever changes which engine a device has holds the device's lock.
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        # Called when an engine is done with a generation.
+        # Called when an engine is done with a generation, is ready, or ended by itself before it had any work.
         self.on_generation_over: Callable[[], None] = lambda: None
         self.on_ready: Callable[[Engine], None] = lambda engine: None
-        # Called when one ended by itself before it had any work.
         self.on_spare_lost: Callable[[Engine], None] = lambda engine: None
 
     def engine_of(self, run: Run) -> Engine | None:
