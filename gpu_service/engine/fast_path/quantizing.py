@@ -152,8 +152,8 @@ def _quantize_blocks(
     missing = -flat.numel() % block
     blocks = torch.nn.functional.pad(flat, (0, missing)).view(-1, block)
     scales = blocks.abs().amax(1)
-    # Times the reciprocal, not divided: the last bit decides on which side of a bound a value lies. It is exact here, as
-    # on the CPU; kernels have the device's approximation, by which one value in millions has the next code.
+    # Times the reciprocal, not divided: the last bit decides on which side of a bound a value lies. It is exact, as the
+    # CPU's is; kernels have the device's approximation, by which one value in millions has the next code.
     scaled = (blocks * (1.0 / scales.clamp(min=_SMALLEST))[:, None]).clamp(-1, 1)
     if on_grid:
         scaled = torch.floor((scaled + 1) * _GRID_HALF + 0.5) / _GRID_HALF - 1
