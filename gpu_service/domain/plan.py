@@ -169,7 +169,9 @@ def resolve(
         memory_reason=fitted.reason if trains else "",
         quantizer=choose_quantizer(
             quantized.id,
+            compute_dtype=resolved.quantization.compute_dtype,
             trainer=resolved.trainer if trains else "",
+            device=device,
             versions=versions or {},
         ),
         spec_digest=spec_digest,

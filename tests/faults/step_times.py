@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,13 +21,13 @@ _LOOK_SECONDS = 0.2
 
 
 def split_cores(num_own: int) -> tuple[list[frozenset[int]], frozenset[int]] | None:
-    """So many physical cores, as the sets of their logical ones, and the logical ones of all others; None where fewer
-    than two physical ones, or than four logical ones, would be left for the others together with the own.
+    """So many physical cores, as the sets of their logical ones, and the logical ones of all others; None where nothing
+    would be left for the others.
     """
     allowed = os.sched_getaffinity(0)
     cores = sorted({_siblings(cpu) & allowed for cpu in allowed}, key=min)
     own, others = cores[:num_own], cores[num_own:]
-    if len(allowed) < 4 or not others:
+    if not others:
         return None
     return own, frozenset().union(*others)
 
@@ -48,6 +49,17 @@ def pin(pid: int, cpus: Collection[int]) -> None:
     """Every thread of a process runs on these from now on; what they start, too. Raises OSError."""
     for thread in Path(f"/proc/{pid}/task").iterdir():
         os.sched_setaffinity(int(thread.name), cpus)
+
+
+@contextmanager
+def keeping_to(cpus: Collection[int]) -> Iterator[None]:
+    """This process, and what it starts inside, runs on these. Raises OSError."""
+    before = os.sched_getaffinity(0)
+    pin(os.getpid(), cpus)
+    try:
+        yield
+    finally:
+        pin(os.getpid(), before)
 
 
 class StepTimes:

@@ -55,7 +55,7 @@ class Tables:
 
 
 def quantize(weight: torch.Tensor, *, double: bool) -> Quantized:
-    """`weight` [N, K] with K a multiple of 64. Raises NotNf4 for any other."""
+    """`weight` [N, K] with K a multiple of 64; of 16 bits on CUDA. Raises NotNf4 for any other."""
     if weight.ndim != 2 or weight.shape[1] % BLOCK_WEIGHTS:
         raise NotNf4(f"a weight of shape {tuple(weight.shape)} is no whole number of blocks a row")
     tables = Tables.on(weight.device)
@@ -84,8 +84,13 @@ def make_ready(tables: Tables, dtype: torch.dtype) -> None:
 
 
 def quantize_values(values: torch.Tensor, tables: Tables, packed: torch.Tensor, scales: torch.Tensor) -> None:
-    """Whole blocks of weights, `values` [n]: `packed` uint8 [n / 2] and `scales` float32 [n / 64] are written."""
+    """Whole blocks of weights, `values` [n]: `packed` uint8 [n / 2] and `scales` float32 [n / 64] are written.
+
+    Raises NotNf4 for float32 on CUDA: not every code of such weights was the library's.
+    """
     if values.device.type == "cuda":
+        if values.dtype is torch.float32:
+            raise NotNf4("weights in float32 are quantized by the library alone")
         from gpu_service.engine.fast_path import quantizing_kernels
 
         quantizing_kernels.quantize_values(values, tables.bounds, packed, scales)
@@ -126,6 +131,10 @@ def quantize_scales_reference(
     """What the kernel of the same name computes; on a CPU, what the library's CPU code does, which is less exact."""
     on_cpu = scales.device.type == "cpu"
     found_places, found = _quantize_blocks(scales - offset, bounds, NESTED_BLOCK, on_grid=on_cpu)
+    if not on_cpu:
+        # As in a block of weights that are all zeros.
+        empty = (found == 0).repeat_interleave(NESTED_BLOCK)[: len(found_places)]
+        found_places = found_places.masked_fill(empty, 0)
     places.copy_(found_places)
     nested.copy_(found)
 

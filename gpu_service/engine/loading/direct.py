@@ -68,7 +68,9 @@ def is_wanted(request: LoadRequest) -> bool:
     if request.device.type == "cuda" and not torch.cuda.is_available():
         return False
     if request.quantization.IS_QUANTIZED:
-        return request.quantizer == OWN
+        # Whoever plans knows as well that float32 is the library's there; a warm-up has no plan.
+        is_librarys = request.device.type == "cuda" and places_of.base_dtype(request) is torch.float32
+        return request.quantizer == OWN and not is_librarys
     # On a CPU the library maps such tensors, and copies none.
     return request.device.type == "cuda"
 

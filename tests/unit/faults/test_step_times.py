@@ -24,10 +24,10 @@ def _machine(monkeypatch: pytest.MonkeyPatch, cores: list[set[int]]) -> None:
     [
         ([{0}, {1}, {2}, {3}], 2, ([{0}, {1}], {2, 3})),
         ([{0, 2}, {1, 3}], 1, ([{0, 2}], {1, 3})),
-        # Nothing would be left for everybody else, or too little.
+        ([{0}, {1}], 1, ([{0}], {1})),
+        # Nothing would be left for everybody else.
         ([{0, 2}, {1, 3}], 2, None),
-        ([{0}, {1}, {2}], 1, None),
-        ([{0}, {1}], 1, None),
+        ([{0}], 1, None),
     ],
 )
 def test_a_run_has_whole_cores_of_its_own(
@@ -62,3 +62,11 @@ def test_steps_are_read_once_and_timed_between(tmp_path: Path) -> None:
 def test_medians_are_compared() -> None:
     assert slower_by([1.0, 2.0, 3.0], [2.2, 0.0, 100.0]) == pytest.approx(0.1)
     assert slower_by([2.0], [1.0]) == -0.5
+
+
+def test_a_process_keeps_to_its_cores_for_a_while() -> None:
+    before = os.sched_getaffinity(0)
+    with pytest.raises(KeyError), step_times.keeping_to({min(before)}):
+        assert os.sched_getaffinity(0) == {min(before)}
+        raise KeyError
+    assert os.sched_getaffinity(0) == before

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import pytest
 
+from gpu_service.domain.device import Device
 from gpu_service.domain.quantizer import TESTED_VERSIONS, choose_quantizer
 
 TESTED = {"bitsandbytes": TESTED_VERSIONS[0]}
 
 
 @pytest.mark.parametrize(
-    ("method", "trainer", "versions", "quantizer"),
+    ("method", "trainer", "compute_dtype", "device_type", "versions", "quantizer"),
     [
-        ("nf4", "fast", TESTED, "own"),
-        ("nf4", "reference", TESTED, "bitsandbytes"),
-        ("nf4", "", TESTED, "bitsandbytes"),
-        ("nf4", "fast", {"bitsandbytes": "0.99.0"}, "bitsandbytes"),
-        ("nf4", "fast", {}, "bitsandbytes"),
-        ("fp4", "reference", TESTED, "bitsandbytes"),
-        ("none", "fast", TESTED, ""),
+        ("nf4", "fast", "bfloat16", "cuda", TESTED, "own"),
+        ("nf4", "fast", "float32", "cpu", TESTED, "own"),
+        ("nf4", "fast", "float32", "cuda", TESTED, "bitsandbytes"),
+        ("nf4", "reference", "bfloat16", "cuda", TESTED, "bitsandbytes"),
+        ("nf4", "", "bfloat16", "cuda", TESTED, "bitsandbytes"),
+        ("nf4", "fast", "bfloat16", "cuda", {"bitsandbytes": "0.99.0"}, "bitsandbytes"),
+        ("nf4", "fast", "bfloat16", "cuda", {}, "bitsandbytes"),
+        ("fp4", "reference", "bfloat16", "cuda", TESTED, "bitsandbytes"),
+        ("none", "fast", "bfloat16", "cuda", TESTED, ""),
     ],
 )
-def test_who_quantizes(method: str, trainer: str, versions: dict[str, str], quantizer: str) -> None:
-    assert choose_quantizer(method, trainer=trainer, versions=versions) == quantizer
+def test_who_quantizes(
+    method: str, trainer: str, compute_dtype: str, device_type: str, versions: dict[str, str], quantizer: str
+) -> None:
+    device = Device(type=device_type, name=device_type)
+    found = choose_quantizer(method, compute_dtype=compute_dtype, trainer=trainer, device=device, versions=versions)
+    assert found == quantizer
