@@ -40,8 +40,10 @@ class Caller:
         self._open: weakref.WeakSet[Closable] = weakref.WeakSet()
 
     def keep(self, opened: Closable) -> None:
-        """Has it closed with this caller, if it is still used then."""
+        """Has it closed with this caller, if it is still used then. ValueError, as of calls, once that is closed."""
         with self._lock:
+            if self._closed.is_set():
+                raise ValueError("the client is closed")
             self._open.add(opened)
 
     def call(
@@ -73,8 +75,8 @@ class Caller:
 
     def close(self) -> None:
         """No call is repeated any more, and what was kept ends; to be called before the channel is closed."""
-        self._closed.set()
         with self._lock:
+            self._closed.set()
             opened = list(self._open)
         for each in opened:
             each.close()

@@ -27,6 +27,7 @@ class AsyncCaller:
     def __init__(self, config: ClientConfig) -> None:
         self.config = config
         self._random = random.Random()
+        self.is_closed = False
 
     async def call(
         self,

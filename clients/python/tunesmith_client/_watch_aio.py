@@ -1,6 +1,6 @@
 """An asyncio watch of a job: each event once, in order, over as many streams as it takes. Never skips or repeats.
 
-The same rules as the blocking watch. Cancelling the task that iterates cancels the stream.
+The same rules as the blocking watch. Cancelling the task that iterates cancels the stream; closing the client ends it.
 """
 
 import asyncio
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 async def watch(
-    open_stream: "Callable[[job_service_pb2.WatchJobRequest], AsyncStream]", cursor: Cursor, limit_seconds: float
+    open_stream: "Callable[[job_service_pb2.WatchJobRequest], AsyncStream]",
+    cursor: Cursor,
+    *,
+    limit_seconds: float,
+    is_closed: Callable[[], bool],
 ) -> AsyncIterator[event_pb2.Event]:
     """Yields a job's events until its last one."""
     while True:
@@ -33,6 +37,11 @@ async def watch(
                     return
                 for event in cursor.take(response):
                     yield event
+        except asyncio.CancelledError:
+            # A channel that is closed tells its readers what a task hears that was cancelled.
+            if is_closed() and not _is_cancelled():
+                return
+            raise
         except TimeoutError:
             error = cursor.silence()
         except grpc.aio.AioRpcError as cause:
@@ -40,3 +49,10 @@ async def watch(
         finally:
             stream.cancel()
         await asyncio.sleep(cursor.pause_before_reopening(error))
+        if is_closed():
+            return
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
