@@ -8,8 +8,9 @@ from typing import Any, cast
 from control_service.app.replication import Replication
 from control_service.domain.job import Job
 from tests.fakes.control_clock import FakeClock
+from tests.fakes.control_jobs import make_job
 
-_JOB = cast(Job, object())
+_JOB = make_job()
 _NODE = cast(Any, object())
 
 
