@@ -11,7 +11,7 @@ import contextlib
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,10 @@ class EnginePool:
     def engine_on(self, device_id: str) -> Engine | None:
         """The device's engine, if it has one."""
         return self._engines.get(device_id)
+
+    def spares(self) -> Sequence[Engine]:
+        """The engines that wait for runs where such are kept."""
+        return [one for one in self._engines.values() if one.is_spare and self.settings.keeps_spare(one.device_id)]
 
     async def start_spare(self, device: Device, is_free: Callable[[], bool]) -> Engine | None:
         """An engine where there is none, if `is_free` then. Not to be cancelled. Raises EngineStartFailed, OSError."""
