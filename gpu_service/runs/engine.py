@@ -96,8 +96,6 @@ class Engine:
         await self.client.connect(self._process)
         status = await self.client.status()
         self.resident = dict(status.get("resident") or {})
-        if status["run_directory"] is not None or self.resident or status.get("generations"):
-            self.had_work = True
         return status
 
     async def ask(self) -> str:

@@ -132,6 +132,7 @@ class EnginePool:
             for generation_id in status.get("generations", ()):
                 # What it holds is not known until it says that it is over.
                 engine.generations[generation_id] = given_up(generation_id)
+            engine.had_work = bool(engine.run or engine.generations or engine.resident)
             self._keep(engine)
             with contextlib.suppress(ShimGone):
                 # A generation's reader went with the former server.
@@ -183,11 +184,6 @@ class EnginePool:
         """An engine where there is none, if `is_free` then. Not to be cancelled. Raises EngineStartFailed, OSError."""
         async with self._changing[device.id]:
             return None if device.id in self._engines or not is_free() else await self._start(device)
-
-    def is_generating(self, device_id: str) -> bool:
-        """Whether the device's engine is not done with a generation."""
-        engine = self._engines.get(device_id)
-        return engine is not None and bool(engine.generations)
 
     def keeps(self, device_id: str, wanted: dict[str, str]) -> bool:
         """Whether the device's engine has the wanted base in memory."""

@@ -143,6 +143,21 @@ async def test_what_a_spare_holds_of_a_gpu_counts_as_free(tmp_path: Path) -> Non
     assert node.pool.resident_bytes(GPU.id) == 0
 
 
+async def test_an_idle_spare_stays_and_an_idle_base_goes(tmp_path: Path) -> None:
+    node = Node(tmp_path, CPU, idle_seconds=0)
+    spare = await node.get_spare(CPU)
+    await node.pool.retire()
+    assert not spare.leaving
+    spare.resident = {"base_model": "org/name", "bytes": 5}
+    await node.pool.retire()
+    await wait_until(lambda: node.engine(CPU) is None)
+    assert processes_of(spare.directory) == []
+    again = await node.get_spare(CPU)
+    assert again is not spare
+    await node.keeper.end()
+    await node.pool.shut_down(20)
+
+
 async def test_what_a_spare_takes_while_it_comes_up_is_not_missed(tmp_path: Path) -> None:
     node = Node(tmp_path, GPU)
     with_context = replace(GPU, free_memory_bytes=GPU.free_memory_bytes - GIB // 2)
@@ -191,21 +206,6 @@ async def test_one_spare_that_takes_its_time_keeps_no_other_from_leaving(
     async with asyncio.timeout(15):
         await node.keeper.dismiss()
     assert not both.n_waiting
-    await node.pool.shut_down(20)
-
-
-async def test_an_idle_spare_stays_and_an_idle_base_goes(tmp_path: Path) -> None:
-    node = Node(tmp_path, CPU, idle_seconds=0)
-    spare = await node.get_spare(CPU)
-    await node.pool.retire()
-    assert not spare.leaving
-    spare.resident = {"base_model": "org/name", "bytes": 5}
-    await node.pool.retire()
-    await wait_until(lambda: node.engine(CPU) is None)
-    assert processes_of(spare.directory) == []
-    again = await node.get_spare(CPU)
-    assert again is not spare
-    await node.keeper.end()
     await node.pool.shut_down(20)
 
 
