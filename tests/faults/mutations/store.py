@@ -156,6 +156,22 @@ LOG = (
         tests=(f"{_PACING}test_others_have_the_loop_between_the_turns_of_a_crowd",),
     ),
     Mutation(
+        name="a-log-that-cannot-be-shown-stops-all",
+        promise="R13",
+        file="control_service/app/pacing.py",
+        snippet="        finally:\n            # Behind those",
+        replacement="        except ZeroDivisionError:\n            raise\n        else:\n            # Behind those",
+        tests=(f"{_PACING}test_a_room_that_cannot_show_what_came_stops_nobody",),
+    ),
+    Mutation(
+        name="large-events-are-gathered-without-end",
+        promise="R5",
+        file="control_service/app/gathering.py",
+        snippet=" or self._size_bytes >= MAX_BYTES",
+        replacement="",
+        tests=("tests/unit/control/test_gathering.py::test_large_events_wait_in_the_stream_and_not_in_memory",),
+    ),
+    Mutation(
         name="a-watch-passes-over-a-gap",
         promise="R11",
         file="control_service/app/event_hub.py",
