@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import Message
 
 from tunesmith_client._config import DEFAULT_DEADLINE_SECONDS, ClientConfig
-from tunesmith_client._errors import error_from_sync
+from tunesmith_client._errors import TunesmithError, client_closed, error_from_sync
 from tunesmith_client._retry import Repeats, give_request_id, lost_if_cancelled, method_of
 
 Request = TypeVar("Request", bound=Message)
@@ -40,10 +40,10 @@ class Caller:
         self._open: weakref.WeakSet[Closable] = weakref.WeakSet()
 
     def keep(self, opened: Closable) -> None:
-        """Has it closed with this caller, if it is still used then. ValueError, as of calls, once that is closed."""
+        """Has it closed with this caller, if it is still used then. CallCancelled when it is closed already."""
         with self._lock:
             if self._closed.is_set():
-                raise ValueError("the client is closed")
+                raise client_closed()
             self._open.add(opened)
 
     def call(
@@ -60,11 +60,20 @@ class Caller:
         return self.repeat(lambda: method(request, timeout=max(0.001, ends_at - time.monotonic())), ends_at=ends_at)
 
     def repeat(self, attempt: Callable[[], Result], *, ends_at: float) -> Result:
-        """Runs `attempt` until it returns, or the policy ends it; `ends_at` is on the monotonic clock."""
+        """Runs `attempt` until it returns, or the policy ends it; `ends_at` is on the monotonic clock.
+
+        CallCancelled when the client is closed, or what the last attempt before that met.
+        """
         repeats = Repeats(self.config.retry, self._random)
+        typed: TunesmithError | None = None
         while True:
             try:
                 return attempt()
+            except ValueError as error:
+                # What a channel says that is closed.
+                if not self._closed.is_set():
+                    raise
+                raise typed or client_closed() from error
             except grpc.RpcError as error:
                 typed = error_from_sync(error)
                 if not self._closed.is_set():

@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import Message
 
 from tunesmith_client._config import DEFAULT_DEADLINE_SECONDS, ClientConfig
-from tunesmith_client._errors import error_from_aio
+from tunesmith_client._errors import client_closed, error_from_aio
 from tunesmith_client._retry import Repeats, give_request_id, lost_if_cancelled, method_of
 
 Request = TypeVar("Request", bound=Message)
@@ -45,15 +45,30 @@ class AsyncCaller:
         )
 
     async def repeat(self, attempt: Callable[[], Awaitable[Result]], *, ends_at: float) -> Result:
-        """Runs `attempt` until it returns, or the policy ends it; `ends_at` is on the monotonic clock."""
+        """Runs `attempt` until it returns, or the policy ends it; `ends_at` is on the monotonic clock.
+
+        CallCancelled when the client is closed, or what the last attempt before that met.
+        """
         repeats = Repeats(self.config.retry, self._random)
         while True:
             try:
                 return await attempt()
+            except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+                # What a channel says that is being closed, and one that is closed; the former also a cancelled task.
+                if self.is_closed and not is_cancelled():
+                    raise client_closed() from error
+                raise
             except grpc.aio.AioRpcError as error:
-                # Of a task that was cancelled, or a channel that was closed here, asyncio itself tells.
                 typed = lost_if_cancelled(error_from_aio(error))
                 pause_seconds = repeats.pause(typed, remaining_seconds=ends_at - time.monotonic())
                 if pause_seconds is None:
                     raise typed from error
                 await asyncio.sleep(pause_seconds)
+                if self.is_closed:
+                    raise typed from error
+
+
+def is_cancelled() -> bool:
+    """Whether somebody cancelled the task that asks."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

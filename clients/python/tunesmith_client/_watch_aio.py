@@ -11,8 +11,9 @@ import grpc
 
 from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import job_service_pb2
+from tunesmith_client._caller_aio import is_cancelled
 from tunesmith_client._cursor import Cursor
-from tunesmith_client._errors import TunesmithError, error_from_aio
+from tunesmith_client._errors import TunesmithError, client_closed, error_from_aio
 
 if TYPE_CHECKING:
     AsyncStream = grpc.aio.UnaryStreamCall[job_service_pb2.WatchJobRequest, job_service_pb2.WatchJobResponse]
@@ -25,7 +26,9 @@ async def watch(
     limit_seconds: float,
     is_closed: Callable[[], bool],
 ) -> AsyncIterator[event_pb2.Event]:
-    """Yields a job's events until its last one."""
+    """Yields a job's events until its last one. CallCancelled when the client is closed already."""
+    if is_closed():
+        raise client_closed()
     while True:
         stream = open_stream(cursor.request())
         error: TunesmithError
@@ -39,7 +42,7 @@ async def watch(
                     yield event
         except asyncio.CancelledError:
             # A channel that is closed tells its readers what a task hears that was cancelled.
-            if is_closed() and not _is_cancelled():
+            if is_closed() and not is_cancelled():
                 return
             raise
         except TimeoutError:
@@ -51,8 +54,3 @@ async def watch(
         await asyncio.sleep(cursor.pause_before_reopening(error))
         if is_closed():
             return
-
-
-def _is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -43,7 +43,7 @@ CLIENT = (
         name="a-closed-client-takes-another-watch",
         promise="R28",
         file="clients/python/tunesmith_client/_caller.py",
-        snippet='                raise ValueError("the client is closed")',
+        snippet="                raise client_closed()",
         replacement="                pass",
         tests=("tests/unit/client/test_watch_closing.py::test_a_watch_is_either_ended_with_its_client_or_refused",),
     ),

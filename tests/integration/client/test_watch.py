@@ -11,7 +11,7 @@ import pytest
 from tests.fakes.scripted_control import FakeControl, refuse
 from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import job_service_pb2
-from tunesmith_client import AsyncClient, Client, ClientConfig, OutOfRange, RetryPolicy, Unavailable
+from tunesmith_client import AsyncClient, CallCancelled, Client, ClientConfig, OutOfRange, RetryPolicy, Unavailable
 
 Scene = Callable[[job_service_pb2.WatchJobRequest, grpc.ServicerContext], Iterator[job_service_pb2.WatchJobResponse]]
 LAST = 40
@@ -196,12 +196,15 @@ def test_closing_the_client_ends_a_watch_that_waits(is_reconnecting: bool) -> No
     assert over.wait(10), "the server's side of the stream ended too"
 
 
-def test_a_closed_client_refuses_another_watch() -> None:
+async def test_a_closed_client_refuses_another_watch() -> None:
     with FakeControl() as control:
-        client = Client(config=config(control))
+        client, asking = Client(config=config(control)), AsyncClient(config=config(control))
         client.close()
-        with pytest.raises(ValueError, match="closed"):
+        await asking.close()
+        with pytest.raises(CallCancelled, match="closed"):
             client.jobs.watch("j")
+        with pytest.raises(CallCancelled, match="closed"):
+            await anext(aiter(asking.jobs.watch("j")))
 
 
 @pytest.mark.parametrize("is_reconnecting", [False, True])

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from tunesmith.control.v1 import job_service_pb2
-from tunesmith_client import ClientConfig
+from tunesmith_client import CallCancelled, ClientConfig
 from tunesmith_client._caller import Caller
 from tunesmith_client._cursor import Cursor
 from tunesmith_client._watch import Watch
@@ -74,5 +74,5 @@ def test_a_watch_is_either_ended_with_its_client_or_refused() -> None:
     caller.keep(before)
     caller.close()
     assert list(before) == []
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(CallCancelled, match="closed"):
         caller.keep(_watch(lambda _: _Stream()))
