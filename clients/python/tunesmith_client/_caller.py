@@ -4,14 +4,15 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from tunesmith_client._config import DEFAULT_DEADLINE_SECONDS, ClientConfig
-from tunesmith_client._errors import TunesmithError, client_closed, error_from_sync
+from tunesmith_client._errors import client_closed, error_from_sync
 from tunesmith_client._retry import Repeats, give_request_id, lost_if_cancelled, method_of
 
 Request = TypeVar("Request", bound=Message)
@@ -59,21 +60,26 @@ class Caller:
         ends_at = time.monotonic() + self.config.deadline_of(method_of(request), default_seconds=default_seconds)
         return self.repeat(lambda: method(request, timeout=max(0.001, ends_at - time.monotonic())), ends_at=ends_at)
 
+    @contextmanager
+    def telling_of_close(self) -> Iterator[None]:
+        """CallCancelled instead of what a channel says that is closed."""
+        try:
+            yield
+        except ValueError as error:
+            if self._closed.is_set():
+                raise client_closed() from error
+            raise
+
     def repeat(self, attempt: Callable[[], Result], *, ends_at: float) -> Result:
         """Runs `attempt` until it returns, or the policy ends it; `ends_at` is on the monotonic clock.
 
-        CallCancelled when the client is closed, or what the last attempt before that met.
+        When the client is closed: CallCancelled, or what the last attempt before that met.
         """
         repeats = Repeats(self.config.retry, self._random)
-        typed: TunesmithError | None = None
         while True:
             try:
-                return attempt()
-            except ValueError as error:
-                # What a channel says that is closed.
-                if not self._closed.is_set():
-                    raise
-                raise typed or client_closed() from error
+                with self.telling_of_close():
+                    return attempt()
             except grpc.RpcError as error:
                 typed = error_from_sync(error)
                 if not self._closed.is_set():

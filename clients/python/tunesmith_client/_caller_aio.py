@@ -3,7 +3,8 @@
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
@@ -44,20 +45,27 @@ class AsyncCaller:
             lambda: method(request, timeout=max(0.001, ends_at - time.monotonic())), ends_at=ends_at
         )
 
+    @contextmanager
+    def telling_of_close(self) -> Iterator[None]:
+        """CallCancelled instead of what a channel says that is being closed, or is closed."""
+        try:
+            yield
+        except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+            # A task that was cancelled hears of that, whatever else goes on.
+            if self.is_closed and not is_cancelled():
+                raise client_closed() from error
+            raise
+
     async def repeat(self, attempt: Callable[[], Awaitable[Result]], *, ends_at: float) -> Result:
         """Runs `attempt` until it returns, or the policy ends it; `ends_at` is on the monotonic clock.
 
-        CallCancelled when the client is closed, or what the last attempt before that met.
+        When the client is closed: CallCancelled, or what the last attempt before that met.
         """
         repeats = Repeats(self.config.retry, self._random)
         while True:
             try:
-                return await attempt()
-            except (asyncio.CancelledError, grpc.aio.UsageError) as error:
-                # What a channel says that is being closed, and one that is closed; the former also a cancelled task.
-                if self.is_closed and not is_cancelled():
-                    raise client_closed() from error
-                raise
+                with self.telling_of_close():
+                    return await attempt()
             except grpc.aio.AioRpcError as error:
                 typed = lost_if_cancelled(error_from_aio(error))
                 pause_seconds = repeats.pause(typed, remaining_seconds=ends_at - time.monotonic())
