@@ -23,6 +23,7 @@ from control_service.domain.event import StoredEvent
 _MANY_EVENTS = 32
 # Of events that are not shown yet, so many are kept; where there are more, pages are read from the store.
 _MAX_NEWEST = 4096
+_MAX_NEWEST_BYTES = 8 * 1024**2
 # What a page takes in memory besides its message: at the tail of a log a page is one small event.
 _PAGE_OVERHEAD_BYTES = 512
 
@@ -65,6 +66,7 @@ class _Feed(WaitingRoom):
         self.shown_sequence = 0
         # The newest events as they were committed, those that are not shown yet among them.
         self.newest: list[StoredEvent] = []
+        self._newest_bytes = 0
         self.is_over = False
         # A commit may have ended the job; whoever comes to the end of the log looks, once for all.
         self.may_be_over = False
@@ -77,16 +79,21 @@ class _Feed(WaitingRoom):
         finally:
             # Without pages of what is new, they are read from the store.
             self.shown_sequence = self.last_sequence
-            self.newest = []
+            self._forget_newest()
 
     def take(self, events: Sequence[StoredEvent], last_sequence: int) -> None:
         """What a commit brought."""
         self.last_sequence = max(self.last_sequence, last_sequence)
         if not self.newest or not events or self.newest[-1].sequence + 1 != events[0].sequence:
-            self.newest = []
+            self._forget_newest()
         self.newest += events
-        if len(self.newest) > _MAX_NEWEST:
-            self.newest = []
+        self._newest_bytes += sum(len(event.payload) for event in events)
+        if len(self.newest) > _MAX_NEWEST or self._newest_bytes > _MAX_NEWEST_BYTES:
+            self._forget_newest()
+
+    def _forget_newest(self) -> None:
+        self.newest = []
+        self._newest_bytes = 0
 
 
 class EventHub:
