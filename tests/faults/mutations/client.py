@@ -43,8 +43,8 @@ CLIENT = (
         name="a-closed-client-takes-another-watch",
         promise="R28",
         file="clients/python/tunesmith_client/_caller.py",
-        snippet="                raise client_closed()",
-        replacement="                pass",
+        snippet="                raise client_closed()\n            self._open.add(opened)",
+        replacement="                pass\n            self._open.add(opened)",
         tests=("tests/unit/client/test_watch_closing.py::test_a_watch_is_either_ended_with_its_client_or_refused",),
     ),
 )
