@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,6 +23,7 @@ from control_service.domain.event import StoredEvent
 _MANY_EVENTS = 32
 # Of events that are not shown yet, so many are kept; where there are more, pages are read from the store.
 _MAX_NEWEST = 4096
+_MAX_NEWEST_BYTES = 8 * 1024**2
 # What a page takes in memory besides its message: at the tail of a log a page is one small event.
 _PAGE_OVERHEAD_BYTES = 512
 
@@ -43,6 +45,8 @@ class _Page:
 
     last_sequence: int
     message: bytes
+    # Cut before its end because the next event would have made it too large: it stays as it is, however the log grows.
+    is_cut: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -62,6 +66,7 @@ class _Feed(WaitingRoom):
         self.shown_sequence = 0
         # The newest events as they were committed, those that are not shown yet among them.
         self.newest: list[StoredEvent] = []
+        self._newest_bytes = 0
         self.is_over = False
         # A commit may have ended the job; whoever comes to the end of the log looks, once for all.
         self.may_be_over = False
@@ -69,18 +74,26 @@ class _Feed(WaitingRoom):
 
     def show(self) -> None:
         """Gives everybody what there is."""
-        self._on_show(self)
-        self.shown_sequence = self.last_sequence
-        self.newest = []
+        try:
+            self._on_show(self)
+        finally:
+            # Without pages of what is new, they are read from the store.
+            self.shown_sequence = self.last_sequence
+            self._forget_newest()
 
     def take(self, events: Sequence[StoredEvent], last_sequence: int) -> None:
         """What a commit brought."""
         self.last_sequence = max(self.last_sequence, last_sequence)
         if not self.newest or not events or self.newest[-1].sequence + 1 != events[0].sequence:
-            self.newest = []
+            self._forget_newest()
         self.newest += events
-        if len(self.newest) > _MAX_NEWEST:
-            self.newest = []
+        self._newest_bytes += sum(len(event.payload) for event in events)
+        if len(self.newest) > _MAX_NEWEST or self._newest_bytes > _MAX_NEWEST_BYTES:
+            self._forget_newest()
+
+    def _forget_newest(self) -> None:
+        self.newest = []
+        self._newest_bytes = 0
 
 
 class EventHub:
@@ -154,13 +167,15 @@ class EventHub:
             )
 
     def _on_commit(self, notice: CommitNotice) -> None:
-        for job_id, last_sequence in notice.job_sequences.items():
-            feed = self._feeds.get(job_id)
-            if feed is None:
-                continue
-            feed.take(notice.events.get(job_id, ()), last_sequence)
-            feed.may_be_over |= notice.jobs_changed
-            self._pacer.tell(feed)
+        # What the showing of one log meets keeps no other one from being shown.
+        with ExitStack() as told:
+            for job_id, last_sequence in notice.job_sequences.items():
+                feed = self._feeds.get(job_id)
+                if feed is None:
+                    continue
+                feed.take(notice.events.get(job_id, ()), last_sequence)
+                feed.may_be_over |= notice.jobs_changed
+                told.callback(self._pacer.tell, feed)
 
     async def _look_for_all(self, job_id: str, feed: _Feed, position: int) -> None:
         """One look for all who have come to the end of the log."""
@@ -204,7 +219,8 @@ class EventHub:
         page = self._pages.get(key)
         # One that was read at the end of the log, which has grown since, would make many small ones of history.
         if page is not None and (
-            page.last_sequence >= min(after_sequence + _MANY_EVENTS, shown_sequence, self._end(key))
+            page.is_cut
+            or page.last_sequence >= min(after_sequence + _MANY_EVENTS, shown_sequence, self._end(key))
             or page.size_bytes > self._config.max_page_bytes // 2
         ):
             self._pages.move_to_end(key)
@@ -227,13 +243,14 @@ class EventHub:
         limit = min(self._end(key), shown_sequence) - after_sequence
 
         def read(tx: Transaction) -> _Page:
-            events = self._cut(tx.events.page(job_id, after_sequence=after_sequence, limit=limit))
+            found = tx.events.page(job_id, after_sequence=after_sequence, limit=limit)
+            events = self._cut(found)
             if not events or events[0].sequence != after_sequence + 1:
                 # Deleted or compacted while it was watched: said, never passed over.
                 job_of(tx, job_id)
                 check_position(tx, job_id, after_sequence)
                 return _Page(last_sequence=after_sequence, message=self._codec.encode_heartbeat(after_sequence))
-            return _Page(last_sequence=events[-1].sequence, message=self._codec.encode_page(events))
+            return self._encoded(events, is_cut=len(events) < len(found))
 
         page = await self._store.read(read)
         self.num_pages_read += 1
@@ -248,10 +265,13 @@ class EventHub:
         if not events or events[0].sequence != start + 1 or events[-1].sequence != feed.last_sequence:
             return
         while events:
-            cut = self._cut(events[: self._config.max_page_events])
-            page = _Page(last_sequence=cut[-1].sequence, message=self._codec.encode_page(cut))
-            self._keep((job_id, cut[0].sequence - 1), page)
+            many = events[: self._config.max_page_events]
+            cut = self._cut(many)
+            self._keep((job_id, cut[0].sequence - 1), self._encoded(cut, is_cut=len(cut) < len(many)))
             events = events[len(cut) :]
+
+    def _encoded(self, events: Sequence[StoredEvent], *, is_cut: bool) -> _Page:
+        return _Page(last_sequence=events[-1].sequence, message=self._codec.encode_page(events), is_cut=is_cut)
 
     def _cut(self, events: Sequence[StoredEvent]) -> Sequence[StoredEvent]:
         """As many as go into a page, one at least."""

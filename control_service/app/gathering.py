@@ -1,5 +1,6 @@
 """Takes batches of events from a stream while those before them are being stored: what came meanwhile is one batch, so
-that a commit's time is paid once for all of it. Keeps a bounded number; a stream that is faster has to wait."""
+that a commit's time is paid once for all of it. Keeps a bounded number of events and bytes, and what one message of the
+stream brings beyond them; a stream that is faster has to wait."""
 
 from __future__ import annotations
 
@@ -34,6 +35,7 @@ class _Gathering:
 
     def __init__(self) -> None:
         self._events: list[StoredEvent] = []
+        self._size_bytes = 0
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
         self._ended = False
@@ -45,8 +47,9 @@ class _Gathering:
             async with aclosing(stream):
                 async for batch in stream:
                     self._events += batch
+                    self._size_bytes += _size_bytes(batch)
                     self._changed.set()
-                    while len(self._events) >= MAX_EVENTS:
+                    while len(self._events) >= MAX_EVENTS or self._size_bytes >= MAX_BYTES:
                         self._room.clear()
                         await self._room.wait()
         finally:
@@ -66,5 +69,10 @@ class _Gathering:
         else:
             count = min(len(self._events), MAX_EVENTS)
         batch, self._events = self._events[:count], self._events[count:]
+        self._size_bytes -= _size_bytes(batch)
         self._room.set()
         return batch
+
+
+def _size_bytes(events: Sequence[StoredEvent]) -> int:
+    return sum(len(event.payload) for event in events)

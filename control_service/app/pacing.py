@@ -120,9 +120,12 @@ class Pacer:
         room.showing = None
         room.has_more = False
         room.shown_seconds = self._loop.time()
-        room.show()
-        waiting, room.waiting = room.waiting, {}
-        self._add_turns(room, waiting)
+        try:
+            room.show()
+        finally:
+            # Whatever that met: who waits is woken, and meets it for itself.
+            waiting, room.waiting = room.waiting, {}
+            self._add_turns(room, waiting)
 
     def _add_turns(self, room: WaitingRoom, waiters: Iterable[asyncio.Future[bool]]) -> None:
         had_turns = bool(room.turns)
@@ -134,15 +137,18 @@ class Pacer:
 
     def _wake_some(self) -> None:
         room = self._rooms.popleft()
-        for _ in range(_WOKEN_TOGETHER):
-            if not _wake_next(room.turns):
-                break
-        if room.turns:
-            self._rooms.append(room)
-        elif room.has_more:
-            self.tell(room)
-        # Behind those who have just been woken, which tells how long they took.
-        self._waking = self._loop.call_soon(self._go_on, self._loop.time())
+        try:
+            for _ in range(_WOKEN_TOGETHER):
+                if not _wake_next(room.turns):
+                    break
+            if room.turns:
+                self._rooms.append(room)
+            elif room.has_more:
+                self.tell(room)
+        finally:
+            # Behind those who have just been woken, which tells how long they took. What one room's showing met must
+            # not keep all others waiting.
+            self._waking = self._loop.call_soon(self._go_on, self._loop.time())
 
     def _go_on(self, started_seconds: float) -> None:
         self._next_seconds = now = self._loop.time()

@@ -34,17 +34,20 @@ class Replication:
             self._task = asyncio.create_task(self._run(client), name=f"replicate-{job.job_id}")
 
     async def settle(self) -> None:
-        """Waits for the copy that is being made; what there was no room for is given up."""
+        """Waits for the copy that is being made; what there was no room for is given up. A job that stays after all
+        has its next checkpoint copied as before."""
         self._leaves.set()
-        if self._task is not None:
-            await asyncio.wait({self._task})
+        try:
+            if self._task is not None:
+                await asyncio.wait({self._task})
+        finally:
+            self._leaves.clear()
 
     async def stop(self) -> None:
         """Ends it, and is ready for another attempt."""
         if self._task is not None:
             await end(self._task)
         self._task = self._wanted = None
-        self._leaves.clear()
 
     async def _run(self, client: NodeClient) -> None:
         """Also what was committed while an earlier checkpoint was being copied, and what could not be copied at first:

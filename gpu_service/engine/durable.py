@@ -168,9 +168,11 @@ def read_manifest(directory: Path, pace: Pace = NOBODY) -> dict[str, Any]:
 
 
 def _stored_file(*, path: str, sha256: str, size_bytes: int) -> StoredFile:
-    """Raises TypeError for values that a manifest cannot have."""
+    """Raises TypeError, ValueError for values that a manifest cannot have."""
     if not (isinstance(path, str) and isinstance(sha256, str) and isinstance(size_bytes, int)):
         raise TypeError(f"a file's entry is {path!r}, {sha256!r}, {size_bytes!r}")
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError(f"{path!r} leaves its directory")
     return StoredFile(path=path, sha256=sha256, size_bytes=size_bytes)
 
 

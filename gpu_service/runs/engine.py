@@ -48,7 +48,7 @@ class Engine:
         self.ask_at: float | None = 0.0
         # True once it was asked to leave: it takes no further run.
         self.leaving = False
-        # Whether it was ever handed a run or a generation.
+        # Whether it was ever handed a run or a generation, by this server or one before it.
         self.had_work = False
         # What it holds of a device before it has any work; 0 where that was not measured.
         self.context_bytes = 0

@@ -11,7 +11,7 @@ import contextlib
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,7 @@ class EnginePool:
             for generation_id in status.get("generations", ()):
                 # What it holds is not known until it says that it is over.
                 engine.generations[generation_id] = given_up(generation_id)
+            engine.had_work = bool(engine.run or engine.generations or engine.resident)
             self._keep(engine)
             with contextlib.suppress(ShimGone):
                 # A generation's reader went with the former server.
@@ -175,15 +176,14 @@ class EnginePool:
         """The device's engine, if it has one."""
         return self._engines.get(device_id)
 
+    def spares(self) -> Sequence[Engine]:
+        """The engines that wait for runs where such are kept."""
+        return [one for one in self._engines.values() if one.is_spare and self.settings.keeps_spare(one.device_id)]
+
     async def start_spare(self, device: Device, is_free: Callable[[], bool]) -> Engine | None:
         """An engine where there is none, if `is_free` then. Not to be cancelled. Raises EngineStartFailed, OSError."""
         async with self._changing[device.id]:
             return None if device.id in self._engines or not is_free() else await self._start(device)
-
-    def is_generating(self, device_id: str) -> bool:
-        """Whether the device's engine is not done with a generation."""
-        engine = self._engines.get(device_id)
-        return engine is not None and bool(engine.generations)
 
     def keeps(self, device_id: str, wanted: dict[str, str]) -> bool:
         """Whether the device's engine has the wanted base in memory."""

@@ -1,6 +1,7 @@
 """The manifests of what runs left: reads them, whatever a disk made of them, and sets a damaged checkpoint aside.
 
-Refuses to hash anything: what a file's bytes are is compared where they are read.
+A path that leaves the manifest's directory is damage as any other. Refuses to hash anything: what a file's bytes are is
+compared where they are read.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import structlog
@@ -57,7 +58,13 @@ def parse_checkpoint(raw: bytes) -> Sequence[FileReference]:
 def parse_artifacts(raw: bytes) -> Sequence[tuple[str, Sequence[FileReference]]]:
     """Name and files of every artifact. Raises DamagedManifest."""
     artifacts = _list(_parse(raw), "artifacts")
-    return [(_text(artifact, "name"), _files(artifact)) for artifact in artifacts]
+    return [(_path(artifact, "name"), _files(artifact)) for artifact in artifacts]
+
+
+def stays_inside(relative: str) -> bool:
+    """Whether a path with forward slashes names something below the directory that it is relative to."""
+    parts = PurePosixPath(relative)
+    return bool(parts.parts) and not parts.is_absolute() and ".." not in parts.parts
 
 
 def set_aside(checkpoint: Path, problem: str) -> None:
@@ -84,13 +91,20 @@ def _parse(raw: bytes) -> Any:
 
 def _files(document: Any) -> list[FileReference]:
     return [
-        FileReference(path=_text(file, "path"), sha256=_text(file, "sha256"), size_bytes=_number(file, "size_bytes"))
+        FileReference(path=_path(file, "path"), sha256=_text(file, "sha256"), size_bytes=_number(file, "size_bytes"))
         for file in _list(document, "files")
     ]
 
 
 def _list(document: Any, key: str) -> list[Any]:
     return _value(document, key, list)
+
+
+def _path(document: Any, key: str) -> str:
+    path = _text(document, key)
+    if not stays_inside(path):
+        raise DamagedManifest(f"{MANIFEST} has the {key} {path!r}, which leaves its directory")
+    return path
 
 
 def _text(document: Any, key: str) -> str:

@@ -1,6 +1,6 @@
 """Finds the files that runs left, by content, and readies what a run goes on from or starts from.
 
-Reads the manifests that engines write, and refuses a path in one that leaves its directory. All functions block.
+Reads the manifests that engines write, and refuses a path of a request that leaves its directory. All functions block.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -26,6 +26,7 @@ from gpu_service.runs.manifests import (
     parse_checkpoint,
     read,
     set_aside,
+    stays_inside,
 )
 
 _log = structlog.get_logger(__name__)
@@ -45,8 +46,7 @@ class ResumeRequest:
 def find_file(run_directories: Iterable[Path], sha256: str) -> Path | None:
     """A file of a run's artifacts or committed checkpoints with this content, or None.
 
-    What is damaged is passed over: it must not keep the content of others from being found. Raises `Refusal`
-    PATH_NOT_ALLOWED.
+    What is damaged is passed over: it must not keep the content of others from being found.
     """
     for directory in run_directories:
         for path, file in _listed_files(directory):
@@ -65,9 +65,8 @@ def _listed_files(directory: Path) -> Iterator[tuple[Path, FileReference]]:
         _log.error("artifacts-damaged", directory=str(path.parent), problem=str(error))
         artifacts = []
     for name, files in artifacts:
-        root = _inside(directory / "artifacts", name)
         for file in files:
-            yield _inside(root, file.path), file
+            yield path.parent / name / file.path, file
     for path in directory.glob(f"checkpoints/*/{MANIFEST}"):
         # Hidden directories are still being staged, or were set aside.
         if path.parent.name.startswith("."):
@@ -83,7 +82,7 @@ def _listed_files(directory: Path) -> Iterator[tuple[Path, FileReference]]:
             continue
         yield path, FileReference(path=MANIFEST, sha256=hashlib.sha256(raw).hexdigest(), size_bytes=len(raw))
         for file in files:
-            yield _inside(path.parent, file.path), file
+            yield path.parent / file.path, file
 
 
 def _has_size(path: Path, size_bytes: int) -> bool:
@@ -102,10 +101,9 @@ def _set_aside(checkpoint: Path, problem: str) -> None:
 
 
 def _inside(root: Path, relative: str) -> Path:
-    parts = PurePosixPath(relative)
-    if parts.is_absolute() or not parts.parts or ".." in parts.parts:
+    if not stays_inside(relative):
         raise refuse_user("PATH_NOT_ALLOWED", f"{relative!r} leaves its directory", field="files.path")
-    return root.joinpath(*parts.parts)
+    return root / relative
 
 
 def prepare_resume(
@@ -168,7 +166,7 @@ def _from_attempt(directory: Path) -> list[tuple[str, Path]]:
     """What is not whole at a glance is set aside; what its files hold, the engine compares."""
     try:
         files = parse_checkpoint(read(directory / MANIFEST))
-        sources = [(file.path, _inside(directory, file.path)) for file in files]
+        sources = [(file.path, directory / file.path) for file in files]
         for file, (_, path) in zip(files, sources, strict=True):
             if not _has_size(path, file.size_bytes):
                 raise DamagedManifest(f"{file.path} is not there with its {file.size_bytes} bytes")

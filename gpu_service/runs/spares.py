@@ -69,11 +69,13 @@ class SpareKeeper:
             if not self._pool.settings.keeps_spare(device.id):
                 continue
             place = self._places.setdefault(device.id, _Place())
-            is_wanted = not (device.quarantine_reason or self._pool.engine_on(device.id))
+            name = f"spare-{device.id}"
+            # One that is on its way may hold some of the device already.
+            is_wanted = not (device.quarantine_reason or self._pool.engine_on(device.id) or name in self._tasks)
             if is_wanted and self._may_have_one(device.id) and time.monotonic() >= place.not_before:
                 place.free_bytes = device.free_memory_bytes
                 # A task of its own: it is not to be cancelled with whoever looks.
-                self._spawn(self._start(device), f"spare-{device.id}")
+                self._spawn(self._start(device), name)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         if name in self._tasks:
@@ -126,10 +128,11 @@ class SpareKeeper:
             await asyncio.wait(set(self._tasks.values()), timeout=_LAST_START_SECONDS)
 
     async def dismiss(self) -> None:
-        """Have the spares leave that are there: the server that comes next may be of another version."""
+        """Have the spares leave that are there, adopted ones too: the server that comes next may be of another version.
+
+        All at once, so that one that takes its time keeps no other.
+        """
+        leaving = [self._pool.make_room(engine.device_id) for engine in self._pool.spares()]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._pool.settings.grace_seconds):
-                for device_id in self._places:
-                    engine = self._pool.engine_on(device_id)
-                    if engine is not None and engine.is_spare:
-                        await self._pool.make_room(device_id)
+                await asyncio.gather(*leaving)

@@ -30,7 +30,8 @@ from control_service.domain.project import Project, ProjectDraft
 from control_service.domain.spec import Trait, TraitDataset
 from tests.fakes.control_blobs import MemoryBlobStore
 from tests.fakes.control_codec import PickleCodec, page_of
-from tests.fakes.control_node import FakeDialer, FakeNode
+from tests.fakes.control_node import FakeNode
+from tests.fakes.control_node_client import FakeDialer
 
 LIMITS = DatasetLimits()
 

@@ -23,7 +23,7 @@ class AsyncClient:
             raise ValueError("give an address or a config, not both: the config has the address")
         self.config = config or ClientConfig(address=address or address_from_environment())
         self._channel = grpc.aio.insecure_channel(self.config.address, options=self.config.channel_options())
-        caller = AsyncCaller(self.config)
+        caller = self._caller = AsyncCaller(self.config)
         self.projects = AsyncProjects(self._channel, caller)
         self.datasets = AsyncDatasets(self._channel, caller)
         self.models = AsyncModels(self._channel, caller)
@@ -34,6 +34,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the channel; open watches end."""
+        self._caller.is_closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Self:

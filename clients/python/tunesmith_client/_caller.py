@@ -4,14 +4,15 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from tunesmith_client._config import DEFAULT_DEADLINE_SECONDS, ClientConfig
-from tunesmith_client._errors import error_from_sync
+from tunesmith_client._errors import client_closed, error_from_sync
 from tunesmith_client._retry import Repeats, give_request_id, lost_if_cancelled, method_of
 
 Request = TypeVar("Request", bound=Message)
@@ -40,8 +41,10 @@ class Caller:
         self._open: weakref.WeakSet[Closable] = weakref.WeakSet()
 
     def keep(self, opened: Closable) -> None:
-        """Has it closed with this caller, if it is still used then."""
+        """Has it closed with this caller, if it is still used then. CallCancelled when it is closed already."""
         with self._lock:
+            if self._closed.is_set():
+                raise client_closed()
             self._open.add(opened)
 
     def call(
@@ -57,12 +60,26 @@ class Caller:
         ends_at = time.monotonic() + self.config.deadline_of(method_of(request), default_seconds=default_seconds)
         return self.repeat(lambda: method(request, timeout=max(0.001, ends_at - time.monotonic())), ends_at=ends_at)
 
+    @contextmanager
+    def telling_of_close(self) -> Iterator[None]:
+        """CallCancelled instead of what a channel says that is closed."""
+        try:
+            yield
+        except ValueError as error:
+            if self._closed.is_set():
+                raise client_closed() from error
+            raise
+
     def repeat(self, attempt: Callable[[], Result], *, ends_at: float) -> Result:
-        """Runs `attempt` until it returns, or the policy ends it; `ends_at` is on the monotonic clock."""
+        """Runs `attempt` until it returns, or the policy ends it; `ends_at` is on the monotonic clock.
+
+        When the client is closed: CallCancelled, or what the last attempt before that met.
+        """
         repeats = Repeats(self.config.retry, self._random)
         while True:
             try:
-                return attempt()
+                with self.telling_of_close():
+                    return attempt()
             except grpc.RpcError as error:
                 typed = error_from_sync(error)
                 if not self._closed.is_set():
@@ -73,8 +90,8 @@ class Caller:
 
     def close(self) -> None:
         """No call is repeated any more, and what was kept ends; to be called before the channel is closed."""
-        self._closed.set()
         with self._lock:
+            self._closed.set()
             opened = list(self._open)
         for each in opened:
             each.close()

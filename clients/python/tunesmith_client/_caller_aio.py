@@ -3,14 +3,15 @@
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from tunesmith_client._config import DEFAULT_DEADLINE_SECONDS, ClientConfig
-from tunesmith_client._errors import error_from_aio
+from tunesmith_client._errors import client_closed, error_from_aio
 from tunesmith_client._retry import Repeats, give_request_id, lost_if_cancelled, method_of
 
 Request = TypeVar("Request", bound=Message)
@@ -27,6 +28,7 @@ class AsyncCaller:
     def __init__(self, config: ClientConfig) -> None:
         self.config = config
         self._random = random.Random()
+        self.is_closed = False
 
     async def call(
         self,
@@ -43,16 +45,38 @@ class AsyncCaller:
             lambda: method(request, timeout=max(0.001, ends_at - time.monotonic())), ends_at=ends_at
         )
 
+    @contextmanager
+    def telling_of_close(self) -> Iterator[None]:
+        """CallCancelled instead of what a channel says that is being closed, or is closed."""
+        try:
+            yield
+        except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+            # A task that was cancelled hears of that, whatever else goes on.
+            if self.is_closed and not is_cancelled():
+                raise client_closed() from error
+            raise
+
     async def repeat(self, attempt: Callable[[], Awaitable[Result]], *, ends_at: float) -> Result:
-        """Runs `attempt` until it returns, or the policy ends it; `ends_at` is on the monotonic clock."""
+        """Runs `attempt` until it returns, or the policy ends it; `ends_at` is on the monotonic clock.
+
+        When the client is closed: CallCancelled, or what the last attempt before that met.
+        """
         repeats = Repeats(self.config.retry, self._random)
         while True:
             try:
-                return await attempt()
+                with self.telling_of_close():
+                    return await attempt()
             except grpc.aio.AioRpcError as error:
-                # Of a task that was cancelled, or a channel that was closed here, asyncio itself tells.
                 typed = lost_if_cancelled(error_from_aio(error))
                 pause_seconds = repeats.pause(typed, remaining_seconds=ends_at - time.monotonic())
                 if pause_seconds is None:
                     raise typed from error
                 await asyncio.sleep(pause_seconds)
+                if self.is_closed:
+                    raise typed from error
+
+
+def is_cancelled() -> bool:
+    """Whether somebody cancelled the task that asks."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -181,6 +181,11 @@ def error_from_parts(code: grpc.StatusCode, message: str, status_bytes: bytes | 
     )
 
 
+def client_closed() -> CallCancelled:
+    """The error for a call of a client that is closed."""
+    return CallCancelled("the client is closed", code=grpc.StatusCode.CANCELLED)
+
+
 def error_from_sync(error: grpc.RpcError) -> TunesmithError:
     """The typed error for what a blocking call raised."""
     code = error.code()

@@ -25,6 +25,7 @@ class Inference:
 
     def __init__(self, channel: grpc.Channel, caller: Caller) -> None:
         self._stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
+        self._caller = caller
         self._config = caller.config
 
     def generate(
@@ -78,7 +79,8 @@ class Inference:
         self, request: inference_service_pb2.GenerateRequest
     ) -> Generator[inference_service_pb2.GenerateResponse, None, None]:
         # Without a deadline of the caller's own an answer may take as long as it takes; keepalive notices a dead link.
-        call = self._stub.Generate(request, timeout=self._config.deadline_seconds)
+        with self._caller.telling_of_close():
+            call = self._stub.Generate(request, timeout=self._config.deadline_seconds)
         try:
             yield from call
         except grpc.RpcError as error:

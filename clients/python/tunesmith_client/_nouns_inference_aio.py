@@ -27,6 +27,7 @@ class AsyncInference:
         self._stub: inference_service_pb2_grpc.InferenceServiceAsyncStub = (
             inference_service_pb2_grpc.InferenceServiceStub(channel)
         )
+        self._caller = caller
         self._config = caller.config
 
     async def generate(
@@ -76,11 +77,12 @@ class AsyncInference:
         self, request: inference_service_pb2.GenerateRequest
     ) -> AsyncGenerator[inference_service_pb2.GenerateResponse, None]:
         # Without a deadline of the caller's own an answer may take as long as it takes; keepalive notices a dead link.
-        call = self._stub.Generate(request, timeout=self._config.deadline_seconds)
-        try:
-            async for response in call:
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise error_from_aio(error) from error
-        finally:
-            call.cancel()
+        with self._caller.telling_of_close():
+            call = self._stub.Generate(request, timeout=self._config.deadline_seconds)
+            try:
+                async for response in call:
+                    yield response
+            except grpc.aio.AioRpcError as error:
+                raise error_from_aio(error) from error
+            finally:
+                call.cancel()

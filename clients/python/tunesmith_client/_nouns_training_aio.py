@@ -38,6 +38,7 @@ class AsyncJobs:
 
     def __init__(self, channel: grpc.aio.Channel, caller: AsyncCaller) -> None:
         self._stub: job_service_pb2_grpc.JobServiceAsyncStub = job_service_pb2_grpc.JobServiceStub(channel)
+        self._caller = caller
         self._config = caller.config
         self._call = caller.call
 
@@ -128,7 +129,12 @@ class AsyncJobs:
         """Iterates the job's events, history first, each once and in order, until it is over; reconnects itself."""
         cursor = Cursor(job_id=job_id, after_sequence=after_sequence, config=self._config)
         # A watch has no deadline: the silence limit notices a server that hangs.
-        return watch(lambda request: self._stub.WatchJob(request), cursor, self._config.silence_limit_seconds)
+        return watch(
+            lambda request: self._stub.WatchJob(request),
+            cursor,
+            limit_seconds=self._config.silence_limit_seconds,
+            is_closed=lambda: self._caller.is_closed,
+        )
 
     async def events(self, job_id: str, *, after_sequence: int = 0) -> AsyncIterator[event_pb2.Event]:
         """The events written so far, page by page; does not wait for more."""

@@ -75,6 +75,9 @@ class Watch(Iterator[event_pb2.Event]):
         self._cursor = cursor
         self._limit_seconds = limit
         self._closed = threading.Event()
+        # Held while a stream is opened, so that whoever closes finds it, or it is not opened any more. Taken again by
+        # a thread that a signal makes close what it is just opening.
+        self._opening = threading.RLock()
         self._stream: Stream | None = None
         self._events = self._run()
 
@@ -94,17 +97,28 @@ class Watch(Iterator[event_pb2.Event]):
 
     def close(self) -> None:
         """Ends the watch; a blocked `next` returns with StopIteration."""
-        self._closed.set()
-        if self._stream is not None:
-            self._stream.cancel()
+        with self._opening:
+            self._closed.set()
+            stream = self._stream
+        if stream is not None:
+            stream.cancel()
+
+    def _open(self) -> "Stream | None":
+        with self._opening:
+            if self._closed.is_set():
+                return None
+            self._stream = self._open_stream(self._cursor.request())
+            if self._closed.is_set():
+                self._stream.cancel()
+                return None
+            return self._stream
 
     def _run(self) -> Iterator[event_pb2.Event]:
         alarm = SilenceAlarm(self._limit_seconds)
         try:
-            while not self._closed.is_set():
-                self._stream = self._open_stream(self._cursor.request())
+            while (stream := self._open()) is not None:
                 try:
-                    yield from self._read(self._stream, alarm)
+                    yield from self._read(stream, alarm)
                     return
                 except grpc.RpcError as error:
                     if self._closed.is_set():
@@ -112,7 +126,7 @@ class Watch(Iterator[event_pb2.Event]):
                     reason = self._cursor.silence() if alarm.rang else error_from_sync(error)
                     pause_seconds = self._cursor.pause_before_reopening(reason)
                 finally:
-                    self._stream.cancel()
+                    stream.cancel()
                 self._closed.wait(pause_seconds)
         finally:
             alarm.stop()

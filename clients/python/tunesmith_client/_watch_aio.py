@@ -1,6 +1,6 @@
 """An asyncio watch of a job: each event once, in order, over as many streams as it takes. Never skips or repeats.
 
-The same rules as the blocking watch. Cancelling the task that iterates cancels the stream.
+The same rules as the blocking watch. Cancelling the task that iterates cancels the stream; closing the client ends it.
 """
 
 import asyncio
@@ -11,17 +11,24 @@ import grpc
 
 from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import job_service_pb2
+from tunesmith_client._caller_aio import is_cancelled
 from tunesmith_client._cursor import Cursor
-from tunesmith_client._errors import TunesmithError, error_from_aio
+from tunesmith_client._errors import TunesmithError, client_closed, error_from_aio
 
 if TYPE_CHECKING:
     AsyncStream = grpc.aio.UnaryStreamCall[job_service_pb2.WatchJobRequest, job_service_pb2.WatchJobResponse]
 
 
 async def watch(
-    open_stream: "Callable[[job_service_pb2.WatchJobRequest], AsyncStream]", cursor: Cursor, limit_seconds: float
+    open_stream: "Callable[[job_service_pb2.WatchJobRequest], AsyncStream]",
+    cursor: Cursor,
+    *,
+    limit_seconds: float,
+    is_closed: Callable[[], bool],
 ) -> AsyncIterator[event_pb2.Event]:
-    """Yields a job's events until its last one."""
+    """Yields a job's events until its last one. CallCancelled when the client is closed already."""
+    if is_closed():
+        raise client_closed()
     while True:
         stream = open_stream(cursor.request())
         error: TunesmithError
@@ -33,6 +40,11 @@ async def watch(
                     return
                 for event in cursor.take(response):
                     yield event
+        except asyncio.CancelledError:
+            # A channel that is closed tells its readers what a task hears that was cancelled.
+            if is_closed() and not is_cancelled():
+                return
+            raise
         except TimeoutError:
             error = cursor.silence()
         except grpc.aio.AioRpcError as cause:
@@ -40,3 +52,5 @@ async def watch(
         finally:
             stream.cancel()
         await asyncio.sleep(cursor.pause_before_reopening(error))
+        if is_closed():
+            return

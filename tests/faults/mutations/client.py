@@ -1,4 +1,4 @@
-"""What the client's promises hang on: its cursor, and the id that makes a call safe to repeat."""
+"""What the client's promises hang on: its cursor, the end of watches, and the id that makes a call safe to repeat."""
 
 from __future__ import annotations
 
@@ -30,5 +30,21 @@ CLIENT = (
         snippet=".fields_by_name and not request.request_id:",
         replacement=".fields_by_name:",
         tests=(f"{_CLIENT}test_mutating_requests_get_an_id_once_and_keep_the_callers",),
+    ),
+    Mutation(
+        name="a-stream-outlives-its-watch",
+        promise="R28",
+        file="clients/python/tunesmith_client/_watch.py",
+        snippet="                self._stream.cancel()\n                return None\n",
+        replacement="                pass\n",
+        tests=("tests/unit/client/test_watch_closing.py::test_a_stream_that_is_just_being_opened_is_ended_too",),
+    ),
+    Mutation(
+        name="a-closed-client-takes-another-watch",
+        promise="R28",
+        file="clients/python/tunesmith_client/_caller.py",
+        snippet="                raise client_closed()\n            self._open.add(opened)",
+        replacement="                pass\n            self._open.add(opened)",
+        tests=("tests/unit/client/test_watch_closing.py::test_a_watch_is_either_ended_with_its_client_or_refused",),
     ),
 )

@@ -237,4 +237,15 @@ FILES = (
         replacement="",
         tests=(f"{_DAMAGED}test_a_checkpoint_with_a_damaged_manifest_is_refused_and_set_aside",),
     ),
+    Mutation(
+        name="a-manifest-may-name-files-elsewhere",
+        promise="R19",
+        file="gpu_service/runs/manifests.py",
+        snippet="    if not stays_inside(path):",
+        replacement="    if False:",
+        tests=(
+            f"{_DAMAGED}test_a_damaged_manifest_hides_nothing_of_others",
+            f"{_NODE}test_files_of_runs_are_found_by_content_but_not_while_staged",
+        ),
+    ),
 )

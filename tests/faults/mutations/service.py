@@ -111,6 +111,16 @@ SERVICE = (
         tests=(f"{_FULL}test_a_job_leaves_its_node_although_control_has_no_room_for_its_checkpoint",),
     ),
     Mutation(
+        name="a-job-that-stays-after-all-is-as-one-that-leaves",
+        promise="R4",
+        file="control_service/app/replication.py",
+        snippet="            self._leaves.clear()",
+        replacement="            pass",
+        tests=(
+            "tests/unit/control/test_replication.py::test_a_job_that_stays_after_all_has_its_next_checkpoint_copied",
+        ),
+    ),
+    Mutation(
         name="an-unknown-error-ends-the-writer",
         promise="R22",
         file="control_service/adapters/sql/store.py",

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from tests.faults.mutations.blobs import BYTES
 from tests.faults.mutations.client import CLIENT
-from tests.faults.mutations.control import CONTROL
 from tests.faults.mutations.engine import ENGINE
 from tests.faults.mutations.files import FILES
+from tests.faults.mutations.jobs import JOBS
 from tests.faults.mutations.mutation import Mutation
 from tests.faults.mutations.runs import RUNS
 from tests.faults.mutations.service import SERVICE
+from tests.faults.mutations.store import LOG, STORE
 
-MUTATIONS: tuple[Mutation, ...] = (*CLIENT, *CONTROL, *SERVICE, *FILES, *RUNS, *ENGINE)
+MUTATIONS: tuple[Mutation, ...] = (
+    *CLIENT,
+    *STORE,
+    *LOG,
+    *JOBS,
+    *BYTES,
+    *SERVICE,
+    *FILES,
+    *RUNS,
+    *ENGINE,
+)

@@ -14,7 +14,8 @@ from control_service.domain.errors import NotFound, TunesmithError, Unavailable
 from control_service.domain.event import StoredEvent
 from control_service.domain.node import NodeCapabilities, NodeReport
 from control_service.domain.run import ObservedRun, RunKey, StopMode
-from tests.faults.simulation.node import SimNode, SimRun
+from tests.faults.simulation.node import SimNode
+from tests.faults.simulation.run import SimRun
 
 T = TypeVar("T")
 # A link on which nothing comes is given up after this; it is the keepalive of the real one.

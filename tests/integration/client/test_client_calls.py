@@ -1,5 +1,6 @@
 """The blocking and the asyncio client against a real server: errors, repeats, uploads, downloads."""
 
+import asyncio
 import hashlib
 import threading
 from pathlib import Path
@@ -148,6 +149,32 @@ async def test_a_call_that_a_stopped_server_cut_short_is_made_again() -> None:
         control.handlers["DeleteProject"] = CutShort()
         async with AsyncClient(config=config(control.address)) as asking:
             await asking.projects.delete(8)
+
+
+async def test_closing_an_asyncio_client_ends_the_calls_of_its_other_tasks() -> None:
+    """None of the tasks was cancelled, and none is told so."""
+    with FakeControl() as control:
+        address = control.address
+    asking = AsyncClient(config=ClientConfig(address=address, deadline_seconds=3600.0))
+    calls = [asyncio.create_task(asking.nodes.list()) for _ in range(2)]
+    await asyncio.sleep(0)
+    await asking.close()
+    # One that comes too late.
+    calls.append(asyncio.create_task(asking.nodes.list()))
+    for answer in await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60):
+        assert isinstance(answer, TunesmithError)
+
+
+async def test_a_task_that_is_cancelled_while_its_client_is_closed_stays_cancelled() -> None:
+    with FakeControl() as control:
+        address = control.address
+    asking = AsyncClient(config=ClientConfig(address=address, deadline_seconds=3600.0))
+    calling = asyncio.create_task(asking.nodes.list())
+    await asyncio.sleep(0)
+    calling.cancel()
+    await asking.close()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
 
 
 def test_closing_a_client_ends_the_repeats_of_its_other_threads() -> None:

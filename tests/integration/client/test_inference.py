@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import itertools
 import json
 import sys
 import threading
@@ -16,7 +18,7 @@ from tests.fakes.scripted_control import FakeControl, refuse
 from tunesmith.common.v1 import generation_pb2
 from tunesmith.control.v1 import inference_service_pb2
 from tunesmith_cli.main import main
-from tunesmith_client import AsyncClient, Client, ResourceExhausted
+from tunesmith_client import AsyncClient, CallCancelled, Client, ResourceExhausted
 
 JOB = "01JZZZZZZZZZZZZZZZZZZZZZZZ"
 Part = generation_pb2.GeneratedPart
@@ -64,6 +66,32 @@ async def test_asyncio_has_the_same(control: FakeControl) -> None:
         whole = await client.inference.answer("hi", job_id=JOB)
     assert "".join(part.text for part in parts) == "base: hi"
     assert (whole.text, whole.finish_reason) == ("adapter: hi", "STOP")
+
+
+async def test_closing_the_client_ends_an_answer_with_a_typed_error(control: FakeControl) -> None:
+    over = threading.Event()
+
+    def endless(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        context.add_callback(over.set)
+        yield from itertools.islice(answer(request, context), 1)
+        over.wait(30)
+
+    control.handlers["Generate"] = endless
+    client, asking = Client(control.address), AsyncClient(control.address)
+    parts = asking.inference.generate("Hello?", job_id=JOB)
+    assert (await anext(parts)).text
+    reading = asyncio.ensure_future(anext(parts))
+    await asyncio.sleep(0)
+    await asking.close()
+    with pytest.raises(CallCancelled, match="the client is closed"):
+        await asyncio.wait_for(reading, 30)
+    assert await asyncio.to_thread(over.wait, 10)
+    client.close()
+    for late in (lambda: list(client.inference.generate("Hello?", job_id=JOB)), lambda: client.nodes.list()):
+        with pytest.raises(CallCancelled, match="the client is closed"):
+            late()
+    with pytest.raises(CallCancelled, match="the client is closed"):
+        await asking.inference.answer("Hello?", job_id=JOB)
 
 
 def test_leaving_the_loop_ends_the_generation(control: FakeControl) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tests.fakes.scripted_control import FakeControl, refuse
 from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import job_service_pb2
-from tunesmith_client import AsyncClient, Client, ClientConfig, OutOfRange, RetryPolicy, Unavailable
+from tunesmith_client import AsyncClient, CallCancelled, Client, ClientConfig, OutOfRange, RetryPolicy, Unavailable
 
 Scene = Callable[[job_service_pb2.WatchJobRequest, grpc.ServicerContext], Iterator[job_service_pb2.WatchJobResponse]]
 LAST = 40
@@ -194,6 +194,43 @@ def test_closing_the_client_ends_a_watch_that_waits(is_reconnecting: bool) -> No
         assert list(watch) == []
         closer.join()
     assert over.wait(10), "the server's side of the stream ended too"
+
+
+async def test_a_closed_client_refuses_another_watch() -> None:
+    with FakeControl() as control:
+        client, asking = Client(config=config(control)), AsyncClient(config=config(control))
+        client.close()
+        await asking.close()
+        with pytest.raises(CallCancelled, match="closed"):
+            client.jobs.watch("j")
+        with pytest.raises(CallCancelled, match="closed"):
+            await anext(aiter(asking.jobs.watch("j")))
+
+
+@pytest.mark.parametrize("is_reconnecting", [False, True])
+async def test_asyncio_closing_the_client_ends_a_watch_that_waits(is_reconnecting: bool) -> None:
+    over, waits = threading.Event(), threading.Event()
+
+    def quiet(request: job_service_pb2.WatchJobRequest, context: grpc.ServicerContext) -> Any:
+        context.add_callback(over.set)
+        if not request.after_sequence:
+            yield events(1, 1)
+        waits.set()
+        if is_reconnecting:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the wire broke")
+        over.wait(30)
+
+    async def read(client: AsyncClient) -> list[int]:
+        return [event.sequence async for event in client.jobs.watch("j")]
+
+    with FakeControl() as control:
+        control.handlers["WatchJob"] = quiet
+        client = AsyncClient(config=config(control))
+        reading = asyncio.create_task(read(client))
+        assert await asyncio.to_thread(waits.wait, 30)
+        await client.close()
+        assert await asyncio.wait_for(reading, 30) in ([], [1])
+        assert await asyncio.to_thread(over.wait, 10)
 
 
 async def test_asyncio_cancelling_the_reader_ends_the_stream() -> None:

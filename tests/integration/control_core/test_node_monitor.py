@@ -15,7 +15,8 @@ from control_service.domain.job_state import JobState
 from control_service.domain.node import NodeState
 from tests.fakes.control_clock import FakeClock
 from tests.fakes.control_core import until
-from tests.fakes.control_node import FakeDialer, FakeNode, FakeNodeClient
+from tests.fakes.control_node import FakeNode
+from tests.fakes.control_node_client import FakeDialer, FakeNodeClient
 from tests.integration.control_core.conftest import OpenCore
 
 

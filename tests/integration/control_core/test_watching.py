@@ -13,7 +13,7 @@ from control_service.app.event_hub import EventHub, EventHubConfig
 from control_service.app.pacing import PacerConfig
 from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.domain.errors import NotFound, OutOfRange, Unavailable
-from control_service.domain.event import StoredEvent
+from control_service.domain.event import StoredEvent, WarningFact
 from control_service.domain.job_state import JobState
 from tests.fakes.control_codec import page_of
 from tests.fakes.control_core import Core, quick_config, until
@@ -92,6 +92,38 @@ async def test_watchers_share_encoded_pages(open_core: OpenCore) -> None:
     encoded = core.codec.num_pages
     assert all(events == first for events in await asyncio.gather(*(core.watch(job_id) for _ in range(20))))
     assert core.codec.num_pages == encoded
+
+
+async def test_pages_that_were_cut_because_an_event_is_large_are_shared(open_core: OpenCore) -> None:
+    core, job_id, run = await _running(open_core)
+    for step in range(1, 4):
+        run.step(step)
+        run.emit(WarningFact(code="large", message="x" * 4096))
+    run.succeed()
+    await core.until_state(job_id, JobState.SUCCEEDED)
+    hub = EventHub(store=core.store, codec=core.codec, config=EventHubConfig(max_page_bytes=4096))
+    assert await _watched(hub, job_id) == (log := await core.log(job_id))
+    read = hub.num_pages_read
+    assert read > 3
+    assert await _watched(hub, job_id) == log
+    assert hub.num_pages_read == read
+
+
+async def test_a_page_of_the_end_that_was_cut_is_shared_when_the_log_has_grown(open_core: OpenCore) -> None:
+    core, job_id, run = await _running(open_core)
+    config = EventHubConfig(max_page_bytes=4096)
+    hub = EventHub(store=core.store, codec=core.codec, config=config)
+    watcher = asyncio.create_task(_watched(hub, job_id))
+    await until(lambda: hub.num_watchers == 1)
+    for step in range(1, 20):
+        run.step(step)
+        run.emit(WarningFact(code="large", message="x" * 4096))
+    run.succeed()
+    seen = await watcher
+    read = hub.num_pages_read
+    assert await _watched(hub, job_id) == seen == await core.log(job_id)
+    # The first page of history, from where no watcher was when it was written, may have to be read.
+    assert hub.num_pages_read <= read + 2
 
 
 async def test_many_small_pages_do_not_outgrow_the_cache(open_core: OpenCore) -> None:

@@ -34,7 +34,7 @@ class Node:
     """A pool with a keeper over devices as the test says."""
 
     def __init__(self, root: Path, *devices: Device, spare_engines: int | None = 1, idle_seconds: float = 300) -> None:
-        (root / "engines").mkdir()
+        (root / "engines").mkdir(exist_ok=True)
         self.devices: Sequence[Device] = devices
         self.held: set[str] = set()
         self.pool = EnginePool(
@@ -158,6 +158,57 @@ async def test_an_idle_spare_stays_and_an_idle_base_goes(tmp_path: Path) -> None
     await node.pool.shut_down(20)
 
 
+async def test_what_a_spare_takes_while_it_comes_up_is_not_missed(tmp_path: Path) -> None:
+    node = Node(tmp_path, GPU)
+    with_context = replace(GPU, free_memory_bytes=GPU.free_memory_bytes - GIB // 2)
+    async with node.pool._changing[GPU.id]:
+        await node.keeper.look()
+        # Looked at again before the pool knows of the one that is on its way.
+        node.devices = (with_context,)
+        await node.keeper.look()
+    spare = await wait_until(lambda: node.engine(GPU))
+    await wait_until(lambda: spare.context_bytes)
+    assert spare.context_bytes == GIB // 2
+    await node.keeper.end()
+    await node.pool.shut_down(20)
+
+
+async def test_an_adopted_spare_leaves_although_nobody_looked(tmp_path: Path) -> None:
+    before = Node(tmp_path, CPU)
+    spare = await before.get_spare(CPU)
+    await before.keeper.end()
+    await before.pool.leave_alone()
+    after = Node(tmp_path, CPU)
+    await after.pool.adopt({})
+    adopted = after.engine(CPU)
+    assert adopted is not None
+    assert adopted.is_spare
+    await after.keeper.end()
+    await after.keeper.dismiss()
+    assert after.engine(CPU) is None
+    assert processes_of(spare.directory) == []
+    await after.pool.shut_down(20)
+
+
+async def test_one_spare_that_takes_its_time_keeps_no_other_from_leaving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node(tmp_path, CPU, GPU)
+    await node.keeper.look()
+    await wait_until(lambda: len(node.pool._engines) == 2)
+    both = asyncio.Barrier(2)
+
+    async def make_room(device_id: str) -> None:
+        await both.wait()
+
+    monkeypatch.setattr(node.pool, "make_room", make_room)
+    await node.keeper.end()
+    async with asyncio.timeout(15):
+        await node.keeper.dismiss()
+    assert not both.n_waiting
+    await node.pool.shut_down(20)
+
+
 async def test_one_that_does_not_come_up_is_not_started_again_and_again(node: Node) -> None:
     spare = await node.get_spare(CPU)
     record = ShimRecord.read(spare.directory)
@@ -210,6 +261,23 @@ def test_a_node_trains_on_its_spare_and_has_another_behind_a_failure(tmp_path: P
         assert _environment(server)["TUNESMITH_ENGINE_MODEL"] == str(server.models_directory / "org/name")
         assert server.terminate() == 0
         assert server.living_processes() == []
+    finally:
+        server.clean_up()
+
+
+def test_an_adopted_engine_that_had_work_is_no_spare_that_was_lost(tmp_path: Path) -> None:
+    server = GpuServer(tmp_path, spare_engines=1)
+    try:
+        server.start()
+        server.start_run()
+        assert server.watch_to_end()[-1].run_state.state == event_pb2.RUN_STATE_SUCCEEDED
+        server.kill()
+        server.start()
+        (engine,) = server.shims()
+        os.kill(engine["engine_pid"], signal.SIGKILL)
+        # At once, and not after the pause behind one that does not come up.
+        wait_for(lambda: [shim for shim in server.shims() if shim["shim_pid"] != engine["shim_pid"]])
+        assert "spare-lost" not in (server.root / "server.log").read_text()
     finally:
         server.clean_up()
 

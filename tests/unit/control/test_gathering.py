@@ -82,6 +82,22 @@ async def test_a_batch_of_large_events_is_cut() -> None:
     assert max(sizes) == 3
 
 
+async def test_large_events_wait_in_the_stream_and_not_in_memory() -> None:
+    stream = _Stream(40, size_bytes=MAX_BYTES // 3)
+    seen: list[int] = []
+    async for batch in gathered(stream.batches()):
+        seen += [event.run_sequence for event in batch]
+        await _until_nothing_moves(stream)
+        # As many as reach the limit, however few that are.
+        assert stream.num_given - len(seen) <= 4
+    assert seen == list(range(1, 41))
+
+
+async def test_an_event_larger_than_a_transaction_goes_through() -> None:
+    stream = _Stream(3, size_bytes=2 * MAX_BYTES)
+    assert [len(batch) async for batch in gathered(stream.batches())] == [1, 1, 1]
+
+
 async def test_an_error_comes_after_all_that_came_before_it() -> None:
     seen: list[int] = []
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import pytest
+
 from control_service.app.pacing import Pacer, PacerConfig, WaitingRoom
 
 # Turns of the loop in which everything would have happened that can happen at once.
@@ -21,6 +23,19 @@ class _Room(WaitingRoom):
 
     def show(self) -> None:
         self.num_shown += 1
+
+
+class _BadRoom(_Room):
+    """Cannot show what came, so many times."""
+
+    def __init__(self, num_bad: int, *, after: int = 0) -> None:
+        super().__init__()
+        self._bad = range(after, after + num_bad)
+
+    def show(self) -> None:
+        super().show()
+        if self.num_shown - 1 in self._bad:
+            raise ValueError("nothing to show")
 
 
 class _Watchers:
@@ -147,6 +162,38 @@ async def test_what_comes_while_a_crowd_is_being_woken_is_shown_when_all_had_the
     # Those of the last turn were just being woken: a watcher looks for itself before it waits again.
     assert 72 <= watchers.num_woken <= 80
     await watchers.end()
+
+
+async def test_who_waits_is_woken_although_nothing_can_be_shown() -> None:
+    pacer = _pacer()
+    watchers = _Watchers(pacer, _BadRoom(1), 20)
+    await watchers.until_all_wait()
+    with pytest.raises(ValueError, match="nothing to show"):
+        pacer.tell(watchers.room)
+    await _turns(lambda: watchers.num_woken == 20)
+    assert watchers.num_woken == 20
+    await watchers.end()
+
+
+async def test_a_room_that_cannot_show_what_came_stops_nobody() -> None:
+    pacer = _pacer(window_seconds_per_watcher=0.0)
+    met: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: met.append(context["exception"]))
+    watchers, others = _Watchers(pacer, _BadRoom(1, after=1), 20), _Watchers(pacer, _Room(), 20)
+    await watchers.until_all_wait()
+    await others.until_all_wait()
+    # Shown for the second time by the one that wakes, when all had their turn.
+    pacer.tell(watchers.room)
+    pacer.tell(watchers.room)
+    await _turns()
+    assert [type(error) for error in met] == [ValueError]
+    woken = watchers.num_woken
+    for each in (watchers, others):
+        pacer.tell(each.room)
+    await _turns()
+    assert (watchers.num_woken - woken, others.num_woken) == (20, 20)
+    await watchers.end()
+    await others.end()
 
 
 async def test_heartbeats_come_to_those_who_wait_and_to_nobody_else() -> None:

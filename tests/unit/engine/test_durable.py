@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -74,6 +75,20 @@ def test_a_manifest_that_is_none_is_damage(content: bytes, tmp_path: Path) -> No
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(durable.DamagedDirectory):
         durable.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_a_manifest_that_names_a_file_elsewhere_is_damage(is_absolute: bool, tmp_path: Path) -> None:
+    """Although that file is the one that it names."""
+    outside, inside = tmp_path / "outside", tmp_path / "made"
+    outside.write_bytes(b"content")
+    inside.mkdir()
+    path = str(outside) if is_absolute else "../outside"
+    file = {"path": path, "sha256": hashlib.sha256(b"content").hexdigest(), "size_bytes": 7}
+    (inside / "manifest.json").write_text(json.dumps({"files": [file]}))
+    with pytest.raises(durable.DamagedDirectory, match="leaves its directory") as caught:
+        durable.read_manifest(inside)
+    assert caught.value.file == "manifest.json"
 
 
 def test_a_fact_that_changed_is_damage(tmp_path: Path) -> None:

@@ -44,6 +44,9 @@ def _damages() -> dict[str, bytes]:
         "files-are-a-number": b'{"files": 7}',
         "a-file-is-text": b'{"files": ["weights.safetensors"]}',
         "a-file-without-digest": b'{"files": [{"path": "weights.safetensors", "size_bytes": 7}]}',
+        "a-path-that-climbs": whole.replace("weights", "../../../1/weights").encode(),
+        "a-path-from-the-root": whole.replace("weights", "/weights").encode(),
+        "no-path": whole.replace("weights.safetensors", ".").encode(),
         "a-path-is-a-number": whole.replace('"weights.safetensors"', "5").encode(),
     }
 
@@ -62,9 +65,17 @@ def test_a_damaged_manifest_hides_nothing_of_others(damage: str, tmp_path: Path)
     assert _names(tmp_path / "1" / "checkpoints") == [f".damaged-{_STEP}"]
 
 
-def test_damaged_artifacts_hide_nothing_of_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        '{"artifacts": [{"name": "adapter", "fi',
+        '{"artifacts": [{"name": "../checkpoints", "files": []}]}',
+        '{"artifacts": [{"name": "adapter", "files": [{"path": "../../x", "sha256": "0", "size_bytes": 1}]}]}',
+    ],
+)
+def test_damaged_artifacts_hide_nothing_of_others(damaged: str, tmp_path: Path) -> None:
     (tmp_path / "1" / "artifacts").mkdir(parents=True)
-    (tmp_path / "1" / "artifacts" / "manifest.json").write_text('{"artifacts": [{"name": "adapter", "fi')
+    (tmp_path / "1" / "artifacts" / "manifest.json").write_text(damaged)
     sound = _checkpoint(tmp_path / "2")
     assert find_file([tmp_path / "1", tmp_path / "2"], sound) is not None
 
