@@ -99,6 +99,21 @@ Whole steps with one thing made another way, by `python -m benchmarks.step_parts
 not help; differences below one percent are within what two runs differ by.""",
         table=rest.tried_table,
     ),
+    "full": Section(
+        heading="## Training every weight",
+        above="By `python -m benchmarks.gpu_full_training`: 8,192 tokens a step, dense, bfloat16 computing.",
+        table=rest.full_table,
+    ),
+    "recorded": Section(
+        heading="## Small passes",
+        above="By `python -m benchmarks.gpu_training`, the same steps with and without recordings in one process.",
+        table=rest.recorded_table,
+    ),
+    "curve": Section(
+        heading="## Training in 8 bits on a real model",
+        above="By `python -m benchmarks.fp8_curve`: the same steps in the same order over the same NF4 values.",
+        table=rest.curve_table,
+    ),
     "loading": Section(
         heading="## Loading",
         above="From files to a model on the device, in seconds (`make bench-gpu ROW=load`).",

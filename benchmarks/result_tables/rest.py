@@ -6,7 +6,7 @@ Each script's results are known by what its document holds. Reads no file.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.result_tables.markdown import Result, table
@@ -15,6 +15,11 @@ from benchmarks.result_tables.markdown import Result, table
 _AS_TRAINED = "as trained"
 _PIECES = ("profile", "gemm", "attention", "elementwise")
 _NO_FIGURES = ("part", "name", "row", "kernels")
+# Of training every weight, by how much memory may be used: in words, and whether a row reached it.
+FULL_GOALS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
+    "standard": ("at least 24,000 tokens/s", lambda row: row["tokens_per_second"] >= 24_000),
+    "low": ("at most 17.5 GiB", lambda row: row["peak_gib"] <= 17.5),
+}
 
 
 def loading_table(results: Mapping[str, Result]) -> list[str]:
@@ -62,6 +67,49 @@ def parts_table(results: Mapping[str, Result]) -> list[str]:
                 said = "; ".join(f"{key} {value}" for key, value in _flatten(figures))
                 rows.append((name, part["part"], what, said))
     return table(("run", "part", "of", "figures"), rows)
+
+
+def full_table(results: Mapping[str, Result]) -> list[str]:
+    """Training of every weight by the fast path, against its goals: a rate, or a peak of memory."""
+    rows = []
+    for name, result in results.items():
+        for row in result.get("rows", ()):
+            if row.get("memory") in FULL_GOALS:
+                memory, peak_gib = row["memory"], row["peak_gib"]
+                goal, is_reached = FULL_GOALS[memory]
+                said = goal if is_reached(row) else f"{goal}: not reached"
+                rows.append((name, row["shape"], memory, f"{row['tokens_per_second']:,}", f"{peak_gib:.2f}", said))
+    return table(("run", "shape", "memory", "real tokens/s", "peak GiB", "goal on one H100"), rows)
+
+
+def recorded_table(results: Mapping[str, Result]) -> list[str]:
+    """Small passes played as recorded (CUDA graphs), beside the same passes launched kernel by kernel."""
+    rows = []
+    for name, result in results.items():
+        found = {
+            (part["shape"], part["tokens"], part["launched"]): part
+            for part in result.get("parts", ())
+            if "launched" in part
+        }
+        for (shape, tokens, is_launched), part in found.items():
+            launched = found.get((shape, tokens, True))
+            if not is_launched and launched is not None:
+                gain = part["tokens_per_second"] / launched["tokens_per_second"]
+                rates = (f"{one['tokens_per_second']:,}" for one in (launched, part))
+                rows.append((name, shape, f"{tokens:,}", *rates, f"{gain:.2f}"))
+    return table(("run", "shape", "tokens a pass", "launched, tokens/s", "recorded", "recorded / launched"), rows)
+
+
+def curve_table(results: Mapping[str, Result]) -> list[str]:
+    """Losses of the same steps on a real model, in bfloat16 and in 8 bits."""
+    rows = []
+    for name, result in results.items():
+        if "last_steps_relative_difference" in result:
+            exact, rounded = (f"{loss:.4f}" for loss in result["last_steps"])
+            ends = (f"{100 * result['last_steps_relative_difference']:+.2f} %", f"{result['mean_difference']:.4f}")
+            rows.append((name, result["model"], str(result["steps"]), exact, rounded, *ends))
+    heads = ("run", "model", "steps", "last 20, bfloat16", "last 20, fp8", "difference", "mean difference of a step")
+    return table(heads, rows)
 
 
 def control_plane_table(results: Mapping[str, Result]) -> list[str]:

@@ -182,4 +182,4 @@ def run_table(results: Mapping[str, Result]) -> list[str]:
 
 
 def _training(results: Mapping[str, Result]) -> Iterable[tuple[str, Result]]:
-    return [(name, result) for name, result in results.items() if "sides" in result]
+    return [(name, result) for name, result in results.items() if "sides" in result and "row" in result]
