@@ -160,6 +160,7 @@ def measure(
                 keeps_weights=base == "nf4-kept",
                 in_fp8=base == "fp8",
                 recomputes=arguments.recompute,
+                records=not arguments.launched,
             ),
         )
         parity = compare(fast, accelerator.prepare(model), batches[0], shape.vocabulary, objective)
@@ -188,6 +189,7 @@ def measure(
         "base": base,
         "shape": arguments.shape,
         "recompute": arguments.recompute,
+        "notices": trained.take_notices() if path == "fast" else [],
         "tokens_per_second": round(statistics.median(rates)),
         "tokens_per_second_p10_p90": [round(rates[len(rates) // 10]), round(rates[-1 - len(rates) // 10])],
         "tokens_per_second_overall": round(sum(tokens) / sum(seconds)),
@@ -339,6 +341,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--distinct", type=int, default=12, help="different batches that steps go through in turn")
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--launched", action="store_true", help="no pass is recorded and played again")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

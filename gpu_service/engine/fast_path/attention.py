@@ -28,6 +28,8 @@ class Bounds:
     starts: torch.Tensor
     longest: int
     layout: FlatLayout
+    # Whether a pass is recorded, and played for others: as many tokens, in other sequences, none longer than `longest`.
+    lengths_vary: bool = False
 
 
 class Attention(Protocol):
@@ -144,7 +146,11 @@ class CudaAttention:
 
     def _choose(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds) -> Attention:
         lengths = bounds.layout.lengths
-        if bounds.longest < _SHORTEST_FOR_CUDNN or any(length != bounds.longest for length in lengths):
+        if (
+            bounds.lengths_vary
+            or bounds.longest < _SHORTEST_FOR_CUDNN
+            or any(length != bounds.longest for length in lengths)
+        ):
             return self._flash
         kind = (bounds.longest, len(lengths))
         if kind not in self._chosen:

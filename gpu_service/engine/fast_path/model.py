@@ -19,10 +19,12 @@ from gpu_service.domain.recomputation import NOTHING, Recomputation, everything,
 from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
 from gpu_service.engine.fast_path.attention import Attention, Bounds, attention_for
 from gpu_service.engine.fast_path.block import Block, BlockShape, Positions
-from gpu_service.engine.fast_path.decoder import Decoder, FlatPass, KeptPass
+from gpu_service.engine.fast_path.decoder import Decoder, FlatPass
 from gpu_service.engine.fast_path.dropout import Dropout
 from gpu_service.engine.fast_path.fp8 import RoundedGroup
+from gpu_service.engine.fast_path.frames import SHORTEST
 from gpu_service.engine.fast_path.frozen import FrozenGroup, Scratch
+from gpu_service.engine.fast_path.graphs import CudaRecorder, LaunchedPass, Pass, PassRecordings, Recorder
 from gpu_service.engine.fast_path.head import Head
 from gpu_service.engine.fast_path.offloading import HostShelf
 from gpu_service.engine.fast_path.operations import operations_for
@@ -52,6 +54,8 @@ class FastSettings:
     # Frozen products in 8 bits: other numerics.
     in_fp8: bool = False
     recomputation: Recomputation = NOTHING
+    # On CUDA: whether passes whose kernels are small may be recorded and played again.
+    records: bool = True
 
 
 class FastModel(torch.nn.Module):
@@ -61,9 +65,15 @@ class FastModel(torch.nn.Module):
     attends_within_sequences = True
 
     def __init__(
-        self, peft_model: Any, settings: FastSettings, *, operations: Any = None, attention: Attention | None = None
+        self,
+        peft_model: Any,
+        settings: FastSettings,
+        *,
+        operations: Any = None,
+        attention: Attention | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        """`operations` and `attention` None are the device's own.
+        """`operations`, `attention` and `recorder` None are the device's own; a CPU has no recorder.
 
         Raises AdapterNotSupported, NotNf4 for what the plan should not have sent here.
         """
@@ -103,6 +113,17 @@ class FastModel(torch.nn.Module):
         self._rotary_scaling = float(rotary.attention_scaling)
         self._cosines = self._sines = torch.empty(0, device=self._device)
         self._adapted = True
+        if recorder is None and self._device.type == "cuda" and settings.records:
+            recorder = CudaRecorder(self._device)
+        self._recordings: PassRecordings | None = None
+        if recorder is not None and self._decoder.shelf is None:
+            self._recordings = PassRecordings(
+                decoder=self._decoder,
+                dropout=self._dropout,
+                num_weights=self.adapter.numel(),
+                recorder=recorder,
+            )
+        self._notices: list[str] = []
 
     @property
     def flat_adapter(self) -> FlatAdapter:
@@ -126,8 +147,20 @@ class FastModel(torch.nn.Module):
             by_target, _ = self._decoder.forward(flat, adapted=self._adapted, keeps=False)
             return _sum_by_sequence(by_target, flat)
 
+    def take_notices(self) -> list[str]:
+        """What changed in how passes are made since the last time, for people."""
+        if self._recordings is not None:
+            self._notices += self._recordings.take_notices()
+        notices, self._notices = self._notices, []
+        return notices
+
     def recompute_more(self) -> str:
         """Keep less of a pass from now on, with the same results: how, in words; empty where nothing more can be."""
+        if self._recordings is not None:
+            self._notices += self._recordings.take_notices()
+            had_any, self._recordings = self._recordings.num_recorded > 0, None
+            if had_any:
+                return "passes are launched kernel by kernel: recordings hold memory of their own"
         num_layers = len(self._decoder.blocks)
         more = step_down(self._recomputation, num_layers)
         if more is None:
@@ -150,6 +183,7 @@ class FastModel(torch.nn.Module):
         """Give the base back as it was. The fast path cannot run any more; a second time does nothing."""
         if not self._held:
             return
+        self._recordings = None
         del self._decoder, self._copies
         for parameter, dtype in self._narrowed:
             parameter.data = parameter.data.to(dtype)
@@ -176,6 +210,10 @@ class FastModel(torch.nn.Module):
             targets_by_sequence=self._send(targets),
         )
 
+    def _take_pass(self, flat: FlatPass) -> Pass:
+        played = None if self._recordings is None else self._recordings.lend(flat)
+        return played or LaunchedPass(self._decoder, self._dropout, flat, self.adapter.numel())
+
     def _send(self, values: Any) -> torch.Tensor:
         tensor = torch.from_numpy(values)
         if self._device.type != "cuda":
@@ -185,8 +223,8 @@ class FastModel(torch.nn.Module):
     def _extend_tables(self, length: int) -> None:
         if length <= len(self._cosines):
             return
-        # Seldom anew: a graph that was captured holds their addresses.
-        length = 1 << (length - 1).bit_length()
+        # Seldom anew, and as long as what a pass may be filled up with.
+        length = 1 << (max(length, SHORTEST) - 1).bit_length()
         angles = torch.outer(torch.arange(length, device=self._device, dtype=torch.float32), self._frequencies)
         self._cosines = angles.cos() * self._rotary_scaling
         self._sines = angles.sin() * self._rotary_scaling
@@ -197,21 +235,17 @@ class _Nats(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, adapter: torch.Tensor, model: FastModel, flat: FlatPass) -> torch.Tensor:
-        model._dropout.key = flat.key
-        by_target, kept = model._decoder.forward(flat, adapted=True, keeps=True)
-        context.model, context.flat, context.kept = model, flat, kept
-        return _sum_by_sequence(by_target, flat)
+        del adapter
+        work = model._take_pass(flat)
+        context.flat, context.work = flat, work
+        return _sum_by_sequence(work.forward(), flat)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        model, flat = context.model, context.flat
-        kept: KeptPass = context.kept
-        context.kept = None
-        gradients = torch.empty(model.adapter.numel(), device=model._device, dtype=model._dtype)
-        model._dropout.key = flat.key
-        model._decoder.backward(upstream.index_select(0, flat.sequences), flat, kept, gradients)
-        return gradients.float(), None, None
+        work: Pass = context.work
+        context.work = None
+        return work.backward(upstream.index_select(0, context.flat.sequences)), None, None
 
 
 def _sum_by_sequence(nats: torch.Tensor, flat: FlatPass) -> torch.Tensor:
