@@ -35,6 +35,9 @@ class Bounds:
 class Attention(Protocol):
     """Queries are [T, heads, D], keys and values [T, key-value heads, D]; each head's D are contiguous."""
 
+    # Whether kernels read on the device where sequences begin, so that they can be played again for others.
+    lengths_may_vary: bool
+
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds
     ) -> tuple[torch.Tensor, Any]:
@@ -57,6 +60,8 @@ class Attention(Protocol):
 
 class FlashAttention:
     """The kernels of FlashAttention-2 that torch brings, for sequences of any lengths in one launch."""
+
+    lengths_may_vary = True
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds
@@ -87,6 +92,8 @@ class FlashAttention:
 class CudnnAttention:
     """cuDNN's kernels, for sequences that are all of one length."""
 
+    lengths_may_vary = False
+
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds
     ) -> tuple[torch.Tensor, Any]:
@@ -115,6 +122,8 @@ class CudnnAttention:
 
 class CudaAttention:
     """The faster of the two for each kind of pass, timed at the first one of its kind and kept from then on."""
+
+    lengths_may_vary = True
 
     def __init__(self) -> None:
         self._flash, self._cudnn = FlashAttention(), CudnnAttention()
@@ -175,6 +184,8 @@ def _time(attention: Attention, query: torch.Tensor, key: torch.Tensor, value: t
 
 class TorchAttention:
     """The attention of the plain path, differentiated by autograd."""
+
+    lengths_may_vary = False
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds

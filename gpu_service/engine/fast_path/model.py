@@ -113,7 +113,7 @@ class FastModel(torch.nn.Module):
         self._rotary_scaling = float(rotary.attention_scaling)
         self._cosines = self._sines = torch.empty(0, device=self._device)
         self._adapted = True
-        if recorder is None and self._device.type == "cuda" and settings.records:
+        if recorder is None and self._device.type == "cuda" and settings.records and attention.lengths_may_vary:
             recorder = CudaRecorder(self._device)
         self._recordings: PassRecordings | None = None
         if recorder is not None and self._decoder.shelf is None:
