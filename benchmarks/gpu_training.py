@@ -33,6 +33,7 @@ from gpu_service.engine.builders.methods import lora, qlora
 from gpu_service.engine.builders.optimizers import adamw
 from gpu_service.engine.builders.quantization import nf4
 from gpu_service.engine.failures import library_versions
+from gpu_service.engine.fast_path.attention_choice import AttentionChoice
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
 from gpu_service.engine.training.accelerator import make_accelerator
@@ -163,6 +164,7 @@ def measure(
                 records=not arguments.launched,
             ),
         )
+        wait_for_attention(fast, shape)
         parity = compare(fast, accelerator.prepare(model), batches[0], shape.vocabulary, objective)
         trained: Any = fast
         optimizer = accelerator.prepare(FlatAdamW(fast.flat_adapter, settings.optimizer))
@@ -202,6 +204,16 @@ def measure(
         "parity": parity,
         "profile": profile,
     }
+
+
+def wait_for_attention(fast: FastModel, shape: Shape) -> None:
+    """Until FlashAttention-4 is ready, where it is installed: a run does not wait for it."""
+    if isinstance(fast.attention, AttentionChoice):
+        query, key = (
+            torch.empty(1, heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+            for heads in (shape.heads, shape.key_value_heads)
+        )
+        fast.attention.prepare(query, key, waits=True)
 
 
 class Stepper:

@@ -18,6 +18,7 @@ import torch
 from gpu_service.domain.recomputation import NOTHING, Recomputation, everything, step_down
 from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
 from gpu_service.engine.fast_path.attention import Attention, Bounds, attention_for
+from gpu_service.engine.fast_path.attention_choice import AttentionChoice
 from gpu_service.engine.fast_path.block import Block, BlockShape, Positions
 from gpu_service.engine.fast_path.decoder import Decoder, FlatPass
 from gpu_service.engine.fast_path.dropout import Dropout
@@ -105,15 +106,15 @@ class FastModel(torch.nn.Module):
         self._copies = self._operations.prepare_copies(
             [copy for one in projections for copy in one.adapter.copies(one.frozen.margins)]
         )
-        attention = attention or attention_for(self._device, self._dtype)
+        self._attention = attention or attention_for(self._device, self._dtype)
         self._recomputation = everything(len(layers)) if settings.recomputes else settings.recomputation
-        self._decoder = _assemble(causal, projections, settings, self._recomputation, self._operations, attention)
+        self._decoder = _assemble(causal, projections, settings, self._recomputation, self._operations, self._attention)
         rotary = causal.model.rotary_emb
         self._frequencies = rotary.inv_freq.to(self._device, torch.float32)
         self._rotary_scaling = float(rotary.attention_scaling)
         self._cosines = self._sines = torch.empty(0, device=self._device)
         self._adapted = True
-        if recorder is None and self._device.type == "cuda" and settings.records and attention.lengths_may_vary:
+        if recorder is None and self._device.type == "cuda" and settings.records and self._attention.lengths_may_vary:
             recorder = CudaRecorder(self._device)
         self._recordings: PassRecordings | None = None
         if recorder is not None and self._decoder.shelf is None:
@@ -133,6 +134,10 @@ class FastModel(torch.nn.Module):
     def decoder(self) -> Decoder:
         return self._decoder
 
+    @property
+    def attention(self) -> Attention:
+        return self._attention
+
     def nats_by_sequence(self, batch: MicroBatch) -> torch.Tensor:
         """Negative log likelihood of each sequence's targets: float64 [S], with gradient where gradients are on."""
         flat = self._lay_out(batch)
@@ -149,6 +154,8 @@ class FastModel(torch.nn.Module):
 
     def take_notices(self) -> list[str]:
         """What changed in how passes are made since the last time, for people."""
+        if isinstance(self._attention, AttentionChoice):
+            self._notices += self._attention.take_notices()
         if self._recordings is not None:
             self._notices += self._recordings.take_notices()
         notices, self._notices = self._notices, []
