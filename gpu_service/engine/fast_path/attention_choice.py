@@ -16,11 +16,13 @@ from gpu_service.engine.fast_path.flash_attention_4 import UNUSABLE, Preparation
 
 _SHORTEST_FOR_CUDNN = 256
 _TIMED_PASSES = 4
+# Each is timed, and cuDNN makes a plan for each: where lengths are many, one kernel for all of them is the better.
+_MOST_EVEN_KINDS = 16
 # So that nothing stands beside the first steps of a run, for which people wait.
 _CALLS_BEFORE_PREPARING = 200
 
 Clock = Callable[[Attention, torch.Tensor, torch.Tensor, torch.Tensor, Bounds], float]
-# Whether all sequences are as long as the longest, tokens and the longest; of mixed lengths as powers of two.
+# Whether all sequences have one length that cuDNN is tried at; tokens and the longest, of others as powers of two.
 _Kind = tuple[bool, int, int]
 
 
@@ -76,7 +78,7 @@ class AttentionChoice:
             self._preparation.wait()
 
     def _choose(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds) -> Attention:
-        kind = _kind_of(len(query), bounds)
+        kind = self._kind_of(len(query), bounds)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             # Nothing can be timed now; the same pass was made just before.
             return self._chosen.get(kind, self._flash)
@@ -91,10 +93,19 @@ class AttentionChoice:
             self._notices.append(_describe(kind, fastest, times))
         return self._chosen[kind]
 
-    def _candidates(self, kind: _Kind) -> dict[str, Attention]:
-        is_even, _, longest = kind
-        candidates = {"FlashAttention-2": self._flash}
+    def _kind_of(self, num_tokens: int, bounds: Bounds) -> _Kind:
+        longest = bounds.longest
+        is_even = not bounds.lengths_vary and all(length == longest for length in bounds.layout.lengths)
         if is_even and longest >= _SHORTEST_FOR_CUDNN:
+            kind = (True, num_tokens, longest)
+            if kind in self._chosen or sum(known[0] for known in self._chosen) < _MOST_EVEN_KINDS:
+                return kind
+        return False, _power_of_two(num_tokens), _power_of_two(longest)
+
+    def _candidates(self, kind: _Kind) -> dict[str, Attention]:
+        is_even, *_ = kind
+        candidates = {"FlashAttention-2": self._flash}
+        if is_even:
             candidates["cuDNN"] = self._cudnn
         if self._newest is not None:
             candidates["FlashAttention-4"] = self._newest
@@ -126,13 +137,6 @@ class AttentionChoice:
             self._notices.append(f"FlashAttention-4 was given up: {type(error).__name__}: {error}")
             self._newest = None
             return float("inf")
-
-
-def _kind_of(num_tokens: int, bounds: Bounds) -> _Kind:
-    is_even = not bounds.lengths_vary and all(length == bounds.longest for length in bounds.layout.lengths)
-    if is_even:
-        return True, num_tokens, bounds.longest
-    return False, _power_of_two(num_tokens), _power_of_two(bounds.longest)
 
 
 def _power_of_two(number: int) -> int:

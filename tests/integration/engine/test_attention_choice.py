@@ -91,6 +91,14 @@ def test_without_flash_attention_4_only_rows_of_one_length_have_a_choice() -> No
     assert len(asked) == 4
 
 
+def test_rows_of_ever_other_lengths_are_timed_no_more() -> None:
+    choice, _ = _make({"flash": 2.0, "cudnn": 1.0})
+    used = [_used(choice, length) for length in range(256, 256 + 20)]
+    assert used == ["cudnn"] * 16 + ["flash"] * 4
+    assert _used(choice, 256) == "cudnn"
+    assert len(choice.take_notices()) == 16
+
+
 def test_flash_attention_4_is_timed_once_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = _Prepared(_Named("newest"))
     monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
