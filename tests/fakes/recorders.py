@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gpu_service.engine.fast_path.graphs import Took
+from gpu_service.engine.fast_path.recorder import Took
 
 _LAUNCHED, _PLAYED = Took(handing_out=1.0, whole=1.0), Took(handing_out=0.1, whole=0.5)
 

@@ -97,7 +97,7 @@ def test_flash_attention_4_played_for_other_lengths() -> None:
     import torch
 
     from gpu_service.engine.fast_path.attention import FlashAttention
-    from gpu_service.engine.fast_path.graphs import CudaRecorder
+    from gpu_service.engine.fast_path.recorder import CudaRecorder
 
     parts = _draw(sum(_MIXED), 9, 3, 64)
     newest, bounds = _newest(parts), _bounds(_MIXED, 16)

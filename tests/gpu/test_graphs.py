@@ -26,7 +26,7 @@ def _make_recorder() -> Any:
     """CUDA graphs whatever they take, which can be switched to launching what they recorded."""
     import torch
 
-    from gpu_service.engine.fast_path.graphs import CudaRecorder, Took
+    from gpu_service.engine.fast_path.recorder import CudaRecorder, Took
 
     class Switching(CudaRecorder):
         launches = False
@@ -139,6 +139,29 @@ def test_played_is_what_it_is_without_a_recorder(dropout: float) -> None:
         assert _error(gradients, expected_gradients) < tolerance
 
 
+def test_measured_passes_are_played() -> None:
+    import torch
+
+    from tests.fakes.fast_models import nats
+    from tests.fakes.flat_models import VOCABULARY_SIZE
+    from tests.fakes.planned_rows import PlannedRows, make_examples
+
+    recorder = _make_recorder()
+    _, fast = _make("bfloat16", recorder)
+    rows = [PlannedRows(make_examples(one, vocabulary_size=VOCABULARY_SIZE, seed=3)) for one in _PASSES]
+    found: list[list[Any]] = []
+    with torch.no_grad():
+        for recorder.launches in (False, False, False, True):
+            plays = recorder.num_plays
+            found.append([nats(fast, one, device="cuda") for one in rows])
+            with fast.disable_adapter():
+                found[-1] += [nats(fast, one, device="cuda") for one in rows]
+    assert recorder.num_plays == plays + 2 * len(_PASSES)
+    assert all(torch.equal(one, other) for one, other in zip(found[2], found[3], strict=True))
+    assert all(torch.allclose(one, other, rtol=1e-2) for one, other in zip(found[0], found[2], strict=True))
+    assert not torch.equal(found[3][0], found[3][len(_PASSES)])
+
+
 def test_no_played_step_waits_for_the_device() -> None:
     import torch
 
@@ -186,7 +209,7 @@ def test_cuda_measures_by_itself() -> None:
     """A model whose kernels are nothing is played in less time than it is launched in."""
     import torch
 
-    from gpu_service.engine.fast_path.graphs import CudaRecorder
+    from gpu_service.engine.fast_path.recorder import CudaRecorder
 
     model, fast = _make("bfloat16", CudaRecorder(torch.device("cuda", 0)))
     _record_all(model, fast)

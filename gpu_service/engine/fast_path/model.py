@@ -25,11 +25,13 @@ from gpu_service.engine.fast_path.dropout import Dropout
 from gpu_service.engine.fast_path.fp8 import RoundedGroup
 from gpu_service.engine.fast_path.frames import SHORTEST
 from gpu_service.engine.fast_path.frozen import FrozenGroup, Scratch
-from gpu_service.engine.fast_path.graphs import CudaRecorder, LaunchedPass, Pass, PassRecordings, Recorder
+from gpu_service.engine.fast_path.graphs import PassRecordings
 from gpu_service.engine.fast_path.head import Head
 from gpu_service.engine.fast_path.offloading import HostShelf
 from gpu_service.engine.fast_path.operations import operations_for
+from gpu_service.engine.fast_path.passes import Kind, LaunchedPass, Pass, measure
 from gpu_service.engine.fast_path.projection import Projection
+from gpu_service.engine.fast_path.recorder import CudaRecorder, Recorder
 from gpu_service.engine.training.batches import MicroBatch
 
 # Layers that read the same rows, in the order that their outputs stand in.
@@ -147,9 +149,10 @@ class FastModel(torch.nn.Module):
             key = self._dropout.draw_key() if self.training else None
             nats: torch.Tensor = _Nats.apply(self.adapter, self, replace(flat, key=key))
             return nats
-        self._dropout.key = None
+        kind = Kind.MEASURED if self._adapted else Kind.MEASURED_BASE
         with torch.no_grad():
-            by_target, _ = self._decoder.forward(flat, adapted=self._adapted, keeps=False)
+            played = None if self._recordings is None else self._recordings.lend(flat, kind)
+            by_target = played.forward() if played else measure(self._decoder, self._dropout, flat, kind)
             return _sum_by_sequence(by_target, flat)
 
     def take_notices(self) -> list[str]:
@@ -218,7 +221,7 @@ class FastModel(torch.nn.Module):
         )
 
     def _take_pass(self, flat: FlatPass) -> Pass:
-        played = None if self._recordings is None else self._recordings.lend(flat)
+        played = None if self._recordings is None else self._recordings.lend(flat, Kind.TRAINED)
         return played or LaunchedPass(self._decoder, self._dropout, flat, self.adapter.numel())
 
     def _send(self, values: Any) -> torch.Tensor:

@@ -11,19 +11,25 @@ import torch
 
 from gpu_service.domain.recomputation import Recomputation
 from gpu_service.engine import trainers
-from gpu_service.engine.fast_path.graphs import Took
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
+from gpu_service.engine.fast_path.recorder import Took
 from gpu_service.engine.resident import BaseShelf
 from gpu_service.engine.service import carry_out
 from gpu_service.engine.stopping import StopSwitch
 from gpu_service.engine.training.batches import MicroBatchLimit
-from tests.fakes.engine_runs import Workspace, read_log
+from tests.fakes.engine_runs import TraitRows, Workspace, read_log
 from tests.fakes.fast_models import fast_gradients, hold_in_nf4, make_fast, make_peft, nats
 from tests.fakes.flat_models import VOCABULARY_SIZE
 from tests.fakes.planned_rows import PlannedRows, make_examples
 from tests.fakes.recorders import RunAgain
 
 _PASSES = ((5, 40, 1, 1, 17, 64, 2, 9), (90, 90), (33,) * 6, (120, 3, 70), (128, 128))
+
+
+_PAIRS = [
+    {"prompt": f"Question {number}?", "chosen": "A kind answer. " * (number % 3 + 1), "rejected": "No."}
+    for number in range(24)
+]
 
 
 def _rows(number: int) -> PlannedRows:
@@ -132,6 +138,41 @@ def test_dropout_has_the_masks_of_launched_passes() -> None:
     assert (found[0][0][0] - found[0][len(_PASSES)][0]).abs().max() > 1e-2
 
 
+def test_measured_passes_are_played_too_and_leave_a_waiting_pass_alone() -> None:
+    """With the adapter and without, and launched while a training pass waits for its way back."""
+    recorder = RunAgain()
+    model, other = make_peft(), make_peft()
+    fast, plain = _recording(model, recorder), make_fast(other)
+    for _ in range(2):
+        for one in (fast, plain):
+            with torch.no_grad():
+                nats(one, _rows(0))
+                with one.disable_adapter():
+                    nats(one, _rows(0))
+            nats(one, _rows(0))
+    found = []
+    for one in (fast, plain):
+        plays = recorder.num_plays
+        with torch.no_grad():
+            found.append([nats(one, _rows(0))])
+            with one.disable_adapter():
+                found[-1].append(nats(one, _rows(0)))
+        assert recorder.num_plays == plays + (2 if one is fast else 0)
+        values = nats(one, _rows(0))
+        plays = recorder.num_plays
+        with torch.no_grad():
+            found[-1].append(nats(one, _rows(1)))
+            found[-1].append(nats(one, _rows(0)))
+        assert recorder.num_plays == plays
+        found[-1] += fast_gradients(model if one is fast else other, one, _weighted(values)).values()
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp(min=1e-3)
+    assert not torch.equal(found[0][0], found[0][1])
+    said = "; ".join(fast.take_notices())
+    for kind in ("training passes of", "measured passes of up", "measured passes of the base of"):
+        assert kind in said
+
+
 _REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "busy": ({"launched": Took(handing_out=0.5, whole=1.0)}, "busy for all of their 1000.0 ms"),
     "slower": ({"played": Took(handing_out=0.1, whole=0.95)}, "played again they take 950.0 of 1000.0 ms"),
@@ -148,7 +189,7 @@ def test_what_is_not_worth_it_stays_launched(case: str) -> None:
     found = _make_passes(model, fast)
     plays = recorder.num_plays
     (notice,) = fast.take_notices()
-    assert "256 tokens and more stay launched kernel by kernel" in notice
+    assert "training passes of 256 tokens and more stay launched kernel by kernel" in notice
     assert reason in notice
     found += _make_passes(model, fast)
     assert recorder.num_plays == plays
@@ -169,7 +210,8 @@ def test_recordings_are_given_up_first_where_memory_ran_out() -> None:
     assert len(fast.take_notices()) == 1
 
 
-def test_a_run_says_what_is_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_run_says_what_is_played(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = Workspace(root=tmp_path)
     logs = []
     for name, recorder in (("launched", None), ("played", RunAgain())):
@@ -177,13 +219,20 @@ def test_a_run_says_what_is_played(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         directory = workspace.make_run(
             f"run-{name}",
             training_type="lora",
-            hyperparameters={"num_steps": 6, "trainer": "fast", "optimizer": {"learning_rate": 1e-3}},
+            hyperparameters={
+                "num_steps": 6,
+                "trainer": "fast",
+                "objective": objective,
+                "optimizer": {"learning_rate": 1e-3},
+            },
+            traits=[TraitRows(trait_type="polite", rows=_PAIRS, format="preference")] if objective == "dpo" else (),
         )
         carry_out(directory, shelf=BaseShelf(), switch=StopSwitch(), notify=lambda notice: None)
         logs.append(read_log(directory))
         assert logs[-1].states[-1] == "SUCCEEDED", logs[-1].payloads[-1]
     said = [[event.message for event in log.of("log") if "CUDA graphs" in event.message] for log in logs]
     assert said[0] == []
-    assert said[1]
+    kinds = ["training passes of up"] + ["measured passes of the base of up"] * (objective == "dpo")
+    assert all(any(kind in message for message in said[1]) for kind in kinds)
     launched, played = (log.losses for log in logs)
     assert played == pytest.approx(launched, rel=1e-5)
