@@ -29,8 +29,8 @@ class Recording:
     ) -> None:
         device = like.tokens.device
 
-        def buffer(size: int, kind: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(size, dtype=kind, device=device)
+        def buffer(size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
 
         self._frame, self._kind = frame, kind
         self._tokens, self._places = buffer(frame.tokens), buffer(frame.tokens)

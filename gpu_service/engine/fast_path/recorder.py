@@ -47,14 +47,23 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # No work is captured on the stream that all else runs on.
+        self._stream = torch.cuda.Stream(device)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
         # What cuBLAS works in would otherwise be memory that is given to others when it is given back.
         _drop_workspaces()
-        # Other threads of the engine go on; theirs is not recorded.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            work()
+        # What was launched one by one has its memory cached, and a recording has memory of its own.
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(self._stream):
+            # Other threads of the engine go on; what they do is not recorded.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
         _drop_workspaces()
         return graph.replay
 
