@@ -91,6 +91,16 @@ def test_without_flash_attention_4_only_rows_of_one_length_have_a_choice() -> No
     assert len(asked) == 4
 
 
+def test_who_asks_for_the_same_bits_has_no_choice() -> None:
+    choice, _ = _make({"flash": 2.0, "cudnn": 1.0})
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert _used(choice, 256, 256) == "flash"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert _used(choice, 256, 256) == "cudnn"
+
+
 def test_rows_of_ever_other_lengths_are_timed_no_more() -> None:
     choice, _ = _make({"flash": 2.0, "cudnn": 1.0})
     used = [_used(choice, length) for length in range(256, 256 + 20)]

@@ -95,6 +95,18 @@ def test_what_comes_once_is_launched_and_what_is_near_is_played() -> None:
     assert fast.take_notices() == []
 
 
+def test_who_asks_for_the_same_bits_has_nothing_played() -> None:
+    model, recorder = make_peft(), RunAgain()
+    fast = _recording(model, recorder)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            nats(fast, _rows(0))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert recorder.num_plays == 0
+
+
 def test_passes_between_a_forward_and_its_backward_pass_are_launched() -> None:
     """The recording holds what one of them kept, and its gradient is given away as a copy."""
     model, recorder = make_peft(), RunAgain()
