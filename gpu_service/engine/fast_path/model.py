@@ -164,13 +164,21 @@ class FastModel(torch.nn.Module):
         notices, self._notices = self._notices, []
         return notices
 
+    def give_up_recordings(self) -> str:
+        """Launch every pass from now on: how, in words; empty where nothing had been recorded.
+
+        For whoever needs their memory, or gives the weights another place: recordings know where those lay.
+        """
+        if self._recordings is None:
+            return ""
+        self._notices += self._recordings.take_notices()
+        had_any, self._recordings = self._recordings.num_recorded > 0, None
+        return "passes are launched kernel by kernel: recordings hold memory of their own" if had_any else ""
+
     def recompute_more(self) -> str:
         """Keep less of a pass from now on, with the same results: how, in words; empty where nothing more can be."""
-        if self._recordings is not None:
-            self._notices += self._recordings.take_notices()
-            had_any, self._recordings = self._recordings.num_recorded > 0, None
-            if had_any:
-                return "passes are launched kernel by kernel: recordings hold memory of their own"
+        if described := self.give_up_recordings():
+            return described
         num_layers = len(self._decoder.blocks)
         more = step_down(self._recomputation, num_layers)
         if more is None:
