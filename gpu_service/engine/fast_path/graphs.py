@@ -21,8 +21,8 @@ from gpu_service.engine.fast_path.passes import Kind, LaunchedPass, measure
 from gpu_service.engine.fast_path.recorded_pass import PlayedPass, Recording
 from gpu_service.engine.fast_path.recorder import Recorder, Took
 
-# Beyond it a device is busy with every model that fills it at all.
-_LARGEST_TOKENS = 8192
+# Beyond it a device is busy with nearly every model, and what a pass holds is much to hold twice.
+_LARGEST_TOKENS = 16_384
 # Each holds buffers, and takes a few passes' time to make. Of one kind of pass.
 _MOST_FRAMES = 16
 # Passes of a frame that are made kernel by kernel before it is recorded: what comes once is not worth it.
@@ -123,7 +123,8 @@ class PassRecordings:
             return False
         self._known[kind].recordings[frame] = recording
         self._notices.append(
-            f"{kind.value} of up to {frame.tokens} tokens are played as recorded (CUDA graphs): "
+            f"{kind.value} of up to {frame.tokens} tokens, {frame.targets} of them targets, are played as recorded "
+            f"(CUDA graphs): "
             f"{1000 * played.whole:.1f} ms in place of {1000 * took.whole:.1f} ms"
         )
         return True
