@@ -33,6 +33,7 @@ from gpu_service.engine.builders.methods import lora, qlora
 from gpu_service.engine.builders.optimizers import adamw
 from gpu_service.engine.builders.quantization import nf4
 from gpu_service.engine.failures import library_versions
+from gpu_service.engine.fast_path.attention_choice import AttentionChoice
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
 from gpu_service.engine.training.accelerator import make_accelerator
@@ -160,8 +161,10 @@ def measure(
                 keeps_weights=base == "nf4-kept",
                 in_fp8=base == "fp8",
                 recomputes=arguments.recompute,
+                records=not arguments.launched,
             ),
         )
+        wait_for_attention(fast, shape)
         parity = compare(fast, accelerator.prepare(model), batches[0], shape.vocabulary, objective)
         trained: Any = fast
         optimizer = accelerator.prepare(FlatAdamW(fast.flat_adapter, settings.optimizer))
@@ -188,6 +191,7 @@ def measure(
         "base": base,
         "shape": arguments.shape,
         "recompute": arguments.recompute,
+        "notices": trained.take_notices() if path == "fast" else [],
         "tokens_per_second": round(statistics.median(rates)),
         "tokens_per_second_p10_p90": [round(rates[len(rates) // 10]), round(rates[-1 - len(rates) // 10])],
         "tokens_per_second_overall": round(sum(tokens) / sum(seconds)),
@@ -200,6 +204,16 @@ def measure(
         "parity": parity,
         "profile": profile,
     }
+
+
+def wait_for_attention(fast: FastModel, shape: Shape) -> None:
+    """Until FlashAttention-4 is ready, where it is installed: a run does not wait for it."""
+    if isinstance(fast.attention, AttentionChoice):
+        query, key = (
+            torch.empty(1, heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+            for heads in (shape.heads, shape.key_value_heads)
+        )
+        fast.attention.prepare(query, key, waits=True)
 
 
 class Stepper:
@@ -339,6 +353,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--distinct", type=int, default=12, help="different batches that steps go through in turn")
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--launched", action="store_true", help="no pass is recorded and played again")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -67,6 +67,7 @@ class Shape:
 SHAPES: Mapping[str, Shape] = {
     "tiny": Shape(hidden=64, intermediate=128, layers=2, heads=4, key_value_heads=2, vocabulary=512, tied=True),
     "0.1B": Shape(hidden=768, intermediate=2048, layers=12, heads=12, key_value_heads=12, vocabulary=32000, tied=True),
+    "135M": Shape(hidden=576, intermediate=1536, layers=30, heads=9, key_value_heads=3, vocabulary=49152, tied=True),
     "0.5B": Shape(hidden=896, intermediate=4864, layers=24, heads=14, key_value_heads=2, vocabulary=151936, tied=True),
     "1B": Shape(hidden=2048, intermediate=8192, layers=16, heads=32, key_value_heads=8, vocabulary=128256, tied=True),
     "3B": Shape(hidden=3072, intermediate=8192, layers=28, heads=24, key_value_heads=8, vocabulary=128256, tied=True),

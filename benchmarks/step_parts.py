@@ -236,7 +236,7 @@ def measure_steps(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     model = make_model(shape, "nf4", settings)
     fast = FastModel(
-        model, FastSettings(device=device, compute_dtype=torch.bfloat16, keeps_weights=False, recomputes=False)
+        model, FastSettings(device=device, compute_dtype=torch.bfloat16, keeps_weights=False, records=False)
     )
     optimizer = accelerator.prepare(FlatAdamW(fast.flat_adapter, settings.optimizer))
     stepper = Stepper(accelerator=accelerator, model=fast, optimizer=optimizer, settings=settings)

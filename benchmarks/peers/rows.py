@@ -124,6 +124,14 @@ ROWS: Mapping[str, Row] = {
         needs_fields=("compute",),
     ),
     "8b": Row(summary="8B shape, NF4 base, dense, 16,384 tokens a step", shape="8B", tokens_per_step=16384, apart=True),
+    "small": Row(
+        summary="135M shape, NF4 base, mixed lengths, 2,048 tokens a step",
+        shape="135M",
+        stream="mixed",
+        tokens_per_step=2048,
+        hyperparameters=_STREAMED,
+        gradient_base="nf4",
+    ),
     "lora": Row(
         summary="bf16 base, never quantized, dense", training_type="lora", peers=("trl",), gradient_base="bf16"
     ),

@@ -52,6 +52,7 @@ def make_fast(
     recomputes: bool = False,
     recomputation: Recomputation = NOTHING,
 ) -> FastModel:
+    """Every pass is launched kernel by kernel."""
     return FastModel(
         model,
         FastSettings(
@@ -61,6 +62,7 @@ def make_fast(
             in_fp8=in_fp8,
             recomputes=recomputes,
             recomputation=recomputation,
+            records=False,
         ),
     )
 

@@ -1,7 +1,7 @@
 """Causal attention of flat packed tokens, forward and backward, without a mask of tokens by tokens.
 
-On CUDA the kernels of FlashAttention-2 inside torch, and on Hopper cuDNN's where all sequences of a pass have one
-length and it is the faster; elsewhere torch's fused attention, one sequence after another.
+On CUDA the kernels of FlashAttention-2 inside torch, and from Hopper on whichever is the fastest (`attention_choice`);
+elsewhere torch's fused attention, one sequence after another.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_service.engine.training.flat_attention import FlatLayout, attend_flat
 
-# Where cuDNN's kernels are worth a try: they are the faster ones on Hopper, not before.
-_CUDNN_CAPABILITY = (9, 0)
-_SHORTEST_FOR_CUDNN = 256
-_TIMED_PASSES = 4
+# Where there is a choice: cuDNN's kernels are the faster ones on Hopper, not before, and FlashAttention-4 has none.
+_CHOICE_CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +26,15 @@ class Bounds:
     starts: torch.Tensor
     longest: int
     layout: FlatLayout
+    # Whether a pass is recorded, and played for others: as many tokens, in other sequences, none longer than `longest`.
+    lengths_vary: bool = False
 
 
 class Attention(Protocol):
     """Queries are [T, heads, D], keys and values [T, key-value heads, D]; each head's D are contiguous."""
+
+    # Whether kernels read on the device where sequences begin, so that they can be played again for others.
+    lengths_may_vary: bool
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds
@@ -55,6 +58,8 @@ class Attention(Protocol):
 
 class FlashAttention:
     """The kernels of FlashAttention-2 that torch brings, for sequences of any lengths in one launch."""
+
+    lengths_may_vary = True
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds
@@ -85,6 +90,8 @@ class FlashAttention:
 class CudnnAttention:
     """cuDNN's kernels, for sequences that are all of one length."""
 
+    lengths_may_vary = False
+
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds
     ) -> tuple[torch.Tensor, Any]:
@@ -111,67 +118,10 @@ class CudnnAttention:
         return of_query, of_key, of_value
 
 
-class CudaAttention:
-    """The faster of the two for each kind of pass, timed at the first one of its kind and kept from then on."""
-
-    def __init__(self) -> None:
-        self._flash, self._cudnn = FlashAttention(), CudnnAttention()
-        # By length and number of sequences.
-        self._chosen: dict[tuple[int, int], Attention] = {}
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds
-    ) -> tuple[torch.Tensor, Any]:
-        chosen = self._choose(query, key, value, bounds)
-        output, kept = chosen.forward(query, key, value, bounds)
-        return output, (chosen, kept)
-
-    def backward(
-        self,
-        gradient: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        kept: Any,
-        bounds: Bounds,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        chosen, rest = kept
-        gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = chosen.backward(
-            gradient, query, key, value, output, rest, bounds
-        )
-        return gradients
-
-    def _choose(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds) -> Attention:
-        lengths = bounds.layout.lengths
-        if bounds.longest < _SHORTEST_FOR_CUDNN or any(length != bounds.longest for length in lengths):
-            return self._flash
-        # Who asks torch for the same bits each time gets them from FlashAttention's kernels alone.
-        if torch.are_deterministic_algorithms_enabled():
-            return self._flash
-        kind = (bounds.longest, len(lengths))
-        if kind not in self._chosen:
-            candidates: tuple[Attention, ...] = (self._flash, self._cudnn)
-            times = [_time(one, query, key, value, bounds) for one in candidates]
-            self._chosen[kind] = candidates[times.index(min(times))]
-        return self._chosen[kind]
-
-
-def _time(attention: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds) -> float:
-    """Milliseconds of a pass forward and back, once it is warm. The host waits for the device."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for number in range(_TIMED_PASSES):
-        if number == 1:
-            start.record()
-        output, kept = attention.forward(query, key, value, bounds)
-        attention.backward(output, query, key, value, output, kept, bounds)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
 class TorchAttention:
     """The attention of the plain path, differentiated by autograd."""
+
+    lengths_may_vary = False
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds
@@ -202,6 +152,11 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds:
 
 def attention_for(device: torch.device, dtype: torch.dtype) -> Attention:
     """FlashAttention's kernels take 16-bit numbers on CUDA; everything else goes sequence by sequence."""
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return CudaAttention() if torch.cuda.get_device_capability(device) >= _CUDNN_CAPABILITY else FlashAttention()
-    return TorchAttention()
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return TorchAttention()
+    if torch.cuda.get_device_capability(device) < _CHOICE_CAPABILITY:
+        return FlashAttention()
+    # Built on what stands above.
+    from gpu_service.engine.fast_path.attention_choice import AttentionChoice
+
+    return AttentionChoice()

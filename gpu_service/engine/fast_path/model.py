@@ -18,15 +18,20 @@ import torch
 from gpu_service.domain.recomputation import NOTHING, Recomputation, everything, step_down
 from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
 from gpu_service.engine.fast_path.attention import Attention, Bounds, attention_for
+from gpu_service.engine.fast_path.attention_choice import AttentionChoice
 from gpu_service.engine.fast_path.block import Block, BlockShape, Positions
-from gpu_service.engine.fast_path.decoder import Decoder, FlatPass, KeptPass
+from gpu_service.engine.fast_path.decoder import Decoder, FlatPass
 from gpu_service.engine.fast_path.dropout import Dropout
 from gpu_service.engine.fast_path.fp8 import RoundedGroup
+from gpu_service.engine.fast_path.frames import SHORTEST
 from gpu_service.engine.fast_path.frozen import FrozenGroup, Scratch
+from gpu_service.engine.fast_path.graphs import PassRecordings
 from gpu_service.engine.fast_path.head import Head
 from gpu_service.engine.fast_path.offloading import HostShelf
 from gpu_service.engine.fast_path.operations import operations_for
+from gpu_service.engine.fast_path.passes import Kind, LaunchedPass, Pass, measure
 from gpu_service.engine.fast_path.projection import Projection
+from gpu_service.engine.fast_path.recorder import CudaRecorder, Recorder
 from gpu_service.engine.training.batches import MicroBatch
 
 # Layers that read the same rows, in the order that their outputs stand in.
@@ -52,6 +57,8 @@ class FastSettings:
     # Frozen products in 8 bits: other numerics.
     in_fp8: bool = False
     recomputation: Recomputation = NOTHING
+    # On CUDA: whether passes whose kernels are small may be recorded and played again.
+    records: bool = True
 
 
 class FastModel(torch.nn.Module):
@@ -61,9 +68,15 @@ class FastModel(torch.nn.Module):
     attends_within_sequences = True
 
     def __init__(
-        self, peft_model: Any, settings: FastSettings, *, operations: Any = None, attention: Attention | None = None
+        self,
+        peft_model: Any,
+        settings: FastSettings,
+        *,
+        operations: Any = None,
+        attention: Attention | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        """`operations` and `attention` None are the device's own.
+        """`operations`, `attention` and `recorder` None are the device's own; a CPU has no recorder.
 
         Raises AdapterNotSupported, NotNf4 for what the plan should not have sent here.
         """
@@ -95,14 +108,25 @@ class FastModel(torch.nn.Module):
         self._copies = self._operations.prepare_copies(
             [copy for one in projections for copy in one.adapter.copies(one.frozen.margins)]
         )
-        attention = attention or attention_for(self._device, self._dtype)
+        self._attention = attention or attention_for(self._device, self._dtype)
         self._recomputation = everything(len(layers)) if settings.recomputes else settings.recomputation
-        self._decoder = _assemble(causal, projections, settings, self._recomputation, self._operations, attention)
+        self._decoder = _assemble(causal, projections, settings, self._recomputation, self._operations, self._attention)
         rotary = causal.model.rotary_emb
         self._frequencies = rotary.inv_freq.to(self._device, torch.float32)
         self._rotary_scaling = float(rotary.attention_scaling)
         self._cosines = self._sines = torch.empty(0, device=self._device)
         self._adapted = True
+        if recorder is None and self._device.type == "cuda" and settings.records and self._attention.lengths_may_vary:
+            recorder = CudaRecorder(self._device)
+        self._recordings: PassRecordings | None = None
+        if recorder is not None and self._decoder.shelf is None:
+            self._recordings = PassRecordings(
+                decoder=self._decoder,
+                dropout=self._dropout,
+                num_weights=self.adapter.numel(),
+                recorder=recorder,
+            )
+        self._notices: list[str] = []
 
     @property
     def flat_adapter(self) -> FlatAdapter:
@@ -111,6 +135,10 @@ class FastModel(torch.nn.Module):
     @property
     def decoder(self) -> Decoder:
         return self._decoder
+
+    @property
+    def attention(self) -> Attention:
+        return self._attention
 
     def nats_by_sequence(self, batch: MicroBatch) -> torch.Tensor:
         """Negative log likelihood of each sequence's targets: float64 [S], with gradient where gradients are on."""
@@ -121,13 +149,36 @@ class FastModel(torch.nn.Module):
             key = self._dropout.draw_key() if self.training else None
             nats: torch.Tensor = _Nats.apply(self.adapter, self, replace(flat, key=key))
             return nats
-        self._dropout.key = None
+        kind = Kind.MEASURED if self._adapted else Kind.MEASURED_BASE
         with torch.no_grad():
-            by_target, _ = self._decoder.forward(flat, adapted=self._adapted, keeps=False)
+            played = None if self._recordings is None else self._recordings.lend(flat, kind)
+            by_target = played.forward() if played else measure(self._decoder, self._dropout, flat, kind)
             return _sum_by_sequence(by_target, flat)
+
+    def take_notices(self) -> list[str]:
+        """What changed in how passes are made since the last time, for people."""
+        if isinstance(self._attention, AttentionChoice):
+            self._notices += self._attention.take_notices()
+        if self._recordings is not None:
+            self._notices += self._recordings.take_notices()
+        notices, self._notices = self._notices, []
+        return notices
+
+    def give_up_recordings(self) -> str:
+        """Launch every pass from now on: how, in words; empty where nothing had been recorded.
+
+        For whoever needs their memory, or gives the weights another place: recordings know where those lay.
+        """
+        if self._recordings is None:
+            return ""
+        self._notices += self._recordings.take_notices()
+        had_any, self._recordings = self._recordings.num_recorded > 0, None
+        return "passes are launched kernel by kernel: recordings hold memory of their own" if had_any else ""
 
     def recompute_more(self) -> str:
         """Keep less of a pass from now on, with the same results: how, in words; empty where nothing more can be."""
+        if described := self.give_up_recordings():
+            return described
         num_layers = len(self._decoder.blocks)
         more = step_down(self._recomputation, num_layers)
         if more is None:
@@ -150,6 +201,7 @@ class FastModel(torch.nn.Module):
         """Give the base back as it was. The fast path cannot run any more; a second time does nothing."""
         if not self._held:
             return
+        self._recordings = None
         del self._decoder, self._copies
         for parameter, dtype in self._narrowed:
             parameter.data = parameter.data.to(dtype)
@@ -176,6 +228,10 @@ class FastModel(torch.nn.Module):
             targets_by_sequence=self._send(targets),
         )
 
+    def _take_pass(self, flat: FlatPass) -> Pass:
+        played = None if self._recordings is None else self._recordings.lend(flat, Kind.TRAINED)
+        return played or LaunchedPass(self._decoder, self._dropout, flat, self.adapter.numel())
+
     def _send(self, values: Any) -> torch.Tensor:
         tensor = torch.from_numpy(values)
         if self._device.type != "cuda":
@@ -185,8 +241,8 @@ class FastModel(torch.nn.Module):
     def _extend_tables(self, length: int) -> None:
         if length <= len(self._cosines):
             return
-        # Seldom anew: a graph that was captured holds their addresses.
-        length = 1 << (length - 1).bit_length()
+        # Seldom anew, and as long as what a pass may be filled up with.
+        length = 1 << (max(length, SHORTEST) - 1).bit_length()
         angles = torch.outer(torch.arange(length, device=self._device, dtype=torch.float32), self._frequencies)
         self._cosines = angles.cos() * self._rotary_scaling
         self._sines = angles.sin() * self._rotary_scaling
@@ -197,21 +253,17 @@ class _Nats(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, adapter: torch.Tensor, model: FastModel, flat: FlatPass) -> torch.Tensor:
-        model._dropout.key = flat.key
-        by_target, kept = model._decoder.forward(flat, adapted=True, keeps=True)
-        context.model, context.flat, context.kept = model, flat, kept
-        return _sum_by_sequence(by_target, flat)
+        del adapter
+        work = model._take_pass(flat)
+        context.flat, context.work = flat, work
+        return _sum_by_sequence(work.forward(), flat)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        model, flat = context.model, context.flat
-        kept: KeptPass = context.kept
-        context.kept = None
-        gradients = torch.empty(model.adapter.numel(), device=model._device, dtype=model._dtype)
-        model._dropout.key = flat.key
-        model._decoder.backward(upstream.index_select(0, flat.sequences), flat, kept, gradients)
-        return gradients.float(), None, None
+        work: Pass = context.work
+        context.work = None
+        return work.backward(upstream.index_select(0, context.flat.sequences)), None, None
 
 
 def _sum_by_sequence(nats: torch.Tensor, flat: FlatPass) -> torch.Tensor:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -60,6 +60,15 @@ class _Issued:
     learning_rate: float
     peak_memory_bytes: int
     read: Callable[[], StepNumbers]
+
+
+@runtime_checkable
+class GivesNotice(Protocol):
+    """A model that decides while it trains how its passes are made."""
+
+    def take_notices(self) -> list[str]:
+        """What it decided since the last time, for people."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -205,6 +214,9 @@ class TrainingLoop:
     def _report(self, issued: _Issued) -> None:
         numbers = issued.read()
         self._settled_any = True
+        if isinstance(self.model, GivesNotice):
+            for message in self.model.take_notices():
+                self.reporter.emit(event_pb2.LogEvent(level="info", message=message))
         tally, rows = LossTally(), numbers.rows
         for batch, weight in zip(issued.batches, issued.weights, strict=True):
             tally.add(batch, weight, rows[: len(weight)], self.data.sources)

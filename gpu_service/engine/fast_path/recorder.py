@@ -1,0 +1,90 @@
+"""Records what is launched on a device so that one launch plays it again, and measures both. CUDA graphs on CUDA.
+
+Knows nothing of what it records; what plays must find its numbers where they lay when it was recorded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Took:
+    """Seconds until the host had handed everything out, and until it was done."""
+
+    handing_out: float
+    whole: float
+
+
+class Recorder(Protocol):
+    """Records what is launched, and measures it."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What plays `work`'s kernels again. `work` was run before, so that nothing of it is compiled now."""
+        ...
+
+    def time(self, work: Callable[[], None]) -> Took:
+        """Run `work` alone on the device, and wait for its end."""
+        ...
+
+    def used_bytes(self) -> int:
+        """Device memory in use."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Device memory that nobody holds."""
+        ...
+
+
+class CudaRecorder:
+    """CUDA graphs, which share one pool of memory: they never run beside each other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        # No work is captured on the stream that all else runs on.
+        self._stream = torch.cuda.Stream(device)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        # What cuBLAS works in would otherwise be memory that is given to others when it is given back.
+        _drop_workspaces()
+        # What was launched one by one has its memory cached, and a recording has memory of its own.
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(self._stream):
+            # Other threads of the engine go on; what they do is not recorded.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        _drop_workspaces()
+        return graph.replay
+
+    def time(self, work: Callable[[], None]) -> Took:
+        torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        work()
+        handed_out = time.perf_counter()
+        torch.cuda.synchronize(self._device)
+        return Took(handing_out=handed_out - start, whole=time.perf_counter() - start)
+
+    def used_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+    def free_bytes(self) -> int:
+        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return torch.cuda.mem_get_info(self._device)[0] + cached
+
+
+def _drop_workspaces() -> None:
+    # Without a public name in torch, which does the same around graphs of its own.
+    clear: Any = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()

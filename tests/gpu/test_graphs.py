@@ -1,0 +1,224 @@
+"""Passes recorded as CUDA graphs: the same bits as their kernels launched one by one, and no wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+# Several passes of one frame, of as many tokens as it has and of fewer.
+_PASSES = ((100, 156), (60, 61, 62, 50), (128, 128), (30,) * 7)
+
+
+@pytest.fixture(autouse=True)
+def _on_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.manual_seed(0)
+
+
+def _make_recorder() -> Any:
+    """CUDA graphs whatever they take, which can be switched to launching what they recorded."""
+    import torch
+
+    from gpu_service.engine.fast_path.recorder import CudaRecorder, Took
+
+    class Switching(CudaRecorder):
+        launches = False
+        num_plays = 0
+
+        def record(self, work: Callable[[], None]) -> Callable[[], None]:
+            replay = super().record(work)
+
+            def play() -> None:
+                self.num_plays += 1
+                (work if self.launches else replay)()
+
+            return play
+
+        def time(self, work: Callable[[], None]) -> Took:
+            plays = self.num_plays
+            super().time(work)
+            whole = 1.0 if self.num_plays == plays else 0.5
+            return Took(handing_out=whole, whole=whole)
+
+    return Switching(torch.device("cuda", 0))
+
+
+def _make(dtype: str, recorder: Any, *, dropout: float = 0.0, **settings: Any) -> tuple[Any, Any]:
+    import torch
+
+    from gpu_service.engine.fast_path.model import FastModel, FastSettings
+    from tests.fakes.fast_models import hold_in_nf4, make_peft
+
+    kind = getattr(torch, dtype)
+    quantize = (lambda base: hold_in_nf4(base, device="cuda")) if dtype == "bfloat16" else None
+    model = make_peft("qwen3", dtype=kind, quantize=quantize).to("cuda")
+    if dropout:
+        for module in model.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout["default"] = torch.nn.Dropout(dropout)
+    fast = FastModel(
+        model,
+        FastSettings(
+            device=torch.device("cuda", 0),
+            compute_dtype=kind,
+            keeps_weights=False,
+            **{"records": recorder is not None, **settings},
+        ),
+        recorder=recorder,
+    )
+    return model, fast.train()
+
+
+def _run(model: Any, fast: Any, lengths: tuple[int, ...]) -> tuple[Any, dict[str, Any]]:
+    from tests.fakes.fast_models import fast_gradients, nats
+    from tests.fakes.flat_models import VOCABULARY_SIZE
+    from tests.fakes.planned_rows import PlannedRows, make_examples
+
+    found = nats(fast, PlannedRows(make_examples(lengths, vocabulary_size=VOCABULARY_SIZE, seed=3)), device="cuda")
+    return found.detach(), fast_gradients(model, fast, found.sum() / 100)
+
+
+def _error(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    import torch
+
+    apart = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
+    return float(apart.norm() / torch.cat([value.flatten() for value in expected.values()]).norm())
+
+
+def _record_all(model: Any, fast: Any) -> None:
+    for lengths in _PASSES * 2:
+        _run(model, fast, lengths)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_played_is_launched_to_the_bit(recomputes: bool) -> None:
+    import torch
+
+    recorder = _make_recorder()
+    model, fast = _make("bfloat16", recorder, recomputes=recomputes)
+    _record_all(model, fast)
+    for lengths in _PASSES:
+        plays = recorder.num_plays
+        recorder.launches = False
+        found, gradients = _run(model, fast, lengths)
+        again, _ = _run(model, fast, lengths)
+        recorder.launches = True
+        expected, expected_gradients = _run(model, fast, lengths)
+        assert recorder.num_plays == plays + 6
+        assert torch.equal(found, expected)
+        assert torch.equal(found, again)
+        # Attention's backward kernel adds in no fixed order.
+        assert _error(gradients, expected_gradients) < 1e-3
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_played_is_what_it_is_without_a_recorder(dropout: float) -> None:
+    """Filled up, with products of another height; masks of dropout are the same ones."""
+    import torch
+
+    tolerance = 3e-2
+    recorder = _make_recorder()
+    model, fast = _make("bfloat16", recorder, dropout=dropout)
+    _record_all(model, fast)
+    plain_model, plain = _make("bfloat16", None, dropout=dropout)
+    for lengths in _PASSES:
+        plays = recorder.num_plays
+        torch.manual_seed(5)
+        found, gradients = _run(model, fast, lengths)
+        assert recorder.num_plays == plays + 2
+        torch.manual_seed(5)
+        expected, expected_gradients = _run(plain_model, plain, lengths)
+        assert float((found - expected).norm() / expected.norm()) < tolerance
+        assert _error(gradients, expected_gradients) < tolerance
+
+
+def test_measured_passes_are_played() -> None:
+    import torch
+
+    from tests.fakes.fast_models import nats
+    from tests.fakes.flat_models import VOCABULARY_SIZE
+    from tests.fakes.planned_rows import PlannedRows, make_examples
+
+    recorder = _make_recorder()
+    _, fast = _make("bfloat16", recorder)
+    rows = [PlannedRows(make_examples(one, vocabulary_size=VOCABULARY_SIZE, seed=3)) for one in _PASSES]
+    found: list[list[Any]] = []
+    with torch.no_grad():
+        for recorder.launches in (False, False, False, True):
+            plays = recorder.num_plays
+            found.append([nats(fast, one, device="cuda") for one in rows])
+            with fast.disable_adapter():
+                found[-1] += [nats(fast, one, device="cuda") for one in rows]
+    assert recorder.num_plays == plays + 2 * len(_PASSES)
+    assert all(torch.equal(one, other) for one, other in zip(found[2], found[3], strict=True))
+    assert all(torch.allclose(one, other, rtol=1e-2) for one, other in zip(found[0], found[2], strict=True))
+    assert not torch.equal(found[3][0], found[3][len(_PASSES)])
+
+
+def test_no_played_step_waits_for_the_device() -> None:
+    import torch
+
+    recorder = _make_recorder()
+    model, fast = _make("bfloat16", recorder)
+    _record_all(model, fast)
+    plays = recorder.num_plays
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for lengths in _PASSES:
+            _run(model, fast, lengths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert recorder.num_plays == plays + 2 * len(_PASSES)
+
+
+def test_recordings_outlive_what_is_given_back_and_leave_when_they_are_given_up() -> None:
+    import torch
+
+    from gpu_service.engine.devices import select
+    from gpu_service.engine.request import DeviceChoice
+
+    device = select(DeviceChoice(type="cuda", index=0))
+    recorder = _make_recorder()
+    model, fast = _make("bfloat16", recorder)
+    _record_all(model, fast)
+    before, _ = _run(model, fast, _PASSES[0])
+    device.give_back()
+    # Whatever took the place of what was given back is not written over.
+    taken = [torch.full((2**20,), 7.0, device="cuda") for _ in range(64)]
+    after, _ = _run(model, fast, _PASSES[0])
+    torch.cuda.synchronize()
+    assert torch.equal(before, after)
+    assert all(bool((one == 7.0).all()) for one in taken)
+    del taken
+    device.give_back()
+    held = device.held_bytes()
+    assert fast.recompute_more()
+    device.give_back()
+    assert device.held_bytes() < held
+
+
+def test_cuda_measures_by_itself() -> None:
+    """A model whose kernels are nothing is played in less time than it is launched in."""
+    import torch
+
+    from gpu_service.engine.fast_path.recorder import CudaRecorder
+
+    model, fast = _make("bfloat16", CudaRecorder(torch.device("cuda", 0)))
+    _record_all(model, fast)
+    notices = fast.take_notices()
+    assert any("CUDA graphs" in notice for notice in notices), notices
+
+
+def test_float32_is_launched() -> None:
+    """Its attention is told on the host where sequences begin."""
+    model, fast = _make("float32", None, records=True)
+    _record_all(model, fast)
+    assert fast.take_notices() == []
