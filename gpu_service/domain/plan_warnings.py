@@ -16,9 +16,8 @@ TOKEN_MIX_WARNING = (
 )
 TOKEN_BATCH_WARNING = "a batch counts tokens, which only the exact plan reads: steps are an upper bound"
 FP8_WARNING = (
-    "compute 'fp8' rounds frozen weights, activations and gradients to 8 bits in every product with the base: other "
-    "numerics than bfloat16's; losses come near, and are not the same; an experiment: how near has not been measured "
-    "on a real model"
+    "compute 'fp8' rounds frozen weights, activations and gradients to 8 bits in every product with the base but those "
+    "of the first and the last block: other numerics than bfloat16's; losses come near, and are not the same"
 )
 CHECK_WARNINGS = frozenset({TOO_LONG_WARNING, TOKEN_MIX_WARNING, TOKEN_BATCH_WARNING})
 

@@ -2,7 +2,7 @@
 
 Other numerics than the compute type's, for those who ask for them. Weights are rounded twice, once for each direction,
 from what they are restored to, and kept; the adapter's part is made in the compute type and added before the one
-rounding of the sum. Takes the place of `FrozenGroup` for a projection.
+rounding of the sum. Takes the place of `FrozenGroup` for a projection; the outermost blocks keep theirs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,18 @@ import torch
 from gpu_service.engine.fast_path.frozen import Margins, Scratch, join_biases
 from gpu_service.engine.fast_path.nf4 import Nf4Weight
 from gpu_service.engine.fast_path.operations import operations_for
+
+
+# Where a model has as many blocks, its first and last are worth leaving as they are.
+_ENOUGH_BLOCKS = 8
+
+
+def blocks_in_8_bits(num_blocks: int) -> range:
+    """The blocks whose products are rounded: all but the first and the last of a model that has enough of them.
+
+    What those two lose is much of what all lose together, and they are a small part of the work.
+    """
+    return range(1, num_blocks - 1) if num_blocks >= _ENOUGH_BLOCKS else range(num_blocks)
 
 
 class RoundedGroup:

@@ -22,7 +22,7 @@ from gpu_service.engine.fast_path.attention_choice import AttentionChoice
 from gpu_service.engine.fast_path.block import Block, BlockShape, Positions
 from gpu_service.engine.fast_path.decoder import Decoder, FlatPass
 from gpu_service.engine.fast_path.dropout import Dropout
-from gpu_service.engine.fast_path.fp8 import RoundedGroup
+from gpu_service.engine.fast_path.fp8 import RoundedGroup, blocks_in_8_bits
 from gpu_service.engine.fast_path.frames import SHORTEST
 from gpu_service.engine.fast_path.frozen import FrozenGroup, Scratch
 from gpu_service.engine.fast_path.graphs import PassRecordings
@@ -95,9 +95,16 @@ class FastModel(torch.nn.Module):
         self._dropout = Dropout(probability=self._flat.dropout, device=self._device)
         scratch = Scratch(self._device, self._dtype)
         self._operations = operations or operations_for(self._device)
+        rounded = blocks_in_8_bits(len(layers)) if settings.in_fp8 else range(0)
         projections = [
             Projection(
-                frozen=_freeze([plain(module) for module in group], adapter.room, scratch, settings),
+                frozen=_freeze(
+                    [plain(module) for module in group],
+                    adapter.room,
+                    scratch,
+                    settings,
+                    rounds=number // len(GROUPS) in rounded,
+                ),
                 adapter=adapter,
                 operations=self._operations,
                 dropout=self._dropout,
@@ -282,10 +289,14 @@ def _hold_in(causal: Any, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, 
     return changed
 
 
-def _freeze(layers: Sequence[Any], room: int, scratch: Scratch, settings: FastSettings) -> FrozenGroup | RoundedGroup:
-    if settings.in_fp8:
+def _freeze(
+    layers: Sequence[Any], room: int, scratch: Scratch, settings: FastSettings, *, rounds: bool
+) -> FrozenGroup | RoundedGroup:
+    if rounds:
         return RoundedGroup(layers, room=room, scratch=scratch, dtype=settings.compute_dtype)
-    return FrozenGroup(layers, room=room, scratch=scratch, dtype=settings.compute_dtype, keep=settings.keeps_weights)
+    # Kept, a weight takes as many bytes as the two that are rounded for either direction.
+    keep = settings.keeps_weights or settings.in_fp8
+    return FrozenGroup(layers, room=room, scratch=scratch, dtype=settings.compute_dtype, keep=keep)
 
 
 def _assemble(

@@ -16,6 +16,8 @@ from gpu_service.engine.builders.optimizers import adamw
 from gpu_service.engine.fast_path import nf4, quantizing, torch_reference
 from gpu_service.engine.fast_path.adapters import AdapterNotSupported
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
+from gpu_service.engine.fast_path.fp8 import RoundedGroup
+from gpu_service.engine.fast_path.frozen import FrozenGroup
 from gpu_service.engine.training import optimizer_state
 from gpu_service.engine.training.batches import MicroBatchLimit
 from tests.fakes.fast_models import (
@@ -139,6 +141,17 @@ def test_products_in_8_bits_differ_by_rounding_alone(
     assert kept[2] < 1e-3
     assert 2 * narrower[1] < in_8_bits[1] < 24 * narrower[1]
     assert 1e-6 < in_8_bits[0] < 0.01
+
+
+@pytest.mark.parametrize(("num_layers", "rounded"), [(2, [0, 1]), (8, [1, 2, 3, 4, 5, 6])])
+def test_first_and_last_blocks_are_not_rounded(num_layers: int, rounded: list[int]) -> None:
+    model = make_peft("llama", {"num_hidden_layers": num_layers}, quantize=hold_in_nf4)
+    blocks = make_fast(model, in_fp8=True)._decoder.blocks
+    found = [
+        {type(part.frozen) for part in (block.attention_in, block.attention_out, block.mlp_in, block.mlp_out)}
+        for block in blocks
+    ]
+    assert found == [{RoundedGroup} if number in rounded else {FrozenGroup} for number in range(num_layers)]
 
 
 def test_rows_in_8_bits() -> None:
