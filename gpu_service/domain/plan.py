@@ -123,6 +123,8 @@ def resolve(
         recomputation=_describe_recomputation(given, trainer.path),
         objective=resolved.objective,
         trainer=resolved.trainer,
+        compute=resolved.compute,
+        base_weights=given.base_weights or "auto",
         device_name=device.name if device.type == "cuda" else device.type,
     )
     fitted = fit(
