@@ -82,7 +82,7 @@ class FastModel(torch.nn.Module):
         self._dropout = Dropout(probability=self._flat.dropout, device=self._device)
         scratch = Scratch(self._device, self._dtype)
         self._operations = operations or operations_for(self._device)
-        projections = [
+        self._projections = [
             Projection(
                 frozen=_freeze([plain(module) for module in group], adapter.room, scratch, settings),
                 adapter=adapter,
@@ -92,12 +92,10 @@ class FastModel(torch.nn.Module):
             )
             for number, (group, adapter) in enumerate(zip(modules, self._flat.groups, strict=True))
         ]
-        self._copies = self._operations.prepare_copies(
-            [copy for one in projections for copy in one.adapter.copies(one.frozen.margins)]
-        )
+        self._copies = self._prepare_copies()
         attention = attention or attention_for(self._device, self._dtype)
         self._recomputation = everything(len(layers)) if settings.recomputes else settings.recomputation
-        self._decoder = _assemble(causal, projections, settings, self._recomputation, self._operations, attention)
+        self._decoder = _assemble(causal, self._projections, settings, self._recomputation, self._operations, attention)
         rotary = causal.model.rotary_emb
         self._frequencies = rotary.inv_freq.to(self._device, torch.float32)
         self._rotary_scaling = float(rotary.attention_scaling)
@@ -137,6 +135,25 @@ class FastModel(torch.nn.Module):
         self._decoder = replace(self._decoder, levels=more.levels(num_layers), shelf=shelf)
         return more.describe(num_layers)
 
+    def stream_weights(self) -> str:
+        """Let go of quantized weights that stand restored, with the same results: how, in words; empty where none is."""
+        groups = [one.frozen for one in self._projections if isinstance(one.frozen, FrozenGroup)]
+        restored = [group for group in groups if group.is_restored]
+        if not restored:
+            return ""
+        # They hold the margins, which lie in the restored weights. All of it goes before any memory is asked for.
+        del self._copies
+        for group in restored:
+            group.drop_restored()
+        for group in restored:
+            group.stream()
+        self._copies = self._prepare_copies()
+        return "weights are restored at each use"
+
+    def _prepare_copies(self) -> Any:
+        copies = [copy for one in self._projections for copy in one.adapter.copies(one.frozen.margins)]
+        return self._operations.prepare_copies(copies)
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the base as it is."""
@@ -150,7 +167,7 @@ class FastModel(torch.nn.Module):
         """Give the base back as it was. The fast path cannot run any more; a second time does nothing."""
         if not self._held:
             return
-        del self._decoder, self._copies
+        del self._decoder, self._copies, self._projections
         for parameter, dtype in self._narrowed:
             parameter.data = parameter.data.to(dtype)
         for parameter in self._held[0].parameters():
