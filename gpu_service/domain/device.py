@@ -7,13 +7,17 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """`type` is `cuda` or `cpu`. 0 bytes means not known; `compute_capability` is `major.minor`, empty if not known."""
+    """`type` is `cuda` or `cpu`. 0 bytes means not known; `compute_capability` is `major.minor`, empty if not known.
+
+    `host_memory_bytes` is all that the machine's processes may have.
+    """
 
     type: str = "cpu"
     name: str = "cpu"
     total_memory_bytes: int = 0
     free_memory_bytes: int = 0
     compute_capability: str = ""
+    host_memory_bytes: int = 0
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Device":
@@ -24,6 +28,7 @@ class Device:
             total_memory_bytes=int(value.get("total_memory_bytes") or 0),
             free_memory_bytes=int(value.get("free_memory_bytes") or 0),
             compute_capability=str(value.get("compute_capability") or ""),
+            host_memory_bytes=int(value.get("host_memory_bytes") or 0),
         )
 
     @property

@@ -44,6 +44,7 @@ __all__ = [
     "Device",
     "ResolvedHyperparameters",
     "check_fit",
+    "check_host_fit",
     "resolve",
 ]
 
@@ -189,6 +190,19 @@ def check_fit(needed_bytes: int, device: Device) -> None:
             stage="WEIGHTS",
             needed_bytes=needed_bytes,
             total_memory_bytes=device.total_memory_bytes,
+        )
+
+
+def check_host_fit(needed_bytes: int, device: Device) -> None:
+    """Raises `Refusal` DOES_NOT_FIT when the machine has less memory than is to be locked; of unknown size, enough."""
+    if device.host_memory_bytes and needed_bytes > device.host_memory_bytes:
+        raise refuse_user(
+            "DOES_NOT_FIT",
+            f"what waits in the host's memory needs {needed_bytes:,} bytes, and the host of {device.name} has "
+            f"{device.host_memory_bytes:,}",
+            stage="WEIGHTS",
+            needed_bytes=needed_bytes,
+            host_memory_bytes=device.host_memory_bytes,
         )
 
 

@@ -15,6 +15,13 @@ ELEMENTWISE = "elementwise"
 FEED_FORWARD = "feed-forward"
 # The layer's input alone is kept.
 FULL = "full"
+# Host memory for a layer's input is a multiple of this, so that a pass of a few tokens more needs no other place.
+_PLACE_BYTES = 4 * 1024**2
+
+
+def place_bytes(num_bytes: int) -> int:
+    """Host memory that one layer's input of `num_bytes` takes."""
+    return -(-num_bytes // _PLACE_BYTES) * _PLACE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from gpu_service.domain.fitting import fit
 from gpu_service.domain.memory_calibration import UNCALIBRATED, Calibration
 from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.order import ORDER_VERSION
-from gpu_service.domain.plan import check_fit, resolve
+from gpu_service.domain.plan import check_fit, check_host_fit, resolve
 from gpu_service.domain.plan_warnings import CHECK_WARNINGS
 from gpu_service.domain.planned_data import (
     DATA_FILE,
@@ -200,6 +200,7 @@ def _complete(
         ),
     )
     check_fit(fitted.memory.total_bytes, checked.device)
+    check_host_fit(fitted.memory.host_bytes, checked.device)
     counts = count_sources(selection, run)
     rows = [source.plan for source in sources]
     for index, count in counts.items():

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpu_service import host_memory
 from gpu_service.devices import Device
 from gpu_service.domain import plan
 from gpu_service.domain.checked_plan import HeldBase
@@ -160,4 +161,5 @@ def _for_planning(device: Device) -> plan.Device:
         total_memory_bytes=device.total_memory_bytes,
         free_memory_bytes=device.free_memory_bytes,
         compute_capability=device.compute_capability,
+        host_memory_bytes=host_memory.total_bytes(),
     )

@@ -105,45 +105,6 @@ def test_base_in_nf4(double: bool, keeps_weights: bool, rows: PlannedRows) -> No
     )
 
 
-@pytest.mark.parametrize("double", [True, False])
-def test_restored_weights_can_be_let_go_of_between_passes(double: bool, rows: PlannedRows) -> None:
-    model = make_peft(quantize=lambda base: hold_in_nf4(base, double=double))
-    fast = make_fast(model, keeps_weights=True)
-    kept = nats(fast, rows)
-    gradients = fast_gradients(model, fast, _weighted(kept))
-    held = _held_floats(fast)
-    assert "at each use" in fast.stream_weights()
-    assert fast.stream_weights() == ""
-    assert _held_floats(fast) < 0.75 * held
-    streamed = nats(fast, rows)
-    assert torch.equal(streamed, kept)
-    for name, value in fast_gradients(model, fast, _weighted(streamed)).items():
-        assert torch.equal(value, gradients[name])
-    fast.release()
-
-
-def test_weights_without_another_form_stay(rows: PlannedRows) -> None:
-    fast = make_fast(make_peft(), keeps_weights=True)
-    before = nats(fast, rows)
-    assert fast.stream_weights() == ""
-    assert make_fast(make_peft(quantize=hold_in_nf4), in_fp8=True).stream_weights() == ""
-    assert torch.equal(nats(fast, rows), before)
-
-
-def _held_floats(fast: Any) -> int:
-    """Numbers in all storages that the matrices and margins of its projections lie in."""
-    storages: dict[int, int] = {}
-    for block in fast.decoder.blocks:
-        for one in (block.attention_in, block.attention_out, block.mlp_in, block.mlp_out):
-            for tensor in (
-                one.frozen.forward_matrix(adapted=False),
-                one.frozen.margins.right,
-                one.frozen.margins.below,
-            ):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
-    return sum(storages.values())
-
-
 def _keep_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.float().clone(), torch.ones(len(x), 1)
 
