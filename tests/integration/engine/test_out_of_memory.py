@@ -156,10 +156,8 @@ class _SmallEvaluation(Likelihood):
 def test_an_evaluation_does_without_restored_weights_before_passes_are_halved(
     workspace: Workspace, run_in_process: Any
 ) -> None:
-    options = {"hyperparameters": {**_HYPERPARAMETERS, "trainer": "fast"}}
-    log = run_in_process(
-        workspace.make_run("evaluation", **options), make_session=partial(_make_resident, _SmallEvaluation())
-    )
+    directory = workspace.make_run("evaluation", hyperparameters={**_HYPERPARAMETERS, "trainer": "fast"})
+    log = run_in_process(directory, make_session=partial(_make_resident, _SmallEvaluation()))
     assert log.states[-1] == "SUCCEEDED"
     assert ["each use" in event.message for event in log.of("warning") if event.code == RECOMPUTING_MORE] == [True]
     assert not log.of("micro_batch_reduced")
