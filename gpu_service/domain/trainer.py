@@ -109,6 +109,8 @@ def _find_in_settings(resolved: ResolvedHyperparameters, method: MethodEntry, de
         return f"the fast path does not compute in {quantization.compute_dtype}"
     if device.type == "cuda" and not device.has_bfloat16:
         return f"the fast path needs compute capability 8.0 or newer, and {device.name} has {device.compute_capability}"
+    if not device.has_kernels:
+        return f"the fast path's kernels cannot be compiled here ({device.kernel_problem})"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,6 +132,34 @@ def test_a_device_without_bfloat16_is_refused() -> None:
     assert "capability" in _decide(_T4)[1]
     with pytest.raises(Refusal):
         _decide(_T4, trainer="fast")
+
+
+def test_an_older_gpu_trains_the_plain_way_in_float32() -> None:
+    checked = plan(hyper(), make_base(), _T4, bitsandbytes="0.50.2")
+    assert checked.hyperparameters.trainer == "reference"
+    assert checked.hyperparameters.quantization.compute_dtype == "float32"
+    # Its kernels are the fast path's.
+    assert checked.quantizer == "bitsandbytes"
+    half = plan(hyper(quantization={"compute_dtype": "float16"}), make_base(), _T4)
+    assert half.hyperparameters.trainer == "reference"
+    with pytest.raises(Refusal) as refused:
+        plan(hyper(quantization={"compute_dtype": "bfloat16"}), make_base(), _T4)
+    assert refused.value.reason == "DEVICE_UNSUPPORTED"
+
+
+def test_a_node_that_cannot_compile_kernels_trains_the_plain_way() -> None:
+    broken = replace(_H100, kernel_problem="RuntimeError: Failed to find C compiler")
+    path, reason = _decide(broken)
+    assert path == "reference"
+    assert "Failed to find C compiler" in reason
+    for values in ({"trainer": "fast"}, {"compute": "fp8"}):
+        with pytest.raises(Refusal, match="C compiler") as refused:
+            _decide(broken, **values)
+        assert refused.value.reason == "COMBINATION_NOT_ALLOWED"
+    # Where kernels are references, nothing is compiled.
+    assert replace(CPU, kernel_problem="none").has_kernels
+    assert not _T4.has_kernels
+    assert _A100.has_kernels
 
 
 def test_plain_way_may_be_asked_for() -> None:
