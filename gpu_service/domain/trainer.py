@@ -70,6 +70,17 @@ def choose_trainer(
     return Trainer(path=FAST, reason="nothing keeps the fast path from it")
 
 
+def go_on_with(chosen: Trainer, *, asked: str | None, begun_by: str) -> Trainer:
+    """What trains on from a checkpoint whose steps `begun_by` made; empty where nothing was trained before.
+
+    A job that left it open keeps to transformers and PEFT if they began it: an older version had nothing else, and a
+    curve should not change because of an upgrade. One that the fast path began goes on so wherever that can train.
+    """
+    if begun_by != REFERENCE or asked not in (None, AUTO) or chosen.path == REFERENCE:
+        return chosen
+    return Trainer(path=REFERENCE, reason="the steps before the checkpoint that it goes on from were trained so")
+
+
 def _check_fp8(
     asked: str | None, obstacle: str, resolved: ResolvedHyperparameters, base: BaseModel, device: Device
 ) -> None:

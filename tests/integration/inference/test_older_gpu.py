@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gpu_service.engine import devices
+from gpu_service.engine import devices, loading
 from gpu_service.engine.fast_path import kernel_problems
 from gpu_service.engine.generation import service
 from gpu_service.engine.resident import BaseShelf
@@ -27,7 +27,7 @@ def test_who_quantizes_for_answers(
     monkeypatch.setattr(devices.CpuDevice, "describe", lambda device: told)
     monkeypatch.setattr(kernel_problems, "find_problem", lambda device: problem)
     seen: list[str] = []
-    load = service.load
+    load = loading.load
 
     def note(request: Any, *rest: Any, **options: Any) -> None:
         seen.append(request.quantizer)

@@ -10,6 +10,8 @@ import pytest
 from gpu_service.catalog import families
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Refusal
+from gpu_service.domain.plan import resolve
+from gpu_service.domain.spec import TrainingSpec
 from tests.fakes.checked_specs import CPU, hyper, make_base, plan
 
 _H100 = Device(type="cuda", name="H100", total_memory_bytes=85_000_000_000, compute_capability="9.0")
@@ -152,7 +154,8 @@ def test_a_node_that_cannot_compile_kernels_trains_the_plain_way() -> None:
     path, reason = _decide(broken)
     assert path == "reference"
     assert "Failed to find C compiler" in reason
-    for values in ({"trainer": "fast"}, {"compute": "fp8"}):
+    asked: tuple[dict[str, Any], ...] = ({"trainer": "fast"}, {"compute": "fp8"})
+    for values in asked:
         with pytest.raises(Refusal, match="C compiler") as refused:
             _decide(broken, **values)
         assert refused.value.reason == "COMBINATION_NOT_ALLOWED"
@@ -160,6 +163,37 @@ def test_a_node_that_cannot_compile_kernels_trains_the_plain_way() -> None:
     assert replace(CPU, kernel_problem="none").has_kernels
     assert not _T4.has_kernels
     assert _A100.has_kernels
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "begun_by", "path"),
+    [
+        (_H100, None, "reference", "reference"),
+        (_H100, "auto", "reference", "reference"),
+        (_H100, None, "fast", "fast"),
+        (_H100, None, "", "fast"),
+        # What was asked for is asked for.
+        (_H100, "fast", "reference", "fast"),
+        (_H100, "reference", "fast", "reference"),
+        # Where it cannot train, it cannot go on either.
+        (_T4, None, "fast", "reference"),
+        (CPU, None, "fast", "reference"),
+    ],
+)
+def test_a_run_goes_on_by_the_trainer_that_began_it(
+    device: Device, asked: str | None, begun_by: str, path: str
+) -> None:
+    given = hyper() if asked is None else hyper(trainer=asked)
+    checked = resolve(TrainingSpec.from_json(given), make_base(), device, begun_by=begun_by)
+    assert checked.hyperparameters.trainer == path
+    fresh = resolve(TrainingSpec.from_json(given), make_base(), device)
+    if fresh.hyperparameters.trainer != path:
+        assert "goes on from" in checked.trainer_reason
+    assert checked.spec_digest == fresh.spec_digest
+    # Products in 8 bits are the fast path's alone, and were so when the run began.
+    if device is _H100:
+        fp8 = resolve(TrainingSpec.from_json(hyper(compute="fp8")), make_base(), device, begun_by="fast")
+        assert fp8.hyperparameters.trainer == "fast"
 
 
 def test_plain_way_may_be_asked_for() -> None:
