@@ -70,6 +70,11 @@ def choose_trainer(
     return Trainer(path=FAST, reason="nothing keeps the fast path from it")
 
 
+def trainer_of(manifest: Mapping[str, Any]) -> str:
+    """What trained the steps of a checkpoint. One that does not say is of a version that had the libraries alone."""
+    return str(manifest.get("trainer") or REFERENCE)
+
+
 def go_on_with(chosen: Trainer, *, asked: str | None, begun_by: str) -> Trainer:
     """What trains on from a checkpoint whose steps `begun_by` made; empty where nothing was trained before.
 

@@ -63,7 +63,9 @@ class Planning:
         self._planner = planner
         self._memory = memory
 
-    async def check(self, spec: Mapping[str, Any], device: Device, *, spec_digest: str = "") -> CheckedPlan:
+    async def check(
+        self, spec: Mapping[str, Any], device: Device, *, spec_digest: str = "", begun_by: str = ""
+    ) -> CheckedPlan:
         """The plan at level CHECK. Raises `Refusal`."""
         parsed = TrainingSpec.from_json(spec)
         model = await self._models.read(parsed.base_model)
@@ -75,6 +77,7 @@ class Planning:
             self._versions,
             spec_digest=spec_digest,
             calibrations=self._memory.all(),
+            begun_by=begun_by,
         )
 
     async def hold_base(self, spec: TrainingSpec, device: Device) -> HeldBase:

@@ -22,7 +22,6 @@ from gpu_service.engine.failures import RunFailure, from_exception, library_vers
 from gpu_service.engine.pace import NOBODY, Pace, in_one_piece
 from gpu_service.engine.training import optimizer_state, random_state
 from gpu_service.engine.training.certificate import Certificate, CertificateBroken, trained_tensors
-from gpu_service.engine.training.manifest_facts import TRAINER
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.journal.events import failure
 from tunesmith.common.v1 import errors_pb2
@@ -124,7 +123,7 @@ def save(
                 "next_step": progress.steps_done,
                 **vars(identity),
                 # No part of the identity: either goes on from what the other left.
-                TRAINER: trainer,
+                "trainer": trainer,
                 "certificate": certificate.to_json(),
                 "held_out_loss": held_out.loss,
                 "best": held_out.best,
