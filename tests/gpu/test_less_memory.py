@@ -58,6 +58,22 @@ def test_memory_of_the_host_is_locked_and_given_back() -> None:
     shelf.close()
 
 
+def test_a_shelf_that_nobody_closed_is_in_nobody_s_way() -> None:
+    """Its addresses are given out again, and can be locked again."""
+    import torch
+
+    from gpu_service.engine.fast_path.offloading import HostShelf
+
+    value = torch.randn(_PLACE_BYTES // 4, device="cuda")
+    for _ in range(5):
+        shelf = HostShelf(torch.device("cuda"))
+        for number in range(3):
+            shelf.put(number, value)
+        assert torch.equal(shelf.take(2), value)
+        del shelf
+        gc.collect()
+
+
 def test_a_released_model_keeps_no_memory_of_the_host() -> None:
     import torch
 

@@ -30,6 +30,10 @@ def _of_a_first_kernel() -> tuple[type[Exception], ...]:
 
 def describe(error: Exception) -> str:
     """In a line, for a plan and a log."""
+    if isinstance(error, subprocess.CalledProcessError):
+        # The whole command is no line.
+        program = error.cmd if isinstance(error.cmd, str) else error.cmd[0]
+        return f"{type(error).__name__}: {program} ended with status {error.returncode}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
 

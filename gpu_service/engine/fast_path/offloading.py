@@ -15,7 +15,10 @@ from gpu_service.engine.fast_path.pinned_memory import PinnedMemory
 
 
 class HostShelf:
-    """Tensors [T, H] by number, put in ascending order and taken in descending order, each once. `close` it."""
+    """Tensors [T, H] by number, put in ascending order and taken in descending order, each once.
+
+    Host memory is kept from pass to pass, until `close`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -38,8 +41,6 @@ class HostShelf:
 
     def close(self) -> None:
         """Give all host memory back, once no copy is under way. It may be used again afterwards, from nothing."""
-        if self._is_cuda:
-            self._stream.synchronize()
         self._leaving, self._order, self._coming = {}, [], None
         self._places = {}
         for memory in self._pinned.values():
@@ -86,8 +87,6 @@ class HostShelf:
             return torch.empty(num_bytes, dtype=torch.uint8)
         smaller = self._pinned.pop(number, None)
         if smaller is not None:
-            # The pass before this one may still be on its way through it.
-            self._stream.synchronize()
             smaller.give_back()
         self._pinned[number] = memory = PinnedMemory(num_bytes)
         return memory.bytes_

@@ -47,7 +47,12 @@ def _fail_with(error: Exception) -> Callable[..., Any]:
     ("error", "told"),
     [
         (_TritonError("at 3:4:\n\ntype mismatch\n"), "_TritonError: type mismatch"),
-        (subprocess.CalledProcessError(1, "gcc"), "CalledProcessError"),
+        (
+            subprocess.CalledProcessError(1, ["/usr/bin/cc", "-O3"]),
+            "CalledProcessError: /usr/bin/cc ended with status 1",
+        ),
+        (subprocess.CalledProcessError(1, "gcc"), "CalledProcessError: gcc ended with status 1"),
+        (subprocess.TimeoutExpired("ptxas", 1), "TimeoutExpired"),
         (RuntimeError("Failed to find C compiler"), "RuntimeError: Failed to find C compiler"),
         (ModuleNotFoundError("No module named 'triton'"), "ModuleNotFoundError"),
         (torch.OutOfMemoryError("full"), ""),
