@@ -16,7 +16,6 @@ from gpu_service.engine.fast_path.frozen import Margins, Scratch, join_biases
 from gpu_service.engine.fast_path.nf4 import Nf4Weight
 from gpu_service.engine.fast_path.operations import operations_for
 
-
 # Where a model has as many blocks, its first and last are worth leaving as they are.
 _ENOUGH_BLOCKS = 8
 

@@ -182,7 +182,7 @@ class _Generation:
                 quantizer=choose_quantizer(
                     request.quantization,
                     compute_dtype=request.compute_dtype,
-                    trainer=FAST,
+                    trainer=FAST if self._has_kernels() else "",
                     device=Device(type=request.device.type),
                     versions=library_versions(),
                 ),
@@ -195,6 +195,11 @@ class _Generation:
             stages=BASE_STAGES,
         )
         return loaded
+
+    def _has_kernels(self) -> bool:
+        """Whether this engine's own code can quantize here; else the library does, as where it trains without it."""
+        described = Device.from_json(self._device.describe())
+        return described.has_kernels and not self._shelf.find_kernel_problem(self._device.torch_device)
 
     def _answer(self, base: Any, tokenizer: Any) -> tuple[str, str, int]:
         """Last text, finish reason and number of prompt tokens. The base is as before when it returns or refuses."""
