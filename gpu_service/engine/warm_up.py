@@ -1,4 +1,4 @@
-"""Makes an engine ready before it has a run: the device's context, its kernels, and what libraries import at first use.
+"""Makes an engine ready before it has a run: the device's context, its kernels, and what is imported at first use.
 
 It loads a model of one small layer as a run loads its base, puts an adapter on it, and makes one step. Nothing of it is
 kept, and nothing that a run finds (random states, what is on the shelf) comes from it. Stops between its parts as soon
@@ -15,22 +15,19 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoTokenizer
 
-from gpu_service.catalog import families, methods, quantization
 from gpu_service.domain.device import Device as PlannedDevice
 from gpu_service.domain.planned_data import Example, ExampleReference, PlannedData
 from gpu_service.domain.quantizer import OWN
 from gpu_service.engine import devices
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure
+from gpu_service.engine.lean import choice
 from gpu_service.engine.loading import Loaded, LoadRequest, load
 from gpu_service.engine.loading import tokenizer as stage_tokenizer
 from gpu_service.engine.loading.work import KeptTokenizers
@@ -125,7 +122,12 @@ def make_ready(device_id: str, is_wanted: Callable[[], bool]) -> None:
 
 
 def read_tokenizer(model_directory: Path, tokenizers: KeptTokenizers) -> None:
-    """Keep the tokenizer of a model, if it can be read; what is wrong with it is for a run to say."""
+    """Keep the tokenizer of a model, if it can be read; what is wrong with it is for a run to say.
+
+    Imports transformers.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
     start = time.monotonic()
     try:
         config = AutoConfig.from_pretrained(model_directory, trust_remote_code=False, local_files_only=True)
@@ -166,12 +168,13 @@ def _write_model(directory: Path) -> None:
         "vocab_size": _VOCABULARY,
         "tie_word_embeddings": True,
         "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
         "eos_token_id": 0,
     }
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    tokens = {f"<{number}>": number for number in range(_VOCABULARY)}
-    Tokenizer(models.WordLevel(tokens, unk_token="<0>")).save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8")
+    # Never read: the run would read it when it saves.
+    (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
     tensors = {f"model.layers.0.{name}.weight": torch.zeros(sizes) for name, sizes in _LINEARS.items()}
     tensors |= {f"model.layers.0.{name}.weight": torch.ones(_HIDDEN) for name in _NORMS}
     tensors |= {"model.embed_tokens.weight": torch.ones(_VOCABULARY, _HIDDEN), "model.norm.weight": torch.ones(_HIDDEN)}
@@ -193,17 +196,19 @@ def _train(directory: Path, device: Device, pace: _Pace) -> None:
         ),
         trainer="fast",
     )
-    method = import_module(methods.REGISTRY["qlora"].builder)
+    plan = plan_pb2.Plan(resolved=settings, num_covered_linears=len(_LINEARS))
+    made_with = choice.builders(plan)
     loaded = Loaded()
     load(
         LoadRequest(
             model_directory=directory,
             base_model="warm/up",
             weights_digest="",
-            plan=plan_pb2.Plan(resolved=settings, num_covered_linears=len(_LINEARS)),
-            family=import_module(families.REGISTRY["llama"].builder),
-            quantization=import_module(quantization.REGISTRY["nf4"].builder),
-            method=method,
+            plan=plan,
+            family=made_with.family,
+            quantization=made_with.quantization,
+            method=made_with.method,
+            is_lean=True,
             compute_dtype=DTYPES[dtype],
             device=device.torch_device,
             # A run's base may come in by bitsandbytes; ours has kernels to be compiled.

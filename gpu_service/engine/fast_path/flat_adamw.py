@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from gpu_service.engine.deferred_compile import unhidden
 from gpu_service.engine.fast_path.adapters import FlatAdapter
 from tunesmith.common.v1 import training_spec_pb2
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# Nothing here is compiled, and the compiler takes seconds to import.
+unhidden(torch.optim.Optimizer, ("add_param_group", "zero_grad", "state_dict", "load_state_dict"))
 
 
 class FlatAdamW(torch.optim.AdamW):

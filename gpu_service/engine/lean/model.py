@@ -1,0 +1,112 @@
+"""A Llama-like decoder as modules that hold tensors under transformers' names, in its order; none of them computes.
+
+`LeanCausal` is made without memory (`torch.device("meta")`) and gets its tensors from whoever reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpu_service.engine.lean.config import LeanConfig
+
+
+class _Norm(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: LeanConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.query_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key, bias=config.query_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key, bias=config.query_bias)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.output_bias)
+        if config.normalizes_heads:
+            self.q_norm = _Norm(config.head_dim)
+            self.k_norm = _Norm(config.head_dim)
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, config: LeanConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: LeanConfig) -> None:
+        super().__init__()
+        self.self_attn = _Attention(config)
+        self.mlp = _FeedForward(config)
+        self.input_layernorm = _Norm(config.hidden_size)
+        self.post_attention_layernorm = _Norm(config.hidden_size)
+
+
+class _Rotary(nn.Module):
+    """Frequencies [head_dim / 2], float32, on the host until the model is placed."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: LeanConfig) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", frequencies(config), persistent=False)
+        self.attention_scaling = 1.0
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: LeanConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([_Layer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = _Norm(config.hidden_size)
+        self.rotary_emb = _Rotary(config)
+
+
+class LeanCausal(nn.Module):
+    """The base. `places` are those of its tensors once it has been filled (`shell`)."""
+
+    def __init__(self, config: LeanConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.places: Any = None
+        self.name_or_path = ""
+        self.model = _Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+
+def frequencies(config: LeanConfig) -> torch.Tensor:
+    """Angle a position of each pair of a head's numbers, to the bits that transformers has: float32, on the host."""
+    rotary, size = config.rope_parameters, config.head_dim
+    with torch.device("cpu"):
+        found = 1.0 / (rotary["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float) / size))
+        if rotary["rope_type"] == "linear":
+            return found / rotary["factor"]
+        if rotary["rope_type"] == "llama3":
+            return _stretch(found, rotary)
+        return found
+
+
+def _stretch(found: torch.Tensor, rotary: Any) -> torch.Tensor:
+    """Slow angles by `factor`, fast ones not, those between by a part of it (Llama 3.1)."""
+    factor, low, high = rotary["factor"], rotary["low_freq_factor"], rotary["high_freq_factor"]
+    length = rotary["original_max_position_embeddings"]
+    wave = 2 * math.pi / found
+    is_slow, is_fast = wave > length / low, wave < length / high
+    slowed = torch.where(is_slow, found / factor, found)
+    part = (length / wave - low) / (high - low)
+    between = (1 - part) * slowed / factor + part * slowed
+    return torch.where(~is_fast & ~is_slow, between, slowed)
