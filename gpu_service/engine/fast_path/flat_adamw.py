@@ -37,6 +37,45 @@ class FlatAdamW(torch.optim.AdamW):
         # The name by which torch's fused kernels know it.
         self.found_inf = flag
 
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One launch, of torch's own kernel: torch's method around it would import its compiler, which takes seconds.
+
+        Does nothing without a gradient. Takes no closure.
+        """
+        assert closure is None
+        (group,) = self.param_groups
+        parameter: torch.Tensor = group["params"][0]
+        if parameter.grad is None:
+            return
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            for name in _MOMENTS:
+                state[name] = torch.zeros_like(parameter)
+        state["step"] += 1
+        flag: torch.Tensor | None = getattr(self, "found_inf", None)
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            [parameter],
+            [parameter.grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            amsgrad=False,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+            grad_scale=None,
+            found_inf=flag,
+        )
+        if flag is not None:
+            state["step"] -= flag
+
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.AdamW over PEFT's parameters would give it; moments are views of the flat ones."""
         whole = super().state_dict()

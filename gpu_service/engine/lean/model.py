@@ -14,10 +14,12 @@ from torch import nn
 from gpu_service.engine.lean.config import LeanConfig
 
 
-class _Norm(nn.Module):
-    def __init__(self, size: int) -> None:
+class _Weight(nn.Module):
+    """A norm's [size], or an embedding's [rows, size]. torch's own would draw numbers, and import its compiler for it."""
+
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
+        self.weight = nn.Parameter(torch.empty(shape))
 
 
 class _Attention(nn.Module):
@@ -30,8 +32,8 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key, bias=config.query_bias)
         self.o_proj = nn.Linear(query, config.hidden_size, bias=config.output_bias)
         if config.normalizes_heads:
-            self.q_norm = _Norm(config.head_dim)
-            self.k_norm = _Norm(config.head_dim)
+            self.q_norm = _Weight(config.head_dim)
+            self.k_norm = _Weight(config.head_dim)
 
 
 class _FeedForward(nn.Module):
@@ -47,8 +49,8 @@ class _Layer(nn.Module):
         super().__init__()
         self.self_attn = _Attention(config)
         self.mlp = _FeedForward(config)
-        self.input_layernorm = _Norm(config.hidden_size)
-        self.post_attention_layernorm = _Norm(config.hidden_size)
+        self.input_layernorm = _Weight(config.hidden_size)
+        self.post_attention_layernorm = _Weight(config.hidden_size)
 
 
 class _Rotary(nn.Module):
@@ -65,9 +67,9 @@ class _Rotary(nn.Module):
 class _Decoder(nn.Module):
     def __init__(self, config: LeanConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _Weight(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([_Layer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = _Norm(config.hidden_size)
+        self.norm = _Weight(config.hidden_size)
         self.rotary_emb = _Rotary(config)
 
 
