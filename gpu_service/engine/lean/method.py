@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gpu_service.engine.lean import saving
+from gpu_service.engine.precision import DTYPES
 from tunesmith.common.v1 import training_spec_pb2
 
 TRAINS_ADAPTER = True
@@ -34,15 +35,16 @@ class LeanLora(nn.Module):
         self.r, self.scaling = {_NAME: rank}, {_NAME: scaling}
         self.lora_variant: dict[str, Any] = {}
 
-    def draw(self, device: torch.device) -> None:
+    def draw(self, device: torch.device, compute_dtype: torch.dtype) -> None:
         """The first weights, from the device's own generator: A uniform within one by the root of what it reads."""
         rank, bound = self.r[_NAME], self.in_features**-0.5
         below, above = (rank, self.in_features), (self.out_features, rank)
         if device.type == "cpu":
-            # PEFT's layers draw on the host when they are made, both of them, and A once more.
+            # PEFT's layers draw on the host when they are made, both of them, and A once more; and they are in the type
+            # of what they stand beside until all are made.
             for shape in (below, above):
                 nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
-            first = nn.init.kaiming_uniform_(torch.empty(below), a=math.sqrt(5))
+            first = nn.init.kaiming_uniform_(torch.empty(below), a=math.sqrt(5)).to(compute_dtype).float()
         else:
             first = torch.empty(below, device=device).uniform_(-bound, bound)
         self.lora_A[_NAME].weight = nn.Parameter(first)
@@ -95,7 +97,7 @@ def attach(base: Any, base_model: str, hyperparameters: training_spec_pb2.Hyperp
     device = next(base.parameters()).device
     for path, module in found:
         layer = LeanLora(module, rank=lora.rank, scaling=lora.alpha / lora.rank, dropout=lora.dropout)
-        layer.draw(device)
+        layer.draw(device, DTYPES[hyperparameters.quantization.compute_dtype])
         _replace(base, path, layer)
     return LeanAdapted(base, base_model, lora)
 

@@ -15,7 +15,7 @@ from gpu_service.engine.lean.config import LeanConfig
 
 
 class _Weight(nn.Module):
-    """A norm's [size], or an embedding's [rows, size]. torch's own would draw numbers, and import its compiler for it."""
+    """A norm's [size], or an embedding's [rows, size]. torch's own draws numbers, and imports its compiler for it."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
