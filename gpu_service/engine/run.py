@@ -19,7 +19,7 @@ from google.protobuf import json_format
 from gpu_service.catalog import families, methods, quantization, templates
 from gpu_service.domain.plan_start import EXPORT
 from gpu_service.domain.planned_data import PlannedData, PlannedDataDamaged
-from gpu_service.engine import libraries, planning
+from gpu_service.engine import head_start, libraries, planning
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure, from_exception
 from gpu_service.engine.lean import choice
@@ -74,14 +74,17 @@ class Run:
 
     def _train(self) -> None:
         self.reporter.enter_phase("PLANNING")
-        plan_directory = planning.plan(
-            self.request,
-            command=self.planner_command,
-            device=self.device.describe(),
-            switch=self.switch,
-            reporter=self.reporter,
-            spare=self.spare_planner,
-        )
+        # What the device has free, before anything is put there.
+        device = self.device.describe()
+        with head_start.preparing(self.device.torch_device):
+            plan_directory = planning.plan(
+                self.request,
+                command=self.planner_command,
+                device=device,
+                switch=self.switch,
+                reporter=self.reporter,
+                spare=self.spare_planner,
+            )
         self.open_session(plan_directory).train()
 
     def open_session(self, plan_directory: Path) -> Session:

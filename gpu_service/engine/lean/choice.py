@@ -5,6 +5,8 @@ What needs a forward pass of the library's model (samples, exports), or begins w
 
 from __future__ import annotations
 
+import logging
+
 from gpu_service.domain.plan_start import EXPORT
 from gpu_service.domain.trainer import FAST
 from gpu_service.engine.lean import method
@@ -15,6 +17,8 @@ from gpu_service.engine.loading.work import LoadRequest
 from gpu_service.engine.reading.stored import read_header
 from gpu_service.engine.request import RunRequest
 from tunesmith.common.v1 import plan_pb2
+
+_LOG = logging.getLogger(__name__)
 
 
 def is_lean(request: RunRequest, plan: plan_pb2.Plan) -> bool:
@@ -45,8 +49,9 @@ def fits(request: LoadRequest) -> bool:
         files = [request.model_directory / name for name in weights.list_shards(request.model_directory)]
         stored = {tensor.name: tensor for file in files for tensor in read_header(file)[1]}
         places.lay_out(request, config, stored)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
         # What is wrong with a model is for the loading stages to say.
+        _LOG.info("the libraries make this model: %s", error)
         return False
     return True
 

@@ -1,7 +1,7 @@
 """config.json of a Llama-like model as the few facts that the fast path needs, or the word that it takes the library.
 
-Where a value is absent and the families' defaults differ, it is for the library to say what it means. Makes no config
-object of transformers, and writes no file.
+What a file leaves out and every family has the same default for is here; all else is for the library to say. Makes no
+config object of transformers, and writes no file.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ _FAMILIES: Mapping[str, _Family] = {
     "qwen2": _Family(query_bias=True),
     "qwen3": _Family(query_bias=None, normalizes_heads=True, derives_head_dim=False),
 }
+# What transformers takes where config.json is silent.
+_EPSILON, _THETA = 1e-6, 10000.0
 _ROTARY_FACTS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -88,7 +90,7 @@ class LeanConfig:
             num_attention_heads=heads,
             num_key_value_heads=_whole(values, "num_key_value_heads"),
             head_dim=_whole(values, "head_dim") if derived is None else derived,
-            rms_norm_eps=_number(values, "rms_norm_eps"),
+            rms_norm_eps=_number({"rms_norm_eps": _EPSILON, **values}, "rms_norm_eps"),
             tie_word_embeddings=_flag(values, "tie_word_embeddings"),
             query_bias=attention_bias if family.query_bias is None else family.query_bias,
             output_bias=attention_bias,
@@ -103,7 +105,7 @@ def _read_rotary(values: Mapping[str, Any]) -> dict[str, Any]:
     new, old = values.get("rope_parameters"), values.get("rope_scaling")
     if new is not None and (not isinstance(new, dict) or old is not None or "rope_theta" in values):
         raise TakesTheLibrary("config.json says twice how positions are rotated")
-    found = dict(new) if new is not None else {"rope_theta": values.get("rope_theta"), **(old or {})}
+    found = dict(new) if new is not None else {"rope_theta": values.get("rope_theta", _THETA), **(old or {})}
     kind = found["rope_type"] = found.get("rope_type", found.pop("type", "default"))
     if kind not in _ROTARY_FACTS:
         raise TakesTheLibrary(f"config.json: positions are rotated by {kind!r}")

@@ -166,6 +166,7 @@ def test_the_librarys_base_gets_a_lean_adapter(both: tuple[Path, str, Loaded, Lo
 
 
 _ROTARY: dict[str, dict[str, Any]] = {
+    "not said": {},
     "plain": {"rope_theta": 500000.0, "rope_scaling": None},
     "linear": {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama3": {
@@ -198,6 +199,20 @@ def _write(directory: Path, **values: Any) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_what_a_config_leaves_out_is_the_librarys_default(family: str, tmp_path: Path) -> None:
+    import transformers
+
+    silent = {name: value for name, value in _SIZES.items() if name != "rms_norm_eps"}
+    (tmp_path / "config.json").write_text(json.dumps({**silent, "model_type": family, "head_dim": 128}))
+    lean, expected = LeanConfig.read(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+    assert lean.rms_norm_eps == expected.rms_norm_eps
+    assert lean.tie_word_embeddings == expected.tie_word_embeddings
+    assert lean.output_bias == getattr(expected, "attention_bias", False)
+    assert lean.mlp_bias == getattr(expected, "mlp_bias", False)
+    assert lean.rope_parameters == expected.rope_parameters
+
+
 @pytest.mark.parametrize("kind", _ROTARY)
 def test_positions_are_rotated_as_by_transformers(kind: str, tmp_path: Path) -> None:
     from transformers import LlamaConfig
@@ -214,6 +229,7 @@ def test_positions_are_rotated_as_by_transformers(kind: str, tmp_path: Path) -> 
     [
         {"model_type": "gemma3_text"},
         {"rope_theta": None},
+        {"rope_parameters": {"rope_type": "default"}},
         {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
         {"rope_theta": 10000.0, "rope_parameters": {"rope_theta": 10000.0}},
         {"rope_theta": 10000.0, "num_key_value_heads": None},

@@ -1,0 +1,42 @@
+"""Uses the time in which another process makes a run's plan: a thread prepares the device for what any run does first.
+
+Decides nothing, and fails nothing: what goes wrong here goes wrong again where the run needs it, in the run's words.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from gpu_service.engine.fast_path.operations import operations_for
+
+_LOG = logging.getLogger(__name__)
+_SIDE = 256
+
+
+@contextmanager
+def preparing(device: torch.device) -> Iterator[None]:
+    """Inside, a thread prepares a GPU; it is done when this ends. On a CPU nothing is to be prepared."""
+    if device.type != "cuda":
+        yield
+        return
+    thread = threading.Thread(target=_prepare, args=(device,), name="head-start")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def _prepare(device: torch.device) -> None:
+    """The context, the library that multiplies, and Triton with the fast path's kernels, which are not compiled yet."""
+    try:
+        one = torch.ones(_SIDE, _SIDE, device=device, dtype=torch.bfloat16)
+        (one @ one).sum().item()
+        operations_for(device)
+    except (RuntimeError, ImportError, OSError, AssertionError) as error:
+        _LOG.info("no head start: %s: %s", type(error).__name__, error)
