@@ -74,12 +74,13 @@ class _Decoder(nn.Module):
 
 
 class LeanCausal(nn.Module):
-    """The base. `places` are those of its tensors once it has been filled (`shell`)."""
+    """The base. Once it is filled (`shell`), `places` are those of what is quantized, and `plain_names` the rest."""
 
     def __init__(self, config: LeanConfig) -> None:
         super().__init__()
         self.config = config
         self.places: Any = None
+        self.plain_names: tuple[str, ...] = ()
         self.name_or_path = ""
         self.model = _Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -12,9 +12,8 @@ from gpu_service.engine.loading.work import Loaded, LoadRequest
 
 def promote(request: LoadRequest, loaded: Loaded, base: LeanCausal) -> Any:
     """The library's model, prepared as one that it loaded; `loaded.config` is its config. Raises NotTensorForTensor."""
-    places = base.places
     # Where they lie now: the fast path may have moved them.
-    plain = {name: base.get_parameter(name).data for name in places.plain}
-    model = shell.build(request, loaded, replace(places, plain=plain))
+    plain = {name: base.get_parameter(name).data for name in base.plain_names}
+    model = shell.build(request, loaded, replace(base.places, plain=plain))
     request.method.prepare_base(model)
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -47,7 +47,8 @@ def build(request: LoadRequest, loaded: Loaded, places: Places) -> LeanCausal:
         for name in places.layout.shapes:
             _put(held[by_name[name]], _quantized(places, name, tables))
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.to(request.device)
-    model.places = places
+    # The fast path moves plain tensors; whoever kept the first ones would keep their memory.
+    model.places, model.plain_names = replace(places, plain={}), tuple(places.plain)
     return model
 
 

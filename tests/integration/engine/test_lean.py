@@ -20,12 +20,12 @@ from gpu_service.engine.lean import method as lean_method
 from gpu_service.engine.lean.builders import Builders
 from gpu_service.engine.lean.config import LeanConfig, TakesTheLibrary
 from gpu_service.engine.lean.model import frequencies
-from gpu_service.engine.loading import Loaded, LoadRequest, load
+from gpu_service.engine.loading import Loaded, LoadRequest, direct, load
 from gpu_service.engine.stopping import StopSwitch
 from tests.fakes import tiny_models
 from tests.fakes.base_loading import same
 from tests.fakes.engine_runs import Workspace, read_log
-from tests.fakes.fast_models import ALL_SEVEN
+from tests.fakes.fast_models import ALL_SEVEN, make_fast
 from tests.fakes.tiny_models import TinyOptions
 from tests.integration.engine.conftest import RunInProcess
 from tunesmith.common.v1 import plan_pb2, training_spec_pb2
@@ -58,10 +58,14 @@ class _Silent:
         pass
 
 
-def _request(directory: Path, family: str, *, is_lean: bool, resident: Any = None, lora: Any = None) -> LoadRequest:
+def _request(
+    directory: Path, family: str, *, is_lean: bool, resident: Any = None, quantizes: bool = True
+) -> LoadRequest:
     settings = training_spec_pb2.Hyperparameters(
-        quantization=training_spec_pb2.Quantization(method="nf4", double_quantization=True, compute_dtype="bfloat16"),
-        lora=lora or training_spec_pb2.Lora(rank=4, alpha=8, dropout=0.25, target_modules=ALL_SEVEN),
+        quantization=training_spec_pb2.Quantization(
+            method="nf4" if quantizes else "none", double_quantization=quantizes, compute_dtype="bfloat16"
+        ),
+        lora=training_spec_pb2.Lora(rank=4, alpha=8, dropout=0.25, target_modules=ALL_SEVEN),
         seed=7,
     )
     num_covered = 2 * sum(name in settings.lora.target_modules for name in ALL_SEVEN)
@@ -70,8 +74,8 @@ def _request(directory: Path, family: str, *, is_lean: bool, resident: Any = Non
     if not is_lean:
         made_with = Builders(
             family=import_module(families.REGISTRY[family].builder),
-            quantization=import_module(quantization.REGISTRY["nf4"].builder),
-            method=import_module(methods.REGISTRY["qlora"].builder),
+            quantization=import_module(quantization.REGISTRY[settings.quantization.method].builder),
+            method=import_module(methods.REGISTRY["qlora" if quantizes else "lora"].builder),
         )
     return LoadRequest(
         model_directory=directory,
@@ -81,7 +85,7 @@ def _request(directory: Path, family: str, *, is_lean: bool, resident: Any = Non
         is_lean=is_lean,
         compute_dtype=torch.bfloat16,
         device=torch.device("cpu"),
-        quantizer="own",
+        quantizer="own" if quantizes else "",
         resident_model=resident,
         **vars(made_with),
     )
@@ -151,6 +155,28 @@ def test_the_libraries_take_over_what_is_loaded(both: tuple[Path, str, Loaded, L
     method = import_module(methods.REGISTRY["qlora"].builder)
     again = _load(_request(directory, family, is_lean=False))
     same(method.detach(taken.model), method.detach(again.model))
+
+
+def test_a_base_that_is_not_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Elsewhere than on a GPU the library maps such a base.
+    monkeypatch.setattr(direct, "is_wanted", lambda request: True)
+    directory = tmp_path / tiny_models.place(tmp_path, TinyOptions(tied=True))
+    lean = _load(_request(directory, "llama", is_lean=True, quantizes=False))
+    plain = _load(_request(directory, "llama", is_lean=False, quantizes=False))
+    theirs = dict(plain.model.named_parameters())
+    for name, value in lean.model.named_parameters():
+        assert value.dtype == theirs[name].dtype, name
+        assert torch.equal(value, theirs[name]), name
+    fast = make_fast(lean.model, dtype=torch.bfloat16)
+    fast.release()
+    base = lean_method.detach(lean.model)
+    held = {value.data_ptr() for value in base.parameters()}
+    taken = _load(_request(directory, "llama", is_lean=False, quantizes=False, resident=base))
+    method = import_module(methods.REGISTRY["lora"].builder)
+    found = method.detach(taken.model)
+    assert {value.data_ptr() for value in found.parameters()} == held
+    for name, value in method.detach(plain.model).named_parameters():
+        assert torch.equal(found.get_parameter(name), value), name
 
 
 def test_the_librarys_base_gets_a_lean_adapter(both: tuple[Path, str, Loaded, Loaded]) -> None:
