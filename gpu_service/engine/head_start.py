@@ -1,4 +1,4 @@
-"""Uses the time in which another process makes a run's plan: a thread prepares the device for what any run does first.
+"""Uses the time in which a run is planned and its base is read: a thread prepares the device for what any step needs.
 
 Decides nothing, and fails nothing: what goes wrong here goes wrong again where the run needs it, in the run's words.
 """
@@ -20,7 +20,10 @@ _SIDE = 256
 
 @contextmanager
 def preparing(device: torch.device) -> Iterator[None]:
-    """Inside, a thread prepares a GPU; it is done when this ends. On a CPU nothing is to be prepared."""
+    """Inside, a thread prepares a GPU; it is done when this ends. Who needs a part of it before waits for that part.
+
+    On a CPU nothing is to be prepared.
+    """
     if device.type != "cuda":
         yield
         return

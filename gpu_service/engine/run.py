@@ -85,7 +85,8 @@ class Run:
                 reporter=self.reporter,
                 spare=self.spare_planner,
             )
-        self.open_session(plan_directory).train()
+            session = self.open_session(plan_directory)
+        session.train()
 
     def open_session(self, plan_directory: Path) -> Session:
         """The planned data with the loaded model, ready to train. Raises StopRequested, RunFailure."""

@@ -27,6 +27,7 @@ from gpu_service.domain.quantizer import OWN
 from gpu_service.engine import devices
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure
+from gpu_service.engine.fast_path.nf4 import name_quantizer
 from gpu_service.engine.lean import choice
 from gpu_service.engine.loading import Loaded, LoadRequest, load
 from gpu_service.engine.loading import tokenizer as stage_tokenizer
@@ -103,7 +104,7 @@ def make_ready(device_id: str, is_wanted: Callable[[], bool]) -> None:
             pace.check()
             _touch(device)
             pace.check()
-            if _has_kernels(device):
+            if _has_kernels(device) and name_quantizer() == OWN:
                 _write_model(Path(name))
                 _train(Path(name), device, pace)
     except _Wanted:
