@@ -13,8 +13,19 @@ from importlib import import_module
 
 from gpu_service.engine.deferred_compile import compiling_at_first_call
 
-# bitsandbytes before peft, which would import it by another way.
-_NAMES = ("bitsandbytes", "transformers", "accelerate", "peft")
+# bitsandbytes before peft, which would import it by another way. transformers imports most of itself when a part is
+# asked for: what the modules of the engine that work with it do, in the order that runs come to them.
+_NAMES = (
+    "bitsandbytes",
+    "transformers",
+    "accelerate",
+    "peft",
+    "gpu_service.engine.builders.families.llama",
+    "gpu_service.engine.builders.methods.qlora",
+    "gpu_service.engine.builders.quantization.nf4",
+    "gpu_service.engine.artifacts",
+    "gpu_service.engine.generation.service",
+)
 
 
 def need(after_each: Callable[[], None] = lambda: None) -> None:
