@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gpu_service.catalog import families, methods, quantization
+from gpu_service.engine import head_start
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
 from gpu_service.engine.lean import choice
 from gpu_service.engine.lean import method as lean_method
@@ -320,6 +321,14 @@ def test_a_run_is_the_same_with_and_without_the_libraries(workspace: Workspace, 
     for name in names:
         if name != "README.md":
             assert (saved[0] / name).read_bytes() == (saved[1] / name).read_bytes(), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_head_start_fails_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger=head_start.__name__)
+    with head_start.preparing(torch.device("cuda", 0)):
+        pass
+    assert "no head start" in caplog.text
 
 
 def test_nothing_of_the_libraries_is_imported_before_the_first_step(workspace: Workspace, tmp_path: Path) -> None:
