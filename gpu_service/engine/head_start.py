@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from gpu_service.engine.fast_path.operations import operations_for
+from gpu_service.engine.fast_path.quantizing import Tables, make_ready
 
 _LOG = logging.getLogger(__name__)
 _SIDE = 256
@@ -36,10 +37,12 @@ def preparing(device: torch.device) -> Iterator[None]:
 
 
 def _prepare(device: torch.device) -> None:
-    """The context, the library that multiplies, and Triton with the fast path's kernels, which are not compiled yet."""
+    """The context, the library that multiplies, and Triton with the fast path's kernels."""
     try:
         one = torch.ones(_SIDE, _SIDE, device=device, dtype=torch.bfloat16)
         (one @ one).sum().item()
         operations_for(device)
+        # Triton itself gets ready at the first kernel that is launched.
+        make_ready(Tables.on(device), torch.bfloat16)
     except (RuntimeError, ImportError, OSError, AssertionError) as error:
         _LOG.info("no head start: %s: %s", type(error).__name__, error)

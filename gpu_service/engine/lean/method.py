@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gpu_service.engine.lean import saving
+from gpu_service.engine.lean.model import linear
 from gpu_service.engine.precision import DTYPES
 from tunesmith.common.v1 import training_spec_pb2
 
@@ -30,8 +31,8 @@ class LeanLora(nn.Module):
         self.in_features, self.out_features = int(base_layer.in_features), int(base_layer.out_features)  # type: ignore[arg-type]
         self.lora_dropout = nn.ModuleDict({_NAME: nn.Dropout(dropout) if dropout else nn.Identity()})
         with torch.device("meta"):
-            self.lora_A = nn.ModuleDict({_NAME: nn.Linear(self.in_features, rank, bias=False)})
-            self.lora_B = nn.ModuleDict({_NAME: nn.Linear(rank, self.out_features, bias=False)})
+            self.lora_A = nn.ModuleDict({_NAME: linear(self.in_features, rank, bias=False)})
+            self.lora_B = nn.ModuleDict({_NAME: linear(rank, self.out_features, bias=False)})
         self.r, self.scaling = {_NAME: rank}, {_NAME: scaling}
         self.lora_variant: dict[str, Any] = {}
 

@@ -14,6 +14,16 @@ from torch import nn
 from gpu_service.engine.lean.config import LeanConfig
 
 
+def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
+    """A layer whose weights nobody drew: torch's own draws them even where there is no memory, which takes its time."""
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = inputs, outputs
+    layer.weight = nn.Parameter(torch.empty(outputs, inputs))
+    layer.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
+    return layer
+
+
 class _Weight(nn.Module):
     """A norm's [size], or an embedding's [rows, size]. torch's own draws numbers, and imports its compiler for it."""
 
@@ -27,10 +37,10 @@ class _Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.query_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key, bias=config.query_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key, bias=config.query_bias)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.output_bias)
+        self.q_proj = linear(config.hidden_size, query, bias=config.query_bias)
+        self.k_proj = linear(config.hidden_size, key, bias=config.query_bias)
+        self.v_proj = linear(config.hidden_size, key, bias=config.query_bias)
+        self.o_proj = linear(query, config.hidden_size, bias=config.output_bias)
         if config.normalizes_heads:
             self.q_norm = _Weight(config.head_dim)
             self.k_norm = _Weight(config.head_dim)
@@ -39,9 +49,9 @@ class _Attention(nn.Module):
 class _FeedForward(nn.Module):
     def __init__(self, config: LeanConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
 
 class _Layer(nn.Module):
@@ -83,7 +93,7 @@ class LeanCausal(nn.Module):
         self.plain_names: tuple[str, ...] = ()
         self.name_or_path = ""
         self.model = _Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
