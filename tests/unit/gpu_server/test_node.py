@@ -91,7 +91,9 @@ def test_the_base_of_the_newest_run_is_likely_to_be_wanted(tmp_path: Path) -> No
         os.utime(directory / "config.json", (number, number))
     assert files.find_likely_model() == str(newer)
     for number, directory in enumerate((newer, older)):
-        path = files.write_run(RunKey(job_id=f"job{number}", attempt=1), {"model_directory": str(directory)})
+        path = files.write_run(
+            RunKey(installation_id="i", job_id=f"job{number}", attempt=1), {"model_directory": str(directory)}
+        )
         os.utime(path / "run.json", (number, number))
     assert files.find_likely_model() == str(older)
     shutil.rmtree(older)
