@@ -14,7 +14,9 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -53,12 +55,24 @@ def main(arguments: Sequence[str]) -> int:
         # Of the millions of objects that imports make nearly all stay; looking for those that do not takes a fifth of
         # the time. The service freezes what is there when it begins.
         gc.disable()
+        device_id, model = (os.environ.get(name, "") for name in (_DEVICE_VARIABLE, _MODEL_VARIABLE))
+        beside = threading.Thread(target=_import_beside, args=(device_id,), name="import-beside", daemon=True)
+        beside.start()
         for name in ("torch", "gpu_service.engine.service"):
             # Each may take a minute from a slow disk, and is a sign of progress.
             import_module(name)
             pipe.note_progress()
+        beside.join()
         service = sys.modules["gpu_service.engine.service"]
         gc.enable()
-        device_id, model = (os.environ.get(name, "") for name in (_DEVICE_VARIABLE, _MODEL_VARIABLE))
         status: int = service.serve(pipe, planner, device_id, Path(model) if model else None)
         return status
+
+
+def _import_beside(device_id: str) -> None:
+    """What needs no torch, while torch is imported: one waits for files where the other computes."""
+    import_module("gpu_service.engine.planning")
+    if device_id.startswith("cuda"):
+        # Builds of torch for CPUs bring none; whoever needs it says so.
+        with suppress(ImportError):
+            import_module("triton")
