@@ -89,6 +89,8 @@ def fit(
         reason = f"{'asked for' if asked is not None else 'chosen'}: {recomputation.describe(num_layers)}"
         if is_quantized:
             reason += f"; weights are {_WEIGHTS[FP8 if resolved.compute == FP8 else weights]}"
+        if memory.host_bytes:
+            reason += f"; {memory.host_bytes / _GIB:.1f} GiB of the host's memory"
         if total:
             reason += f"; {memory.total_bytes / _GIB:.1f} of {total / _GIB:.1f} GiB"
         return Fitted(resolved=settled, memory=memory, reason=reason)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from gpu_service.engine.fast_path import kernel_problems
 from gpu_service.engine.fast_path.operations import operations_for
 from gpu_service.engine.fast_path.quantizing import Tables, make_ready
 
@@ -44,5 +45,10 @@ def _prepare(device: torch.device) -> None:
         operations_for(device)
         # Triton itself gets ready at the first kernel that is launched.
         make_ready(Tables.on(device), torch.bfloat16)
-    except (RuntimeError, ImportError, OSError, AssertionError) as error:
+    except _expected() as error:
         _LOG.info("no head start: %s: %s", type(error).__name__, error)
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """Asked when something was raised: what Triton raises is known once it is imported."""
+    return (RuntimeError, ImportError, OSError, AssertionError, *kernel_problems.errors())

@@ -110,7 +110,7 @@ def _prepare(pipe: ControlPipe, shelf: BaseShelf, device_id: str, model_director
     """Use the time before there is work: what a training wants first, then what answers, samples and saving do."""
     if device_id:
         warm_up = import_module("gpu_service.engine.warm_up")
-        warm_up.make_ready(device_id, lambda: pipe.has_order, model_directory)
+        shelf.kernel_problem = warm_up.make_ready(device_id, lambda: pipe.has_order, model_directory)
 
     def note() -> None:
         pipe.note_progress()

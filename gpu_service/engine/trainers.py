@@ -37,6 +37,8 @@ class Trainer:
     _release: Callable[[], None]
     # Makes passes keep less, with the same results: how, in words; empty where nothing more can be saved.
     recompute_more: Callable[[], str] = lambda: ""
+    # Lets go of quantized weights that stand restored: likewise.
+    stream_weights: Callable[[], str] = lambda: ""
 
     def release(self) -> None:
         """Give the loaded base back as it was; nothing trains any more. Does nothing the second time."""
@@ -100,6 +102,7 @@ def _make_fast(
         description=f"the fast path, {weights}",
         _release=fast.release,
         recompute_more=fast.recompute_more,
+        stream_weights=fast.stream_weights,
     )
 
 

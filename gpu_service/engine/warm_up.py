@@ -29,6 +29,7 @@ from gpu_service.domain.quantizer import OWN
 from gpu_service.engine import devices
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure
+from gpu_service.engine.fast_path import kernel_problems
 from gpu_service.engine.fast_path.nf4 import name_quantizer
 from gpu_service.engine.lean import choice
 from gpu_service.engine.lean import shell as lean_shell
@@ -97,15 +98,17 @@ class _Rows:
         return self._examples[reference.example_index]
 
 
-def make_ready(device_id: str, is_wanted: Callable[[], bool], model_directory: Path | None = None) -> None:
+def make_ready(device_id: str, is_wanted: Callable[[], bool], model_directory: Path | None = None) -> str | None:
     """Make the engine ready for runs on a device (`cuda:0`, `cpu:-1`), or until `is_wanted`.
 
-    `model_directory`: a base whose kernels are to be compiled.
+    `model_directory`: a base for whose sizes kernels are to be compiled. Gives why kernels cannot be compiled; empty
+    where they were, None where that is not known.
     """
     start = time.monotonic()
     kind, _, index = device_id.partition(":")
     device = devices.select(DeviceChoice(type=kind, index=int(index)))
     pace = _Pace(is_wanted=is_wanted)
+    problem: str | None = None
     try:
         with tempfile.TemporaryDirectory(prefix="warm-up-") as name:
             pace.check()
@@ -114,6 +117,7 @@ def make_ready(device_id: str, is_wanted: Callable[[], bool], model_directory: P
             if _has_kernels(device) and name_quantizer() == OWN:
                 _write_model(Path(name))
                 _train(Path(name), device, pace)
+                problem = ""
                 if model_directory is not None and device.torch_device.type == "cuda":
                     _train_alike(model_directory, device, pace)
     except _Wanted:
@@ -121,14 +125,19 @@ def make_ready(device_id: str, is_wanted: Callable[[], bool], model_directory: P
     except torch.OutOfMemoryError as error:
         # Somebody else's work fills the device; a run is told of that in its own words.
         _LOG.warning("warm-up found no memory: %s", error)
+    except kernel_problems.errors() as error:
+        # Runs of this engine are planned without them, and say so.
+        problem = kernel_problems.describe(error)
+        _LOG.warning("warm-up was not finished, kernels cannot be compiled: %s: %s", type(error).__name__, error)
     except (RunFailure, OSError, RuntimeError, ImportError) as error:
-        # Without room for files, or kernels that cannot be compiled, there are still runs that can be carried out; what
-        # a run needs it misses in its own words. A device that is lost says so once more below, and ends the engine.
+        # Without room for files there are still runs that can be carried out; what a run needs it misses in its own
+        # words. A device that is lost says so once more below, and ends the engine.
         _LOG.warning("warm-up was not finished: %s: %s", type(error).__name__, error)
     else:
         _LOG.info("warm after %.1f s", time.monotonic() - start)
     gc.collect()
     device.give_back()
+    return problem
 
 
 def read_tokenizer(model_directory: Path, tokenizers: KeptTokenizers) -> None:
@@ -155,14 +164,15 @@ def _touch(device: Device) -> None:
     """The context, and the library that multiplies."""
     if device.torch_device.type == "cuda":
         torch.cuda.set_device(device.torch_device)
-    one = torch.ones(256, 256, device=device.torch_device, dtype=torch.bfloat16)
+    # An older GPU trains in float32, and may not multiply bfloat16 at all.
+    dtype = torch.bfloat16 if _has_kernels(device) else torch.float32
+    one = torch.ones(256, 256, device=device.torch_device, dtype=dtype)
     (one @ one).sum().item()
 
 
 def _has_kernels(device: Device) -> bool:
     """Whether runs take the fast path there; an older GPU has no use for its kernels, and may not compile them."""
-    described = PlannedDevice.from_json(device.describe())
-    return described.type != "cuda" or described.has_bfloat16
+    return PlannedDevice.from_json(device.describe()).has_kernels
 
 
 def _write_model(directory: Path) -> None:
