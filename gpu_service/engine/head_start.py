@@ -6,6 +6,7 @@ Decides nothing, and fails nothing: what goes wrong here goes wrong again where 
 from __future__ import annotations
 
 import logging
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,5 +45,5 @@ def _prepare(device: torch.device) -> None:
         operations_for(device)
         # Triton itself gets ready at the first kernel that is launched.
         make_ready(Tables.on(device), torch.bfloat16)
-    except (RuntimeError, ImportError, OSError, AssertionError) as error:
+    except (RuntimeError, ImportError, OSError, AssertionError, subprocess.SubprocessError) as error:
         _LOG.info("no head start: %s: %s", type(error).__name__, error)
