@@ -1,8 +1,8 @@
 """Makes an engine ready before it has a run: the device's context, its kernels, and what is imported at first use.
 
 It loads a model of one small layer as a run loads its base, puts an adapter on it, and makes steps. Kernels are
-compiled for the sizes of a model, so it makes the same steps with one layer as large as those of a model that is likely
-to be wanted, of zeros. Nothing of either is kept, and nothing that a run finds (random states, what is on the shelf)
+compiled for the sizes of a model, so it makes the same steps with layers as large as those of a model that is likely to
+be wanted, of zeros. Nothing of either is kept, and nothing that a run finds (random states, what is on the shelf)
 comes from them. Stops between its parts as soon as there is work, which then pays for the rest itself.
 """
 
@@ -58,6 +58,8 @@ _LINEARS = {
     "mlp.down_proj": (_HIDDEN, _INTERMEDIATE),
 }
 _NORMS = ("input_layernorm", "post_attention_layernorm")
+# The first layer has nothing before it to add or to pass gradients to, and the others have.
+_LAYERS = 2
 # Tokens of the two sequences of each step: kernels tell multiples of 16 from other numbers.
 _LENGTHS = ((96, 160), (96, 160), (95, 156))
 
@@ -233,10 +235,10 @@ def _train(directory: Path, device: Device, pace: _Pace) -> None:
 
 
 def _train_alike(model_directory: Path, device: Device, pace: _Pace) -> None:
-    """The same on one layer of the sizes of a model, whose weights are not read."""
+    """The same on two layers of the sizes of a model, whose weights are not read."""
     pace.check()
     try:
-        config = replace(LeanConfig.read(model_directory), num_hidden_layers=1)
+        config = replace(LeanConfig.read(model_directory), num_hidden_layers=_LAYERS)
     except (OSError, TakesTheLibrary) as error:
         _LOG.info("no kernels are compiled for %s: %s", model_directory.name, error)
         return
