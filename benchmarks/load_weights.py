@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from benchmarks import random_models
 from gpu_service.catalog.weight_files import list_weight_files
 from gpu_service.engine.builders.quantization import nf4
 from gpu_service.engine.failures import library_versions
+from gpu_service.engine.lean import choice
 from gpu_service.engine.loading import config as config_stage
 from gpu_service.engine.loading import weights as weights_stage
 from gpu_service.engine.loading.work import Loaded, LoadRequest
@@ -61,14 +61,17 @@ def request_for(setting: Setting, *, quantized: bool, pinned: bool) -> LoadReque
     quantization = training_spec_pb2.Quantization(
         method="nf4" if quantized else "none", double_quantization=quantized, compute_dtype="bfloat16"
     )
+    plan = plan_pb2.Plan(resolved=training_spec_pb2.Hyperparameters(quantization=quantization))
+    made_with = choice.builders(plan)
     return LoadRequest(
         model_directory=setting.directory,
         base_model="random",
         weights_digest=setting.digest if pinned else "",
-        plan=plan_pb2.Plan(resolved=training_spec_pb2.Hyperparameters(quantization=quantization)),
-        family=import_module("gpu_service.engine.builders.families.llama"),
-        quantization=import_module(f"gpu_service.engine.builders.quantization.{quantization.method}"),
-        method=import_module(f"gpu_service.engine.builders.methods.{'qlora' if quantized else 'lora'}"),
+        plan=plan,
+        family=made_with.family,
+        quantization=made_with.quantization,
+        method=made_with.method,
+        is_lean=True,
         compute_dtype=_DTYPE,
         device=setting.device,
         cache_directory=setting.cache,

@@ -1,11 +1,12 @@
 """How long it takes from StartTraining to the first optimizer step's event at the client, and where the time goes.
 
-Both services run as they do for a user, as processes of their own, with the real engine. `fresh`: no engine process is
+Both services run as they do for a user, as processes of their own, with the real engine. `first`: the node's first job
+on the base: no engine process is there, no kernel was compiled, no 4-bit copy kept. `fresh`: no engine process is
 there. `spare`: one is, without a base. `warm`: it has the base in memory, from an earlier job. `other`: the same, for a
 job of another rank and other layers. Every job was planned before, so its data lies on the node. Each row prints when
 each thing was done, in milliseconds since the call, by the clock of whoever did it; all are on one machine.
 
-    python -m benchmarks.start_up --size 3B --cases fresh warm other spare peer --out rows.json
+    python -m benchmarks.start_up --size 3B --cases first warm other spare fresh peer --out rows.json
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tunesmith.control.v1 import node_service_pb2, project_service_pb2
 from tunesmith_cli.services import NODE_NAME, Pair, PairConfig
 from tunesmith_client import Client, ClientConfig
 
-CASES = ("fresh", "spare", "warm", "other", "peer")
+CASES = ("first", "fresh", "spare", "warm", "other", "peer")
 _NUM_EXAMPLES = 2000
 _WAIT_SECONDS = 300.0
 # Between two jobs: what an engine does behind a run's end is over, and nothing of it is measured.
@@ -348,19 +349,20 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="start-up-") as name, Bench(options, Path(name)) as bench:
         first = bench.project("first", rank=16, targets=())
         other = bench.project("other", rank=8, targets=("q_proj", "v_proj"))
-        if {"fresh", "warm", "other"} & set(options.cases):
-            add(bench.measure("fresh", first))
+        if {"first", "warm", "other"} & set(options.cases):
+            add(bench.measure("first", first))
         for _ in range(options.repeats):
             if "warm" in options.cases:
                 add(bench.measure("warm", first))
             if "other" in options.cases:
                 add(bench.measure("other", other))
-        for _ in range(options.repeats - 1 if "fresh" in options.cases else 0):
-            bench.restart_node(num_spares=0)
-            add(bench.measure("fresh", first))
+        # A node that has had a spare has compiled its kernels: before the first row without one.
         for _ in range(options.repeats if "spare" in options.cases else 0):
             bench.restart_node(num_spares=1)
             add(bench.measure("spare", first))
+        for _ in range(options.repeats if "fresh" in options.cases else 0):
+            bench.restart_node(num_spares=0)
+            add(bench.measure("fresh", first))
         if "peer" in options.cases:
             add(measure_peer(bench, options))
     print("\n| case | starts | median s | lowest | highest | of it the step |\n|---|---|---|---|---|---|")

@@ -24,7 +24,7 @@ from gpu_service.domain.memory import MemoryLedger
 from gpu_service.runs.admission import Admission
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.capabilities import CapabilityReader
-from gpu_service.runs.engine_directories import EngineSettings
+from gpu_service.runs.engine_directories import EngineSettings, RecentModel
 from gpu_service.runs.engine_pool import EnginePool
 from gpu_service.runs.inference import InferenceDesk
 from gpu_service.runs.inspection import Inspection
@@ -122,6 +122,7 @@ async def build(
         memory=memory_of_devices or DeviceMemory(),
         spare_engines=settings.spare_engines,
         kernels_directory=files.kernels,
+        recent_model=RecentModel(directory=await asyncio.to_thread(files.find_likely_model)),
     )
     ledger = MemoryLedger()
     blobs = BlobStore(files.blobs)

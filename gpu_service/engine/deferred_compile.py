@@ -2,15 +2,19 @@
 
 bitsandbytes does so with the fallbacks of its kernels, which a device that has kernels never calls; torch.compile
 itself imports torch._dynamo and torch._inductor, which takes seconds. Within the block it gives back a function that is
-compiled by the real one when it is first called. Afterwards torch is as it was. Imports nothing itself.
+compiled by the real one when it is first called. Afterwards torch is as it was. torch hides some of its own functions
+from the compiler and imports it for that when they are first called; `unhidden` has them called as they are.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+# The attribute in which torch keeps it.
+_KEPT = "__dynamo_disable"
 
 
 @contextmanager
@@ -32,6 +36,18 @@ def compiling_at_first_call() -> Iterator[None]:
         yield
     finally:
         torch.compile = compile_now
+
+
+def unhidden(owner: type, names: Iterable[str]) -> None:
+    """Have torch call these of its functions without looking for a compiler that would have to be kept from them.
+
+    It keeps what it calls with each of them, made at the first call; here that is the function itself. A torch that
+    keeps it elsewhere, or that has it already, goes on as it is.
+    """
+    for name in names:
+        function = getattr(getattr(owner, name), "__wrapped__", None)
+        if function is not None and not hasattr(function, _KEPT):
+            setattr(function, _KEPT, function)
 
 
 def _deferred(function: Callable[..., Any], compile_now: Callable[..., Any]) -> Callable[..., Any]:

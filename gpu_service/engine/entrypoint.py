@@ -1,7 +1,7 @@
 """The engine's process: command line, signals, and the order of its start. Imports torch late, `ready` comes after.
 
-A spare engine has paid for its imports when it is wanted, and a stop is heard while they go on. Never reads the
-network: the hub's client is told to stay offline.
+A stop is heard while imports go on. The libraries come with the first work that needs them, or before there is any
+(`libraries`). Never reads the network: the hub's client is told to stay offline.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
 from gpu_service.engine.control import ControlPipe
-from gpu_service.engine.deferred_compile import compiling_at_first_call
 from gpu_service.engine.spare_planner import SparePlanner
 
 # Read by the libraries when they are imported.
@@ -27,8 +28,6 @@ _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 
 # Set by whoever starts an engine for a device: `cuda:0`, and the directory of a model that is likely to be wanted.
 _DEVICE_VARIABLE, _MODEL_VARIABLE = "TUNESMITH_ENGINE_DEVICE", "TUNESMITH_ENGINE_MODEL"
-# What the service imports anyway. bitsandbytes before peft, which would import it by another way.
-_SLOW_IMPORTS = ("torch", "bitsandbytes", "transformers", "accelerate", "peft")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,13 +55,24 @@ def main(arguments: Sequence[str]) -> int:
         # Of the millions of objects that imports make nearly all stay; looking for those that do not takes a fifth of
         # the time. The service freezes what is there when it begins.
         gc.disable()
-        with compiling_at_first_call():
-            for name in _SLOW_IMPORTS:
-                # Each may take a minute from a slow disk, and is a sign of progress.
-                import_module(name)
-                pipe.note_progress()
-            service = import_module("gpu_service.engine.service")
-        gc.enable()
         device_id, model = (os.environ.get(name, "") for name in (_DEVICE_VARIABLE, _MODEL_VARIABLE))
+        beside = threading.Thread(target=_import_beside, args=(device_id,), name="import-beside", daemon=True)
+        beside.start()
+        for name in ("torch", "gpu_service.engine.service"):
+            # Each may take a minute from a slow disk, and is a sign of progress.
+            import_module(name)
+            pipe.note_progress()
+        beside.join()
+        service = sys.modules["gpu_service.engine.service"]
+        gc.enable()
         status: int = service.serve(pipe, planner, device_id, Path(model) if model else None)
         return status
+
+
+def _import_beside(device_id: str) -> None:
+    """What needs no torch, while torch is imported: one waits for files where the other computes."""
+    import_module("gpu_service.engine.planning")
+    if device_id.startswith("cuda"):
+        # Builds of torch for CPUs bring none; whoever needs it says so.
+        with suppress(ImportError):
+            import_module("triton")

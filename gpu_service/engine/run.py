@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from google.protobuf import json_format
 
@@ -20,9 +20,11 @@ from gpu_service.catalog import families, methods, quantization, templates
 from gpu_service.domain.plan_start import EXPORT
 from gpu_service.domain.planned_data import PlannedData, PlannedDataDamaged
 from gpu_service.domain.trainer import FAST
-from gpu_service.engine import export_job, planning
+from gpu_service.engine import head_start, libraries, planning
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure, from_exception
+from gpu_service.engine.lean import choice
+from gpu_service.engine.lean.builders import Builders
 from gpu_service.engine.loading import Loaded, LoadRequest, load
 from gpu_service.engine.loading.work import BaseKey
 from gpu_service.engine.precision import DTYPES
@@ -51,7 +53,7 @@ class Run:
     spare_planner: SparePlanner | None = None
     make_session: Callable[..., Session] = Session
     key: BaseKey | None = None
-    method: ModuleType | None = None
+    method: Any = None
     loaded: Loaded | None = None
     resident: ResidentBase | None = None
 
@@ -68,25 +70,32 @@ class Run:
         self.reporter.emit(plan)
         self.switch.check()
         loaded, _ = self._load(plan)
+        # Writing is the libraries' work, who are there by now.
+        from gpu_service.engine import export_job
+
         export_job.export(request=self.request, plan=plan, loaded=loaded, switch=self.switch, reporter=self.reporter)
 
     def _train(self) -> None:
         self.reporter.enter_phase("PLANNING")
-        plan_directory = self._plan()
-        if self.shelf.kernel_problem is None and _open(plan_directory)[1].resolved.trainer == FAST:
-            # Before a weight is read: a plan for kernels that cannot be compiled is made anew without them.
-            problem = self.shelf.find_kernel_problem(self.device.torch_device)
-            plan_directory = self._plan() if problem else plan_directory
-        self.open_session(plan_directory).train()
+        # What the device has free, before anything is put there.
+        device = self.device.describe()
+        with head_start.preparing(self.device.torch_device):
+            plan_directory = self._plan(device)
+            if self.shelf.kernel_problem is None and _open(plan_directory)[1].resolved.trainer == FAST:
+                # Before a weight is read: a plan for kernels that cannot be compiled is made anew without them.
+                problem = self.shelf.find_kernel_problem(self.device.torch_device)
+                plan_directory = self._plan(device) if problem else plan_directory
+            session = self.open_session(plan_directory)
+        session.train()
 
-    def _plan(self) -> Path:
+    def _plan(self, device: dict[str, Any]) -> Path:
         problem = self.shelf.kernel_problem or ""
         if problem:
             self.reporter.warn(KERNELS_NOT_COMPILED, f"no kernels of the fast path can be compiled here: {problem}")
         return planning.plan(
             self.request,
             command=self.planner_command,
-            device={**self.device.describe(), "kernel_problem": problem},
+            device={**device, "kernel_problem": problem},
             switch=self.switch,
             reporter=self.reporter,
             spare=self.spare_planner,
@@ -109,10 +118,12 @@ class Run:
             reporter=self.reporter,
         )
 
-    def _load(self, plan: plan_pb2.Plan) -> tuple[Loaded, ModuleType]:
+    def _load(self, plan: plan_pb2.Plan) -> tuple[Loaded, Any]:
         self.reporter.enter_phase("LOADING")
+        is_lean = choice.is_lean(self.request, plan)
+        made_with = choice.builders(plan) if is_lean else self._import_builders(plan)
+        method = self.method = made_with.method
         settings = plan.resolved.quantization
-        method = self.method = import_module(methods.REGISTRY[plan.training_type].builder)
         compute_dtype = DTYPES[settings.compute_dtype]
         self.key = BaseKey(
             weights_digest=self.request.weights_digest,
@@ -135,31 +146,43 @@ class Run:
         loaded = self.loaded = Loaded()
         if self.resident is not None:
             loaded.stored_dtype = self.resident.stored_dtype
-        load(
-            LoadRequest(
-                model_directory=self.request.model_directory,
-                base_model=self.request.spec.base_model,
-                weights_digest=self.request.weights_digest,
-                plan=plan,
-                family=import_module(families.REGISTRY[plan.model_type].builder),
-                quantization=import_module(quantization.REGISTRY[settings.method].builder),
-                method=method,
-                compute_dtype=compute_dtype,
-                device=self.device.torch_device,
-                cache_directory=self.request.cache_directory,
-                quantizer=plan.quantizer,
-                resident_model=None if self.resident is None else self.resident.model,
-                start=self.request.start,
-                pace=self.switch,
-                tokenizers=self.shelf.tokenizers,
-            ),
-            loaded,
-            switch=self.switch,
-            reporter=self.reporter,
+        asked = LoadRequest(
+            model_directory=self.request.model_directory,
+            base_model=self.request.spec.base_model,
+            weights_digest=self.request.weights_digest,
+            plan=plan,
+            family=made_with.family,
+            quantization=made_with.quantization,
+            method=method,
+            is_lean=is_lean,
+            compute_dtype=compute_dtype,
+            device=self.device.torch_device,
+            cache_directory=self.request.cache_directory,
+            quantizer=plan.quantizer,
+            resident_model=None if self.resident is None else self.resident.model,
+            start=self.request.start,
+            pace=self.switch,
+            tokenizers=self.shelf.tokenizers,
         )
+        if is_lean and not choice.fits(asked):
+            made_with = self._import_builders(plan)
+            method = self.method = made_with.method
+            asked = replace(asked, is_lean=False, **vars(made_with))
+        load(asked, loaded, switch=self.switch, reporter=self.reporter)
         if plan.resolved.chat_template:
-            loaded.tokenizer.chat_template = templates.REGISTRY[plan.resolved.chat_template].read_text()
+            loaded.chat_template = templates.REGISTRY[plan.resolved.chat_template].read_text()
+        if loaded.tokenizer is not None:
+            loaded.need_tokenizer()
         return loaded, method
+
+    def _import_builders(self, plan: plan_pb2.Plan) -> Builders:
+        """The catalog's, who work with the libraries. Raises StopRequested."""
+        libraries.need(self.switch.check)
+        return Builders(
+            family=import_module(families.REGISTRY[plan.model_type].builder),
+            quantization=import_module(quantization.REGISTRY[plan.resolved.quantization.method].builder),
+            method=import_module(methods.REGISTRY[plan.training_type].builder),
+        )
 
 
 def _digest(path: Path) -> str:

@@ -11,13 +11,13 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
-from gpu_service.engine import devices, request, warm_up
+from gpu_service.engine import devices, libraries, request
 from gpu_service.engine.control import ControlPipe
 from gpu_service.engine.ending import BaseLine, Outcome, conclude
 from gpu_service.engine.failures import RunFailure, unforeseen
-from gpu_service.engine.generation import service as generation
 from gpu_service.engine.generation.order import GenerationOrder
 from gpu_service.engine.reporter import Notify, Reporter
 from gpu_service.engine.resident import BaseShelf
@@ -38,6 +38,11 @@ EXIT_AFTER_FAILURE = 70
 # run's outcome behind that.
 EXIT_MEMORY_HELD = 71
 
+
+class _OrderCame(Exception):
+    """There is work, which pays for the rest of what it needs itself."""
+
+
 _STATE_BY_STOP = {
     StopMode.CANCEL: event_pb2.RUN_STATE_CANCELLED,
     StopMode.CHECKPOINT: event_pb2.RUN_STATE_INTERRUPTED,
@@ -56,16 +61,17 @@ def serve(
     likely to be wanted; empty: none.
     """
     shelf = BaseShelf()
-    if device_id and not pipe.has_order:
-        shelf.kernel_problem = warm_up.make_ready(device_id, lambda: pipe.has_order)
-        if model_directory is not None and not pipe.has_order:
-            warm_up.read_tokenizer(model_directory, shelf.tokenizers)
+    if not pipe.has_order:
+        _prepare(pipe, shelf, device_id, model_directory)
     pipe.notify({"type": "ready"})
     # What the libraries made when they were imported lives as long as the process. The collections that give a run's
     # memory back need not walk it: a third of a second each.
     gc.freeze()
     while (order := pipe.next_order()) is not None:
         if isinstance(order, GenerationOrder):
+            # Answers are the libraries' work, which a training may have done without.
+            libraries.need(pipe.note_progress)
+            generation = import_module("gpu_service.engine.generation.service")
             ends_engine = generation.carry_out(order, shelf=shelf, notify=pipe.notify)
             pipe.end_generation(order)
             if ends_engine:
@@ -98,6 +104,24 @@ def serve(
         if spare_planner is not None and not pipe.shutting_down:
             spare_planner.prepare()
     return EXIT_CLEAN
+
+
+def _prepare(pipe: ControlPipe, shelf: BaseShelf, device_id: str, model_directory: Path | None) -> None:
+    """Use the time before there is work: what a training wants first, then what answers, samples and saving do."""
+    if device_id:
+        warm_up = import_module("gpu_service.engine.warm_up")
+        shelf.kernel_problem = warm_up.make_ready(device_id, lambda: pipe.has_order, model_directory)
+
+    def note() -> None:
+        pipe.note_progress()
+        if pipe.has_order:
+            raise _OrderCame
+
+    with suppress(_OrderCame):
+        libraries.need(note)
+        note()
+        if device_id and model_directory is not None:
+            warm_up.read_tokenizer(model_directory, shelf.tokenizers)
 
 
 def carry_out(

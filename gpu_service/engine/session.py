@@ -6,12 +6,11 @@ The model, the optimizer and accelerate live here and nowhere else, so that they
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from typing import Any
 
 from gpu_service.domain.defaults import RESIDENT
 from gpu_service.domain.planned_data import ExampleReference, PlannedData
-from gpu_service.engine.artifacts import ArtifactRequest, exporting, write_all
-from gpu_service.engine.artifacts.export_source import open_source
+from gpu_service.engine import libraries
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import library_versions
 from gpu_service.engine.loading import Loaded
@@ -50,7 +49,7 @@ class Session:
         plan: plan_pb2.Plan,
         data: PlannedData,
         loaded: Loaded,
-        method: ModuleType,
+        method: Any,
         device: Device,
         switch: StopSwitch,
         reporter: Reporter,
@@ -90,7 +89,6 @@ class Session:
             reporter=reporter,
             pace=switch,
         )
-        self._stop_ids = stop_token_ids(self._request.model_directory, loaded.base, loaded.tokenizer)
         self._progress = TrainingProgress()
         # Memory ran out, and less is kept than was planned.
         self._keeps_less = False
@@ -257,17 +255,20 @@ class Session:
 
     def _answer_samples(self, moment: event_pb2.EvaluationMoment.ValueType) -> None:
         prompts = self._request.spec.sample_prompts
-        if prompts:
-            self._reporter.enter_phase("EVALUATING")
+        if not prompts:
+            return
+        self._reporter.enter_phase("EVALUATING")
+        tokenizer = self._loaded.need_tokenizer()
+        stop_ids = stop_token_ids(self._request.model_directory, self._loaded.base, tokenizer)
         for sample in prompts:
             self._switch.check()
             with self._accelerator.autocast(), each_module(self._switch.check):
                 text = answer(
                     self._loaded.model,
-                    self._loaded.tokenizer,
+                    tokenizer,
                     sample.prompt,
                     max_new_tokens=sample.max_new_tokens or _SAMPLE_TOKENS,
-                    stop_ids=self._stop_ids,
+                    stop_ids=stop_ids,
                     device=self._device.torch_device,
                 )
             event = event_pb2.SampleEvent(
@@ -291,6 +292,11 @@ class Session:
 
     def _save(self, stopped_early: bool) -> None:
         self._reporter.enter_phase("SAVING")
+        # Written by the libraries, whom the fast path has not needed so far.
+        libraries.need(self._switch.check)
+        from gpu_service.engine.artifacts import ArtifactRequest, exporting, write_all
+        from gpu_service.engine.artifacts.export_source import open_source
+
         written = write_all(
             ArtifactRequest(
                 directory=self._request.artifacts_directory,
@@ -300,7 +306,7 @@ class Session:
                 plan=self._plan,
                 trains_adapter=self._method.TRAINS_ADAPTER,
                 model=self._trainer.saved,
-                tokenizer=self._loaded.tokenizer,
+                tokenizer=self._loaded.need_tokenizer(),
                 stored_dtype=self._loaded.stored_dtype,
                 progress=self._progress,
                 stopped_early=stopped_early,

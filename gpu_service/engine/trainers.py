@@ -18,8 +18,9 @@ from gpu_service.domain.recomputation import Recomputation
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
 from gpu_service.engine.fast_path.nf4 import name_quantizer
+from gpu_service.engine.lean.method import LeanAdapted
 from gpu_service.engine.precision import DTYPES
-from gpu_service.engine.training.accelerator import make_accelerator
+from gpu_service.engine.training.accelerator import LeanAccelerator, make_accelerator
 from tunesmith.common.v1 import training_spec_pb2
 
 
@@ -46,7 +47,8 @@ class Trainer:
 
 def make_trainer(model: Any, settings: training_spec_pb2.Hyperparameters, device: torch.device) -> Trainer:
     """What trains `model`, the loaded one, by the plan's resolved settings."""
-    accelerator = make_accelerator(device, DTYPES[settings.quantization.compute_dtype])
+    make = LeanAccelerator if isinstance(model, LeanAdapted) else make_accelerator
+    accelerator = make(device, DTYPES[settings.quantization.compute_dtype])
     return _MAKERS[settings.trainer or "reference"](model, settings, device, accelerator)
 
 

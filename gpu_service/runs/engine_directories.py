@@ -31,7 +31,7 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = {
 }
 # The device that an engine makes itself ready for, before it has a run: `cuda:0`.
 DEVICE_VARIABLE = "TUNESMITH_ENGINE_DEVICE"
-# The model whose tokenizer it may read meanwhile.
+# The model whose tokenizer it may read meanwhile, and for whose sizes it compiles kernels.
 MODEL_VARIABLE = "TUNESMITH_ENGINE_MODEL"
 # Triton's.
 _KERNELS_VARIABLE = "TRITON_CACHE_DIR"
@@ -54,7 +54,7 @@ class EngineStartFailed(Exception):
 
 @dataclass(kw_only=True, slots=True)
 class RecentModel:
-    """Directory of the base that a run asked for last; empty when none did. The next run's is often the same."""
+    """Directory of the base that the next run is likely to be on, as the last one was; empty when none is known."""
 
     directory: str = ""
 

@@ -9,6 +9,7 @@ import contextlib
 import re
 import secrets
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,21 @@ class NodeFiles:
             if content is not None:
                 found.append((directory, content))
         return found
+
+    def find_likely_model(self) -> str:
+        """Directory of the base that the newest run here was on; without runs, of the newest model. Empty: neither."""
+        newest = _newest(self.runs.glob("*/*/run.json"))
+        content = None if newest is None else durable_json.read(newest)
+        if content is not None and Path(str(content.get("model_directory", ""))).is_dir():
+            return str(content["model_directory"])
+        newest = _newest(self.models.glob("*/*/config.json"))
+        return "" if newest is None else str(newest.parent)
+
+
+def _newest(paths: Iterable[Path]) -> Path | None:
+    found: list[tuple[int, Path]] = []
+    for path in paths:
+        # Others may delete what was just listed.
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime_ns, path))
+    return max(found)[1] if found else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 
@@ -21,17 +22,20 @@ def _on_a_gpu() -> None:
         pytest.skip("no CUDA device")
 
 
-def test_a_warm_up_leaves_nothing_on_the_device(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warm_up_leaves_nothing_on_the_device(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     import torch
 
     from gpu_service.engine import warm_up
+    from tests.fakes.tiny_models import TinyOptions, place
 
     caplog.set_level("INFO", logger=warm_up.__name__)
     gc.collect()
     torch.cuda.empty_cache()
     held = torch.cuda.memory_reserved()
-    warm_up.make_ready("cuda:0", lambda: False)
+    model = tmp_path / place(tmp_path, TinyOptions(family="qwen3"))
+    warm_up.make_ready("cuda:0", lambda: False, model)
     assert "warm after" in caplog.text
+    assert "no kernels are compiled" not in caplog.text
     assert torch.cuda.memory_reserved() - held < _SLACK_BYTES
 
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from gpu_service.engine.deferred_compile import unhidden
 from gpu_service.engine.fast_path.adapters import FlatAdapter
 from tunesmith.common.v1 import training_spec_pb2
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# Nothing here is compiled, and the compiler takes seconds to import.
+unhidden(torch.optim.Optimizer, ("add_param_group", "zero_grad", "state_dict", "load_state_dict"))
 
 
 class FlatAdamW(torch.optim.AdamW):
@@ -33,6 +36,45 @@ class FlatAdamW(torch.optim.AdamW):
         """Steps do nothing while `flag`, a float32 scalar on the device, is 1 there; asked for again before each."""
         # The name by which torch's fused kernels know it.
         self.found_inf = flag
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One launch, of torch's own kernel: torch's method around it would import its compiler, which takes seconds.
+
+        Does nothing without a gradient. Takes no closure.
+        """
+        assert closure is None
+        (group,) = self.param_groups
+        parameter: torch.Tensor = group["params"][0]
+        if parameter.grad is None:
+            return
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            for name in _MOMENTS:
+                state[name] = torch.zeros_like(parameter)
+        state["step"] += 1
+        flag: torch.Tensor | None = getattr(self, "found_inf", None)
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            [parameter],
+            [parameter.grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            amsgrad=False,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+            grad_scale=None,
+            found_inf=flag,
+        )
+        if flag is not None:
+            state["step"] -= flag
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.AdamW over PEFT's parameters would give it; moments are views of the flat ones."""

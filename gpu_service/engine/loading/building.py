@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from transformers import BitsAndBytesConfig
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING, Any
 
 from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 _WEIGHT_BAR = "Loading weights"
 _MAX_REPORT_CHARACTERS = 4000
@@ -98,6 +98,9 @@ def _tensor_progress(progress: Progress) -> Iterator[None]:
         if options.get("desc") == _WEIGHT_BAR:
             return _CountedTensors(arguments[0], progress)
         return factory(*arguments, **options)
+
+    # Not imported where the fast path makes the model: it takes seconds.
+    from transformers.utils import logging as transformers_logging
 
     previous = transformers_logging.set_tqdm_hook(choose)
     try:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedConfig
-
+from gpu_service.engine.lean.config import LeanConfig
 from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # AutoConfig raises OSError for a file that is missing or no JSON, ValueError for a type it does not know, and KeyError
 # or TypeError for values that a config class cannot take.
@@ -26,13 +29,21 @@ def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, s
     """Make `loaded.config`."""
     loaded.file = "config.json"
     progress(0, 1, "files")
-    config = loaded.config = read_config(request.model_directory, request.family)
+    config: Any
+    if request.is_lean:
+        config = LeanConfig.read(request.model_directory)
+    else:
+        config = read_config(request.model_directory, request.family)
+    loaded.config = config
     progress(1, 1, "files")
     return {"config_class": type(config).__name__, "model_type": config.model_type}
 
 
 def read_config(directory: Path, family: ModuleType) -> PreTrainedConfig:
     """The config object of a model directory, of the family's class. Raises ConfigOfAnotherFamily and RAISES."""
+    # Not imported where the fast path makes the model: it takes seconds.
+    from transformers import AutoConfig, PreTrainedConfig
+
     path = directory / "config.json"
     if _names_a_type(path.read_text(encoding="utf-8")):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)

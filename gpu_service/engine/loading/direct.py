@@ -26,8 +26,8 @@ import torch
 
 from gpu_service.domain.quantizer import OWN
 from gpu_service.engine.fast_path.quantizing import Tables, make_ready
+from gpu_service.engine.lean import shell as lean_shell
 from gpu_service.engine.loading import places as places_of
-from gpu_service.engine.loading import shell
 from gpu_service.engine.loading.places import NotTensorForTensor, Places
 from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
 from gpu_service.engine.reading import prequantized
@@ -78,10 +78,30 @@ def is_wanted(request: LoadRequest) -> bool:
 def load(request: LoadRequest, loaded: Loaded, source: Source, progress: Progress) -> dict[str, str] | None:
     """Make `loaded.base`, and tell how; None when the library has to. Raises what reading raises, DigestDiffers."""
     try:
-        return _Load(request, loaded, source, progress).run()
+        return _try(request, loaded, source, progress)
     except (NoSafetensors, NotTensorForTensor, _PiecesDiffer) as error:
         _LOG.info("the library loads this model: %s", error)
         return None
+
+
+def _try(request: LoadRequest, loaded: Loaded, source: Source, progress: Progress) -> dict[str, str]:
+    try:
+        return _Load(request, loaded, source, progress).run()
+    except _PiecesDiffer as error:
+        if not request.is_lean:
+            raise
+        # Nothing is known of the files any more, so that this hashes them whole, as the library's load would.
+        _LOG.info("the files are read again: %s", error)
+        return _Load(request, loaded, source, progress).run()
+
+
+def _build(request: LoadRequest, loaded: Loaded, places: Places) -> Any:
+    if request.is_lean:
+        return lean_shell.build(request, loaded, places)
+    # It is the libraries' work, who take seconds to import.
+    from gpu_service.engine.loading import shell
+
+    return shell.build(request, loaded, places)
 
 
 class _Load:
@@ -186,7 +206,7 @@ class _Load:
             self._running(in_order, hashes=verifies_whole) as reading,
             _hashing(self._source.files if verifies_whole else ()) as hashed,
         ):
-            self._base = shell.build(self._request, self._loaded, self._places)
+            self._base = _build(self._request, self._loaded, self._places)
             self._note("model")
             reading.wait(lambda done: self._progress(done, reading.total_bytes, "bytes"))
             self._note("read")

@@ -64,6 +64,36 @@ def make(request: LoadRequest, stored: Mapping[str, StoredTensor], layout: Layou
     )
 
 
+def make_zeros(request: LoadRequest, config: Any) -> Places:
+    """Places of a whole quantized model that nothing is read into."""
+    with torch.device("meta"):
+        model = request.family.MODEL_CLASS(config)
+    layout = Layout.of(
+        {name: tuple(model.get_parameter(name).shape) for name in _linears(model)},
+        double=request.plan.resolved.quantization.double_quantization,
+    )
+    return Places(
+        stored={},
+        plain={
+            name: torch.zeros(parameter.shape, dtype=base_dtype(request), device=request.device)
+            for name, parameter in model.named_parameters()
+            if name not in layout.shapes
+        },
+        layout=layout,
+        buffer=torch.zeros(layout.num_bytes, dtype=torch.uint8, device=request.device),
+    )
+
+
+def _linears(model: Any) -> list[str]:
+    """Weights that are quantized: transformers quantizes linear layers but the head."""
+    head = model.get_output_embeddings()
+    return [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and module is not head
+    ]
+
+
 def _find_quantized(request: LoadRequest, config: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Shape]:
     """Names and shapes of what is to be quantized, of a model without memory that is compared with the files."""
     with torch.device("meta"):
@@ -81,13 +111,7 @@ def _find_quantized(request: LoadRequest, config: Any, stored: Mapping[str, Stor
             raise NotTensorForTensor(f"{name} is {tensor.shape} in the files and {shapes.get(name)} in the model")
     if not request.quantization.IS_QUANTIZED:
         return {}
-    # transformers quantizes linear layers but the head.
-    head = model.get_output_embeddings()
-    linears = [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and module is not head
-    ]
+    linears = _linears(model)
     for name in linears:
         if shapes[name][1] % BLOCK_WEIGHTS:
             raise NotTensorForTensor(f"rows of {name} are no whole number of blocks")

@@ -51,5 +51,5 @@ def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, s
         "model_class": type(loaded.base).__name__,
         "config_class": type(loaded.base.config).__name__,
         "quantized_linears": str(request.quantization.count_quantized(loaded.base)),
-        "bytes": str(loaded.base.get_memory_footprint()),
+        "bytes": str(sum(tensor.nbytes for tensor in (*loaded.base.parameters(), *loaded.base.buffers()))),
     }

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from gpu_service.engine import durable
@@ -35,6 +34,9 @@ def put(start: StartPoint, loaded: Loaded, pace: Pace) -> dict[str, str]:
     if start.name == ADAPTER_ARTIFACT:
         loaded.file = f"start/{ADAPTER_FILE}"
         found = _read(start.directory / ADAPTER_FILE, pace)
+        # Not imported where nothing is started from: it takes seconds.
+        from peft import get_peft_model_state_dict
+
         # These are the model's own tensors, under the names that PEFT writes.
         wanted = get_peft_model_state_dict(loaded.model, save_embedding_layers=False)
     else:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gpu_service.engine.lean.model import LeanCausal
 from gpu_service.engine.loading import direct
 from gpu_service.engine.loading.building import build_base
 from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
@@ -47,11 +48,11 @@ class TensorNotInShard(KeyError):
 def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, str]:
     """Make `loaded.tensors`, or `loaded.base` when the base is not quantized."""
     if request.resident_model is not None:
-        loaded.base = request.resident_model
+        loaded.base = _take(request, loaded, request.resident_model)
         return {"resident": "true"}
     starts_from_model = request.start is not None and request.start.name == MODEL_ARTIFACT
     directory = request.start.directory if request.start is not None and starts_from_model else request.model_directory
-    shards = _shards(directory, loaded)
+    shards = list_shards(directory, loaded)
     total = 0
     for shard in shards:
         loaded.file = shard
@@ -71,6 +72,8 @@ def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, s
         if found is not None:
             loaded.file = ""
             return details | found | {"model_class": type(loaded.base).__name__}
+        if request.is_lean:
+            raise WeightsChanged("the weight files changed while they were read")
     return details | _load_by_library(request, loaded, directory, shards, pinned, total, progress)
 
 
@@ -131,8 +134,22 @@ def _check_shards(directory: Path, shards: Mapping[str, list[str]], loaded: Load
     loaded.file = ""
 
 
-def _shards(directory: Path, loaded: Loaded) -> dict[str, list[str]]:
-    """Each shard's file name with the tensors that the index says it holds (none said for a single file)."""
+def _take(request: LoadRequest, loaded: Loaded, base: Any) -> Any:
+    """The base that is on the device, as who asks can use it. Raises ValueError."""
+    if request.is_lean or not isinstance(base, LeanCausal):
+        return base
+    # Not imported where the fast path makes the model: it takes seconds.
+    from gpu_service.engine.lean.promotion import promote
+
+    return promote(request, loaded, base)
+
+
+def list_shards(directory: Path, loaded: Loaded | None = None) -> dict[str, list[str]]:
+    """Each shard's file name with the tensors that the index says it holds (none said for a single file).
+
+    `loaded` hears which file is in hand. Raises OSError, ValueError, KeyError.
+    """
+    loaded = loaded or Loaded()
     if not (directory / INDEX_FILE).is_file():
         loaded.file = SINGLE_FILE
         return {SINGLE_FILE: []}

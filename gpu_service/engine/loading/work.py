@@ -73,6 +73,8 @@ class LoadRequest:
     start: StartPoint | None = None
     # Hears of work on a big file, beside the progress that is reported.
     pace: Pace = NOBODY
+    # The fast path's own model, made without the libraries; the builders are `lean.builders` then.
+    is_lean: bool = False
     # Has the tokenizer that was read last, and takes the one that is read.
     tokenizers: KeptTokenizers | None = None
 
@@ -87,9 +89,13 @@ class Loaded:
     stored_dtype: torch.dtype | None = None
     config: Any = None
     tokenizer: Any = None
+    # Reads it, where nothing needed it when the model was loaded. Raises LoadFailure.
+    read_tokenizer: Callable[[], Any] | None = None
+    # In place of the tokenizer's own, where the plan names one.
+    chat_template: str | None = None
     # The base as transformers made it.
     base: Any = None
-    # What is trained: the base itself, or a PEFT model around it.
+    # What is trained: the base itself, or a PEFT model around it (or the fast path's, which looks like one).
     model: Any = None
     # Adapter layers, 0 when the base itself is trained.
     num_covered_linears: int = 0
@@ -101,3 +107,11 @@ class Loaded:
     timings: dict[str, float] = field(default_factory=dict)
     # The thread that writes a 4-bit copy of the base for the next time, while it does.
     copying: Thread | None = None
+
+    def need_tokenizer(self) -> Any:
+        """The tokenizer, with the plan's template; read now if nothing needed it before. Raises LoadFailure."""
+        if self.tokenizer is None and self.read_tokenizer is not None:
+            self.tokenizer = self.read_tokenizer()
+        if self.chat_template is not None:
+            self.tokenizer.chat_template = self.chat_template
+        return self.tokenizer

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface
 
 # transformers makes no mask for an implementation that has no mask function of its name, and this one has none.
 _IMPLEMENTATION = "tunesmith-flat"
@@ -112,9 +111,6 @@ def _kernel_shares_heads(query: torch.Tensor) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-AttentionInterface.register(_IMPLEMENTATION, _attend)
-
-
 @contextmanager
 def attending_within_sequences(model: Any) -> Iterator[None]:
     """Inside, `model` takes flat batches and nothing else; afterwards it attends as before. May be entered again.
@@ -124,6 +120,10 @@ def attending_within_sequences(model: Any) -> Iterator[None]:
     if getattr(model, "attends_within_sequences", False):
         yield
         return
+    # Not imported where the fast path trains: it takes seconds.
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_IMPLEMENTATION, _attend)
     before = model.config._attn_implementation
     model.set_attn_implementation(_IMPLEMENTATION)
     try:

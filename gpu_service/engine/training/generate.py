@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from gpu_service.engine.training.modes import measuring
 
@@ -15,6 +14,9 @@ GENERATION_FILE = "generation_config.json"
 
 def stop_token_ids(model_directory: Path, model: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer: what the model's config, its generation config and its tokenizer name, sorted."""
+    # Not imported where nothing is answered: it takes seconds.
+    from transformers import GenerationConfig
+
     named: list[int | list[int] | None] = [model.config.eos_token_id, tokenizer.eos_token_id]
     if (model_directory / GENERATION_FILE).is_file():
         named.append(GenerationConfig.from_pretrained(model_directory, local_files_only=True).eos_token_id)
@@ -28,6 +30,9 @@ def answer(
     model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, stop_ids: list[int], device: torch.device
 ) -> str:
     """The greedy answer to `prompt`, without the prompt. Rendered as a user's turn when there is a chat template."""
+    # Not imported where nothing is answered: it takes seconds.
+    from transformers import GenerationConfig
+
     if tokenizer.chat_template is not None:
         encoded = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -7,12 +7,12 @@ changes nothing else in them; everything with a real evaluation mode, such as dr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 
 @contextmanager
@@ -20,8 +20,9 @@ def measuring(model: Any) -> Iterator[None]:
     """No dropout and no gradients inside; afterwards every module's mode of before. May be entered again inside."""
     # Each module's own: after an inner use, one mode for all would put quantized layers into evaluation mode.
     before = [(module, module.training) for module in model.modules()]
+    quantized = _quantized_layers()
     for module, _ in before:
-        module.training = isinstance(module, (Linear4bit, Linear8bitLt))
+        module.training = isinstance(module, quantized)
     try:
         # Not inference_mode: what a layer caches in there could never be part of a gradient.
         with torch.no_grad():
@@ -29,3 +30,12 @@ def measuring(model: Any) -> Iterator[None]:
     finally:
         for module, was_training in before:
             module.training = was_training
+
+
+def _quantized_layers() -> tuple[type, ...]:
+    """None where bitsandbytes was never imported, which takes seconds: no model has its layers then."""
+    if "bitsandbytes" not in sys.modules:
+        return ()
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    return (Linear4bit, Linear8bitLt)

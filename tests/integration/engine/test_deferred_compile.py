@@ -29,6 +29,37 @@ def test_bitsandbytes_brings_no_compiler() -> None:
     assert finished.returncode == 0, finished.stderr
 
 
+def test_the_libraries_are_imported_until_there_is_work() -> None:
+    program = """
+        import sys, torch
+        from gpu_service.engine import libraries
+        real = torch.compile
+
+        class Wanted(Exception):
+            pass
+
+        def stop():
+            raise Wanted
+
+        try:
+            libraries.need(stop)
+        except Wanted:
+            pass
+        else:
+            raise AssertionError("nobody was asked")
+        assert "bitsandbytes" in sys.modules
+        assert "peft" not in sys.modules
+        assert torch.compile is real
+        asked = []
+        libraries.need(lambda: asked.append(1))
+        assert "peft" in sys.modules
+        assert "gpu_service.engine.generation.service" in sys.modules
+        libraries.need(stop)
+    """
+    finished = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
 @pytest.mark.parametrize("with_options", [True, False])
 def test_a_function_is_compiled_once_with_its_options(with_options: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []

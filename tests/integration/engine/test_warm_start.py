@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gpu_service.engine.request import DeviceChoice
 from gpu_service.engine.resident import BaseShelf
 from gpu_service.engine.spare_planner import SparePlanner
 from tests.fakes.engine_runs import RunLog, Workspace
-from tests.fakes.tiny_models import CHAT_TEMPLATE
+from tests.fakes.tiny_models import CHAT_TEMPLATE, TinyOptions
 from tunesmith.common.v1 import errors_pb2
 
 pytestmark = pytest.mark.timeout(240)
@@ -94,6 +95,35 @@ def test_an_older_gpu_compiles_no_kernels(monkeypatch: pytest.MonkeyPatch, caplo
         warm_up.make_ready("cpu:-1", lambda: False)
     assert len(trained) == 1
     assert caplog.text.count("warm after") == 2
+
+
+def test_kernels_are_compiled_for_the_sizes_of_a_model(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Layers of the model's sizes are trained, and nothing of the model but its config is read."""
+    caplog.set_level("INFO", logger=warm_up.__name__)
+    seen: list[dict[str, tuple[int, ...]]] = []
+    step = warm_up._step
+
+    def look(model: Any, *rest: Any) -> None:
+        seen.append({name: tuple(value.shape) for name, value in model.named_parameters()})
+        step(model, *rest)
+
+    monkeypatch.setattr(warm_up, "_step", look)
+    device = devices.select(DeviceChoice(type="cpu", index=-1))
+    directory = tmp_path / "model"
+    directory.mkdir()
+    source = workspace.models_directory / workspace.place_model(TinyOptions(family="qwen2"))
+    shutil.copyfile(source / "config.json", directory / "config.json")
+    warm_up._train_alike(directory, device, warm_up._Pace(is_wanted=lambda: False))
+    (shapes,) = seen
+    assert shapes["base_model.model.model.embed_tokens.weight"] == (512, 64)
+    assert shapes["base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight"] == (128, 16)
+    assert any("layers.1." in name for name in shapes)
+    (directory / "config.json").write_text('{"model_type": "phi3"}')
+    warm_up._train_alike(directory, device, warm_up._Pace(is_wanted=lambda: False))
+    assert len(seen) == 1
+    assert "no kernels are compiled for model" in caplog.text
 
 
 def test_a_warm_up_changes_no_run(workspace: Workspace, run_in_process: RunInProcess) -> None:

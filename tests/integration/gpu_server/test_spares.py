@@ -276,7 +276,8 @@ def test_a_node_trains_on_its_spare_and_has_another_behind_a_failure(tmp_path: P
         server.start_run()
         assert server.watch_to_end()[-1].run_state.state == event_pb2.RUN_STATE_SUCCEEDED
         assert [shim["shim_pid"] for shim in server.shims()] == [first["shim_pid"]]
-        assert "TUNESMITH_ENGINE_MODEL" not in _environment(server)
+        # Without a run before, the newest model that is there.
+        assert _environment(server)["TUNESMITH_ENGINE_MODEL"] == str(server.models_directory / "org/name")
         # Taken over with its spare by the server that comes next.
         server.kill()
         server.start()

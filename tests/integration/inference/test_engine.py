@@ -185,6 +185,26 @@ def test_a_run_after_a_generation_trains_as_without_it(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_an_answer_takes_over_the_base_of_the_fast_path(
+    workspace: Workspace, engine: InProcessEngine, model: str, adapter: Path
+) -> None:
+    """A base that was made without the libraries answers like one of theirs, and trains the same behind that."""
+    options: dict[str, Any] = {"base_model": model, "hyperparameters": {"trainer": "fast", "num_steps": 3}}
+    engine.shelf = BaseShelf()
+    before = engine.train(workspace.make_run("fast-before", **options))
+    warm = engine.ask(QUESTION, model=model, adapter=adapter, quantization="nf4")
+    assert warm.last["statistics"]["warm"] is True
+    directory = workspace.make_run("fast-after", **options)
+    after = engine.train(directory)
+    assert read_log(directory).stage_details("WEIGHTS").get("resident") == "true"
+    name = "adapter_model.safetensors"
+    assert (before / name).read_bytes() == (after / name).read_bytes()
+    engine.shelf = BaseShelf()
+    cold = engine.ask(QUESTION, model=model, adapter=adapter, quantization="nf4")
+    assert cold.last["statistics"]["warm"] is False
+    assert warm.text == cold.text
+
+
 def test_no_random_state_is_touched(engine: InProcessEngine, model: str, adapter: Path) -> None:
     def draw() -> tuple[float, ...]:
         return (float(torch.rand(1)), random.random(), float(numpy.random.rand()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
+import shutil
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -76,6 +78,26 @@ def test_node_facts_survive(tmp_path: Path) -> None:
     files.write_facts(later)
     assert files.read_facts("local") == later
     assert facts.highest_attempts == {}
+
+
+def test_the_base_of_the_newest_run_is_likely_to_be_wanted(tmp_path: Path) -> None:
+    files = NodeFiles(tmp_path / "node", tmp_path / "models")
+    files.prepare()
+    assert files.find_likely_model() == ""
+    older, newer = tmp_path / "models/org/older", tmp_path / "models/org/newer"
+    for number, directory in enumerate((older, newer)):
+        directory.mkdir(parents=True)
+        (directory / "config.json").write_text("{}")
+        os.utime(directory / "config.json", (number, number))
+    assert files.find_likely_model() == str(newer)
+    for number, directory in enumerate((newer, older)):
+        path = files.write_run(
+            RunKey(installation_id="i", job_id=f"job{number}", attempt=1), {"model_directory": str(directory)}
+        )
+        os.utime(path / "run.json", (number, number))
+    assert files.find_likely_model() == str(older)
+    shutil.rmtree(older)
+    assert files.find_likely_model() == str(newer)
 
 
 def test_what_is_not_accepted_is_no_run_any_more_before_anything_else_of_it_goes(

@@ -32,11 +32,22 @@ def prepare_base(model: Any) -> None:
 
 def attach(base: Any, base_model: str, hyperparameters: training_spec_pb2.Hyperparameters) -> Any:
     """A PEFT model around `base`. Raises ValueError when no layer matches the targets."""
-    lora = hyperparameters.lora
     # PEFT writes the base's name into the adapter's config: the model's name, never a path of this machine.
     base.name_or_path = base_model
     set_gradient_checkpointing(base, hyperparameters.gradient_checkpointing)
-    config = LoraConfig(
+    config = make_config(hyperparameters.lora)
+    device = next(base.parameters()).device
+    if device.type == "cpu":
+        return get_peft_model(base, config)
+    # PEFT draws three times as many numbers as there are weights, on the host, and copies each matrix by itself.
+    model = get_peft_model(base, config, low_cpu_mem_usage=True)
+    draw_adapter(model, device)
+    return model
+
+
+def make_config(lora: training_spec_pb2.Lora) -> LoraConfig:
+    """PEFT's config of the plan's adapter, which does not name the base yet."""
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
@@ -45,13 +56,6 @@ def attach(base: Any, base_model: str, hyperparameters: training_spec_pb2.Hyperp
         target_modules=list(lora.target_modules),
         bias="none",
     )
-    device = next(base.parameters()).device
-    if device.type == "cpu":
-        return get_peft_model(base, config)
-    # PEFT draws three times as many numbers as there are weights, on the host, and copies each matrix by itself.
-    model = get_peft_model(base, config, low_cpu_mem_usage=True)
-    draw_adapter(model, device)
-    return model
 
 
 def draw_adapter(model: Any, device: torch.device) -> None:
