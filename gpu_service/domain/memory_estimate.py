@@ -18,6 +18,7 @@ from gpu_service.domain.memory_activations import Precision, StepShape
 from gpu_service.domain.memory_calibration import ANALYTIC, UNCALIBRATED, Calibration
 from gpu_service.domain.memory_passes import LargestPasses
 from gpu_service.domain.recomputation import NOTHING, everything
+from gpu_service.domain.trainer import adds_up_passes
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _TRAINED_BYTES = 4  # trained weights and their gradients are float32
@@ -97,6 +98,9 @@ def estimate_memory(
     takes_fast_path = resolved.trainer == "fast"
     held_bytes = compute_bytes if trains_adapter and (takes_fast_path or not is_quantized) else _TRAINED_BYTES
     trained = _TRAINED_BYTES * num_trainable_parameters
+    gradients = trained
+    if takes_fast_path and not trains_adapter and not adds_up_passes(**vars(resolved.batch)):
+        gradients = compute_bytes * num_trainable_parameters
     shape = StepShape(
         base=base,
         precision=Precision(
@@ -117,19 +121,23 @@ def estimate_memory(
         or (everything(base.num_layers) if resolved.gradient_checkpointing else NOTHING),
         keeps_weights=takes_fast_path and is_quantized and resolved.base_weights == RESIDENT,
         rounds_rows=resolved.compute == FP8,
+        gradient_bytes=gradients,
     )
     beside = (memory_fast_path if takes_fast_path else memory_activations).peak_beside_state(shape, passes)
     weights = _weights_bytes(base, resolved, quantization, held_bytes)
     if shape.keeps_weights:
         weights += compute_bytes * base.num_linear_parameters
+    if takes_fast_path and not trains_adapter and compute_bytes != held_bytes:
+        # Products take a copy.
+        weights += compute_bytes * base.num_parameters
     estimate = MemoryEstimate(
         weights_bytes=weights,
         adapter_bytes=trained if trains_adapter else 0,
-        gradients_bytes=trained,
+        gradients_bytes=gradients,
         optimizer_bytes=0
         if optimizer.is_paged
         else math.ceil(optimizer.state_bytes_per_parameter * num_trainable_parameters),
-        activations_bytes=max(beside - trained, 0),
+        activations_bytes=max(beside - gradients, 0),
         overhead_bytes=_CPU_PROCESS_BYTES if device_type == "cpu" else _CUDA_CONTEXT_BYTES,
         analytic_bytes=0,
         is_cpu=device_type == "cpu",

@@ -108,7 +108,7 @@ def resolve(
         length_limit=base_model.max_position_embeddings,
         num_steps=num_steps,
     )
-    trainer = choose_trainer(given.trainer, resolved, method=method, family=family, base=base_model, device=device)
+    trainer = choose_trainer(given.trainer, resolved, family=family, base=base_model, device=device)
     resolved = replace(resolved, trainer=trainer.path)
     check_asked(given, trainer=trainer.path, trainer_reason=trainer.reason, num_layers=base_model.num_layers)
     trainable = base_model.num_parameters

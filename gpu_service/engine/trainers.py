@@ -15,7 +15,10 @@ import torch
 from gpu_service.catalog import optimizers
 from gpu_service.domain.defaults import FP8, RESIDENT, STREAMED
 from gpu_service.domain.recomputation import Recomputation
+from gpu_service.domain.trainer import adds_up_passes
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
+from gpu_service.engine.fast_path.full_adamw import FullAdamW
+from gpu_service.engine.fast_path.full_model import FullModel, FullSettings
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
 from gpu_service.engine.fast_path.nf4 import name_quantizer
 from gpu_service.engine.precision import DTYPES
@@ -68,6 +71,8 @@ def _make_reference(
 def _make_fast(
     model: Any, settings: training_spec_pb2.Hyperparameters, device: torch.device, accelerator: Any
 ) -> Trainer:
+    if not settings.HasField("lora"):
+        return _make_full(model, settings, device, accelerator)
     fast = FastModel(
         model,
         FastSettings(
@@ -77,12 +82,7 @@ def _make_fast(
             in_fp8=settings.compute == FP8,
             # A plan says it by layer.
             recomputes=settings.gradient_checkpointing and not settings.HasField("recomputation"),
-            recomputation=Recomputation(
-                full_layers=settings.recomputation.full_layers,
-                feed_forward_layers=settings.recomputation.feed_forward_layers,
-                elementwise_layers=settings.recomputation.elementwise_layers,
-                offload=settings.recomputation.offload,
-            ),
+            recomputation=_recomputation(settings),
         ),
     )
     weights = "plain weights"
@@ -98,6 +98,45 @@ def _make_fast(
         description=f"the fast path, {weights}",
         _release=fast.release,
         recompute_more=fast.recompute_more,
+    )
+
+
+def _make_full(
+    model: Any, settings: training_spec_pb2.Hyperparameters, device: torch.device, accelerator: Any
+) -> Trainer:
+    batch = settings.batch
+    accumulates = adds_up_passes(
+        examples=batch.examples,
+        tokens=batch.tokens,
+        micro_batch_examples=batch.micro_batch_examples,
+        micro_batch_tokens=batch.micro_batch_tokens,
+    )
+    full = FullModel(
+        model,
+        FullSettings(
+            device=device,
+            compute_dtype=DTYPES[settings.quantization.compute_dtype],
+            accumulates=accumulates,
+            recomputation=_recomputation(settings),
+        ),
+    )
+    return Trainer(
+        accelerator=accelerator,
+        model=full,
+        saved=accelerator.unwrap_model(accelerator.prepare(model)),
+        optimizer=FullAdamW(full.weights, full.gradients, settings.optimizer),
+        description="the fast path, every weight, held in float32",
+        _release=full.release,
+        recompute_more=full.recompute_more,
+    )
+
+
+def _recomputation(settings: training_spec_pb2.Hyperparameters) -> Recomputation:
+    return Recomputation(
+        full_layers=settings.recomputation.full_layers,
+        feed_forward_layers=settings.recomputation.feed_forward_layers,
+        elementwise_layers=settings.recomputation.elementwise_layers,
+        offload=settings.recomputation.offload,
     )
 
 
