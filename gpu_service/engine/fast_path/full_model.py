@@ -72,9 +72,7 @@ class FullModel(torch.nn.Module):
         self.weights = FlatWeights(causal, groups, device=device, compute_dtype=dtype)
         held, boundary = self.weights.held, self.weights.num_matrix_elements
         self.matrices, self.vectors = torch.nn.Parameter(held[:boundary]), torch.nn.Parameter(held[boundary:])
-        self.gradients = GatheredGradients(
-            held.numel(), device=device, dtype=torch.float32 if settings.accumulates else dtype
-        )
+        self.gradients = self._make_gradients()
         self._recomputation = settings.recomputation
         self._decoder = _Assembly(
             causal=causal,
@@ -85,6 +83,11 @@ class FullModel(torch.nn.Module):
             attention=attention or attention_for(device, dtype),
         ).assemble(groups, self._recomputation, device)
         self._passes = FlatPasses(causal.model.rotary_emb, device)
+
+    def _make_gradients(self) -> Any:
+        settings, num_elements = self._settings, self.weights.held.numel()
+        dtype = torch.float32 if settings.accumulates else settings.compute_dtype
+        return GatheredGradients(num_elements, device=settings.device, dtype=dtype)
 
     @property
     def decoder(self) -> FullDecoder:
@@ -99,6 +102,10 @@ class FullModel(torch.nn.Module):
             return nats
         by_target, _ = self._decoder.forward(flat, keeps=False)
         return _sum_by_sequence(by_target, flat)
+
+    def carry_back(self, upstream: torch.Tensor, flat: FlatPass, kept: KeptFullPass) -> None:
+        """The backward pass; `upstream` [K] is the gradient of each target's nats, `kept` is used up."""
+        self._decoder.backward(upstream, flat, kept)
 
     def recompute_more(self) -> str:
         """Keep less of a pass from now on, with the same results: how, in words; empty where nothing more can be."""
@@ -136,7 +143,7 @@ class _Nats(torch.autograd.Function):
         model, flat = context.model, context.flat
         kept: KeptFullPass = context.kept
         context.kept = None
-        model._decoder.backward(upstream.index_select(0, flat.sequences), flat, kept)
+        model.carry_back(upstream.index_select(0, flat.sequences), flat, kept)
         return None, None, None, None
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-# Every region begins at a multiple of this: there rows are read fastest.
-_ALIGNMENT = 64
+# What is one region begins at a multiple of this: a block of moments in 8 bits has weights of one region alone.
+REGION_ALIGNMENT = 256
 
 
 class WeightsNotSupported(ValueError):
@@ -54,17 +54,21 @@ class FlatWeights:
             raise WeightsNotSupported("all weights are trained, and held in one type")
         self._parameters = list(named.values())
         names = {id(parameter): name for name, parameter in named.items()}
-        order = [*_matrices(causal, groups), *_vectors(causal, groups)]
-        missing = sorted(names[id(one)] for one in self._parameters if not any(one is placed for placed in order))
+        runs = [*_matrices(causal, groups), *_vectors(causal, groups)]
+        order = [parameter for run in runs for parameter in run]
+        placed = {id(parameter) for parameter in order}
+        missing = sorted(name for identity, name in names.items() if identity not in placed)
         if missing:
             raise WeightsNotSupported(f"{', '.join(missing[:3])} are trained, which this path does not")
         self._regions: dict[int, Region] = {}
         size = self.num_matrix_elements = 0
-        for parameter in order:
-            if parameter.ndim == 1 and not self.num_matrix_elements:
-                self.num_matrix_elements = size = -(-size // _ALIGNMENT) * _ALIGNMENT
-            self._regions[id(parameter)] = Region(start=size, shape=parameter.shape)
-            size += parameter.numel()
+        for run in runs:
+            size = -(-size // REGION_ALIGNMENT) * REGION_ALIGNMENT
+            if run[0].ndim == 1 and not self.num_matrix_elements:
+                self.num_matrix_elements = size
+            for parameter in run:
+                self._regions[id(parameter)] = Region(start=size, shape=parameter.shape)
+                size += parameter.numel()
         self.held = torch.zeros(size, device=device, dtype=dtypes.pop())
         for parameter in order:
             place = self.region(parameter).view(self.held)
@@ -107,20 +111,21 @@ class FlatWeights:
         return [self.region(parameter).view(flat) for parameter in order]
 
 
-def _matrices(causal: Any, groups: Sequence[Sequence[Any]]) -> list[torch.Tensor]:
-    """Each once: embedding and head may be one."""
-    tables = [causal.model.embed_tokens.weight]
-    if causal.lm_head.weight is not tables[0]:
-        tables.append(causal.lm_head.weight)
-    return [*tables, *(layer.weight for group in groups for layer in group)]
+def _matrices(causal: Any, groups: Sequence[Sequence[Any]]) -> list[list[torch.Tensor]]:
+    """In runs that lie end to end, each once: embedding and head may be one."""
+    tables = [[causal.model.embed_tokens.weight]]
+    if causal.lm_head.weight is not tables[0][0]:
+        tables.append([causal.lm_head.weight])
+    return [*tables, *([layer.weight for layer in group] for group in groups)]
 
 
-def _vectors(causal: Any, groups: Sequence[Sequence[Any]]) -> list[torch.Tensor]:
-    found = [layer.bias for group in groups for layer in group if layer.bias is not None]
+def _vectors(causal: Any, groups: Sequence[Sequence[Any]]) -> list[list[torch.Tensor]]:
+    biases = [[layer.bias for layer in group if layer.bias is not None] for group in groups]
+    norms = [causal.model.norm.weight]
     for layer in causal.model.layers:
-        found += [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
-        found += [norm.weight for norm in head_norms(layer) if norm is not None]
-    return [*found, causal.model.norm.weight]
+        norms += [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+        norms += [norm.weight for norm in head_norms(layer) if norm is not None]
+    return [*(run for run in biases if run), *([norm] for norm in norms)]
 
 
 def head_norms(layer: Any) -> tuple[Any, Any]:
