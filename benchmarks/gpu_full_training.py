@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.gpu_training import Stepper, make_steps, profile
 from benchmarks.random_models import SHAPES, Shape
+from gpu_service.domain.defaults import LOW, STANDARD
 from gpu_service.domain.recomputation import Recomputation
 from gpu_service.engine.builders.methods import full
 from gpu_service.engine.failures import library_versions
@@ -41,8 +42,8 @@ _RECOMPUTATIONS: Mapping[str, Any] = {
 }
 
 
-def make_model(shape: Shape) -> Any:
-    """transformers' model in float32, every weight trained."""
+def make_model(shape: Shape, dtype: torch.dtype) -> Any:
+    """transformers' model of random weights in a type, every weight trained."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -59,7 +60,7 @@ def make_model(shape: Shape) -> Any:
     )
     torch.manual_seed(0)
     with torch.device("cuda", 0):
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config).to(dtype)
     return full.attach(model, "random", training_spec_pb2.Hyperparameters())
 
 
@@ -71,6 +72,7 @@ def make_settings(layers: int, arguments: argparse.Namespace) -> training_spec_p
         batch.micro_batch_tokens = arguments.tokens // 2
     return training_spec_pb2.Hyperparameters(
         trainer="fast",
+        full_memory=arguments.memory,
         quantization=training_spec_pb2.Quantization(method="none", compute_dtype="bfloat16"),
         batch=batch,
         optimizer=training_spec_pb2.Optimizer(
@@ -136,7 +138,7 @@ def measure(arguments: argparse.Namespace, row: str) -> dict[str, Any]:
     """One row: throughput, peak memory, parity."""
     shape = SHAPES[arguments.shape]
     settings = make_settings(shape.layers, arguments)
-    model = make_model(shape)
+    model = make_model(shape, torch.bfloat16 if arguments.memory == LOW else torch.float32)
     trainer = make_trainer(model, settings, _DEVICE)
     batches = make_steps(row, arguments.tokens, arguments.distinct, shape.vocabulary, seed=1)
     parity = compare(trainer, model, batches[0], shape.vocabulary) if arguments.parity else {}
@@ -159,6 +161,7 @@ def measure(arguments: argparse.Namespace, row: str) -> dict[str, Any]:
     return {
         "row": row,
         "shape": arguments.shape,
+        "memory": arguments.memory,
         "recompute": arguments.recompute,
         "tokens_per_second": round(statistics.median(counted)),
         "tokens_per_second_p10_p90": [round(counted[len(counted) // 10]), round(counted[-1 - len(counted) // 10])],
@@ -180,9 +183,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--distinct", type=int, default=12, help="different batches that steps go through in turn")
+    parser.add_argument("--memory", choices=(STANDARD, LOW), default=STANDARD)
     parser.add_argument("--recompute", choices=tuple(_RECOMPUTATIONS), default="nothing")
     parser.add_argument("--accumulates", action="store_true", help="gradients in float32, as for steps of many passes")
-    parser.add_argument("--parity", action="store_true")
+    parser.add_argument("--parity", action="store_true", help="of standard memory alone")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from gpu_service.catalog import optimizers
-from gpu_service.domain.defaults import FP8, RESIDENT, STREAMED
-from gpu_service.domain.recomputation import Recomputation
+from gpu_service.domain.defaults import FP8, LOW, RESIDENT, STREAMED
+from gpu_service.domain.recomputation import Recomputation, everything
 from gpu_service.domain.trainer import adds_up_passes
+from gpu_service.engine.fast_path.consuming_adamw import ConsumingAdamW
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
 from gpu_service.engine.fast_path.full_adamw import FullAdamW
+from gpu_service.engine.fast_path.full_low_memory import LowMemoryModel
 from gpu_service.engine.fast_path.full_model import FullModel, FullSettings
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
 from gpu_service.engine.fast_path.nf4 import name_quantizer
@@ -104,6 +106,7 @@ def _make_fast(
 def _make_full(
     model: Any, settings: training_spec_pb2.Hyperparameters, device: torch.device, accelerator: Any
 ) -> Trainer:
+    compute_dtype = DTYPES[settings.quantization.compute_dtype]
     batch = settings.batch
     accumulates = adds_up_passes(
         examples=batch.examples,
@@ -111,21 +114,33 @@ def _make_full(
         micro_batch_examples=batch.micro_batch_examples,
         micro_batch_tokens=batch.micro_batch_tokens,
     )
-    full = FullModel(
-        model,
-        FullSettings(
-            device=device,
-            compute_dtype=DTYPES[settings.quantization.compute_dtype],
-            accumulates=accumulates,
-            recomputation=_recomputation(settings),
-        ),
-    )
+    full: FullModel
+    optimizer: torch.optim.Optimizer
+    if settings.full_memory == LOW:
+        recomputation = everything(len(model.model.layers))
+        full = low = LowMemoryModel(
+            model, FullSettings(device=device, compute_dtype=compute_dtype, recomputation=recomputation)
+        )
+        optimizer = ConsumingAdamW(low, settings.optimizer, seed=settings.seed)
+        described = "held in bfloat16 and stepped with moments of 8 bits, both rounded by chance; no gradient is kept"
+    else:
+        full = FullModel(
+            model,
+            FullSettings(
+                device=device,
+                compute_dtype=compute_dtype,
+                accumulates=accumulates,
+                recomputation=_recomputation(settings),
+            ),
+        )
+        optimizer = FullAdamW(full.weights, full.gradients, settings.optimizer)
+        described = "held in float32"
     return Trainer(
         accelerator=accelerator,
         model=full,
         saved=accelerator.unwrap_model(accelerator.prepare(model)),
-        optimizer=FullAdamW(full.weights, full.gradients, settings.optimizer),
-        description="the fast path, every weight, held in float32",
+        optimizer=optimizer,
+        description=f"the fast path, every weight, {described}",
         _release=full.release,
         recompute_more=full.recompute_more,
     )

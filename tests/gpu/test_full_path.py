@@ -187,3 +187,88 @@ def test_steps_hold_no_synchronization() -> None:
         ended.append(full.weights.held.clone())
     assert torch.isfinite(ended[0]).all()
     assert torch.equal(*ended)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+@pytest.mark.parametrize("count", [256 * 40, 256 * 7 + 13])
+def test_step_with_moments_of_8_bits(kind: str, count: int) -> None:
+    """Three steps, so that codes are read too; a sum in another order may turn a chance over, of very few."""
+    import torch
+
+    from gpu_service.engine.fast_path import adam_8bit, adam_8bit_kernels
+    from gpu_service.engine.fast_path.full_reference import AdamSettings, StepNumbers
+
+    settings = AdamSettings(beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.1)
+    gradients = [torch.randn(count, device="cuda").to(torch.bfloat16) for _ in range(3)]
+    start = torch.randn(count, device="cuda").to(getattr(torch, kind))
+    results = []
+    for module in (adam_8bit_kernels, adam_8bit):
+        weights, blocks = start.clone(), -(-count // 256)
+        moments = (
+            torch.zeros(count, device="cuda", dtype=torch.int8),
+            torch.zeros(blocks, device="cuda"),
+            torch.zeros(count, device="cuda", dtype=torch.uint8),
+            torch.zeros(blocks, device="cuda"),
+        )
+        for number, gradient in enumerate(gradients):
+            # The last one is left out.
+            numbers = torch.tensor([1e-2, 1.5, 0.3, float(number < 2)], device="cuda")
+            module.step_adamw_8bit(weights, gradient, moments, StepNumbers(learning_rate=1e-2, numbers=numbers),
+                                   settings, key=torch.tensor([number + 9], device="cuda"),
+                                   first_element=2**33 + 512)  # fmt: skip
+        results.append((weights, *moments))
+    for found, expected in zip(*results, strict=True):
+        apart = (found.float() - expected.float()).abs()
+        scale = expected.float().abs().clamp(min=1e-3)
+        assert float((apart > 1e-4 * scale).float().mean()) < 0.01
+        # One code, or one number of the type, and no more.
+        assert float(apart.max()) <= (1.0 if expected.dtype in (torch.int8, torch.uint8) else 0.04)
+    assert not torch.equal(results[0][0], start)
+
+
+def test_little_memory_comes_to_the_same_gradients_and_needs_no_synchronization() -> None:
+    import torch
+
+    from gpu_service.domain.recomputation import everything
+    from gpu_service.engine.fast_path.consuming_adamw import ConsumingAdamW
+    from gpu_service.engine.fast_path.full_low_memory import LowMemoryModel
+    from gpu_service.engine.fast_path.full_model import FullModel, FullSettings
+    from gpu_service.engine.training.batches import collate
+    from tests.fakes.flat_models import make_model
+    from tunesmith.common.v1 import training_spec_pb2
+
+    device, rows = torch.device("cuda", 0), _rows()
+    batch = collate(rows.as_data(), rows.references).to(device)
+    settings = training_spec_pb2.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.99, epsilon=1e-8)
+
+    def make(kind: Any) -> Any:
+        model = make_model("qwen3", {"tie_word_embeddings": True}).to(torch.bfloat16).to(device)
+        return kind(model, FullSettings(device=device, compute_dtype=torch.bfloat16, recomputation=everything(2)))
+
+    kept = make(FullModel)
+    torch.autograd.backward(kept.nats_by_sequence(batch).sum())
+    ended, losses = [], list[Any]()
+    for _ in range(2):
+        full = make(LowMemoryModel)
+        torch.autograd.backward(full.nats_by_sequence(batch).sum())
+        found: dict[int, Any] = {}
+        full.sweep(lambda region, gradient, into=found: into.update({region.start: gradient.clone()}), is_last=False)
+        for start, gradient in found.items():
+            assert torch.equal(gradient.flatten(), kept.gradients.flat[start : start + gradient.numel()])
+        optimizer = ConsumingAdamW(full, settings, seed=0)
+        losses = []
+        try:
+            for number in range(6):
+                torch.cuda.set_sync_debug_mode("error" if number else "default")
+                optimizer.zero_grad()
+                nats = full.nats_by_sequence(batch).sum()
+                losses.append(nats.detach())
+                torch.autograd.backward(nats / 100)
+                optimizer.clip(1.0)
+                optimizer.leave_out(torch.zeros((), device=device))
+                optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        ended.append(full.weights.held.clone())
+    assert torch.equal(*ended)
+    assert float(losses[-1]) < float(losses[0])
