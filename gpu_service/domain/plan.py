@@ -18,6 +18,8 @@ from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
 from gpu_service.domain.counts import bound_datasets, bound_run, check_batch, content_of
 from gpu_service.domain.defaults import (
     DEFAULT_BATCH_EXAMPLES,
+    LOW,
+    STANDARD,
     ResolvedHyperparameters,
     apply_defaults,
     check_ranges,
@@ -109,7 +111,7 @@ def resolve(
         num_steps=num_steps,
     )
     trainer = choose_trainer(given.trainer, resolved, family=family, base=base_model, device=device)
-    resolved = replace(resolved, trainer=trainer.path)
+    resolved = replace(resolved, trainer=trainer.path, full_memory=_resolve_full_memory(resolved, trainer.path))
     check_asked(given, trainer=trainer.path, trainer_reason=trainer.reason, num_layers=base_model.num_layers)
     trainable = base_model.num_parameters
     if resolved.lora is not None:
@@ -122,7 +124,8 @@ def resolve(
         optimizer=optimizer.id,
         recomputation=_describe_recomputation(given, trainer.path),
         objective=resolved.objective,
-        trainer=resolved.trainer,
+        # Held otherwise, it is another kind of run.
+        trainer=f"{resolved.trainer}-{LOW}" if resolved.full_memory == LOW else resolved.trainer,
         device_name=device.name if device.type == "cuda" else device.type,
     )
     fitted = fit(
@@ -188,6 +191,13 @@ def check_fit(needed_bytes: int, device: Device) -> None:
             needed_bytes=needed_bytes,
             total_memory_bytes=device.total_memory_bytes,
         )
+
+
+def _resolve_full_memory(resolved: ResolvedHyperparameters, trainer: str) -> str | None:
+    """None where it means nothing."""
+    if resolved.lora is not None or trainer != FAST:
+        return None
+    return resolved.full_memory or STANDARD
 
 
 def _describe_recomputation(given: Hyperparameters, trainer: str) -> str:

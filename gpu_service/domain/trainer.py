@@ -11,7 +11,7 @@ from typing import Any
 
 from gpu_service.catalog.base_models import BaseModel
 from gpu_service.catalog.families.entry import FamilyEntry
-from gpu_service.domain.defaults import FP8, ResolvedHyperparameters
+from gpu_service.domain.defaults import FP8, LOW, ResolvedHyperparameters
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import refuse_user
 
@@ -50,6 +50,9 @@ def choose_trainer(
     if resolved.compute == FP8:
         _check_fp8(asked, obstacle, resolved, base, device)
         return Trainer(path=FAST, reason="asked for, with products in 8 bits (fp8): other numerics than bfloat16's")
+    if resolved.full_memory == LOW:
+        _check_low_memory(asked, obstacle, resolved)
+        return Trainer(path=FAST, reason="asked for, in little memory: other numerics than float32's")
     if asked == REFERENCE:
         return Trainer(path=REFERENCE, reason="asked for")
     if asked == FAST:
@@ -102,6 +105,26 @@ def _check_fp8(
                 "COMBINATION_NOT_ALLOWED",
                 f"compute 'fp8' is the fast path's, and cannot be had here: {reason}",
                 field="hyperparameters.compute",
+            )
+
+
+def _check_low_memory(asked: str | None, obstacle: str, resolved: ResolvedHyperparameters) -> None:
+    refusals = (
+        (resolved.lora is not None, "it is of training type 'full', and an adapter is trained"),
+        (asked == REFERENCE, "the reference trainer was asked for"),
+        (bool(obstacle), obstacle),
+        (resolved.quantization.compute_dtype != "bfloat16", "weights are held in bfloat16, and so are products"),
+        (
+            adds_up_passes(**vars(resolved.batch)),
+            "no gradient is kept, so a step is one forward pass: leave micro-batches out, or make the batch smaller",
+        ),
+    )
+    for holds, reason in refusals:
+        if holds:
+            raise refuse_user(
+                "COMBINATION_NOT_ALLOWED",
+                f"full_memory 'low' is the fast path's, and cannot be had here: {reason}",
+                field="hyperparameters.full_memory",
             )
 
 

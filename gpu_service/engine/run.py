@@ -17,6 +17,7 @@ from types import ModuleType
 from google.protobuf import json_format
 
 from gpu_service.catalog import families, methods, quantization, templates
+from gpu_service.domain.defaults import LOW
 from gpu_service.domain.plan_start import EXPORT
 from gpu_service.domain.planned_data import PlannedData, PlannedDataDamaged
 from gpu_service.engine import export_job, planning
@@ -99,7 +100,7 @@ class Run:
     def _load(self, plan: plan_pb2.Plan) -> tuple[Loaded, ModuleType]:
         self.reporter.enter_phase("LOADING")
         settings = plan.resolved.quantization
-        method = self.method = import_module(methods.REGISTRY[plan.training_type].builder)
+        method = self.method = import_module(_builder_of(plan))
         compute_dtype = DTYPES[settings.compute_dtype]
         self.key = BaseKey(
             weights_digest=self.request.weights_digest,
@@ -147,6 +148,12 @@ class Run:
         if plan.resolved.chat_template:
             loaded.tokenizer.chat_template = templates.REGISTRY[plan.resolved.chat_template].read_text()
         return loaded, method
+
+
+def _builder_of(plan: plan_pb2.Plan) -> str:
+    """Name of the module that holds and attaches what the plan trains."""
+    entry = methods.REGISTRY[plan.training_type]
+    return entry.low_memory_builder if plan.resolved.full_memory == LOW else entry.builder
 
 
 def _digest(path: Path) -> str:

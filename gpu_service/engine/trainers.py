@@ -135,6 +135,9 @@ def _make_full(
         )
         optimizer = FullAdamW(full.weights, full.gradients, settings.optimizer)
         described = "held in float32"
+    if device.type == "cuda":
+        # The pieces that the weights were in are too small for what comes.
+        torch.cuda.empty_cache()
     return Trainer(
         accelerator=accelerator,
         model=full,
