@@ -130,6 +130,7 @@ def estimate_memory(
         keeps_weights=takes_fast_path and is_quantized and resolved.base_weights == RESIDENT,
         rounds_rows=resolved.compute == FP8,
         gradient_bytes=gradients,
+        goes_back_twice=is_low,
     )
     beside = (memory_fast_path if takes_fast_path else memory_activations).peak_beside_state(shape, passes)
     weights = _weights_bytes(base, resolved, quantization, held_bytes)
@@ -160,8 +161,8 @@ def estimate_memory(
 
 
 def _gradients_at_a_time(base: BaseModel) -> int:
-    """Elements where none is kept: the table that is embedding and head, and the largest of a block's matrices."""
-    return base.hidden_size * (base.vocabulary_size + 2 * base.intermediate_size)
+    """Elements where none is kept: the table that is embedding and head, and a block's down projection."""
+    return base.hidden_size * (base.vocabulary_size + base.intermediate_size)
 
 
 def _weights_bytes(

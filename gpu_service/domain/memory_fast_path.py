@@ -86,7 +86,8 @@ def peak_beside_state(shape: StepShape, passes: LargestPasses) -> int:
     for one in passes.shapes:
         saved = [_saved(shape, sizes, one, level) for level in levels]
         peaks += _head_moments(shape, sizes, one, _standing_of(shape, saved, one, on_their_way=2) + before)
-        peaks += _block_moments(shape, sizes, one, saved, levels, before + own)
+        of_head = 2 * one.targets * sizes.hidden * shape.precision.compute_bytes if shape.goes_back_twice else 0
+        peaks += _block_moments(shape, sizes, one, saved, levels, before + own + of_head)
     for one in passes.evaluated:
         stream = one.tokens * sizes.hidden * shape.precision.compute_bytes
         peaks.append(max(_forward(shape, sizes, one), 2 * stream + _head_forward(shape, sizes, one)))

@@ -25,7 +25,7 @@ class KeptFullPass:
     """What a forward pass leaves."""
 
     blocks: list[Remainder]
-    head: KeptFullHead
+    head: KeptFullHead | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,10 @@ class FullDecoder:
         rows, hidden = len(flat.tokens), self.embedding.shape[1]
         residual = self.embedding.new_empty((rows, hidden))
         self.gradients.begin()
+        assert kept.head is not None
         self.head.backward(upstream, kept.head, flat.targets, residual)
+        if is_last:
+            kept.head = None
         for number in reversed(range(len(self.blocks))):
             block = self.blocks[number]
             remainder = kept.blocks.pop() if is_last else kept.blocks[number]
