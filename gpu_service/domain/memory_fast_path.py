@@ -204,11 +204,12 @@ def _head_moments(shape: StepShape, sizes: _Sizes, one: PassShape, standing: int
     rows = one.targets * sizes.hidden * compute
     residual = stream + one.tokens * compute * max(sizes.rooms[1], sizes.rooms[3])
     if shape.precision.trains_base:
-        # Logits are made once more, beside the gradient of what they are made of.
+        # Where a pass may not be a step's only one, logits are made once more, beside the gradient of their rows.
+        again = shape.goes_back_twice or shape.gradient_bytes > compute * shape.num_trainable_parameters
         chunk = min(one.targets, _CHUNK_ROWS) * (shape.base.vocabulary_size + 3 * sizes.hidden) * compute
         return [
             standing + stream + own + _head_forward(shape, sizes, one),
-            standing + residual + 3 * rows + chunk + one.targets * _COUNTED_BYTES,
+            standing + residual + (3 * rows + chunk if again else 4 * rows) + one.targets * _COUNTED_BYTES,
         ]
     return [
         standing + stream + own + _head_forward(shape, sizes, one),

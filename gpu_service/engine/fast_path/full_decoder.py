@@ -13,7 +13,7 @@ import torch
 
 from gpu_service.engine.fast_path.decoder import FlatPass
 from gpu_service.engine.fast_path.full_block import FullBlock
-from gpu_service.engine.fast_path.full_head import FullHead, KeptFullHead
+from gpu_service.engine.fast_path.full_head import FullHead, KeptFullHead, Upstream
 from gpu_service.engine.fast_path.full_weights import Region
 from gpu_service.engine.fast_path.offloading import HostShelf
 from gpu_service.engine.fast_path.recomputing import Remainder
@@ -59,8 +59,8 @@ class FullDecoder:
         nats, of_head = self.head.forward(x, add, flat.targets, flat.labels, keeps=keeps)
         return nats, None if of_head is None else KeptFullPass(blocks=kept, head=of_head)
 
-    def backward(self, upstream: torch.Tensor, flat: FlatPass, kept: KeptFullPass, *, is_last: bool = True) -> None:
-        """Make every weight's gradient; `upstream` [K] is that of each target's nats.
+    def backward(self, upstream: Upstream, flat: FlatPass, kept: KeptFullPass, *, is_last: bool = True) -> None:
+        """Make every weight's gradient; `upstream` is that of each target's nats.
 
         `kept` is used up, unless it is not the last pass over it; that must be one whose blocks are recomputed whole.
         """

@@ -16,9 +16,10 @@ import torch
 
 from gpu_service.engine.fast_path.decoder import FlatPass
 from gpu_service.engine.fast_path.full_decoder import KeptFullPass
+from gpu_service.engine.fast_path.full_head import Upstream
 from gpu_service.engine.fast_path.full_model import FullModel
 from gpu_service.engine.fast_path.full_weights import Region
-from gpu_service.engine.fast_path.weight_gradients import Place
+from gpu_service.engine.fast_path.weight_gradients import EarlyPlace, Place
 
 Consumer = Callable[[Region, torch.Tensor], None]
 
@@ -30,6 +31,12 @@ class ConsumedGradients:
         self._device, self._dtype = device, dtype
         self._open: dict[int, torch.Tensor] = {}
         self.consume: Consumer | None = None
+
+    def place_early(self, region: Region) -> None:
+        """Nowhere: nothing is kept."""
+
+    def is_whole(self, early: EarlyPlace) -> bool:
+        return False
 
     def begin(self) -> None:
         # What a pass that failed left.
@@ -56,7 +63,7 @@ class ConsumedGradients:
 class _Pending:
     """A forward pass whose backward pass is still to be made."""
 
-    upstream: torch.Tensor
+    upstream: Upstream
     flat: FlatPass
     kept: KeptFullPass
 
@@ -68,7 +75,7 @@ class LowMemoryModel(FullModel):
         self._pending: _Pending | None = None
         return ConsumedGradients(device=self._settings.device, dtype=self._settings.compute_dtype)
 
-    def carry_back(self, upstream: torch.Tensor, flat: FlatPass, kept: KeptFullPass) -> None:
+    def carry_back(self, upstream: Upstream, flat: FlatPass, kept: KeptFullPass) -> None:
         """Remember the pass. Raises torch.OutOfMemoryError for a second one: passes were made smaller."""
         if self._pending is not None:
             raise torch.OutOfMemoryError(

@@ -20,7 +20,7 @@ from gpu_service.engine.fast_path.decoder import FlatPass
 from gpu_service.engine.fast_path.flat_passes import FlatPasses
 from gpu_service.engine.fast_path.full_block import FullBlock
 from gpu_service.engine.fast_path.full_decoder import FullDecoder, KeptFullPass
-from gpu_service.engine.fast_path.full_head import FullHead
+from gpu_service.engine.fast_path.full_head import FullHead, Upstream
 from gpu_service.engine.fast_path.full_operations import full_operations_for
 from gpu_service.engine.fast_path.full_projection import FullProjection
 from gpu_service.engine.fast_path.full_weights import FlatWeights, head_norms
@@ -103,8 +103,8 @@ class FullModel(torch.nn.Module):
         by_target, _ = self._decoder.forward(flat, keeps=False)
         return _sum_by_sequence(by_target, flat)
 
-    def carry_back(self, upstream: torch.Tensor, flat: FlatPass, kept: KeptFullPass) -> None:
-        """The backward pass; `upstream` [K] is the gradient of each target's nats, `kept` is used up."""
+    def carry_back(self, upstream: Upstream, flat: FlatPass, kept: KeptFullPass) -> None:
+        """The backward pass; `kept` is used up."""
         self._decoder.backward(upstream, flat, kept)
 
     def recompute_more(self) -> str:
@@ -143,7 +143,16 @@ class _Nats(torch.autograd.Function):
         model, flat = context.model, context.flat
         kept: KeptFullPass = context.kept
         context.kept = None
-        model.carry_back(upstream.index_select(0, flat.sequences), flat, kept)
+        # The gradient of a sum is one number, and says so: the host need not ask the device.
+        is_one = len(upstream) == 1 or upstream.stride(0) == 0
+        model.carry_back(
+            Upstream(
+                by_target=upstream.index_select(0, flat.sequences).float(),
+                shared=upstream[:1].float() if is_one else None,
+            ),
+            flat,
+            kept,
+        )
         return None, None, None, None
 
 

@@ -25,8 +25,24 @@ class Place:
     adds: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class EarlyPlace:
+    """Memory for a gradient that a forward pass makes already; `number` is its own."""
+
+    tensor: torch.Tensor
+    number: int
+
+
 class Gradients(Protocol):
     """Of one model; regions are those of its flat buffers."""
+
+    def place_early(self, region: Region) -> EarlyPlace | None:
+        """Where a forward pass may write the region's gradient, up to a factor; None where it may not."""
+        ...
+
+    def is_whole(self, early: EarlyPlace) -> bool:
+        """Whether what was written there is still what is in it, and all that is."""
+        ...
 
     def begin(self) -> None:
         """A backward pass begins."""
@@ -53,6 +69,16 @@ class GatheredGradients:
         # An earlier pass of the step is in the buffer.
         self._holds_pass = False
         self._begun: set[int] = set()
+        self._num_early = 0
+
+    def place_early(self, region: Region) -> EarlyPlace | None:
+        if self._holds_pass:
+            return None
+        self._num_early += 1
+        return EarlyPlace(tensor=region.view(self.flat), number=self._num_early)
+
+    def is_whole(self, early: EarlyPlace) -> bool:
+        return not self._holds_pass and early.number == self._num_early
 
     def begin(self) -> None:
         self._begun = set()

@@ -16,6 +16,7 @@ from gpu_service.domain.memory_passes import ExampleSize, LargestPasses
 from gpu_service.domain.recomputation import NOTHING, Recomputation, everything
 from gpu_service.domain.spec import Hyperparameters, decode_message
 from gpu_service.engine.fast_path.full_adamw import FullAdamW
+from gpu_service.engine.fast_path.full_head import Upstream
 from gpu_service.engine.fast_path.full_low_memory import LowMemoryModel
 from gpu_service.engine.fast_path.full_model import FullModel, FullSettings
 from tests.fakes.counted_kernels import META, Flash, Kernels, lay_out
@@ -77,7 +78,9 @@ def _count(family: str, heads: int, lengths: Any, part: float, plan: Any, batch:
         flat = lay_out(lengths, round(sum(lengths) * part), _SIZES["hidden"] // _HEADS)
         nats, kept = full.decoder.forward(flat, keeps=True)
         assert kept is not None
-        full.carry_back(torch.empty_like(nats, dtype=torch.float64), flat, kept)
+        upstream = Upstream(by_target=torch.empty_like(nats), shared=torch.empty(1, device=META))
+        full.carry_back(upstream, flat, kept)
+        del upstream
         if isinstance(full, LowMemoryModel):
             full.sweep(lambda region, gradient: None, is_last=False)
             full.sweep(lambda region, gradient: None, is_last=True)

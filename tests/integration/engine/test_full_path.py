@@ -101,6 +101,22 @@ def test_losses_and_gradients_are_those_of_the_plain_path(case: str, rows: Plann
     assert all(parameter.grad is None for parameter in [*model.parameters(), *full.parameters()])
 
 
+@pytest.mark.parametrize("case", ["llama", "qwen3-tied"])
+def test_targets_that_count_alike_are_weighed_in_the_forward_pass(case: str, rows: PlannedRows) -> None:
+    """What is made there is as right as what is made anew; and not taken where another pass has been since."""
+    reference = _make_plain(case)
+    expected = _plain_gradients(reference, nats(reference, rows).sum() / 7)
+    model, full = _make(case)
+    _compare(expected, _gathered(model, full, nats(full, rows).sum() / 7), 2e-5)
+    full.gradients.drop()
+    first, second = (nats(full, PlannedRows([rows.example(reference)])) for reference in rows.references[4:6])
+    torch.autograd.backward(first.sum())
+    torch.autograd.backward(second.sum())
+    found = _gathered(model, full)
+    loss = nats(reference, rows)[4:6].sum()
+    _compare(_plain_gradients(reference, loss), found, 2e-5)
+
+
 @pytest.mark.parametrize("case", ["llama-tied", "qwen3"])
 def test_bfloat16_differs_by_rounding_alone(case: str, rows: PlannedRows) -> None:
     reference = _make_plain(case)
