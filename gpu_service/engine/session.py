@@ -156,7 +156,7 @@ class Session:
             data=self._data,
             settings=self._plan.resolved,
             objective=self._objective,
-            pass_size=self._pass_size(self._recompute_more),
+            pass_size=self._pass_size(self._recompute_more, is_one_pass=self._trainer.is_one_pass),
             examples_per_epoch=self._plan.examples_per_epoch,
             checkpoints=self._checkpoints,
             progress=self._progress,
@@ -188,9 +188,10 @@ class Session:
         self._recomputes_more = self._recomputes_more or bool(described)
         return described
 
-    def _pass_size(self, recompute_more: Callable[[], str] = lambda: "") -> PassSize:
+    def _pass_size(self, recompute_more: Callable[[], str] = lambda: "", *, is_one_pass: bool = False) -> PassSize:
         return PassSize(
             recompute_more=recompute_more,
+            is_one_pass=is_one_pass,
             planned=MicroBatchLimit.of(self._plan.resolved.batch, self._loaded.config),
             data=self._data,
             device=self._device,

@@ -41,6 +41,8 @@ class Trainer:
     _release: Callable[[], None]
     # Makes passes keep less, with the same results: how, in words; empty where nothing more can be saved.
     recompute_more: Callable[[], str] = lambda: ""
+    # Gradients of several passes cannot add up to a step's.
+    is_one_pass: bool = False
 
     def release(self) -> None:
         """Give the loaded base back as it was; nothing trains any more. Does nothing the second time."""
@@ -146,6 +148,7 @@ def _make_full(
         description=f"the fast path, every weight, {described}",
         _release=full.release,
         recompute_more=full.recompute_more,
+        is_one_pass=settings.full_memory == LOW,
     )
 
 

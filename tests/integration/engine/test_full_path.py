@@ -11,6 +11,7 @@ import torch
 
 from gpu_service.domain.recomputation import Recomputation
 from gpu_service.engine.builders.optimizers import adamw
+from gpu_service.engine.fast_path import full_reference
 from gpu_service.engine.fast_path.full_adamw import FullAdamW
 from gpu_service.engine.fast_path.full_model import FullModel, FullSettings
 from gpu_service.engine.fast_path.full_weights import WeightsNotSupported
@@ -53,8 +54,8 @@ def _make(
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    model = model.to(held)
-    return model, FullModel(model, FullSettings(device=_CPU, compute_dtype=dtype, **settings))
+    model, kernels = model.to(held), settings.pop("kernels", None)
+    return model, FullModel(model, FullSettings(device=_CPU, compute_dtype=dtype, **settings), kernels=kernels)
 
 
 def _make_plain(case: str = "llama") -> Any:
@@ -178,6 +179,37 @@ def test_passes_add_up_in_float32(rows: PlannedRows) -> None:
         torch.testing.assert_close(gradient, 16 * one[name], rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 
+class _FailsOnce:
+    """Runs out of memory at one weight's gradient, the first time."""
+
+    def __init__(self, at: int) -> None:
+        self._left = at
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(full_reference, name)
+
+    def weigh(self, *arguments: Any, **options: Any) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise torch.OutOfMemoryError("for a test")
+        full_reference.weigh(*arguments, **options)
+
+
+@pytest.mark.parametrize("at", [1, 3, 9])
+def test_a_pass_that_runs_out_of_memory_is_made_again(at: int, rows: PlannedRows) -> None:
+    """Of what it had gathered nothing is left, in whatever weight it failed, nor of a pass before it in the step."""
+    model, full = _make("llama-tied")
+    expected = _gathered(model, full, nats(full, rows).sum())
+    model, full = _make("llama-tied", kernels=_FailsOnce(at + 9))
+    torch.autograd.backward(nats(full, rows).sum())
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.autograd.backward(nats(full, rows).sum())
+    FullAdamW(full.weights, full.gradients, _SETTINGS).zero_grad()
+    torch.autograd.backward(nats(full, rows).sum())
+    found = _gathered(model, full)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
 def test_pass_without_a_target_costs_nothing() -> None:
     model, full = _make()
     found = nats(full, PlannedRows([make_example([3, 4, 5], [0, 0, 0]), make_example([6])]))
@@ -250,6 +282,15 @@ def test_curve_and_optimizer_are_those_of_the_plain_path(limit: float, rows: Pla
     assert ours.tensors.keys() == theirs.tensors.keys()
     for name, tensor in theirs.tensors.items():
         torch.testing.assert_close(ours.tensors[name], tensor, rtol=2e-2, atol=1e-4 * float(tensor.abs().max()))
+
+
+def test_long_curve_in_bfloat16_is_that_of_float32(rows: PlannedRows) -> None:
+    reference = _make_plain("llama-tied")
+    expected = _steps(reference, adamw.build(reference.parameters(), _SETTINGS), rows, 200)
+    _, full = _make("llama-tied", torch.bfloat16)
+    found = _steps(full, FullAdamW(full.weights, full.gradients, _SETTINGS), rows, 200)
+    assert expected[-1] < 0.5 * expected[0]
+    assert found == pytest.approx(expected, rel=0.02, abs=0.005 * expected[0])
 
 
 def test_either_path_goes_on_from_the_others_state(rows: PlannedRows) -> None:
