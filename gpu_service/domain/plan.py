@@ -173,7 +173,6 @@ def resolve(
         quantizer=choose_quantizer(
             quantized.id,
             trainer=resolved.trainer if trains else "",
-            device=device,
             versions=versions or {},
         ),
         spec_digest=spec_digest,

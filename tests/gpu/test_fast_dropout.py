@@ -73,7 +73,7 @@ def test_pass_is_that_of_the_references(dtype: str) -> None:
 
     rows = PlannedRows(make_examples(LENGTHS, vocabulary_size=VOCABULARY_SIZE, seed=3))
     results = []
-    for device, kind in (("cuda", getattr(torch, dtype)), ("cpu", torch.float32)):
+    for device, kind in (("cuda", getattr(torch, dtype)), ("cpu", getattr(torch, dtype)), ("cpu", torch.float32)):
         model = make_peft(dtype=kind)
         for module in model.modules():
             if hasattr(module, "lora_dropout"):
@@ -84,5 +84,8 @@ def test_pass_is_that_of_the_references(dtype: str) -> None:
         found = nats(fast, rows, device=device)
         gradients = fast_gradients(model, fast, found.sum() / 100)
         results.append(torch.cat([one.flatten().cpu() for one in gradients.values()]))
-    ours, theirs = results
-    assert float((ours - theirs).norm() / theirs.norm()) < (1e-4 if dtype == "float32" else 5e-2)
+    ours, references, exact = results
+    error, rounding = (float((one - exact).norm() / exact.norm()) for one in (ours, references))
+    # No worse than what the type's rounding alone does to the references.
+    assert error < (1e-4 if dtype == "float32" else 1.5 * rounding)
+    assert rounding < 0.1

@@ -45,16 +45,17 @@ class Tables:
     @classmethod
     def on(cls, device: torch.device) -> Tables:
         codes, nested = torch.tensor(NF4_CODES, device=device), nested_codes(device)
-        return cls(
-            codes=codes,
-            bounds=(codes[:-1] + codes[1:]) / 2,
-            nested_codes=nested,
-            nested_bounds=(nested[:-1] + nested[1:]) / 2,
-        )
+        nested_bounds = (nested[:-1] + nested[1:]) / 2
+        if device.type == "cuda":
+            # What lies on a bound is below it, here. The library's kernels search by halving and end at an even place,
+            # from which a value goes down only if it is nearer: on every other bound it is above.
+            below = torch.tensor(-torch.inf, device=device)
+            nested_bounds[1::2] = torch.nextafter(nested_bounds[1::2], below)
+        return cls(codes=codes, bounds=(codes[:-1] + codes[1:]) / 2, nested_codes=nested, nested_bounds=nested_bounds)
 
 
 def quantize(weight: torch.Tensor, *, double: bool) -> Quantized:
-    """`weight` [N, K] with K a multiple of 64; of 16 bits on CUDA. Raises NotNf4 for any other."""
+    """`weight` [N, K] with K a multiple of 64. Raises NotNf4 for any other."""
     if weight.ndim != 2 or weight.shape[1] % BLOCK_WEIGHTS:
         raise NotNf4(f"a weight of shape {tuple(weight.shape)} is no whole number of blocks a row")
     tables = Tables.on(weight.device)
@@ -83,14 +84,8 @@ def make_ready(tables: Tables, dtype: torch.dtype) -> None:
 
 
 def quantize_values(values: torch.Tensor, tables: Tables, packed: torch.Tensor, scales: torch.Tensor) -> None:
-    """Whole blocks of weights, `values` [n]: `packed` uint8 [n / 2] and `scales` float32 [n / 64] are written.
-
-    Raises NotNf4 for float32 on CUDA: the library's kernels divide approximately there, so that a value at a bound may
-    fall on either side of it.
-    """
+    """Whole blocks of weights, `values` [n]: `packed` uint8 [n / 2] and `scales` float32 [n / 64] are written."""
     if values.device.type == "cuda":
-        if values.dtype is torch.float32:
-            raise NotNf4("weights in float32 are quantized by the library alone")
         from gpu_service.engine.fast_path import quantizing_kernels
 
         quantizing_kernels.quantize_values(values, tables.bounds, packed, scales)
@@ -157,7 +152,8 @@ def _quantize_blocks(
     missing = -flat.numel() % block
     blocks = torch.nn.functional.pad(flat, (0, missing)).view(-1, block)
     scales = blocks.abs().amax(1)
-    # Times the reciprocal, not divided: the last bit decides on which side of a bound a value lies.
+    # Times the reciprocal, not divided: the last bit decides on which side of a bound a value lies. It is exact, as the
+    # CPU's is; kernels have the device's approximation, by which one value in millions has the next code.
     scaled = (blocks * (1.0 / scales.clamp(min=_SMALLEST))[:, None]).clamp(-1, 1)
     if on_grid:
         scaled = torch.floor((scaled + 1) * _GRID_HALF + 0.5) / _GRID_HALF - 1

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Quantizing to NF4 in Triton. Imported on CUDA only; `quantizing` says what each computes, and is the reference.
 
-Divisions are rounded as IEEE 754 says: Triton's own is approximate, and the last bit decides at a bound.
+The last bit decides at a bound: reciprocals are the device's approximation, flushed to zero, as in the library, whose
+kernels are compiled for fast mathematics. So a block of zeros has the first code: nothing is above any bound there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ _NESTED_BLOCK = 256
 _BLOCKS = 16
 
 
+@triton.jit
+def _reciprocal(x):
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
 @triton.jit(do_not_specialize=["num_blocks"])
 def _quantize_values(
     values, bounds, packed, scales, num_blocks, BLOCKS: tl.constexpr, NUM_BOUNDS: tl.constexpr,
@@ -25,13 +31,10 @@ def _quantize_values(
     element = block[:, None] * 64 + tl.arange(0, 64)[None, :]
     value = tl.load(values + element, mask=inside, other=0.0).to(tl.float32)
     scale = tl.max(tl.abs(value), axis=1)
-    inverse = tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), tl.maximum(scale, tl.full([BLOCKS], 1e-38, tl.float32)))
-    scaled = tl.minimum(tl.maximum(value * inverse[:, None], -1.0), 1.0)
+    scaled = value * _reciprocal(scale)[:, None]
     place = tl.zeros([BLOCKS, 64], tl.int32)
     for bound in tl.static_range(NUM_BOUNDS):
         place += (scaled > tl.load(bounds + bound)).to(tl.int32)
-    # As the library's kernels have it: the first code in a block of zeros.
-    place = tl.where((scale == 0)[:, None], 0, place)
     first, second = tl.split(tl.reshape(place, (BLOCKS, 32, 2)))
     pair = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     tl.store(packed + pair, (first * 16 + second).to(tl.uint8), mask=inside)
@@ -45,8 +48,7 @@ def _quantize_scales(scales, offset, bounds, places, nested, num_scales, BLOCK: 
     value = tl.load(scales + element, mask=inside, other=0.0) - tl.load(offset)
     value = tl.where(inside, value, 0.0)
     scale = tl.max(tl.abs(value), axis=0)
-    inverse = tl.div_rn(tl.full([], 1.0, tl.float32), tl.maximum(scale, tl.full([], 1e-38, tl.float32)))
-    scaled = tl.minimum(tl.maximum(value * inverse, -1.0), 1.0)
+    scaled = value * _reciprocal(scale + tl.zeros([BLOCK], tl.float32))
     # How many of the 255 bounds lie below, found by halving.
     place = tl.zeros([BLOCK], tl.int32)
     step = BLOCK // 2

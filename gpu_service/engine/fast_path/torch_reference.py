@@ -211,7 +211,9 @@ _SMALLEST = 1e-12
 def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`x` [T, K] in e4m3, each row divided by a scale so that its largest is the type's largest; scales [T, 1]."""
     wide = x.float()
-    scales = wide.abs().amax(1, keepdim=True).clamp(min=_SMALLEST) / _LARGEST
+    largest = wide.abs().amax(1, keepdim=True).clamp(min=_SMALLEST)
+    # By a tensor: by a number, CUDA multiplies with its reciprocal, which rounds once more.
+    scales = largest / torch.full_like(largest, _LARGEST)
     return (wide / scales).to(torch.float8_e4m3fn), scales
 
 

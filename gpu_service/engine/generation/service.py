@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from gpu_service.catalog import families, methods, quantization
-from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.domain.quantizer import choose_quantizer
 from gpu_service.domain.trainer import FAST
@@ -182,7 +181,6 @@ class _Generation:
                 quantizer=choose_quantizer(
                     request.quantization,
                     trainer=FAST,
-                    device=Device(type=request.device.type),
                     versions=library_versions(),
                 ),
                 resident_model=None if resident is None else resident.model,

@@ -68,9 +68,7 @@ def is_wanted(request: LoadRequest) -> bool:
     if request.device.type == "cuda" and not torch.cuda.is_available():
         return False
     if request.quantization.IS_QUANTIZED:
-        # Whoever plans knows as well that float32 is the library's there; a warm-up has no plan.
-        is_librarys = request.device.type == "cuda" and places_of.base_dtype(request) is torch.float32
-        return request.quantizer == OWN and not is_librarys
+        return request.quantizer == OWN
     # On a CPU the library maps such tensors, and copies none.
     return request.device.type == "cuda"
 

@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 DIRECTORY = "prequantized"
 _FORMAT = 2
 # Of what `fast_path.quantizing` and `flat_nf4` make: to be raised when either makes other bits or lays them out anew.
-_QUANTIZER = 1
+_QUANTIZER = 2
 _DATA_FILE, _MANIFEST_FILE = "data", "manifest"
 # At least what a local file system dates files by.
 _CLOCK_TICK_SECONDS = 0.02

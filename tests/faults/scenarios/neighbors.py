@@ -25,7 +25,7 @@ from tunesmith.control.v1 import job_service_pb2
 _NEIGHBOR_LIMIT = 0.05
 _READERS_LIMIT = 0.02
 _NUM_READERS = 200
-_NUM_STEPS = 400
+_NUM_STEPS = 200
 # So many that no run ends by itself, and few enough to be planned at once.
 _ENDLESS = 100_000
 _HANG_LIMIT_SECONDS = 30.0
