@@ -10,6 +10,7 @@ beside those of mixed precision. A speed without its parity does not count.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 from collections.abc import Mapping
@@ -137,6 +138,9 @@ def _error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 
 def measure(arguments: argparse.Namespace, row: str, *, compares: bool) -> dict[str, Any]:
     """One row: throughput, peak memory, and parity if it `compares`."""
+    # Two trainings do not fit the device.
+    gc.collect()
+    torch.cuda.empty_cache()
     shape = SHAPES[arguments.shape]
     settings = make_settings(shape.layers, arguments)
     model = make_model(shape, torch.bfloat16 if arguments.memory == LOW else torch.float32)
@@ -191,7 +195,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in arguments.row:
         # Parity takes longer than a row, and is the same for all.
         rows.append(measure(arguments, row, compares=arguments.parity and not rows))
