@@ -23,7 +23,7 @@ from gpu_service.engine.fast_path.full_decoder import FullDecoder, KeptFullPass
 from gpu_service.engine.fast_path.full_head import FullHead, Upstream
 from gpu_service.engine.fast_path.full_operations import full_operations_for
 from gpu_service.engine.fast_path.full_projection import FullProjection
-from gpu_service.engine.fast_path.full_weights import FlatWeights, head_norms
+from gpu_service.engine.fast_path.full_weights import FlatWeights, WeightsNotSupported, head_norms
 from gpu_service.engine.fast_path.model import GROUPS
 from gpu_service.engine.fast_path.offloading import HostShelf
 from gpu_service.engine.fast_path.operations import operations_for
@@ -214,8 +214,10 @@ class _Assembly:
 
     def _project(self, group: Any) -> FullProjection:
         weight = self.weights.joined([layer.weight for layer in group])
-        has_bias = any(layer.bias is not None for layer in group)
-        bias = self.weights.joined([layer.bias for layer in group]) if has_bias else None
+        biases = [layer.bias for layer in group if layer.bias is not None]
+        if biases and len(biases) < len(group):
+            raise WeightsNotSupported("of layers that read the same rows some have a bias and some have none")
+        bias = self.weights.joined(biases) if biases else None
         return FullProjection(
             weight=weight.view(self.weights.working),
             bias=None if bias is None else bias.view(self.weights.working),

@@ -367,6 +367,10 @@ def test_what_it_does_not_train_is_refused() -> None:
     model.extra = torch.nn.Linear(2, 2)
     with pytest.raises(WeightsNotSupported, match="extra"):
         FullModel(model, FullSettings(device=_CPU, compute_dtype=torch.float32))
+    model = make_model("llama", {"attention_bias": True})
+    model.model.layers[1].self_attn.k_proj.bias = None
+    with pytest.raises(WeightsNotSupported, match="bias"):
+        FullModel(model, FullSettings(device=_CPU, compute_dtype=torch.float32))
     model = make_model("llama", {})
     model.lm_head.weight.requires_grad_(False)
     with pytest.raises(WeightsNotSupported):
