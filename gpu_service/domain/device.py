@@ -7,13 +7,19 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """`type` is `cuda` or `cpu`. 0 bytes means not known; `compute_capability` is `major.minor`, empty if not known."""
+    """`type` is `cuda` or `cpu`. 0 bytes means not known; `compute_capability` is `major.minor`, empty if not known.
+
+    `host_memory_bytes` is all that the machine's processes may have. `kernel_problem` is why an engine there cannot
+    compile kernels; empty where it can, or was not asked.
+    """
 
     type: str = "cpu"
     name: str = "cpu"
     total_memory_bytes: int = 0
     free_memory_bytes: int = 0
     compute_capability: str = ""
+    host_memory_bytes: int = 0
+    kernel_problem: str = ""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Device":
@@ -24,6 +30,8 @@ class Device:
             total_memory_bytes=int(value.get("total_memory_bytes") or 0),
             free_memory_bytes=int(value.get("free_memory_bytes") or 0),
             compute_capability=str(value.get("compute_capability") or ""),
+            host_memory_bytes=int(value.get("host_memory_bytes") or 0),
+            kernel_problem=str(value.get("kernel_problem") or ""),
         )
 
     @property
@@ -39,3 +47,8 @@ class Device:
             return False
         major = self.compute_capability.partition(".")[0]
         return not major.isdecimal() or int(major) >= 8
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the fast path's kernels run there; a CPU has references of them."""
+        return self.type != "cuda" or (self.has_bfloat16 and not self.kernel_problem)

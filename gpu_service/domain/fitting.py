@@ -99,6 +99,8 @@ def fit(
             reason += f"; weights are {_WEIGHTS[FP8 if resolved.compute == FP8 else weights]}"
         if is_low:
             reason += "; no gradient is kept: the backward pass is made twice, for the gradient's norm and for the step"
+        if memory.host_bytes:
+            reason += f"; {memory.host_bytes / _GIB:.1f} GiB of the host's memory"
         if total:
             reason += f"; {memory.total_bytes / _GIB:.1f} of {total / _GIB:.1f} GiB"
         return Fitted(resolved=settled, memory=memory, reason=reason)

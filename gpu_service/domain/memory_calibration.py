@@ -11,6 +11,9 @@ from typing import Any
 
 ANALYTIC = "analytic"
 CALIBRATED = "calibrated"
+# Of what measurements mean: rises when arithmetic says another number for the same run, or a kind of run is told by
+# something else. What was measured under another is worth nothing.
+VERSION = 2
 # Cells kept for a kind of run, and kinds kept; the oldest go first.
 MAX_CELLS = 32
 MAX_KINDS = 64
@@ -77,11 +80,16 @@ def kind_of_run(
     recomputation: str,
     objective: str,
     trainer: str,
+    compute: str,
+    base_weights: str,
     device_name: str,
 ) -> str:
-    """The key under which measurements of like runs are kept."""
+    """The key under which measurements of like runs are kept.
+
+    `recomputation` and `base_weights` are as they were asked for: what a plan chooses itself changes with its data.
+    """
     parts = (
-        training_type, quantization, compute_dtype, model_type, optimizer, recomputation, objective, trainer,
-        device_name,
+        training_type, quantization, compute_dtype, model_type, optimizer, recomputation, objective, trainer, compute,
+        base_weights, device_name,
     )  # fmt: skip
     return "/".join(part.replace("/", "-") for part in parts)

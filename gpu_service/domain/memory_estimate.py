@@ -49,6 +49,8 @@ class MemoryEstimate:
     activations_bytes: int
     overhead_bytes: int
     analytic_bytes: int
+    # Beside all of it, locked memory of the host; 0 where nothing is offloaded.
+    host_bytes: int = 0
     is_cpu: bool = False
     basis: str = ANALYTIC
 
@@ -71,7 +73,7 @@ class MemoryEstimate:
 
     def to_json(self) -> dict[str, str]:
         """`MemoryEstimate` as proto JSON."""
-        numbers = ("weights", "adapter", "gradients", "optimizer", "activations", "overhead", "total", "peak")
+        numbers = ("weights", "adapter", "gradients", "optimizer", "activations", "overhead", "total", "peak", "host")
         return {
             **{f"{name}_bytes": str(getattr(self, f"{name}_bytes")) for name in numbers},
             "analytic_bytes": str(self.analytic_bytes),
@@ -147,6 +149,7 @@ def estimate_memory(
         activations_bytes=max(beside - gradients, 0),
         overhead_bytes=_CPU_PROCESS_BYTES if device_type == "cpu" else _CUDA_CONTEXT_BYTES,
         analytic_bytes=0,
+        host_bytes=memory_fast_path.host_bytes(shape, passes) if takes_fast_path else 0,
         is_cpu=device_type == "cpu",
     )
     estimate = replace(estimate, analytic_bytes=estimate.peak_bytes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gpu_service.domain.memory_activations import StepShape, attention_sizes
 from gpu_service.domain.memory_passes import LargestPasses, PassShape
-from gpu_service.domain.recomputation import FEED_FORWARD, FULL, NONE
+from gpu_service.domain.recomputation import FEED_FORWARD, FULL, NONE, place_bytes
 
 _FLOAT32, _INT64 = 4, 8
 # Of a target: its place, label and sequence, what it costs and counts.
@@ -94,6 +94,15 @@ def peak_beside_state(shape: StepShape, passes: LargestPasses) -> int:
     longest = max((one.longest for one in (*passes.shapes, *passes.evaluated)), default=0)
     peak = max(peaks) + _standing(shape, sizes) + _tables(sizes, longest)
     return peak + (_WORKSPACE_BYTES if shape.device_type == "cuda" else 0)
+
+
+def host_bytes(shape: StepShape, passes: LargestPasses) -> int:
+    """Memory of the host that inputs of recomputed layers wait in; 0 on a CPU, where it is the device's own."""
+    if not shape.recomputation.offload or shape.device_type == "cpu":
+        return 0
+    row = shape.base.hidden_size * shape.precision.compute_bytes
+    on_shelf = min(shape.recomputation.full_layers, shape.base.num_layers)
+    return on_shelf * max((place_bytes(one.tokens * row) for one in passes.shapes), default=0)
 
 
 def _sizes(shape: StepShape) -> _Sizes:

@@ -18,6 +18,7 @@ from gpu_service.domain.checked_plan import CheckedPlan, DatasetPlan
 from gpu_service.domain.counts import bound_datasets, bound_run, check_batch, content_of
 from gpu_service.domain.defaults import (
     DEFAULT_BATCH_EXAMPLES,
+    FP8,
     LOW,
     STANDARD,
     ResolvedHyperparameters,
@@ -38,7 +39,7 @@ from gpu_service.domain.plan_start import check_exports, check_start, check_task
 from gpu_service.domain.plan_warnings import list_warnings
 from gpu_service.domain.quantizer import choose_quantizer
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
-from gpu_service.domain.trainer import FAST, choose_trainer
+from gpu_service.domain.trainer import FAST, choose_trainer, go_on_with
 
 __all__ = [
     "CheckedPlan",
@@ -46,6 +47,7 @@ __all__ = [
     "Device",
     "ResolvedHyperparameters",
     "check_fit",
+    "check_host_fit",
     "resolve",
 ]
 
@@ -58,11 +60,13 @@ def resolve(
     *,
     spec_digest: str = "",
     calibrations: Mapping[str, Calibration] = MappingProxyType({}),
+    begun_by: str = "",
 ) -> CheckedPlan:
     """The plan at level CHECK: pure, no torch, no data.
 
     `versions` are the installed distributions by name; None or empty when not known. Counts come from the registered
-    number of examples; `calibrations` are what the device's node measured, by kind of run.
+    number of examples; `calibrations` are what the device's node measured, by kind of run; `begun_by` is the trainer of
+    the checkpoint that a run goes on from, empty where it begins.
 
     Raises `Refusal` with the reason, the field, and the loading stage that it would have broken:
     TRAINING_TYPE_UNKNOWN, QUANTIZATION_UNKNOWN, COMBINATION_NOT_ALLOWED, MODEL_TYPE_UNKNOWN, MODEL_TYPE_MISMATCH,
@@ -111,6 +115,8 @@ def resolve(
         num_steps=num_steps,
     )
     trainer = choose_trainer(given.trainer, resolved, family=family, base=base_model, device=device)
+    if resolved.compute != FP8 and resolved.full_memory != LOW:
+        trainer = go_on_with(trainer, asked=given.trainer, begun_by=begun_by)
     resolved = replace(resolved, trainer=trainer.path, full_memory=_resolve_full_memory(resolved, trainer.path))
     check_asked(given, trainer=trainer.path, trainer_reason=trainer.reason, num_layers=base_model.num_layers)
     trainable = base_model.num_parameters
@@ -126,6 +132,8 @@ def resolve(
         objective=resolved.objective,
         # Held otherwise, it is another kind of run.
         trainer=f"{resolved.trainer}-{LOW}" if resolved.full_memory == LOW else resolved.trainer,
+        compute=resolved.compute,
+        base_weights=given.base_weights or "auto",
         device_name=device.name if device.type == "cuda" else device.type,
     )
     fitted = fit(
@@ -197,6 +205,19 @@ def _resolve_full_memory(resolved: ResolvedHyperparameters, trainer: str) -> str
     if resolved.lora is not None or trainer != FAST:
         return None
     return resolved.full_memory or STANDARD
+
+
+def check_host_fit(needed_bytes: int, device: Device) -> None:
+    """Raises `Refusal` DOES_NOT_FIT when the machine has less memory than is to be locked; of unknown size, enough."""
+    if device.host_memory_bytes and needed_bytes > device.host_memory_bytes:
+        raise refuse_user(
+            "DOES_NOT_FIT",
+            f"what waits in the host's memory needs {needed_bytes:,} bytes, and the host of {device.name} has "
+            f"{device.host_memory_bytes:,}",
+            stage="WEIGHTS",
+            needed_bytes=needed_bytes,
+            host_memory_bytes=device.host_memory_bytes,
+        )
 
 
 def _describe_recomputation(given: Hyperparameters, trainer: str) -> str:

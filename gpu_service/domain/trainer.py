@@ -83,6 +83,22 @@ def adds_up_passes(
     return by_tokens or by_examples
 
 
+def trainer_of(manifest: Mapping[str, Any]) -> str:
+    """What trained the steps of a checkpoint. One that does not say is of a version that had the libraries alone."""
+    return str(manifest.get("trainer") or REFERENCE)
+
+
+def go_on_with(chosen: Trainer, *, asked: str | None, begun_by: str) -> Trainer:
+    """What trains on from a checkpoint whose steps `begun_by` made; empty where nothing was trained before.
+
+    A job that left it open keeps to transformers and PEFT if they began it: an older version had nothing else, and a
+    curve should not change because of an upgrade. One that the fast path began goes on so wherever that can train.
+    """
+    if begun_by != REFERENCE or asked not in (None, AUTO) or chosen.path == REFERENCE:
+        return chosen
+    return Trainer(path=REFERENCE, reason="the steps before the checkpoint that it goes on from were trained so")
+
+
 def _check_fp8(
     asked: str | None, obstacle: str, resolved: ResolvedHyperparameters, base: BaseModel, device: Device
 ) -> None:
@@ -140,6 +156,8 @@ def _find_in_settings(resolved: ResolvedHyperparameters, device: Device) -> str:
         return f"the fast path does not compute in {quantization.compute_dtype}"
     if device.type == "cuda" and not device.has_bfloat16:
         return f"the fast path needs compute capability 8.0 or newer, and {device.name} has {device.compute_capability}"
+    if not device.has_kernels:
+        return f"the fast path's kernels cannot be compiled here ({device.kernel_problem})"
     return ""
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import psutil
 import torch
 
+from gpu_service import host_memory
 from gpu_service.engine.request import DeviceChoice
 
 
@@ -113,6 +114,7 @@ class CudaDevice:
             "name": name,
             "total_memory_bytes": total,
             "free_memory_bytes": free,
+            "host_memory_bytes": host_memory.total_bytes(),
             "compute_capability": f"{major}.{minor}",
         }
 

@@ -60,7 +60,8 @@ def _resource_reason(error: BaseException) -> tuple[str, str] | None:
     names = {kind.__qualname__ for kind in type(error).__mro__}
     if "OutOfMemoryError" in names:
         return "DEVICE_OUT_OF_MEMORY", "HARDWARE"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _HOST_ALLOCATOR in str(error)):
+    is_short = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if is_short or (isinstance(error, RuntimeError) and _HOST_ALLOCATOR in str(error)):
         return "HOST_OUT_OF_MEMORY", "HARDWARE"
     if isinstance(error, JournalFull):
         return "DISK_FULL", "PLATFORM"

@@ -25,6 +25,7 @@ from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.request import RunRequest
 from gpu_service.engine.spare_planner import SparePlanner
 from gpu_service.engine.stopping import StopSwitch
+from gpu_service.engine.training.manifest_facts import read_trainer
 from gpu_service.journal.events import failure
 from gpu_service.oom_counter import oom_kills
 from tunesmith.common.v1 import event_pb2, plan_pb2
@@ -58,6 +59,7 @@ def plan(
                 "device": device,
                 "weights_digest": request.weights_digest,
                 "calibrations": request.calibrations,
+                "begun_by": "" if request.resume is None else read_trainer(request.resume.directory),
             }
         ),
         encoding="utf-8",

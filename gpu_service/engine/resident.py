@@ -1,5 +1,5 @@
-"""The base that stays on the device between runs, with the tokenizer that was read last, and when each may be used
-again. Holds at most one of either.
+"""What an engine keeps between runs: the base on the device and the tokenizer that was read last, and when each may be
+used again; whether kernels can be compiled. Holds at most one of each.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gpu_service.engine.fast_path import kernel_problems
 from gpu_service.engine.loading.work import BaseKey
 from gpu_service.engine.tokenizer_shelf import TokenizerShelf
 
@@ -40,6 +41,14 @@ class BaseShelf:
     def __init__(self) -> None:
         self.tokenizers = TokenizerShelf()
         self._base: ResidentBase | None = None
+        # Why kernels cannot be compiled on the engine's device, empty where they can; None: not known yet.
+        self.kernel_problem: str | None = None
+
+    def find_kernel_problem(self, device: torch.device) -> str:
+        """The same, found out now where nobody knows."""
+        if self.kernel_problem is None:
+            self.kernel_problem = kernel_problems.find_problem(device)
+        return self.kernel_problem
 
     def take(self, key: BaseKey) -> ResidentBase | None:
         """Take the base off the shelf when it is the one that `key` names; any other is dropped first.

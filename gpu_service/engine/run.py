@@ -20,6 +20,7 @@ from gpu_service.catalog import families, methods, quantization, templates
 from gpu_service.domain.defaults import LOW
 from gpu_service.domain.plan_start import EXPORT
 from gpu_service.domain.planned_data import PlannedData, PlannedDataDamaged
+from gpu_service.domain.trainer import FAST
 from gpu_service.engine import export_job, planning
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure, from_exception
@@ -34,6 +35,8 @@ from gpu_service.engine.spare_planner import SparePlanner
 from gpu_service.engine.stopping import StopSwitch
 from gpu_service.engine.training import random_state
 from tunesmith.common.v1 import plan_pb2
+
+KERNELS_NOT_COMPILED = "kernels-not-compiled"
 
 
 @dataclass(kw_only=True)
@@ -70,15 +73,25 @@ class Run:
 
     def _train(self) -> None:
         self.reporter.enter_phase("PLANNING")
-        plan_directory = planning.plan(
+        plan_directory = self._plan()
+        if self.shelf.kernel_problem is None and _open(plan_directory)[1].resolved.trainer == FAST:
+            # Before a weight is read: a plan for kernels that cannot be compiled is made anew without them.
+            problem = self.shelf.find_kernel_problem(self.device.torch_device)
+            plan_directory = self._plan() if problem else plan_directory
+        self.open_session(plan_directory).train()
+
+    def _plan(self) -> Path:
+        problem = self.shelf.kernel_problem or ""
+        if problem:
+            self.reporter.warn(KERNELS_NOT_COMPILED, f"no kernels of the fast path can be compiled here: {problem}")
+        return planning.plan(
             self.request,
             command=self.planner_command,
-            device=self.device.describe(),
+            device={**self.device.describe(), "kernel_problem": problem},
             switch=self.switch,
             reporter=self.reporter,
             spare=self.spare_planner,
         )
-        self.open_session(plan_directory).train()
 
     def open_session(self, plan_directory: Path) -> Session:
         """The planned data with the loaded model, ready to train. Raises StopRequested, RunFailure."""

@@ -57,7 +57,7 @@ def serve(
     """
     shelf = BaseShelf()
     if device_id and not pipe.has_order:
-        warm_up.make_ready(device_id, lambda: pipe.has_order)
+        shelf.kernel_problem = warm_up.make_ready(device_id, lambda: pipe.has_order)
         if model_directory is not None and not pipe.has_order:
             warm_up.read_tokenizer(model_directory, shelf.tokenizers)
     pipe.notify({"type": "ready"})

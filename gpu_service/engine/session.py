@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
+from gpu_service.domain.defaults import RESIDENT
 from gpu_service.domain.planned_data import ExampleReference, PlannedData
 from gpu_service.engine.artifacts import ArtifactRequest, exporting, write_all
 from gpu_service.engine.artifacts.export_source import open_source
@@ -91,8 +92,8 @@ class Session:
         )
         self._stop_ids = stop_token_ids(self._request.model_directory, loaded.base, loaded.tokenizer)
         self._progress = TrainingProgress()
-        # Memory ran out, and passes keep less than was planned.
-        self._recomputes_more = False
+        # Memory ran out, and less is kept than was planned.
+        self._keeps_less = False
 
     def train(self) -> None:
         """From the base's losses to the artifacts. The base is as it was loaded when this ends, however it ends."""
@@ -156,7 +157,7 @@ class Session:
             data=self._data,
             settings=self._plan.resolved,
             objective=self._objective,
-            pass_size=self._pass_size(self._recompute_more, is_one_pass=self._trainer.is_one_pass),
+            pass_size=self._pass_size(self._keep_less, is_one_pass=self._trainer.is_one_pass),
             examples_per_epoch=self._plan.examples_per_epoch,
             checkpoints=self._checkpoints,
             progress=self._progress,
@@ -170,7 +171,7 @@ class Session:
         """Say what memory came to. Only a run that made every pass of its plan tells how good the prediction was."""
         memory = self._plan.memory
         is_whole = is_whole and self._request.resume is None
-        is_whole = is_whole and not self._progress.pass_limits and not self._recomputes_more
+        is_whole = is_whole and not self._progress.pass_limits and not self._keeps_less
         self._reporter.emit(
             event_pb2.MemoryMeasuredEvent(
                 predicted_bytes=memory.peak_bytes,
@@ -179,18 +180,25 @@ class Session:
             )
         )
 
-    def _recompute_more(self) -> str:
-        """What a project asked for stays so, and smaller passes are left."""
+    def _keep_less(self) -> str:
+        """First what costs the least time. What a project asked for stays so, and smaller passes are left."""
+        described = self._stream_weights()
         asked = self._request.spec.hyperparameters
-        if asked.HasField("gradient_checkpointing") or asked.HasField("recomputation"):
-            return ""
-        described = self._trainer.recompute_more()
-        self._recomputes_more = self._recomputes_more or bool(described)
+        if not described and not (asked.HasField("gradient_checkpointing") or asked.HasField("recomputation")):
+            described = self._trainer.recompute_more()
+        self._keeps_less = self._keeps_less or bool(described)
         return described
 
-    def _pass_size(self, recompute_more: Callable[[], str] = lambda: "", *, is_one_pass: bool = False) -> PassSize:
+    def _stream_weights(self) -> str:
+        """All that an evaluation can do without: it keeps nothing for a backward pass."""
+        is_asked = self._request.spec.hyperparameters.base_weights == RESIDENT
+        described = "" if is_asked else self._trainer.stream_weights()
+        self._keeps_less = self._keeps_less or bool(described)
+        return described
+
+    def _pass_size(self, keep_less: Callable[[], str], *, is_one_pass: bool = False) -> PassSize:
         return PassSize(
-            recompute_more=recompute_more,
+            keep_less=keep_less,
             is_one_pass=is_one_pass,
             planned=MicroBatchLimit.of(self._plan.resolved.batch, self._loaded.config),
             data=self._data,
@@ -204,7 +212,7 @@ class Session:
             return
         self._reporter.enter_phase("EVALUATING")
         held_out = self._data.held_out_examples()
-        event = self._pass_size().carry_out(
+        event = self._pass_size(self._stream_weights).carry_out(
             lambda limit: self._evaluate(held_out, limit, moment), held_out, step=self._progress.steps_done
         )
         if event is not None:

@@ -43,6 +43,8 @@ class Trainer:
     recompute_more: Callable[[], str] = lambda: ""
     # Gradients of several passes cannot add up to a step's.
     is_one_pass: bool = False
+    # Lets go of quantized weights that stand restored: likewise.
+    stream_weights: Callable[[], str] = lambda: ""
 
     def release(self) -> None:
         """Give the loaded base back as it was; nothing trains any more. Does nothing the second time."""
@@ -102,6 +104,7 @@ def _make_fast(
         description=f"the fast path, {weights}",
         _release=fast.release,
         recompute_more=fast.recompute_more,
+        stream_weights=fast.stream_weights,
     )
 
 

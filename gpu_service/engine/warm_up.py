@@ -31,6 +31,7 @@ from gpu_service.domain.quantizer import OWN
 from gpu_service.engine import devices
 from gpu_service.engine.devices import Device
 from gpu_service.engine.failures import RunFailure
+from gpu_service.engine.fast_path import kernel_problems
 from gpu_service.engine.loading import Loaded, LoadRequest, load
 from gpu_service.engine.loading import tokenizer as stage_tokenizer
 from gpu_service.engine.loading.work import KeptTokenizers
@@ -95,12 +96,16 @@ class _Rows:
         return self._examples[reference.example_index]
 
 
-def make_ready(device_id: str, is_wanted: Callable[[], bool]) -> None:
-    """Make the engine ready for runs on a device (`cuda:0`, `cpu:-1`), or until `is_wanted`."""
+def make_ready(device_id: str, is_wanted: Callable[[], bool]) -> str | None:
+    """Make the engine ready for runs on a device (`cuda:0`, `cpu:-1`), or until `is_wanted`.
+
+    Why its kernels cannot be compiled; empty where they were, None where that is not known.
+    """
     start = time.monotonic()
     kind, _, index = device_id.partition(":")
     device = devices.select(DeviceChoice(type=kind, index=int(index)))
     pace = _Pace(is_wanted=is_wanted)
+    problem: str | None = None
     try:
         with tempfile.TemporaryDirectory(prefix="warm-up-") as name:
             pace.check()
@@ -109,19 +114,25 @@ def make_ready(device_id: str, is_wanted: Callable[[], bool]) -> None:
             if _has_kernels(device):
                 _write_model(Path(name))
                 _train(Path(name), device, pace)
+                problem = ""
     except _Wanted:
         _LOG.info("warm-up left for a run after %.1f s", time.monotonic() - start)
     except torch.OutOfMemoryError as error:
         # Somebody else's work fills the device; a run is told of that in its own words.
         _LOG.warning("warm-up found no memory: %s", error)
+    except kernel_problems.errors() as error:
+        # Runs of this engine are planned without them, and say so.
+        problem = kernel_problems.describe(error)
+        _LOG.warning("warm-up was not finished, kernels cannot be compiled: %s: %s", type(error).__name__, error)
     except (RunFailure, OSError, RuntimeError, ImportError) as error:
-        # Without room for files, or kernels that cannot be compiled, there are still runs that can be carried out; what
-        # a run needs it misses in its own words. A device that is lost says so once more below, and ends the engine.
+        # Without room for files there are still runs that can be carried out; what a run needs it misses in its own
+        # words. A device that is lost says so once more below, and ends the engine.
         _LOG.warning("warm-up was not finished: %s: %s", type(error).__name__, error)
     else:
         _LOG.info("warm after %.1f s", time.monotonic() - start)
     gc.collect()
     device.give_back()
+    return problem
 
 
 def read_tokenizer(model_directory: Path, tokenizers: KeptTokenizers) -> None:
@@ -143,14 +154,15 @@ def _touch(device: Device) -> None:
     """The context, and the library that multiplies."""
     if device.torch_device.type == "cuda":
         torch.cuda.set_device(device.torch_device)
-    one = torch.ones(256, 256, device=device.torch_device, dtype=torch.bfloat16)
+    # An older GPU trains in float32, and may not multiply bfloat16 at all.
+    dtype = torch.bfloat16 if _has_kernels(device) else torch.float32
+    one = torch.ones(256, 256, device=device.torch_device, dtype=dtype)
     (one @ one).sum().item()
 
 
 def _has_kernels(device: Device) -> bool:
     """Whether runs take the fast path there; an older GPU has no use for its kernels, and may not compile them."""
-    described = PlannedDevice.from_json(device.describe())
-    return described.type != "cuda" or described.has_bfloat16
+    return PlannedDevice.from_json(device.describe()).has_kernels
 
 
 def _write_model(directory: Path) -> None:

@@ -18,7 +18,7 @@ from gpu_service.domain.fitting import fit
 from gpu_service.domain.memory_calibration import UNCALIBRATED, Calibration
 from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.order import ORDER_VERSION
-from gpu_service.domain.plan import check_fit, resolve
+from gpu_service.domain.plan import check_fit, check_host_fit, resolve
 from gpu_service.domain.plan_warnings import CHECK_WARNINGS
 from gpu_service.domain.planned_data import (
     DATA_FILE,
@@ -62,6 +62,8 @@ class PlanRequest:
     device: Device
     weights_digest: str
     spec_digest: str
+    # What trained the steps before the checkpoint that the run goes on from; empty where it begins.
+    begun_by: str = ""
     # What the node measured, by kind of run.
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
 
@@ -76,6 +78,7 @@ class PlanRequest:
             device=Device.from_json(value.get("device", {})),
             weights_digest=value.get("weights_digest") or "",
             spec_digest=value.get("spec_digest") or spec_digest(value["spec"]),
+            begun_by=value.get("begun_by") or "",
             calibrations={
                 kind: Calibration.from_json(cells) for kind, cells in (value.get("calibrations") or {}).items()
             },
@@ -98,6 +101,7 @@ def make_plan(request: PlanRequest, *, stream: TextIO) -> Path:
         read_versions(),
         spec_digest=request.spec_digest,
         calibrations=request.calibrations,
+        begun_by=request.begun_by,
     )
     stores, warnings, progress = _make_stores(request, checked, base, stream)
     with stores:
@@ -200,6 +204,7 @@ def _complete(
         ),
     )
     check_fit(fitted.memory.total_bytes, checked.device)
+    check_host_fit(fitted.memory.host_bytes, checked.device)
     counts = count_sources(selection, run)
     rows = [source.plan for source in sources]
     for index, count in counts.items():

@@ -100,12 +100,15 @@ class Admission:
         spec_digest: str,
         weights_digest: str,
         leaving_run_ids: Sequence[str],
+        begun_by: str = "",
     ) -> Admitted:
-        """Check all and reserve the device; runs that are leaving give theirs up. Raises `Refusal`."""
+        """Check all and reserve the device; runs that are leaving give theirs up. `begun_by` is what trained the
+        checkpoint that the run goes on from, empty where it begins. Raises `Refusal`.
+        """
         problem = self.problem()
         if problem is not None:
             raise problem
-        device, checked = await self._place(spec, spec_digest, leaving_run_ids)
+        device, checked = await self._place(spec, spec_digest, leaving_run_ids, begun_by)
         found_digest = await self._planning.weights_digest(checked)
         if weights_digest and weights_digest != found_digest:
             raise Refusal(
@@ -137,7 +140,7 @@ class Admission:
         )
 
     async def _place(
-        self, spec: Mapping[str, Any], spec_digest: str, leaving_run_ids: Sequence[str]
+        self, spec: Mapping[str, Any], spec_digest: str, leaving_run_ids: Sequence[str], begun_by: str
     ) -> tuple[Device, CheckedPlan]:
         """The device for the run by what it is estimated to need, with its plan there.
 
@@ -148,7 +151,7 @@ class Admission:
         too_small: Refusal | None = None
         for device in self._open_devices(_usable(await self.devices()), leaving_run_ids):
             try:
-                checked = await self._planning.check(spec, device, spec_digest=spec_digest)
+                checked = await self._planning.check(spec, device, spec_digest=spec_digest, begun_by=begun_by)
             except Refusal as refusal:
                 if refusal.reason != "DOES_NOT_FIT":
                     raise

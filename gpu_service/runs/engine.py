@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_service.domain.errors import Refusal
+from gpu_service.runs.engine_directories import read_context
 from gpu_service.runs.inference_stream import Generation, busy, lost
 from gpu_service.runs.run import Run
 from gpu_service.runs.shim_client import Message, ShimClient, ShimGone, is_alive
@@ -96,6 +97,9 @@ class Engine:
         await self.client.connect(self._process)
         status = await self.client.status()
         self.resident = dict(status.get("resident") or {})
+        if self._process is None:
+            # What a former server measured.
+            self.context_bytes = await asyncio.to_thread(read_context, self.directory)
         return status
 
     async def ask(self) -> str:

@@ -37,6 +37,7 @@ MODEL_VARIABLE = "TUNESMITH_ENGINE_MODEL"
 _KERNELS_VARIABLE = "TRITON_CACHE_DIR"
 # Directories of engines that ended, kept for their logs.
 KEPT_ENDED_ENGINES = 8
+_CONTEXT_FILE = "context.json"
 _LOG_TAIL_BYTES = 2000
 _LAST_WORDS_SECONDS = 2.0
 # Of an engine that nobody saw end.
@@ -122,6 +123,20 @@ def needs_burial(directory: Path, runs: Mapping[str, Run]) -> bool:
         return True
     run = runs.get(str(ending.run_directory))
     return run is not None and not run.is_over
+
+
+def keep_context(directory: Path, num_bytes: int) -> None:
+    """For a server to come: what the engine held of its device before it had any work. Blocks. Raises OSError."""
+    durable_json.write(directory / _CONTEXT_FILE, {"context_bytes": num_bytes})
+
+
+def read_context(directory: Path) -> int:
+    """What `keep_context` kept; 0 where nobody measured it, or nobody can read it. Blocks."""
+    try:
+        content = durable_json.read(directory / _CONTEXT_FILE)
+        return 0 if content is None else max(int(content["context_bytes"]), 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def end_shim(process: subprocess.Popen[bytes]) -> int:

@@ -29,7 +29,14 @@ from gpu_service.runs.node_files import NodeFacts, NodeFiles, RunKey
 from gpu_service.runs.planning import Planning
 from gpu_service.runs.room import full_disk_is_a_refusal
 from gpu_service.runs.run import Run
-from gpu_service.runs.run_files import ResumeRequest, find_file, prepare_resume, prepare_start, remove_tree
+from gpu_service.runs.run_files import (
+    ResumeRequest,
+    find_file,
+    prepare_resume,
+    prepare_start,
+    read_trainer,
+    remove_tree,
+)
 from gpu_service.runs.signal import Signal
 
 _log = structlog.get_logger(__name__)
@@ -212,6 +219,12 @@ class RunManager:
         return run
 
     async def _admit(self, request: StartRequest, leaving: Sequence[Run]) -> Admitted:
+        begun_by = await asyncio.to_thread(
+            read_trainer,
+            request.resume,
+            job_directory=self._files.runs / request.key.job_id,
+            blob_path=self._blobs.path,
+        )
         try:
             return await self._admission.admit(
                 run_id=request.key.id,
@@ -219,6 +232,7 @@ class RunManager:
                 spec_digest=request.spec_digest,
                 weights_digest=request.weights_digest,
                 leaving_run_ids=[run.key.id for run in leaving],
+                begun_by=begun_by,
             )
         except Refusal as refusal:
             if refusal.reason == "DISK_FULL":

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from gpu_service.domain.trainer import trainer_of
 from gpu_service.shim import durable_json
 
 MANIFEST = "manifest.json"
@@ -52,6 +53,14 @@ def read(path: Path) -> bytes:
 def parse_checkpoint(raw: bytes) -> Sequence[FileReference]:
     """The files of a checkpoint, without the manifest itself. Raises DamagedManifest."""
     return _files(_parse(raw))
+
+
+def parse_trainer(raw: bytes) -> str:
+    """What trained the steps of a checkpoint. Raises DamagedManifest."""
+    document = _parse(raw)
+    if not isinstance(document, dict):
+        raise DamagedManifest(f"{MANIFEST} is no object")
+    return trainer_of(document)
 
 
 def parse_artifacts(raw: bytes) -> Sequence[tuple[str, Sequence[FileReference]]]:

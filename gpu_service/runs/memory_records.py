@@ -1,7 +1,7 @@
 """What this node measured of its own memory estimates, kept in `memory.json` of its data directory.
 
 Runs that made every pass of their plan, and probes, add to it; plans are calibrated by it. It holds a bounded number of
-numbers, and one that cannot be read is begun anew: it can be measured again.
+numbers, and one that cannot be read, or whose numbers mean something else, is begun anew: it can be measured again.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from pathlib import Path
 
 import structlog
 
-from gpu_service.domain.memory_calibration import MAX_KINDS, Calibration
+from gpu_service.domain.memory_calibration import MAX_KINDS, VERSION, Calibration
 from gpu_service.runs.run import Run
 from gpu_service.shim import durable_json
 from tunesmith.common.v1 import event_pb2
 
 _log = structlog.get_logger(__name__)
-_VERSION = 1
 
 
 class MemoryRecords:
@@ -54,7 +53,7 @@ class MemoryRecords:
             known = self._by_kind.get(kind, Calibration())
             others = [(name, cells) for name, cells in self._by_kind.items() if name != kind]
             self._by_kind = dict([*others, (kind, known.with_cell(analytic_bytes, peak_bytes))][-MAX_KINDS:])
-            content = {"version": _VERSION, "kinds": {name: item.to_json() for name, item in self._by_kind.items()}}
+            content = {"version": VERSION, "kinds": {name: item.to_json() for name, item in self._by_kind.items()}}
             try:
                 await asyncio.to_thread(durable_json.write, self._path, content)
             except OSError as error:
@@ -66,7 +65,7 @@ class MemoryRecords:
 def _read(path: Path) -> dict[str, Calibration]:
     try:
         content = durable_json.read(path)
-        if content is None or content.get("version") != _VERSION:
+        if content is None or content.get("version") != VERSION:
             return {}
         return {str(kind): Calibration.from_json(cells) for kind, cells in content["kinds"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpu_service import host_memory
 from gpu_service.devices import Device
 from gpu_service.domain import plan
 from gpu_service.domain.checked_plan import HeldBase
@@ -62,7 +63,9 @@ class Planning:
         self._planner = planner
         self._memory = memory
 
-    async def check(self, spec: Mapping[str, Any], device: Device, *, spec_digest: str = "") -> CheckedPlan:
+    async def check(
+        self, spec: Mapping[str, Any], device: Device, *, spec_digest: str = "", begun_by: str = ""
+    ) -> CheckedPlan:
         """The plan at level CHECK. Raises `Refusal`."""
         parsed = TrainingSpec.from_json(spec)
         model = await self._models.read(parsed.base_model)
@@ -74,6 +77,7 @@ class Planning:
             self._versions,
             spec_digest=spec_digest,
             calibrations=self._memory.all(),
+            begun_by=begun_by,
         )
 
     async def hold_base(self, spec: TrainingSpec, device: Device) -> HeldBase:
@@ -160,4 +164,5 @@ def _for_planning(device: Device) -> plan.Device:
         total_memory_bytes=device.total_memory_bytes,
         free_memory_bytes=device.free_memory_bytes,
         compute_capability=device.compute_capability,
+        host_memory_bytes=host_memory.total_bytes(),
     )

@@ -24,6 +24,7 @@ from gpu_service.runs.manifests import (
     FileReference,
     parse_artifacts,
     parse_checkpoint,
+    parse_trainer,
     read,
     set_aside,
 )
@@ -131,6 +132,23 @@ def prepare_resume(
         "step": request.step,
         "source_directory": "" if written is None else str(written),
     }
+
+
+def read_trainer(request: ResumeRequest | None, *, job_directory: Path, blob_path: Callable[[str], Path]) -> str:
+    """What trained the steps of the checkpoint that a run goes on from, as planning is told; empty where it begins.
+
+    Empty too where the manifest cannot be had: `prepare_resume` says what is wrong with it.
+    """
+    if request is None or not _CHECKPOINT_NAME.fullmatch(request.checkpoint):
+        return ""
+    written = job_directory / str(request.attempt) / "checkpoints" / request.checkpoint / MANIFEST
+    manifests = [blob_path(file.sha256) for file in request.files if file.path == MANIFEST]
+    if request.files and not manifests:
+        return ""
+    try:
+        return parse_trainer(read(manifests[0] if manifests else written))
+    except (OSError, DamagedManifest):
+        return ""
 
 
 def prepare_start(start: StartFrom | None, *, target: Path, blob_path: Callable[[str], Path]) -> dict[str, Any] | None:

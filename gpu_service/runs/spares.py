@@ -18,7 +18,7 @@ import structlog
 
 from gpu_service.devices import Device
 from gpu_service.runs.engine import Engine
-from gpu_service.runs.engine_directories import EngineStartFailed
+from gpu_service.runs.engine_directories import EngineStartFailed, keep_context
 from gpu_service.runs.engine_pool import EnginePool
 
 _log = structlog.get_logger(__name__)
@@ -116,6 +116,11 @@ class SpareKeeper:
             if device.id == engine.device_id and device.type != "cpu" and engine.is_spare and not engine.had_work:
                 taken = free_before_bytes - device.free_memory_bytes
                 engine.context_bytes = min(max(taken, 0), _MAX_CONTEXT_BYTES)
+                try:
+                    await asyncio.to_thread(keep_context, engine.directory, engine.context_bytes)
+                except OSError as error:
+                    # A server that adopts it takes what it holds for somebody else's.
+                    _log.warning("spare-context-not-kept", engine=engine.id, error=str(error))
 
     async def end(self) -> None:
         """No further spare is started from now on; one that is on its way is waited for, but not for ever: the next

@@ -37,6 +37,7 @@ def show_plan(out: Output, plan: plan_pb2.Plan, node: str, *, dataset_names: Map
         ("trainable", f"{plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters"),
         ("memory", f"{byte_count(plan.memory.total_bytes)} estimated, on {plan.device or 'an unnamed device'}"),
         ("", _memory_parts(plan.memory)),
+        ("host memory", f"{byte_count(plan.memory.host_bytes)} locked" if plan.memory.host_bytes else ""),
         ("peak", _peak(plan)),
         ("node", node),
         ("data digest", plan.data_digest),

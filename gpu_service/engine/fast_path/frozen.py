@@ -47,6 +47,7 @@ class FrozenGroup:
         """`keep`: restore quantized weights once, now, and keep the matrix; plain ones always are."""
         self._room = room
         self._scratch = scratch
+        self._device, self._dtype = layers[0].weight.device, dtype
         self.out_features = tuple(layer.out_features for layer in layers)
         self.in_features: int = layers[0].in_features
         self.num_rows = sum(self.out_features)
@@ -56,17 +57,32 @@ class FrozenGroup:
         if not self._quantized:
             self._matrix = self._adopt(layers, dtype)
         elif keep:
-            self._matrix = torch.zeros(self._shape, device=layers[0].weight.device, dtype=dtype)
+            self._matrix = torch.zeros(self._shape, device=self._device, dtype=dtype)
             self._restore(self._matrix)
         else:
             scratch.reserve(self._shape[0] * self._shape[1])
-        self.margins = self._make_margins(layers[0].weight.device, dtype)
+        self.margins = self._make_margins()
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether quantized weights stand in the compute type besides."""
+        return bool(self._quantized) and self._matrix is not None
+
+    def drop_restored(self) -> None:
+        """Let go of weights that were restored once, with the margins; nothing works before `stream`."""
+        self._matrix = None
+        del self.margins
+
+    def stream(self) -> None:
+        """From now on weights are restored at each use. Margins are new, and hold zeros."""
+        self._scratch.reserve(self._shape[0] * self._shape[1])
+        self.margins = self._make_margins()
 
     @property
     def _shape(self) -> tuple[int, int]:
         return self.num_rows + self._room, self.in_features + self._room
 
-    def _make_margins(self, device: torch.device, dtype: torch.dtype) -> Margins:
+    def _make_margins(self) -> Margins:
         """Those of the matrix itself where it is kept, else buffers that are copied beside what is restored."""
         if self._matrix is not None:
             return Margins(
@@ -74,8 +90,8 @@ class FrozenGroup:
                 below=self._matrix[self.num_rows :, : self.in_features],
             )
         return Margins(
-            right=torch.zeros(self.num_rows, self._room, device=device, dtype=dtype),
-            below=torch.zeros(self._room, self.in_features, device=device, dtype=dtype),
+            right=torch.zeros(self.num_rows, self._room, device=self._device, dtype=self._dtype),
+            below=torch.zeros(self._room, self.in_features, device=self._device, dtype=self._dtype),
         )
 
     def forward_matrix(self, *, adapted: bool) -> torch.Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from gpu_service.domain.recomputation import NOTHING, Recomputation, step_down
+from gpu_service import host_memory
+from gpu_service.domain.recomputation import NOTHING, Recomputation, place_bytes, step_down
 from gpu_service.engine.fast_path.attention import Attention, attention_for
 from gpu_service.engine.fast_path.block import BlockShape
 from gpu_service.engine.fast_path.decoder import FlatPass
@@ -24,7 +25,7 @@ from gpu_service.engine.fast_path.full_head import FullHead, Upstream
 from gpu_service.engine.fast_path.full_operations import full_operations_for
 from gpu_service.engine.fast_path.full_projection import FullProjection
 from gpu_service.engine.fast_path.full_weights import FlatWeights, WeightsNotSupported, head_norms
-from gpu_service.engine.fast_path.model import GROUPS
+from gpu_service.engine.fast_path.model import GROUPS, HOST_SPARE_BYTES
 from gpu_service.engine.fast_path.offloading import HostShelf
 from gpu_service.engine.fast_path.operations import operations_for
 from gpu_service.engine.fast_path.weight_gradients import GatheredGradients, Gradients
@@ -83,6 +84,8 @@ class FullModel(torch.nn.Module):
             attention=attention or attention_for(device, dtype),
         ).assemble(groups, self._recomputation, device)
         self._passes = FlatPasses(causal.model.rotary_emb, device)
+        # Of a pass so far.
+        self._most_tokens = 0
 
     def _make_gradients(self) -> Any:
         settings, num_elements = self._settings, self.weights.held.numel()
@@ -96,6 +99,7 @@ class FullModel(torch.nn.Module):
     def nats_by_sequence(self, batch: MicroBatch) -> torch.Tensor:
         """Negative log likelihood of each sequence's targets: float64 [S], with gradient where gradients are on."""
         flat = self._passes.lay_out(batch)
+        self._most_tokens = max(self._most_tokens, len(flat.tokens))
         self.weights.refresh()
         if torch.is_grad_enabled():
             nats: torch.Tensor = _Nats.apply(self.matrices, self.vectors, self, flat)
@@ -111,17 +115,28 @@ class FullModel(torch.nn.Module):
         """Keep less of a pass from now on, with the same results: how, in words; empty where nothing more can be."""
         num_layers = len(self._decoder.blocks)
         more = step_down(self._recomputation, num_layers)
-        if more is None:
+        if more is None or (more.offload and not self._has_host_room(more)):
             return ""
         self._recomputation = more
         shelf = HostShelf(self._settings.device) if more.offload else None
+        if self._decoder.shelf is not None:
+            self._decoder.shelf.close()
         self._decoder = replace(self._decoder, levels=more.levels(num_layers), shelf=shelf)
         return more.describe(num_layers)
+
+    def _has_host_room(self, way: Recomputation) -> bool:
+        """Whether the host has memory to spare for what waits there, of the largest pass so far; a CPU's is its own."""
+        row = self._decoder.embedding.shape[1] * self._settings.compute_dtype.itemsize
+        needed = way.full_layers * place_bytes(self._most_tokens * row)
+        is_cpu = self._settings.device.type == "cpu"
+        return is_cpu or needed + HOST_SPARE_BYTES <= host_memory.available_bytes()
 
     def release(self) -> None:
         """Let go of everything but the model's own parameters. A second time does nothing."""
         if not self._held:
             return
+        if self._decoder.shelf is not None:
+            self._decoder.shelf.close()
         del self._decoder, self.gradients
         self._held = []
 

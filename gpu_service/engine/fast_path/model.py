@@ -15,7 +15,8 @@ from typing import Any
 import numpy
 import torch
 
-from gpu_service.domain.recomputation import NOTHING, Recomputation, everything, step_down
+from gpu_service import host_memory
+from gpu_service.domain.recomputation import NOTHING, Recomputation, everything, place_bytes, step_down
 from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
 from gpu_service.engine.fast_path.attention import Attention, Bounds, attention_for
 from gpu_service.engine.fast_path.block import Block, BlockShape, Positions
@@ -36,6 +37,9 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("mlp", ("gate_proj", "up_proj")),
     ("mlp", ("down_proj",)),
 )
+
+# Left to everybody else when the host's memory is taken in an emergency.
+HOST_SPARE_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,7 @@ class FastModel(torch.nn.Module):
         self._dropout = Dropout(probability=self._flat.dropout, device=self._device)
         scratch = Scratch(self._device, self._dtype)
         self._operations = operations or operations_for(self._device)
-        projections = [
+        self._projections = [
             Projection(
                 frozen=_freeze([plain(module) for module in group], adapter.room, scratch, settings),
                 adapter=adapter,
@@ -92,17 +96,16 @@ class FastModel(torch.nn.Module):
             )
             for number, (group, adapter) in enumerate(zip(modules, self._flat.groups, strict=True))
         ]
-        self._copies = self._operations.prepare_copies(
-            [copy for one in projections for copy in one.adapter.copies(one.frozen.margins)]
-        )
+        self._copies = self._prepare_copies()
         attention = attention or attention_for(self._device, self._dtype)
         self._recomputation = everything(len(layers)) if settings.recomputes else settings.recomputation
-        self._decoder = _assemble(causal, projections, settings, self._recomputation, self._operations, attention)
+        self._decoder = _assemble(causal, self._projections, settings, self._recomputation, self._operations, attention)
         rotary = causal.model.rotary_emb
         self._frequencies = rotary.inv_freq.to(self._device, torch.float32)
         self._rotary_scaling = float(rotary.attention_scaling)
         self._cosines = self._sines = torch.empty(0, device=self._device)
         self._adapted = True
+        self._most_tokens = 0
 
     @property
     def flat_adapter(self) -> FlatAdapter:
@@ -130,12 +133,39 @@ class FastModel(torch.nn.Module):
         """Keep less of a pass from now on, with the same results: how, in words; empty where nothing more can be."""
         num_layers = len(self._decoder.blocks)
         more = step_down(self._recomputation, num_layers)
-        if more is None:
+        if more is None or (more.offload and not self._has_host_room(more)):
             return ""
         self._recomputation = more
         shelf = HostShelf(self._device) if more.offload else None
+        if self._decoder.shelf is not None:
+            self._decoder.shelf.close()
         self._decoder = replace(self._decoder, levels=more.levels(num_layers), shelf=shelf)
         return more.describe(num_layers)
+
+    def _has_host_room(self, way: Recomputation) -> bool:
+        """Whether the host has memory to spare for what waits there, of the largest pass so far; a CPU's is its own."""
+        row = self._decoder.embedding.shape[1] * self._dtype.itemsize
+        needed = way.full_layers * place_bytes(self._most_tokens * row)
+        return self._device.type == "cpu" or needed + HOST_SPARE_BYTES <= host_memory.available_bytes()
+
+    def stream_weights(self) -> str:
+        """Let go of quantized weights that stand restored, with the same results: how, in words; empty for none."""
+        groups = [one.frozen for one in self._projections if isinstance(one.frozen, FrozenGroup)]
+        restored = [group for group in groups if group.is_restored]
+        if not restored:
+            return ""
+        # They hold the margins, which lie in the restored weights. All of it goes before any memory is asked for.
+        del self._copies
+        for group in restored:
+            group.drop_restored()
+        for group in restored:
+            group.stream()
+        self._copies = self._prepare_copies()
+        return "weights are restored at each use"
+
+    def _prepare_copies(self) -> Any:
+        copies = [copy for one in self._projections for copy in one.adapter.copies(one.frozen.margins)]
+        return self._operations.prepare_copies(copies)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -150,7 +180,9 @@ class FastModel(torch.nn.Module):
         """Give the base back as it was. The fast path cannot run any more; a second time does nothing."""
         if not self._held:
             return
-        del self._decoder, self._copies
+        if self._decoder.shelf is not None:
+            self._decoder.shelf.close()
+        del self._decoder, self._copies, self._projections
         for parameter, dtype in self._narrowed:
             parameter.data = parameter.data.to(dtype)
         for parameter in self._held[0].parameters():
@@ -165,6 +197,7 @@ class FastModel(torch.nn.Module):
         targets = numpy.asarray(batch.targets_by_sequence, dtype=numpy.int64)
         starts = numpy.concatenate(([0], numpy.cumsum(lengths))).astype(numpy.int32)
         longest = max(lengths)
+        self._most_tokens = max(self._most_tokens, sum(lengths))
         self._extend_tables(longest)
         return FlatPass(
             tokens=batch.input_ids[0],

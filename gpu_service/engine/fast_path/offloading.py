@@ -1,4 +1,4 @@
-"""Where inputs of recomputed blocks wait: pinned memory of the host. On CUDA copies run beside the kernels.
+"""Where inputs of recomputed blocks wait: locked memory of the host. On CUDA copies run beside the kernels.
 
 Two rows of tensors are on their way at most in either direction, so that the device holds two of them and not one a
 block. Knows numbers and tensors; which blocks and when is the decoder's business.
@@ -10,20 +10,28 @@ from typing import Any
 
 import torch
 
+from gpu_service.domain.recomputation import place_bytes
+from gpu_service.engine.fast_path.pinned_memory import PinnedMemory
+
 
 class HostShelf:
-    """Tensors [T, H] by number, put in ascending order and taken in descending order, each once."""
+    """Tensors [T, H] by number, put in ascending order and taken in descending order, each once.
+
+    Host memory is kept from pass to pass, until `close`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._is_cuda = device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(device) if self._is_cuda else None
+        # uint8, as large as the largest that had this number.
         self._places: dict[int, torch.Tensor] = {}
+        self._pinned: dict[int, PinnedMemory] = {}
         # Tensors on their way, by number, with the event of the end of the copy: not to be reused before.
         self._leaving: dict[int, tuple[torch.Tensor, Any]] = {}
         self._order: list[int] = []
         self._coming: tuple[int, torch.Tensor, Any] | None = None
-        self._shapes: dict[int, torch.Size] = {}
+        self._kinds: dict[int, tuple[torch.Size, torch.dtype]] = {}
 
     def clear(self) -> None:
         """A new pass begins: what an earlier one left, because it failed, is forgotten. Host memory is kept."""
@@ -31,13 +39,21 @@ class HostShelf:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self._leaving, self._order, self._coming = {}, [], None
 
+    def close(self) -> None:
+        """Give all host memory back, once no copy is under way. It may be used again afterwards, from nothing."""
+        self._leaving, self._order, self._coming = {}, [], None
+        self._places = {}
+        for memory in self._pinned.values():
+            memory.give_back()
+        self._pinned = {}
+
     def put(self, number: int, tensor: torch.Tensor) -> None:
         """Begin to copy `tensor` away. Nothing may write to it any more; its memory is free at the put after next."""
         if len(self._leaving) > 1:
             _, done = self._leaving.pop(next(iter(self._leaving)))
             self._wait(done)
         place = self._place(number, tensor)
-        self._shapes[number] = tensor.shape
+        self._kinds[number] = (tensor.shape, tensor.dtype)
         self._order.append(number)
         self._leaving[number] = (tensor, self._copy(tensor, place))
 
@@ -58,17 +74,27 @@ class HostShelf:
         return tensor
 
     def _place(self, number: int, like: torch.Tensor) -> torch.Tensor:
-        """Host memory for the tensor, as large as the largest that had this number."""
+        """Host memory for the tensor."""
+        num_bytes = like.numel() * like.element_size()
         known = self._places.get(number)
-        if known is None or known.numel() < like.numel() or known.dtype != like.dtype:
-            known = torch.empty(like.numel(), dtype=like.dtype, pin_memory=self._is_cuda)
-            self._places[number] = known
-        return known[: like.numel()].view(like.shape)
+        if known is None or len(known) < num_bytes:
+            self._places.pop(number, None)
+            self._places[number] = known = self._allocate(number, place_bytes(num_bytes))
+        return known[:num_bytes].view(like.dtype).view(like.shape)
+
+    def _allocate(self, number: int, num_bytes: int) -> torch.Tensor:
+        if not self._is_cuda:
+            return torch.empty(num_bytes, dtype=torch.uint8)
+        smaller = self._pinned.pop(number, None)
+        if smaller is not None:
+            smaller.give_back()
+        self._pinned[number] = memory = PinnedMemory(num_bytes)
+        return memory.bytes_
 
     def _fetch(self, number: int) -> tuple[int, torch.Tensor, Any]:
-        shape = self._shapes[number]
-        place = self._places[number][: shape.numel()].view(shape)
-        tensor = torch.empty(shape, dtype=place.dtype, device=self._device)
+        shape, dtype = self._kinds[number]
+        place = self._places[number][: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        tensor = torch.empty(shape, dtype=dtype, device=self._device)
         return number, tensor, self._copy(place, tensor)
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor) -> Any:

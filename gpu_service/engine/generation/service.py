@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from gpu_service.catalog import families, methods, quantization
+from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Fault, Refusal, refuse_user
 from gpu_service.domain.quantizer import choose_quantizer
 from gpu_service.domain.trainer import FAST
@@ -180,7 +181,7 @@ class _Generation:
                 cache_directory=request.cache_directory,
                 quantizer=choose_quantizer(
                     request.quantization,
-                    trainer=FAST,
+                    trainer=FAST if self._has_kernels() else "",
                     versions=library_versions(),
                 ),
                 resident_model=None if resident is None else resident.model,
@@ -192,6 +193,11 @@ class _Generation:
             stages=BASE_STAGES,
         )
         return loaded
+
+    def _has_kernels(self) -> bool:
+        """Whether this engine's own code can quantize here; else the library does, as where it trains without it."""
+        described = Device.from_json(self._device.describe())
+        return described.has_kernels and not self._shelf.find_kernel_problem(self._device.torch_device)
 
     def _answer(self, base: Any, tokenizer: Any) -> tuple[str, str, int]:
         """Last text, finish reason and number of prompt tokens. The base is as before when it returns or refuses."""

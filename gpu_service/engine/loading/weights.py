@@ -1,15 +1,17 @@
 """Stage WEIGHTS: the weight files are read, and their tensors mapped; without quantization they become the model here.
 
 Every shard is read from front to back once and hashed, so that progress in bytes is real and a damaged disk shows here,
-with the file's name; safetensors checks the header and maps the tensors, which cost no memory of their own. A job that
-starts from a whole model of an earlier one reads that model's files in place of the base's. Refuses everything but
-safetensors, and a base of another digest than the job was pinned to.
+with the file's name, unless it is what it was when the node hashed it (`reading.verification`); safetensors checks the
+header and maps the tensors, which cost no memory of their own. A job that starts from a whole model of an earlier one
+reads that model's files in place of the base's. Refuses everything but safetensors, and a base of another digest than
+the job was pinned to.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from gpu_service.engine.loading import direct
 from gpu_service.engine.loading.building import build_base
 from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
+from gpu_service.engine.reading.verification import IDENTITY, NOTHING, WHOLE, Verification
 
 # safetensors raises its own error for a file that is not whole, OSError when it cannot be read; from_pretrained raises
 # RuntimeError for tensors of other shapes than the config says, ValueError for missing ones (ours) and bad options.
@@ -80,23 +83,36 @@ def _load_by_library(
     total: int,
     progress: Progress,
 ) -> dict[str, str]:
+    verification = Verification(request.cache_directory, [directory / shard for shard in shards], pinned)
+    is_known = verification.by == IDENTITY
     tensors: dict[str, torch.Tensor] = {}
     done = 0
     digest = hashlib.sha256()
     for shard in shards:
         loaded.file = shard
-        contents = hashlib.sha256()
-        done = _read(directory / shard, contents, done, total, progress)
-        digest.update(f"{shard}\0{contents.hexdigest()}\n".encode())
+        if is_known:
+            done += _read_ahead(directory / shard)
+            progress(done, total, "bytes")
+        else:
+            contents = hashlib.sha256()
+            done = _read(directory / shard, contents, done, total, progress)
+            digest.update(f"{shard}\0{contents.hexdigest()}\n".encode())
         with safe_open(directory / shard, framework="pt", device="cpu") as opened:
             for name in opened.keys():  # noqa: SIM118 - no mapping
                 tensors[name] = opened.get_tensor(name)
+    if (changed := verification.find_changed()) is not None:
+        loaded.file = changed.name
+        raise WeightsChanged(f"{changed.name} was changed while it was read")
     loaded.file = ""
-    if pinned and digest.hexdigest() != pinned:
+    if pinned and not is_known and digest.hexdigest() != pinned:
         raise WeightsChanged(f"the weights' digest is {digest.hexdigest()}; the job is for {pinned}")
     loaded.tensors = tensors
     loaded.stored_dtype = _most_common_dtype(tensors)
-    details = {"tensors": str(len(tensors)), "stored_dtype": str(loaded.stored_dtype)}
+    details = {
+        "tensors": str(len(tensors)),
+        "stored_dtype": str(loaded.stored_dtype),
+        "verified_by": IDENTITY if is_known else WHOLE if pinned else NOTHING,
+    }
     if request.quantization.IS_QUANTIZED:
         return details
     loaded.base = build_base(request, loaded, None, progress)
@@ -138,6 +154,13 @@ def _read(path: Path, contents: Any, done: int, total: int, progress: Progress) 
             done += count
             progress(done, total, "bytes")
     return done
+
+
+def _read_ahead(path: Path) -> int:
+    """Have the kernel begin to read what will be mapped, faster than page by page; the file's bytes."""
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        return os.fstat(file.fileno()).st_size
 
 
 def _most_common_dtype(tensors: dict[str, torch.Tensor]) -> torch.dtype:

@@ -89,6 +89,7 @@ def save(
     scaler: Any,
     progress: TrainingProgress,
     device: torch.device,
+    trainer: str,
     pace: Pace = NOBODY,
 ) -> Checkpoint:
     """Write the checkpoint of `progress.steps_done` below `directory`; `scaler` is None unless gradients are scaled.
@@ -108,12 +109,12 @@ def save(
             (staging / OPTIMIZER_FILE).write_text(json.dumps(state.document()), encoding="utf-8")
             random_tensors, random_values = random_state.capture(device)
             save_file(random_tensors, staging / RANDOM_TENSORS_FILE)
-            trainer = {
+            state_of_training = {
                 "random": random_values,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "progress": progress.to_json(),
             }
-            (staging / TRAINER_FILE).write_text(json.dumps(trainer), encoding="utf-8")
+            (staging / TRAINER_FILE).write_text(json.dumps(state_of_training), encoding="utf-8")
             files = durable.list_files(staging, pace)
             facts = {
                 "version": _VERSION,
@@ -121,6 +122,8 @@ def save(
                 # Index of the planned step that comes next, from 0. The learning rate follows from it too.
                 "next_step": progress.steps_done,
                 **vars(identity),
+                # No part of the identity: either goes on from what the other left.
+                "trainer": trainer,
                 "certificate": certificate.to_json(),
                 "held_out_loss": held_out.loss,
                 "best": held_out.best,

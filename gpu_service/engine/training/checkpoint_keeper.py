@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gpu_service.domain.planned_data import PlannedData
+from gpu_service.domain.trainer import REFERENCE
 from gpu_service.engine import durable
 from gpu_service.engine.failures import RunFailure
 from gpu_service.engine.pace import NOBODY, Pace
@@ -115,6 +116,7 @@ class CheckpointKeeper:
                 scaler=self.scaler,
                 progress=progress,
                 device=self.device,
+                trainer=self.settings.trainer or REFERENCE,
                 pace=self.pace,
             )
         except RunFailure:

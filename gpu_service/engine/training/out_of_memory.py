@@ -1,4 +1,4 @@
-"""Survives a device that runs out of memory: the same work is begun again, recomputing more, or in smaller passes.
+"""Survives a device that runs out of memory: the same work is begun again, keeping less, or in smaller passes.
 
 Only work that changes nothing until it is done may be given to it: a step's gradient, an evaluation. Which examples
 make a step stays the plan's, so a smaller pass changes memory and not what is computed, up to rounding. Refuses when a
@@ -34,10 +34,10 @@ class PassSize:
     device: Device
     reporter: Reporter
     progress: TrainingProgress
-    # Makes a pass keep less, with the same results: how, in words; empty where nothing more can be saved so.
-    recompute_more: Callable[[], str] = lambda: ""
     # The work is one pass whatever happens: no smaller ones add up to it.
     is_one_pass: bool = False
+    # Has less stand on the device, with the same results: how, in words; empty where nothing more can be saved so.
+    keep_less: Callable[[], str] = lambda: ""
 
     @property
     def limit(self) -> MicroBatchLimit:
@@ -64,16 +64,16 @@ class PassSize:
                 return work(self.limit)
             except torch.OutOfMemoryError:
                 peak_bytes = self.device.peak_bytes()
-                recomputed = self.recompute_more()
-                smaller = None if recomputed else self._halve(references)
-                if not recomputed and smaller is None:
+                described = self.keep_less()
+                smaller = None if described else self._halve(references)
+                if not described and smaller is None:
                     raise
             # Outside the handler: the exception's traceback keeps the failed pass in memory.
             undo()
             self.device.give_back()
             random_state.restore(*before, device)
             if smaller is None:
-                self.reporter.warn(RECOMPUTING_MORE, f"device memory ran out at step {step}; from now on {recomputed}")
+                self.reporter.warn(RECOMPUTING_MORE, f"device memory ran out at step {step}; from now on {described}")
             else:
                 self._reduce(smaller, step, peak_bytes)
 

@@ -15,6 +15,7 @@ _MEMORY = plan_pb2.MemoryEstimate(
     overhead_bytes=1 << 30,
     total_bytes=6 << 30,
     peak_bytes=5 << 30,
+    host_bytes=3 << 29,
     basis="calibrated",
 )
 _PROBE = plan_pb2.MemoryProbe(
@@ -44,6 +45,7 @@ def test_a_plan_shows_what_memory_is_made_of(control: FakeControl, capsys: pytes
     assert "memory       6.0 GiB estimated, on H100" in out
     assert "weights 3.0 GiB, activations 2.0 GiB, overhead 1.0 GiB" in out
     assert "peak         5.0 GiB predicted, by arithmetic and what this node measured" in out
+    assert "host memory  1.5 GiB locked" in out
     assert "measured on" not in out
 
 

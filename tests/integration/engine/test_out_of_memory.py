@@ -134,6 +134,66 @@ def test_what_was_asked_for_is_not_recomputed_more(workspace: Workspace, run_in_
     assert [event.limit for event in log.of("micro_batch_reduced")] == [2]
 
 
+def _make_resident(objective: Any, **arguments: Any) -> Session:
+    """As a plan for a GPU with room says it; a CPU has none to spare."""
+    arguments["plan"].resolved.base_weights = "resident"
+    return Session(objective=objective, **arguments)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_restored_weights_go_before_anything_is_recomputed(
+    dropout: float, workspace: Workspace, run_in_process: Any
+) -> None:
+    hyperparameters = {**_HYPERPARAMETERS, "trainer": "fast", "lora": {"rank": 4, "dropout": dropout}}
+    logs = []
+    for name, objective in (("stays", Likelihood()), ("goes", _SmallUntilLess(1)), ("and-more", _SmallUntilLess(2))):
+        directory = workspace.make_run(f"{name}-{dropout}", held_out=False, hyperparameters=hyperparameters)
+        logs.append(run_in_process(directory, make_session=partial(_make_resident, objective)))
+    plain, tight, tighter = logs
+    assert "restored once and kept" in "".join(event.message for event in plain.of("log"))
+    warnings = [[event.message for event in log.of("warning") if event.code == RECOMPUTING_MORE] for log in logs]
+    assert [len(found) for found in warnings] == [0, 1, 2]
+    assert "restored at each use" in warnings[1][0]
+    assert "but for matrix products" in warnings[2][1]
+    assert plain.losses == tight.losses == tighter.losses
+    for log in (tight, tighter):
+        assert not log.of("micro_batch_reduced")
+        # A peak that was not planned teaches nothing.
+        assert log.of("memory_measured")[0].analytic_bytes == 0
+
+
+class _SmallEvaluation(Likelihood):
+    """Raises at the first pass without gradients."""
+
+    def __init__(self) -> None:
+        self._has_room = False
+
+    def forward(self, model: Any, batch: MicroBatch) -> Outcome:
+        if not torch.is_grad_enabled() and not self._has_room:
+            self._has_room = True
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
+        return super().forward(model, batch)
+
+
+def test_an_evaluation_does_without_restored_weights_before_passes_are_halved(
+    workspace: Workspace, run_in_process: Any
+) -> None:
+    directory = workspace.make_run("evaluation", hyperparameters={**_HYPERPARAMETERS, "trainer": "fast"})
+    log = run_in_process(directory, make_session=partial(_make_resident, _SmallEvaluation()))
+    assert log.states[-1] == "SUCCEEDED"
+    assert ["each use" in event.message for event in log.of("warning") if event.code == RECOMPUTING_MORE] == [True]
+    assert not log.of("micro_batch_reduced")
+
+
+def test_restored_weights_that_were_asked_for_stay(workspace: Workspace, run_in_process: Any) -> None:
+    hyperparameters = {
+        **_HYPERPARAMETERS, "trainer": "fast", "base_weights": "resident", "gradient_checkpointing": False
+    }  # fmt: skip
+    log = _train(workspace, run_in_process, "resident", _SmallUntilLess(1), hyperparameters=hyperparameters)
+    assert not [event for event in log.of("warning") if event.code == RECOMPUTING_MORE]
+    assert [event.limit for event in log.of("micro_batch_reduced")] == [2]
+
+
 def test_random_numbers_are_drawn_as_if_nothing_had_happened(workspace: Workspace, run_in_process: Any) -> None:
     drawn: list[tuple[int | None, float]] = []
     undone: list[int] = []

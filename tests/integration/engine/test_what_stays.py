@@ -68,6 +68,7 @@ def _save(directory: Path, model: Any, optimizer: Any, scaler: Any = None) -> ch
         scaler=scaler,
         progress=TrainingProgress(steps_done=1),
         device=torch.device("cpu"),
+        trainer="reference",
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 from gpu_service.devices import Device
 from gpu_service.runs import spares
 from gpu_service.runs.engine import Engine
-from gpu_service.runs.engine_directories import EngineSettings
+from gpu_service.runs.engine_directories import EngineSettings, keep_context, read_context
 from gpu_service.runs.engine_pool import EnginePool
 from gpu_service.runs.spares import SpareKeeper
 from gpu_service.shim.configuration import EngineConfiguration
@@ -141,6 +141,33 @@ async def test_what_a_spare_holds_of_a_gpu_counts_as_free(tmp_path: Path) -> Non
     await node.keeper.end()
     await node.pool.shut_down(20)
     assert node.pool.resident_bytes(GPU.id) == 0
+
+
+async def test_what_an_adopted_spare_holds_of_a_gpu_counts_as_free(tmp_path: Path) -> None:
+    node = Node(tmp_path, GPU)
+    spare = await node.get_spare(GPU)
+    node.devices = (replace(GPU, free_memory_bytes=GPU.free_memory_bytes - GIB // 2),)
+    await wait_until(lambda: (spare.directory / "context.json").exists())
+    # Its server ends; the next one finds the spare and knows what it holds.
+    await node.keeper.end()
+    await node.pool.leave_alone()
+    heir = EnginePool(directory=tmp_path / "engines", settings=node.pool.settings)
+    await heir.adopt({})
+    adopted = heir.engine_on(GPU.id)
+    assert adopted is not None
+    assert adopted.id == spare.id
+    assert heir.resident_bytes(GPU.id) == GIB // 2
+    await heir.shut_down(20)
+    assert heir.resident_bytes(GPU.id) == 0
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"context_bytes": "x"}'])
+def test_a_context_that_cannot_be_read_is_not_known(tmp_path: Path, content: str) -> None:
+    assert read_context(tmp_path) == 0
+    keep_context(tmp_path, 5)
+    assert read_context(tmp_path) == 5
+    (tmp_path / "context.json").write_text(content)
+    assert read_context(tmp_path) == 0
 
 
 async def test_an_idle_spare_stays_and_an_idle_base_goes(tmp_path: Path) -> None:

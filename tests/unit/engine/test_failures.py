@@ -20,6 +20,7 @@ class OutOfMemoryError(RuntimeError):
     [
         (OutOfMemoryError("full"), "DEVICE_OUT_OF_MEMORY", "HARDWARE"),
         (MemoryError(), "HOST_OUT_OF_MEMORY", "HARDWARE"),
+        (OSError(errno.ENOMEM, "cannot allocate memory"), "HOST_OUT_OF_MEMORY", "HARDWARE"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"), "HOST_OUT_OF_MEMORY", "HARDWARE"),
         (OSError(errno.ENOSPC, "no space"), "DISK_FULL", "PLATFORM"),
         (JournalFull("no space"), "DISK_FULL", "PLATFORM"),

@@ -72,6 +72,7 @@ def test_planned(tmp_path: Path) -> None:
         "device": {"type": "cpu"},
         "weights_digest": "12ab",
         "calibrations": {},
+        "begun_by": "",
     }
 
 

@@ -64,10 +64,23 @@ class Node:
             evictable_bytes=lambda device_id: self.evictable_bytes,
         )
 
-    async def admit(self, run_id: str = "a/1", leaving: Sequence[str] = ()) -> Admitted:
+    async def admit(self, run_id: str = "a/1", leaving: Sequence[str] = (), begun_by: str = "") -> Admitted:
         return await self.admission.admit(
-            run_id=run_id, spec=self.spec, spec_digest="d", weights_digest="", leaving_run_ids=leaving
+            run_id=run_id,
+            spec=self.spec,
+            spec_digest="d",
+            weights_digest="",
+            leaving_run_ids=leaving,
+            begun_by=begun_by,
         )
+
+
+async def test_a_run_is_admitted_by_what_trains_it(tmp_path: Path) -> None:
+    """Which may be what trained it before: the libraries need more memory."""
+    node = Node(tmp_path, [gpu(0), gpu(1), gpu(2)])
+    kinds = [(await node.admit(f"{by}/1", begun_by=by)).kind_of_run.split("/") for by in ("", "fast", "reference")]
+    assert ["fast" in kind for kind in kinds] == [True, True, False]
+    assert ["reference" in kind for kind in kinds] == [False, False, True]
 
 
 async def test_runs_go_to_free_devices_until_there_is_none(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from gpu_service.domain.errors import Refusal
 from gpu_service.runs.manifests import FileReference
-from gpu_service.runs.run_files import ResumeRequest, find_file, prepare_resume
+from gpu_service.runs.run_files import ResumeRequest, find_file, prepare_resume, read_trainer
 
 _STEP = "step-00000020"
 
@@ -142,3 +142,36 @@ def test_a_whole_one_says_where_it_was_written(tmp_path: Path) -> None:
     request = ResumeRequest(checkpoint=_STEP, step=20, attempt=1, files=files)
     made = prepare_resume(request, job_directory=tmp_path, target=tmp_path / "3", blob_path=lambda sha: blobs / sha)
     assert made["source_directory"] == ""
+
+
+@pytest.mark.parametrize("comes_as_blobs", [False, True])
+@pytest.mark.parametrize(
+    ("content", "trainer"),
+    [
+        (b'{"trainer": "fast", "files": []}', "fast"),
+        (b'{"trainer": "reference"}', "reference"),
+        # Of a version that had nothing else.
+        (b'{"step": 20}', "reference"),
+        (b"[]", ""),
+        (b"", ""),
+        (None, ""),
+    ],
+)
+def test_what_trained_a_checkpoint(comes_as_blobs: bool, content: bytes | None, trainer: str, tmp_path: Path) -> None:
+    manifest = tmp_path / ("blob" if comes_as_blobs else f"1/checkpoints/{_STEP}/manifest.json")
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    if content is not None:
+        manifest.write_bytes(content)
+    files = [FileReference(path="manifest.json", sha256="0" * 64, size_bytes=1)] if comes_as_blobs else []
+    request = ResumeRequest(checkpoint=_STEP, step=20, attempt=1, files=files)
+    assert read_trainer(request, job_directory=tmp_path, blob_path=lambda digest: tmp_path / "blob") == trainer
+
+
+def test_nothing_is_read_where_no_checkpoint_is_named(tmp_path: Path) -> None:
+    files = [FileReference(path="weights.safetensors", sha256="0" * 64, size_bytes=1)]
+    for request in (
+        None,
+        ResumeRequest(checkpoint="../../etc", step=20, attempt=1, files=[]),
+        ResumeRequest(checkpoint=_STEP, step=20, attempt=1, files=files),
+    ):
+        assert read_trainer(request, job_directory=tmp_path, blob_path=lambda digest: tmp_path) == ""

@@ -10,6 +10,7 @@ import pytest
 
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Refusal
+from gpu_service.domain.plan import check_host_fit
 from gpu_service.domain.recomputation import (
     ELEMENTWISE,
     FEED_FORWARD,
@@ -19,6 +20,7 @@ from gpu_service.domain.recomputation import (
     Recomputation,
     everything,
     ladder,
+    place_bytes,
 )
 from tests.fakes.checked_specs import CPU, hyper, plan
 from tests.unit.memory.shapes import H100, make_base
@@ -169,6 +171,40 @@ def test_documented_plans(row: list[str]) -> None:
     assert [checked.memory.peak_bytes / 1e9, checked.memory.total_bytes / 1e9] == pytest.approx(
         [float(peak), float(total)], abs=0.0051
     )
+
+
+def test_what_waits_on_the_host_is_in_the_estimate() -> None:
+    offloaded = _plan(recomputation={"offload": True})
+    # An input is 8,192 tokens of 3,072 numbers of two bytes: 48 MiB.
+    assert offloaded.memory.host_bytes == 28 * 48 * 1024**2
+    assert offloaded.memory.to_json()["host_bytes"] == str(offloaded.memory.host_bytes)
+    assert "1.3 GiB of the host's memory" in offloaded.memory_reason
+    some = _plan(recomputation={"full_layers": 3, "offload": True}, batch={"tokens": 8193})
+    assert some.memory.host_bytes == 3 * 56 * 1024**2
+    assert _plan(_with_memory(5)).memory.host_bytes == offloaded.memory.host_bytes
+    assert _plan(recomputation={"full_layers": 28}).memory.host_bytes == 0
+    assert _plan(trainer="reference", gradient_checkpointing=True).memory.host_bytes == 0
+    # It is the device's own memory there, and counted.
+    assert _plan(CPU, trainer="fast", recomputation={"offload": True}).memory.host_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("needed", "place"),
+    [(0, 0), (1, 4), (4 << 20, 4), ((4 << 20) + 1, 8), (17 << 20, 20), (32 << 20, 32), ((32 << 20) + 1, 40),
+     (48 << 20, 48), ((48 << 20) + 1, 56), (63 << 20, 64), (65 << 20, 80), (1000 << 20, 1024)],
+)  # fmt: skip
+def test_places_come_in_few_sizes(needed: int, place: int) -> None:
+    assert place_bytes(needed) == place << 20
+
+
+def test_a_host_without_that_memory_refuses() -> None:
+    needed = 28 * 48 * 1024**2
+    for known in (0, needed):
+        check_host_fit(needed, replace(H100, host_memory_bytes=known))
+    with pytest.raises(Refusal) as refused:
+        check_host_fit(needed, replace(H100, host_memory_bytes=needed - 1))
+    assert refused.value.reason == "DOES_NOT_FIT"
+    assert refused.value.details["host_memory_bytes"] == str(needed - 1)
 
 
 def test_on_a_cpu_nothing_is_saved_by_the_host_s_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from gpu_service.catalog import families
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Refusal
+from gpu_service.domain.plan import resolve
 from gpu_service.domain.recomputation import everything
+from gpu_service.domain.spec import TrainingSpec
 from gpu_service.domain.trainer import adds_up_passes
 from tests.fakes.checked_specs import CPU, hyper, make_base, plan
 
@@ -197,6 +200,66 @@ def test_a_device_without_bfloat16_is_refused() -> None:
     assert "capability" in _decide(_T4)[1]
     with pytest.raises(Refusal):
         _decide(_T4, trainer="fast")
+
+
+def test_an_older_gpu_trains_the_plain_way_in_float32() -> None:
+    checked = plan(hyper(), make_base(), _T4, bitsandbytes="0.50.2")
+    assert checked.hyperparameters.trainer == "reference"
+    assert checked.hyperparameters.quantization.compute_dtype == "float32"
+    # Its kernels are the fast path's.
+    assert checked.quantizer == "bitsandbytes"
+    half = plan(hyper(quantization={"compute_dtype": "float16"}), make_base(), _T4)
+    assert half.hyperparameters.trainer == "reference"
+    with pytest.raises(Refusal) as refused:
+        plan(hyper(quantization={"compute_dtype": "bfloat16"}), make_base(), _T4)
+    assert refused.value.reason == "DEVICE_UNSUPPORTED"
+
+
+def test_a_node_that_cannot_compile_kernels_trains_the_plain_way() -> None:
+    broken = replace(_H100, kernel_problem="RuntimeError: Failed to find C compiler")
+    path, reason = _decide(broken)
+    assert path == "reference"
+    assert "Failed to find C compiler" in reason
+    asked: tuple[dict[str, Any], ...] = ({"trainer": "fast"}, {"compute": "fp8"})
+    for values in asked:
+        with pytest.raises(Refusal, match="C compiler") as refused:
+            _decide(broken, **values)
+        assert refused.value.reason == "COMBINATION_NOT_ALLOWED"
+    # Where kernels are references, nothing is compiled.
+    assert replace(CPU, kernel_problem="none").has_kernels
+    assert not _T4.has_kernels
+    assert _A100.has_kernels
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "begun_by", "path"),
+    [
+        (_H100, None, "reference", "reference"),
+        (_H100, "auto", "reference", "reference"),
+        (_H100, None, "fast", "fast"),
+        (_H100, None, "", "fast"),
+        # What was asked for is asked for.
+        (_H100, "fast", "reference", "fast"),
+        (_H100, "reference", "fast", "reference"),
+        # Where it cannot train, it cannot go on either.
+        (_T4, None, "fast", "reference"),
+        (CPU, None, "fast", "reference"),
+    ],
+)
+def test_a_run_goes_on_by_the_trainer_that_began_it(
+    device: Device, asked: str | None, begun_by: str, path: str
+) -> None:
+    given = hyper() if asked is None else hyper(trainer=asked)
+    checked = resolve(TrainingSpec.from_json(given), make_base(), device, begun_by=begun_by)
+    assert checked.hyperparameters.trainer == path
+    fresh = resolve(TrainingSpec.from_json(given), make_base(), device)
+    if fresh.hyperparameters.trainer != path:
+        assert "goes on from" in checked.trainer_reason
+    assert checked.spec_digest == fresh.spec_digest
+    # Products in 8 bits are the fast path's alone, and were so when the run began.
+    if device is _H100:
+        fp8 = resolve(TrainingSpec.from_json(hyper(compute="fp8")), make_base(), device, begun_by="fast")
+        assert fp8.hyperparameters.trainer == "fast"
 
 
 def test_plain_way_may_be_asked_for() -> None:

@@ -156,6 +156,7 @@ class MemoryEstimate(_message.Message):
     BASIS_FIELD_NUMBER: _builtins.int
     PEAK_BYTES_FIELD_NUMBER: _builtins.int
     ANALYTIC_BYTES_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
     weights_bytes: _builtins.int
     adapter_bytes: _builtins.int
     gradients_bytes: _builtins.int
@@ -171,6 +172,10 @@ class MemoryEstimate(_message.Message):
     """
     analytic_bytes: _builtins.int
     """The peak by arithmetic alone, before calibration."""
+    host_bytes: _builtins.int
+    """Memory of the host that is locked for inputs of recomputed layers, which wait there (recomputation.offload); no part
+    of the total. 0 where nothing does, and on a CPU, where it is part of it.
+    """
     def __init__(
         self,
         *,
@@ -184,10 +189,11 @@ class MemoryEstimate(_message.Message):
         basis: _builtins.str = ...,
         peak_bytes: _builtins.int = ...,
         analytic_bytes: _builtins.int = ...,
+        host_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations_bytes", b"activations_bytes", "adapter_bytes", b"adapter_bytes", "analytic_bytes", b"analytic_bytes", "basis", b"basis", "gradients_bytes", b"gradients_bytes", "optimizer_bytes", b"optimizer_bytes", "overhead_bytes", b"overhead_bytes", "peak_bytes", b"peak_bytes", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations_bytes", b"activations_bytes", "adapter_bytes", b"adapter_bytes", "analytic_bytes", b"analytic_bytes", "basis", b"basis", "gradients_bytes", b"gradients_bytes", "host_bytes", b"host_bytes", "optimizer_bytes", b"optimizer_bytes", "overhead_bytes", b"overhead_bytes", "peak_bytes", b"peak_bytes", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
