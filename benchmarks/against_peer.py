@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.peers import rates
 from benchmarks.peers.contest import contest, product_path, run_name
 from benchmarks.peers.device_memory import DeviceMemory
-from benchmarks.peers.rows import ROWS
+from benchmarks.peers.rows import FULL, ROWS
 from benchmarks.peers.sides import OURS, PEERS, SIDES
 from benchmarks.peers.stream import Site, set_up
 from benchmarks.peers.turns import SideFailed, python_command
@@ -93,10 +93,13 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if arguments.ceiling:
         result["ceiling"] = _run_for_json("benchmarks.peers.ceiling", ["--row", arguments.row], out / "ceiling.json")
     if arguments.gradient_parity and row.gradient_base:
-        options = ["--base", row.gradient_base, "--row", row.stream, "--path", "fast"]
-        options += ["--steps", "2", "--warmup", "1", "--distinct", "1"]
+        options = ["--row", row.stream, "--steps", "2", "--warmup", "1", "--distinct", "1"]
         options += ["--shape", row.shape, "--tokens", str(row.tokens_per_step)]
-        rows = _run_for_json("benchmarks.gpu_training", options, out / "gradients.json")["rows"]
+        if row.gradient_base == FULL:
+            module, options = "benchmarks.gpu_full_training", [*options, "--parity"]
+        else:
+            module, options = "benchmarks.gpu_training", [*options, "--base", row.gradient_base, "--path", "fast"]
+        rows = _run_for_json(module, options, out / "gradients.json")["rows"]
         result["parity"]["gradients"] = rows[0]["parity"]
     return result
 

@@ -38,6 +38,7 @@ from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
 from gpu_service.engine.training.accelerator import make_accelerator
 from gpu_service.engine.training.batches import MicroBatch, collate
+from gpu_service.engine.training.clipping import clip_gradient
 from gpu_service.engine.training.flat_attention import attending_within_sequences
 from gpu_service.engine.training.modes import measuring
 from gpu_service.engine.training.objectives.sft import Likelihood
@@ -182,7 +183,7 @@ def measure(
             losses.append(loss)
             seconds.append(numbers.seconds)
             tokens.append(batch.num_tokens)
-        profile = _profile(stepper, batches) if arguments.profile else {}
+        profiled = profile(stepper, batches) if arguments.profile else {}
     seconds, tokens = seconds[arguments.warmup :], tokens[arguments.warmup :]
     rates = sorted(count / took for count, took in zip(tokens, seconds, strict=True))
     return {
@@ -202,7 +203,7 @@ def measure(
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "parity": parity,
-        "profile": profile,
+        "profile": profiled,
     }
 
 
@@ -236,7 +237,7 @@ class Stepper:
         weight = sum(self._objective.weights(batch))
         outcome = self._objective.forward(self._model, batch.to(self._accelerator.device))
         self._accelerator.backward(outcome.total / weight)
-        norm = self._accelerator.clip_grad_norm_(self._parameters, self._limit)
+        norm = clip_gradient(self._accelerator, self._optimizer, self._parameters, self._limit)
         return self.updates.apply([outcome.values], norm, weight)
 
     def run(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[float, StepNumbers]]:
@@ -309,7 +310,7 @@ def _exact_gradient(plain: Any, batch: MicroBatch, objective: Likelihood) -> tor
             parameter.data = data
 
 
-def _profile(stepper: Stepper, batches: list[MicroBatch]) -> dict[str, Any]:
+def profile(stepper: Stepper, batches: list[MicroBatch]) -> dict[str, Any]:
     """GPU milliseconds a step by kernel, the largest first, over three steps that are not counted."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         began = time.perf_counter()

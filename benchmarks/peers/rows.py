@@ -10,6 +10,8 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# Gradients of every weight: `benchmarks.gpu_full_training` compares them.
+FULL = "full"
 DENSE_LENGTH = 2048
 LORA_RANK = 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -31,7 +33,7 @@ class Row:
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     # Fields without which ours does not offer the row.
     needs_fields: tuple[str, ...] = ()
-    # What `benchmarks.gpu_training` calls the base whose gradients are compared; empty where none are.
+    # What `benchmarks.gpu_training` calls the base whose gradients are compared, or FULL; empty where none are.
     gradient_base: str = ""
     # Sides are not on the device together: one needs nearly all of it.
     apart: bool = False
@@ -136,11 +138,18 @@ ROWS: Mapping[str, Row] = {
         summary="bf16 base, never quantized, dense", training_type="lora", peers=("trl",), gradient_base="bf16"
     ),
     "full": Row(
-        summary="full fine-tuning in bf16, dense",
+        summary="full fine-tuning in bf16, weights and moments in float32, dense",
         training_type="full",
-        hyperparameters={"trainer": "auto"},
         apart=True,
         peers=("trl",),
+        gradient_base=FULL,
+    ),
+    "full-low": Row(
+        summary="full fine-tuning in little memory, other numerics, dense",
+        training_type="full",
+        hyperparameters={"full_memory": "low"},
+        needs_fields=("full_memory",),
+        peers=("trl-recompute",),
     ),
     # Show that everything runs; their figures mean nothing.
     "smoke": Row(summary="a tiny model", shape="tiny", tokens_per_step=4096, hyperparameters={"trainer": "auto"}),

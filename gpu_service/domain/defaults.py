@@ -21,6 +21,8 @@ DEFAULT_LORA_RANK = 16
 RESIDENT, STREAMED = "resident", "streamed"
 # What frozen weights are multiplied in: the compute type, or 8 bits.
 STANDARD, FP8 = "standard", "fp8"
+# How the fast path trains every weight: in float32, or in little memory.
+LOW = "low"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,8 @@ class ResolvedHyperparameters:
     recomputation: Recomputation | None = None
     base_weights: str | None = None
     compute: str = STANDARD
+    # Of `full` on the fast path alone: `standard` or `low`.
+    full_memory: str | None = None
     lora: ResolvedLora | None = None
     num_steps: int | None = None
     num_epochs: float | None = None
@@ -163,7 +167,7 @@ class ResolvedHyperparameters:
             value["lora"] = {**vars(self.lora), "target_modules": list(self.lora.target_modules)}
         if self.recomputation is not None:
             value["recomputation"] = vars(self.recomputation).copy()
-        for name in ("num_steps", "num_epochs", "chat_template", "base_weights"):
+        for name in ("num_steps", "num_epochs", "chat_template", "base_weights", "full_memory"):
             if getattr(self, name) is not None:
                 value[name] = getattr(self, name)
         if self.max_duration_seconds is not None:
@@ -244,6 +248,7 @@ def apply_defaults(
         max_export_logit_difference=_or(given.max_export_logit_difference, 1.0),
         trainer=_or(given.trainer, "auto"),
         compute=_or(given.compute, STANDARD),
+        full_memory=given.full_memory,
     )
 
 
@@ -347,6 +352,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "trainer": ("auto", "fast", "reference"),
     "base_weights": ("auto", RESIDENT, STREAMED),
     "compute": (STANDARD, FP8),
+    "full_memory": (STANDARD, LOW),
 }
 
 

@@ -7,7 +7,7 @@ settings that only the fast path has where another trains; that nothing fits at 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from gpu_service.domain.defaults import FP8, RESIDENT, STREAMED, ResolvedHyperparameters
+from gpu_service.domain.defaults import FP8, LOW, RESIDENT, STREAMED, ResolvedHyperparameters
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import refuse_user
 from gpu_service.domain.memory_estimate import MemoryEstimate
@@ -48,6 +48,12 @@ def check_asked(given: Hyperparameters, *, trainer: str, trainer_reason: str, nu
             "weights that are multiplied in 8 bits are rounded once and kept, not restored at each use",
             field="hyperparameters.base_weights",
         )
+    if given.full_memory == LOW and (given.gradient_checkpointing is False or any(counts) or asked.offload):
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            "full_memory 'low' recomputes every layer, and has their inputs on the device",
+            field="hyperparameters.recomputation",
+        )
     if given.gradient_checkpointing is not None and any(counts):
         raise refuse_user(
             "COMBINATION_NOT_ALLOWED",
@@ -75,8 +81,10 @@ def fit(
     if resolved.trainer != FAST:
         return Fitted(resolved=resolved, memory=estimate(resolved), reason="")
     total = device.total_memory_bytes
-    asked = _asked(given, num_layers)
+    asked = everything(num_layers) if resolved.full_memory == LOW else _asked(given, num_layers)
     is_quantized = resolved.quantization.method != "none"
+
+    is_low = resolved.full_memory == LOW
 
     def settle(recomputation: Recomputation, weights: str) -> Fitted:
         settled = replace(
@@ -89,6 +97,8 @@ def fit(
         reason = f"{'asked for' if asked is not None else 'chosen'}: {recomputation.describe(num_layers)}"
         if is_quantized:
             reason += f"; weights are {_WEIGHTS[FP8 if resolved.compute == FP8 else weights]}"
+        if is_low:
+            reason += "; no gradient is kept: the backward pass is made twice, for the gradient's norm and for the step"
         if memory.host_bytes:
             reason += f"; {memory.host_bytes / _GIB:.1f} GiB of the host's memory"
         if total:

@@ -64,6 +64,10 @@ class StepShape:
     keeps_weights: bool = False
     # On the fast path: frozen products take rows that are rounded to 8 bits.
     rounds_rows: bool = False
+    # On the fast path, of a base that is trained: its gradients, which stand there from the start.
+    gradient_bytes: int = 0
+    # There too: the backward pass is made twice, so that what the head kept stands through the first one.
+    goes_back_twice: bool = False
 
 
 def peak_beside_state(shape: StepShape, passes: LargestPasses) -> int:

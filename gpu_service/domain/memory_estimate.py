@@ -13,11 +13,12 @@ from gpu_service.catalog.base_models import BaseModel, LinearLayer
 from gpu_service.catalog.optimizers.entry import OptimizerEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain import memory_activations, memory_fast_path
-from gpu_service.domain.defaults import FP8, RESIDENT, ResolvedHyperparameters
+from gpu_service.domain.defaults import FP8, LOW, RESIDENT, ResolvedHyperparameters
 from gpu_service.domain.memory_activations import Precision, StepShape
 from gpu_service.domain.memory_calibration import ANALYTIC, UNCALIBRATED, Calibration
 from gpu_service.domain.memory_passes import LargestPasses
 from gpu_service.domain.recomputation import NOTHING, everything
+from gpu_service.domain.trainer import adds_up_passes
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _TRAINED_BYTES = 4  # trained weights and their gradients are float32
@@ -25,6 +26,8 @@ _TRAINED_BYTES = 4  # trained weights and their gradients are float32
 _CUDA_CONTEXT_BYTES = 850 * 1024**2
 # An engine's process on a CPU, before it has a model.
 _CPU_PROCESS_BYTES = 450 * 1024**2
+# Two codes, and two float32 scales for every 256 parameters.
+_LOW_STATE_BYTES = 2 + 2 * 4 / 256
 # Gaps between blocks, and room for a prediction that is a little low.
 _MARGIN = 20
 # Codes, offsets and rounding of a quantized layer.
@@ -98,7 +101,16 @@ def estimate_memory(
     # The fast path holds it as it multiplies by it.
     takes_fast_path = resolved.trainer == "fast"
     held_bytes = compute_bytes if trains_adapter and (takes_fast_path or not is_quantized) else _TRAINED_BYTES
+    is_low = resolved.full_memory == LOW
+    if is_low:
+        held_bytes = compute_bytes
     trained = _TRAINED_BYTES * num_trainable_parameters
+    gradients = trained
+    if is_low:
+        gradients = compute_bytes * _gradients_at_a_time(base)
+    elif takes_fast_path and not trains_adapter and not adds_up_passes(**vars(resolved.batch)):
+        gradients = compute_bytes * num_trainable_parameters
+    state_bytes = _LOW_STATE_BYTES if is_low else optimizer.state_bytes_per_parameter
     shape = StepShape(
         base=base,
         precision=Precision(
@@ -119,19 +131,22 @@ def estimate_memory(
         or (everything(base.num_layers) if resolved.gradient_checkpointing else NOTHING),
         keeps_weights=takes_fast_path and is_quantized and resolved.base_weights == RESIDENT,
         rounds_rows=resolved.compute == FP8,
+        gradient_bytes=gradients,
+        goes_back_twice=is_low,
     )
     beside = (memory_fast_path if takes_fast_path else memory_activations).peak_beside_state(shape, passes)
     weights = _weights_bytes(base, resolved, quantization, held_bytes)
     if shape.keeps_weights:
         weights += compute_bytes * base.num_linear_parameters
+    if takes_fast_path and not trains_adapter and compute_bytes != held_bytes:
+        # Products take a copy.
+        weights += compute_bytes * base.num_parameters
     estimate = MemoryEstimate(
         weights_bytes=weights,
         adapter_bytes=trained if trains_adapter else 0,
-        gradients_bytes=trained,
-        optimizer_bytes=0
-        if optimizer.is_paged
-        else math.ceil(optimizer.state_bytes_per_parameter * num_trainable_parameters),
-        activations_bytes=max(beside - trained, 0),
+        gradients_bytes=gradients,
+        optimizer_bytes=0 if optimizer.is_paged else math.ceil(state_bytes * num_trainable_parameters),
+        activations_bytes=max(beside - gradients, 0),
         overhead_bytes=_CPU_PROCESS_BYTES if device_type == "cpu" else _CUDA_CONTEXT_BYTES,
         analytic_bytes=0,
         host_bytes=memory_fast_path.host_bytes(shape, passes) if takes_fast_path else 0,
@@ -146,6 +161,11 @@ def estimate_memory(
     if device_type == "cpu":
         return estimate
     return replace(estimate, overhead_bytes=_CUDA_CONTEXT_BYTES + estimate.peak_bytes // _MARGIN)
+
+
+def _gradients_at_a_time(base: BaseModel) -> int:
+    """Elements where none is kept: the table that is embedding and head, and a block's down projection."""
+    return base.hidden_size * (base.vocabulary_size + base.intermediate_size)
 
 
 def _weights_bytes(

@@ -10,6 +10,8 @@ from gpu_service.domain.memory_passes import LargestPasses, PassShape
 from gpu_service.domain.recomputation import FEED_FORWARD, FULL, NONE, place_bytes
 
 _FLOAT32, _INT64 = 4, 8
+# Of a target: its place, label and sequence, what it costs and counts.
+_COUNTED_BYTES = 5 * _INT64 + 4 * _FLOAT32
 # Margins of the adapters' groups are as wide as this or a multiple of it.
 _ROOM_COLUMNS = 64
 # Rows of the head's logits that exist at a time.
@@ -71,16 +73,21 @@ class _Sizes:
 def peak_beside_state(shape: StepShape, passes: LargestPasses) -> int:
     """Most bytes at any moment of a step beside weights, adapter and optimizer; gradients are in it."""
     sizes = _sizes(shape)
-    trained = _FLOAT32 * shape.num_trainable_parameters
-    # A pass' gradient in the compute type, then the same in float32, beside that of the passes before.
-    before = trained if passes.accumulates else 0
-    own = shape.precision.compute_bytes * shape.num_trainable_parameters
-    peaks = [before + own + trained]
+    if shape.precision.trains_base:
+        # One buffer of all gradients from the start.
+        before, own, peaks = shape.gradient_bytes, 0, [shape.gradient_bytes]
+    else:
+        trained = _FLOAT32 * shape.num_trainable_parameters
+        # A pass' gradient in the compute type, then the same in float32, beside that of the passes before.
+        before = trained if passes.accumulates else 0
+        own = shape.precision.compute_bytes * shape.num_trainable_parameters
+        peaks = [before + own + trained]
     levels = shape.recomputation.levels(shape.base.num_layers)
     for one in passes.shapes:
         saved = [_saved(shape, sizes, one, level) for level in levels]
         peaks += _head_moments(shape, sizes, one, _standing_of(shape, saved, one, on_their_way=2) + before)
-        peaks += _block_moments(shape, sizes, one, saved, levels, before + own)
+        of_head = 2 * one.targets * sizes.hidden * shape.precision.compute_bytes if shape.goes_back_twice else 0
+        peaks += _block_moments(shape, sizes, one, saved, levels, before + own + of_head)
     for one in passes.evaluated:
         stream = one.tokens * sizes.hidden * shape.precision.compute_bytes
         peaks.append(max(_forward(shape, sizes, one), 2 * stream + _head_forward(shape, sizes, one)))
@@ -205,6 +212,14 @@ def _head_moments(shape: StepShape, sizes: _Sizes, one: PassShape, standing: int
     own = 0 if shape.recomputation.levels(shape.base.num_layers)[-1] != FULL else stream
     rows = one.targets * sizes.hidden * compute
     residual = stream + one.tokens * compute * max(sizes.rooms[1], sizes.rooms[3])
+    if shape.precision.trains_base:
+        # Where a pass may not be a step's only one, logits are made once more, beside the gradient of their rows.
+        again = shape.goes_back_twice or shape.gradient_bytes > compute * shape.num_trainable_parameters
+        chunk = min(one.targets, _CHUNK_ROWS) * (shape.base.vocabulary_size + 3 * sizes.hidden) * compute
+        return [
+            standing + stream + own + _head_forward(shape, sizes, one),
+            standing + residual + (3 * rows + chunk if again else 4 * rows) + one.targets * _COUNTED_BYTES,
+        ]
     return [
         standing + stream + own + _head_forward(shape, sizes, one),
         standing + residual + 4 * rows + compute * shape.num_trainable_parameters,

@@ -19,6 +19,8 @@ from gpu_service.domain.counts import bound_datasets, bound_run, check_batch, co
 from gpu_service.domain.defaults import (
     DEFAULT_BATCH_EXAMPLES,
     FP8,
+    LOW,
+    STANDARD,
     ResolvedHyperparameters,
     apply_defaults,
     check_ranges,
@@ -112,10 +114,10 @@ def resolve(
         length_limit=base_model.max_position_embeddings,
         num_steps=num_steps,
     )
-    trainer = choose_trainer(given.trainer, resolved, method=method, family=family, base=base_model, device=device)
-    if resolved.compute != FP8:
+    trainer = choose_trainer(given.trainer, resolved, family=family, base=base_model, device=device)
+    if resolved.compute != FP8 and resolved.full_memory != LOW:
         trainer = go_on_with(trainer, asked=given.trainer, begun_by=begun_by)
-    resolved = replace(resolved, trainer=trainer.path)
+    resolved = replace(resolved, trainer=trainer.path, full_memory=_resolve_full_memory(resolved, trainer.path))
     check_asked(given, trainer=trainer.path, trainer_reason=trainer.reason, num_layers=base_model.num_layers)
     trainable = base_model.num_parameters
     if resolved.lora is not None:
@@ -128,7 +130,8 @@ def resolve(
         optimizer=optimizer.id,
         recomputation=_describe_recomputation(given, trainer.path),
         objective=resolved.objective,
-        trainer=resolved.trainer,
+        # Held otherwise, it is another kind of run.
+        trainer=f"{resolved.trainer}-{LOW}" if resolved.full_memory == LOW else resolved.trainer,
         compute=resolved.compute,
         base_weights=given.base_weights or "auto",
         device_name=device.name if device.type == "cuda" else device.type,
@@ -197,6 +200,13 @@ def check_fit(needed_bytes: int, device: Device) -> None:
             needed_bytes=needed_bytes,
             total_memory_bytes=device.total_memory_bytes,
         )
+
+
+def _resolve_full_memory(resolved: ResolvedHyperparameters, trainer: str) -> str | None:
+    """None where it means nothing."""
+    if resolved.lora is not None or trainer != FAST:
+        return None
+    return resolved.full_memory or STANDARD
 
 
 def check_host_fit(needed_bytes: int, device: Device) -> None:

@@ -2,7 +2,7 @@
 
 from gpu_service.catalog.base_models import BaseModel
 from gpu_service.catalog.methods.entry import MethodEntry
-from gpu_service.domain.defaults import FP8, ResolvedHyperparameters, ResolvedMix
+from gpu_service.domain.defaults import FP8, LOW, ResolvedHyperparameters, ResolvedMix
 from gpu_service.domain.device import Device
 from gpu_service.domain.memory_estimate import MemoryEstimate
 from gpu_service.domain.spec import TrainingSpec
@@ -18,6 +18,10 @@ TOKEN_BATCH_WARNING = "a batch counts tokens, which only the exact plan reads: s
 FP8_WARNING = (
     "compute 'fp8' rounds frozen weights, activations and gradients to 8 bits in every product with the base but those "
     "of the first and the last block: other numerics than bfloat16's; losses come near, and are not the same"
+)
+LOW_WARNING = (
+    "full_memory 'low' holds weights in bfloat16 and moments in 8 bits, both rounded by chance: other numerics "
+    "than float32's; losses come near, and are not the same"
 )
 CHECK_WARNINGS = frozenset({TOO_LONG_WARNING, TOKEN_MIX_WARNING, TOKEN_BATCH_WARNING})
 
@@ -63,6 +67,7 @@ def list_warnings(
             TOO_LONG_WARNING,
         ),
         (resolved.compute == FP8, FP8_WARNING),
+        (resolved.full_memory == LOW, LOW_WARNING),
         (mix.unit != "examples", TOKEN_MIX_WARNING),
         (resolved.batch.tokens is not None, TOKEN_BATCH_WARNING),
         (

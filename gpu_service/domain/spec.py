@@ -123,6 +123,7 @@ class Hyperparameters:
     recomputation: Recomputation = Recomputation()
     base_weights: str | None = None
     compute: str | None = None
+    full_memory: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,14 @@
 outright, a job that the fast path cannot train is refused. docs/training.md says the same in a table.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gpu_service.catalog.base_models import BaseModel
 from gpu_service.catalog.families.entry import FamilyEntry
-from gpu_service.catalog.methods.entry import MethodEntry
-from gpu_service.domain.defaults import FP8, ResolvedHyperparameters
+from gpu_service.domain.defaults import FP8, LOW, ResolvedHyperparameters
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import refuse_user
 
@@ -39,20 +39,20 @@ def choose_trainer(
     asked: str | None,
     resolved: ResolvedHyperparameters,
     *,
-    method: MethodEntry,
     family: FamilyEntry,
     base: BaseModel,
     device: Device,
 ) -> Trainer:
     """Raises `Refusal` COMBINATION_NOT_ALLOWED when the fast path, or what only it has, was asked for and cannot be."""
     obstacle = (
-        _find_in_settings(resolved, method, device)
-        or _find_in_model(family, base)
-        or _find_in_config(base.config, resolved)
+        _find_in_settings(resolved, device) or _find_in_model(family, base) or _find_in_config(base.config, resolved)
     )
     if resolved.compute == FP8:
         _check_fp8(asked, obstacle, resolved, base, device)
         return Trainer(path=FAST, reason="asked for, with products in 8 bits (fp8): other numerics than bfloat16's")
+    if resolved.full_memory == LOW:
+        _check_low_memory(asked, obstacle, resolved)
+        return Trainer(path=FAST, reason="asked for, in little memory: other numerics than float32's")
     if asked == REFERENCE:
         return Trainer(path=REFERENCE, reason="asked for")
     if asked == FAST:
@@ -68,6 +68,19 @@ def choose_trainer(
     if obstacle:
         return Trainer(path=REFERENCE, reason=obstacle)
     return Trainer(path=FAST, reason="nothing keeps the fast path from it")
+
+
+def adds_up_passes(
+    *,
+    examples: int | None,
+    tokens: int | None,
+    micro_batch_examples: int | None,
+    micro_batch_tokens: int | None,
+) -> bool:
+    """Whether steps of a resolved batch may have several forward passes. None and 0 are no limit."""
+    by_tokens = bool(micro_batch_tokens) and (micro_batch_tokens or 0) < (tokens or math.inf)
+    by_examples = bool(micro_batch_examples) and (micro_batch_examples or 0) < (examples or math.inf)
+    return by_tokens or by_examples
 
 
 def trainer_of(manifest: Mapping[str, Any]) -> str:
@@ -111,15 +124,33 @@ def _check_fp8(
             )
 
 
-def _find_in_settings(resolved: ResolvedHyperparameters, method: MethodEntry, device: Device) -> str:
+def _check_low_memory(asked: str | None, obstacle: str, resolved: ResolvedHyperparameters) -> None:
+    refusals = (
+        (resolved.lora is not None, "it is of training type 'full', and an adapter is trained"),
+        (asked == REFERENCE, "the reference trainer was asked for"),
+        (bool(obstacle), obstacle),
+        (resolved.quantization.compute_dtype != "bfloat16", "weights are held in bfloat16, and so are products"),
+        (
+            adds_up_passes(**vars(resolved.batch)),
+            "no gradient is kept, so a step is one forward pass: leave micro-batches out, or make the batch smaller",
+        ),
+    )
+    for holds, reason in refusals:
+        if holds:
+            raise refuse_user(
+                "COMBINATION_NOT_ALLOWED",
+                f"full_memory 'low' is the fast path's, and cannot be had here: {reason}",
+                field="hyperparameters.full_memory",
+            )
+
+
+def _find_in_settings(resolved: ResolvedHyperparameters, device: Device) -> str:
     quantization = resolved.quantization
-    if resolved.lora is None:
-        return f"training type {method.id!r} trains the base's own weights, the fast path adapters alone"
     if quantization.method not in _QUANTIZATIONS:
         return f"the fast path has no kernels for quantization {quantization.method!r}"
     if resolved.optimizer.name != _OPTIMIZER:
         return f"the fast path steps with {_OPTIMIZER!r}, not with {resolved.optimizer.name!r}"
-    if resolved.lora.dropout > 0 and resolved.lora.rank > _MAX_DROPOUT_RANK:
+    if resolved.lora is not None and resolved.lora.dropout > 0 and resolved.lora.rank > _MAX_DROPOUT_RANK:
         return f"the fast path has dropout for ranks up to {_MAX_DROPOUT_RANK}"
     if quantization.compute_dtype not in ("bfloat16", "float32"):
         return f"the fast path does not compute in {quantization.compute_dtype}"

@@ -17,6 +17,7 @@ from typing import Any
 from google.protobuf import json_format
 
 from gpu_service.catalog import families, methods, quantization, templates
+from gpu_service.domain.defaults import LOW
 from gpu_service.domain.plan_start import EXPORT
 from gpu_service.domain.planned_data import PlannedData, PlannedDataDamaged
 from gpu_service.domain.trainer import FAST
@@ -181,8 +182,14 @@ class Run:
         return Builders(
             family=import_module(families.REGISTRY[plan.model_type].builder),
             quantization=import_module(quantization.REGISTRY[plan.resolved.quantization.method].builder),
-            method=import_module(methods.REGISTRY[plan.training_type].builder),
+            method=import_module(_builder_of(plan)),
         )
+
+
+def _builder_of(plan: plan_pb2.Plan) -> str:
+    """Name of the module that holds and attaches what the plan trains."""
+    entry = methods.REGISTRY[plan.training_type]
+    return entry.low_memory_builder if plan.resolved.full_memory == LOW else entry.builder
 
 
 def _digest(path: Path) -> str:

@@ -155,7 +155,7 @@ class Session:
             data=self._data,
             settings=self._plan.resolved,
             objective=self._objective,
-            pass_size=self._pass_size(self._keep_less),
+            pass_size=self._pass_size(self._keep_less, is_one_pass=self._trainer.is_one_pass),
             examples_per_epoch=self._plan.examples_per_epoch,
             checkpoints=self._checkpoints,
             progress=self._progress,
@@ -194,9 +194,10 @@ class Session:
         self._keeps_less = self._keeps_less or bool(described)
         return described
 
-    def _pass_size(self, keep_less: Callable[[], str]) -> PassSize:
+    def _pass_size(self, keep_less: Callable[[], str], *, is_one_pass: bool = False) -> PassSize:
         return PassSize(
             keep_less=keep_less,
+            is_one_pass=is_one_pass,
             planned=MicroBatchLimit.of(self._plan.resolved.batch, self._loaded.config),
             data=self._data,
             device=self._device,

@@ -13,9 +13,14 @@ from typing import Any
 import torch
 
 from gpu_service.catalog import optimizers
-from gpu_service.domain.defaults import FP8, RESIDENT, STREAMED
-from gpu_service.domain.recomputation import Recomputation
+from gpu_service.domain.defaults import FP8, LOW, RESIDENT, STREAMED
+from gpu_service.domain.recomputation import Recomputation, everything
+from gpu_service.domain.trainer import adds_up_passes
+from gpu_service.engine.fast_path.consuming_adamw import ConsumingAdamW
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
+from gpu_service.engine.fast_path.full_adamw import FullAdamW
+from gpu_service.engine.fast_path.full_low_memory import LowMemoryModel
+from gpu_service.engine.fast_path.full_model import FullModel, FullSettings
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
 from gpu_service.engine.fast_path.nf4 import name_quantizer
 from gpu_service.engine.lean.method import LeanAdapted
@@ -37,6 +42,8 @@ class Trainer:
     _release: Callable[[], None]
     # Makes passes keep less, with the same results: how, in words; empty where nothing more can be saved.
     recompute_more: Callable[[], str] = lambda: ""
+    # Gradients of several passes cannot add up to a step's.
+    is_one_pass: bool = False
     # Lets go of quantized weights that stand restored: likewise.
     stream_weights: Callable[[], str] = lambda: ""
 
@@ -72,6 +79,8 @@ def _make_reference(
 def _make_fast(
     model: Any, settings: training_spec_pb2.Hyperparameters, device: torch.device, accelerator: Any
 ) -> Trainer:
+    if not settings.HasField("lora"):
+        return _make_full(model, settings, device, accelerator)
     fast = FastModel(
         model,
         FastSettings(
@@ -81,12 +90,7 @@ def _make_fast(
             in_fp8=settings.compute == FP8,
             # A plan says it by layer.
             recomputes=settings.gradient_checkpointing and not settings.HasField("recomputation"),
-            recomputation=Recomputation(
-                full_layers=settings.recomputation.full_layers,
-                feed_forward_layers=settings.recomputation.feed_forward_layers,
-                elementwise_layers=settings.recomputation.elementwise_layers,
-                offload=settings.recomputation.offload,
-            ),
+            recomputation=_recomputation(settings),
         ),
     )
     weights = "plain weights"
@@ -103,6 +107,62 @@ def _make_fast(
         _release=fast.release,
         recompute_more=fast.recompute_more,
         stream_weights=fast.stream_weights,
+    )
+
+
+def _make_full(
+    model: Any, settings: training_spec_pb2.Hyperparameters, device: torch.device, accelerator: Any
+) -> Trainer:
+    compute_dtype = DTYPES[settings.quantization.compute_dtype]
+    batch = settings.batch
+    accumulates = adds_up_passes(
+        examples=batch.examples,
+        tokens=batch.tokens,
+        micro_batch_examples=batch.micro_batch_examples,
+        micro_batch_tokens=batch.micro_batch_tokens,
+    )
+    full: FullModel
+    optimizer: torch.optim.Optimizer
+    if settings.full_memory == LOW:
+        recomputation = everything(len(model.model.layers))
+        full = low = LowMemoryModel(
+            model, FullSettings(device=device, compute_dtype=compute_dtype, recomputation=recomputation)
+        )
+        optimizer = ConsumingAdamW(low, settings.optimizer, seed=settings.seed)
+        described = "held in bfloat16 and stepped with moments of 8 bits, both rounded by chance; no gradient is kept"
+    else:
+        full = FullModel(
+            model,
+            FullSettings(
+                device=device,
+                compute_dtype=compute_dtype,
+                accumulates=accumulates,
+                recomputation=_recomputation(settings),
+            ),
+        )
+        optimizer = FullAdamW(full.weights, full.gradients, settings.optimizer)
+        described = "held in float32"
+    if device.type == "cuda":
+        # The pieces that the weights were in are too small for what comes.
+        torch.cuda.empty_cache()
+    return Trainer(
+        accelerator=accelerator,
+        model=full,
+        saved=accelerator.unwrap_model(accelerator.prepare(model)),
+        optimizer=optimizer,
+        description=f"the fast path, every weight, {described}",
+        _release=full.release,
+        recompute_more=full.recompute_more,
+        is_one_pass=settings.full_memory == LOW,
+    )
+
+
+def _recomputation(settings: training_spec_pb2.Hyperparameters) -> Recomputation:
+    return Recomputation(
+        full_layers=settings.recomputation.full_layers,
+        feed_forward_layers=settings.recomputation.feed_forward_layers,
+        elementwise_layers=settings.recomputation.elementwise_layers,
+        offload=settings.recomputation.offload,
     )
 
 

@@ -25,6 +25,8 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
     "lora-float16": ("lora", {"quantization": {"compute_dtype": "float16"}}),
     "full": ("full", {"optimizer": {"learning_rate": 1e-3}}),
+    "full-low": ("full", {"full_memory": "low", "optimizer": {"learning_rate": 1e-3}}),
+    "full-reference": ("full", {"trainer": "reference", "optimizer": {"learning_rate": 1e-3}}),
     "gradient-checkpointing": ("qlora", {"gradient_checkpointing": True}),
 }
 
@@ -91,6 +93,8 @@ _RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("full", {}),
     "adamw-8bit": ("full", {}),
     "paged-adamw-8bit": ("full", {}),
+    "reference": ("full", {"trainer": "reference"}),
+    "low": ("full", {"full_memory": "low"}),
 }
 
 
@@ -99,7 +103,8 @@ def test_resumed_training_goes_on(case: str, workspace: Workspace, shelf: Any) -
     training_type, changes = _RESUMED[case]
     hyperparameters: dict[str, Any] = {"num_steps": 6, "save_every_steps": 2, "keep_checkpoints": 3, **changes}
     if training_type == "full":
-        hyperparameters["optimizer"] = {"name": case, "learning_rate": 1e-3}
+        name = case if case in optimizers.REGISTRY else "adamw"
+        hyperparameters["optimizer"] = {"name": name, "learning_rate": 1e-3}
     # Its embeddings are large enough to be paged.
     options = TinyOptions(vocabulary_size=4096)
     whole = workspace.make_run(

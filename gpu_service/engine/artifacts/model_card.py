@@ -9,6 +9,7 @@ from typing import Any
 
 from google.protobuf import json_format
 
+from gpu_service.domain.defaults import LOW
 from gpu_service.engine.training.progress import TrainingProgress
 from tunesmith.common.v1 import event_pb2, plan_pb2, training_spec_pb2
 
@@ -157,7 +158,7 @@ def _training(
         f"{progress.steps_done} of {plan.num_steps} steps, {progress.num_examples} examples, "
         f"{progress.num_tokens} tokens ({progress.num_target_tokens} with loss), {progress.training_seconds:.0f} s."
         + (" The time limit ended it early." if stopped_early else "")
-        + ("" if trained_whole is None else f" Trained in float32, saved as {trained_whole}."),
+        + ("" if trained_whole is None else f" Trained in {_held_in(plan)}, saved as {trained_whole}."),
         "## Held-out loss",
         _loss_table(progress),
         "## Hyper-parameters",
@@ -165,6 +166,12 @@ def _training(
         + json.dumps(json_format.MessageToDict(plan.resolved, preserving_proto_field_name=True), indent=1)
         + "\n```",
     ]
+
+
+def _held_in(plan: plan_pb2.Plan) -> str:
+    if plan.resolved.full_memory == LOW:
+        return "bfloat16 with moments of 8 bits, both rounded by chance"
+    return "float32"
 
 
 def _mix(spec: training_spec_pb2.TrainingSpec, plan: plan_pb2.Plan) -> str:

@@ -1,7 +1,7 @@
 """One decoder block on flat tokens, forward and backward by hand. What the backward pass needs is kept, or made again.
 
 The residual stream comes in two parts, what it was and what is to be added, so that adding and norming are one pass
-over memory. Frozen norms have no gradient.
+over memory. Frozen norms have no gradient; where they are trained, a subclass makes it (`full_block`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 from gpu_service.engine.fast_path.attention import Attention, Bounds
-from gpu_service.engine.fast_path.projection import Projection
+from gpu_service.engine.fast_path.projection import Linears
+
+# The norms of a block.
+FIRST, SECOND = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +75,10 @@ class Block:
     second_norm: torch.Tensor
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
-    attention_in: Projection
-    attention_out: Projection
-    mlp_in: Projection
-    mlp_out: Projection
+    attention_in: Linears
+    attention_out: Linears
+    mlp_in: Linears
+    mlp_out: Linears
 
     def forward(
         self, x: torch.Tensor, add: torch.Tensor | None, positions: Positions, bounds: Bounds, *, adapted: bool
@@ -99,7 +102,7 @@ class Block:
         gate_up = self.mlp_in.output_buffer(rows, x)
         self.mlp_in.forward(middle_normed, gate_up, adapted=adapted)
         gated = self.mlp_out.input_buffer(rows, x)
-        self.mlp_out.place_gated(gate_up[:, : 2 * self.mlp_out.frozen.in_features], gated, adapted=adapted)
+        self.mlp_out.place_gated(gate_up[:, : 2 * self.mlp_out.in_features], gated, adapted=adapted)
         # Its memory is the attention's addition, which is spent.
         self.mlp_out.multiply(gated, added, adapted=adapted)
         kept = Kept(
@@ -136,10 +139,10 @@ class Block:
         `reaches_input` is False: nobody wants it. `gradients` is the flat buffer of the trained weights'.
         `kept` is used up.
         """
-        ops, shape = self.operations, self.shape
+        shape = self.shape
         rows, hidden = kept.residual.shape
         stream = residual[:, :hidden]
-        width = self.mlp_out.frozen.in_features
+        width = self.mlp_out.in_features
         of_gated = residual.new_empty((rows, width))
         out = residual[:, : hidden + self.mlp_out.room]
         self.mlp_out.backward(out, *self.mlp_out.split(kept.gated), of_gated, gradients)
@@ -150,7 +153,7 @@ class Block:
         )
         # Attention's backward pass needs room for gradients in more heads than there are.
         del kept.gate_up, kept.middle_normed, of_gated
-        ops.norm_backward_(of_normed, kept.middle, self.second_norm, kept.middle_scale, stream, adds=True)
+        self._back_through_norm(SECOND, of_normed, kept.middle, kept.middle_scale, stream)
         of_attended = residual.new_empty((rows, shape.query_width))
         out = residual[:, : hidden + self.attention_out.room]
         self.attention_out.backward(out, kept.attended.flatten(1), kept.attended_ranks, of_attended, gradients)
@@ -165,7 +168,21 @@ class Block:
         into = of_normed if reaches_input else None
         self.attention_in.backward(of_projected, *self.attention_in.split(kept.normed), into, gradients)
         if reaches_input:
-            ops.norm_backward_(of_normed, kept.residual, self.first_norm, kept.scale, stream, adds=True)
+            self._back_through_norm(FIRST, of_normed, kept.residual, kept.scale, stream)
+
+    def _back_through_norm(
+        self, number: int, of_normed: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, stream: torch.Tensor
+    ) -> None:
+        """Add to `stream` what `of_normed`, the gradient of a norm's output, is before the norm."""
+        weight = (self.first_norm, self.second_norm)[number]
+        self.operations.norm_backward_(of_normed, x, weight, scale, stream, adds=True)
+
+    def _back_through_head_norm(
+        self, number: int, gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, *, heads: int
+    ) -> None:
+        """Put in the place of `gradient`, that of the normed queries (0) or keys (1), what it is before the norm."""
+        weight = (self.query_norm, self.key_norm)[number]
+        self.operations.head_norm_backward(gradient, x, weight, scale, gradient, heads=heads)
 
     def _split(self, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         shape = self.shape
@@ -212,7 +229,6 @@ class Block:
         ops, shape = self.operations, self.shape
         out = self.attention_in.output_buffer(kept.residual.shape[0], kept.residual)
         first = 0
-        norms = (self.query_norm, self.key_norm)
         for number, heads in enumerate((shape.heads, shape.key_value_heads)):
             columns = slice(first, first + heads * shape.head_dim)
             first = columns.stop
@@ -226,13 +242,8 @@ class Block:
                 backward=True,
             )
             if kept.head_scales is not None and kept.unnormed is not None:
-                ops.head_norm_backward(
-                    out[:, columns],
-                    kept.unnormed[:, columns],
-                    norms[number],
-                    kept.head_scales[number],
-                    out[:, columns],
-                    heads=heads,
+                self._back_through_head_norm(
+                    number, out[:, columns], kept.unnormed[:, columns], kept.head_scales[number], heads=heads
                 )
         out[:, first : first + shape.key_width].copy_(of_heads[2].flatten(1))
         return out

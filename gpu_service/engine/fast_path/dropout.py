@@ -54,14 +54,14 @@ def threshold(probability: float) -> int:
 def keep_mask(key: torch.Tensor, layer: int, rows: int, columns: int, probability: float) -> torch.Tensor:
     """What a layer keeps of its rows: bool [rows, columns]."""
     low, high = key & _WORD, (key >> 32) & _WORD
-    start = _mix(low ^ _mix((high + layer * 0x9E3779B9) & _WORD))
+    start = mix(low ^ mix((high + layer * 0x9E3779B9) & _WORD))
     row = torch.arange(rows, device=key.device)[:, None]
     column = torch.arange(columns, device=key.device)[None]
-    of_row = _mix(start ^ ((row * 0x85EBCA77) & _WORD))
-    return _mix(of_row ^ ((column * 0xC2B2AE3D) & _WORD)) >= threshold(probability)
+    of_row = mix(start ^ ((row * 0x85EBCA77) & _WORD))
+    return mix(of_row ^ ((column * 0xC2B2AE3D) & _WORD)) >= threshold(probability)
 
 
-def _mix(word: torch.Tensor) -> torch.Tensor:
+def mix(word: torch.Tensor) -> torch.Tensor:
     """A permutation of 32-bit words whose every bit depends on every bit, in int64."""
     word = word ^ (word >> 16)
     word = (word * 0x7FEB352D) & _WORD

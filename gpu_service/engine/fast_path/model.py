@@ -44,7 +44,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 # Left to everybody else when the host's memory is taken in an emergency.
-_HOST_SPARE_BYTES = 2 * 1024**3
+HOST_SPARE_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ class FastModel(torch.nn.Module):
         """Whether the host has memory to spare for what waits there, of the largest pass so far; a CPU's is its own."""
         row = self._decoder.embedding.shape[1] * self._dtype.itemsize
         needed = way.full_layers * place_bytes(self._most_tokens * row)
-        return self._device.type == "cpu" or needed + _HOST_SPARE_BYTES <= host_memory.available_bytes()
+        return self._device.type == "cpu" or needed + HOST_SPARE_BYTES <= host_memory.available_bytes()
 
     def stream_weights(self) -> str:
         """Let go of quantized weights that stand restored, with the same results: how, in words; empty for none."""

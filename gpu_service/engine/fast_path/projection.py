@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,6 +17,43 @@ from gpu_service.engine.fast_path.dropout import LAYERS_PER_GROUP, Dropout
 from gpu_service.engine.fast_path.fp8 import RoundedGroup
 from gpu_service.engine.fast_path.frozen import FrozenGroup
 from gpu_service.engine.fast_path.torch_reference import RankPart
+
+
+class Linears(Protocol):
+    """Layers that read the same rows, as a block uses them. `Projection` says what each method does."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def room(self) -> int: ...
+
+    def input_buffer(self, rows: int, like: torch.Tensor) -> torch.Tensor: ...
+
+    def output_buffer(self, rows: int, like: torch.Tensor) -> torch.Tensor: ...
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None: ...
+
+    def fill_margin(self, x: torch.Tensor) -> None: ...
+
+    def place(self, rows: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None: ...
+
+    def place_gated(self, gate_up: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None: ...
+
+    def multiply(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None: ...
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        rows: torch.Tensor,
+        ranks: torch.Tensor,
+        out: torch.Tensor | None,
+        gradients: torch.Tensor,
+        *,
+        of_gated: torch.Tensor | None = None,
+    ) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +67,10 @@ class Projection:
     # Of what the adapters read; `number` tells this group's masks from those of others.
     dropout: Dropout
     number: int
+
+    @property
+    def in_features(self) -> int:
+        return self.frozen.in_features
 
     @property
     def room(self) -> int:

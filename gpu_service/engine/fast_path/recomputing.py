@@ -16,7 +16,7 @@ from gpu_service.domain.recomputation import ELEMENTWISE, FEED_FORWARD, FULL, NO
 from gpu_service.engine.fast_path.attention import Bounds
 from gpu_service.engine.fast_path.block import Block, Kept, Positions
 from gpu_service.engine.fast_path.offloading import HostShelf
-from gpu_service.engine.fast_path.projection import Projection
+from gpu_service.engine.fast_path.projection import Linears
 
 _ELEMENTWISE = frozenset({"normed", "middle_normed", "gated"})
 _DROPPED: Mapping[str, frozenset[str]] = {
@@ -72,11 +72,11 @@ def _make_again(block: Block, parts: Mapping[str, Any], level: str) -> dict[str,
         block.mlp_in.forward(made["middle_normed"], gate_up, adapted=True)
     assert gate_up is not None
     gated = made["gated"] = block.mlp_out.input_buffer(rows, parts["residual"])
-    block.mlp_out.place_gated(gate_up[:, : 2 * block.mlp_out.frozen.in_features], gated, adapted=True)
+    block.mlp_out.place_gated(gate_up[:, : 2 * block.mlp_out.in_features], gated, adapted=True)
     return made
 
 
-def _norm(block: Block, projection: Projection, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _norm(block: Block, projection: Linears, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     normed = projection.input_buffer(x.shape[0], x)
     block.operations.add_norm(x, None, weight, block.shape.epsilon, normed[:, : x.shape[1]])
     projection.fill_margin(normed)

@@ -7,7 +7,6 @@ numbers of the one before it are read; whatever looks at weights or progress wai
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from gpu_service.engine.reporter import Reporter
 from gpu_service.engine.stopping import StopMode, StopRequested, StopSwitch
 from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit, collate, split
 from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
+from gpu_service.engine.training.clipping import clip_gradient
 from gpu_service.engine.training.flat_attention import attending_within_sequences
 from gpu_service.engine.training.losses import LossTally
 from gpu_service.engine.training.objectives import Objective
@@ -277,10 +277,8 @@ class TrainingLoop:
         )
 
     def _clip(self) -> torch.Tensor:
-        limit = self.settings.optimizer.max_gradient_norm
-        # A limit of 0 switches clipping off; the norm is measured all the same.
-        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self._trainable, limit if limit > 0 else math.inf)
-        return norm
+        max_norm = self.settings.optimizer.max_gradient_norm
+        return clip_gradient(self.accelerator, self.optimizer, self._trainable, max_norm)
 
     def _warn_not_finite(self, event: event_pb2.StepEvent) -> str:
         """Say which data it came from, as far as the losses tell. The message."""

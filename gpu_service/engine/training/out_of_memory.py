@@ -34,6 +34,8 @@ class PassSize:
     device: Device
     reporter: Reporter
     progress: TrainingProgress
+    # The work is one pass whatever happens: no smaller ones add up to it.
+    is_one_pass: bool = False
     # Has less stand on the device, with the same results: how, in words; empty where nothing more can be saved so.
     keep_less: Callable[[], str] = lambda: ""
 
@@ -76,7 +78,9 @@ class PassSize:
                 self._reduce(smaller, step, peak_bytes)
 
     def _halve(self, references: Sequence[ExampleReference]) -> tuple[str, int, int] | None:
-        """Unit, limit of before and next limit; None when every pass holds a single example."""
+        """Unit, limit of before and next limit; None when every pass holds a single example, or must not be smaller."""
+        if self.is_one_pass:
+            return None
         passes = [part for part in split(self.data, references, self.limit) if len(part) > 1]
         if not passes:
             return None

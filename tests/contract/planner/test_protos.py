@@ -126,7 +126,11 @@ def test_there_are_literal_defaults() -> None:
 @pytest.mark.parametrize(("path", "default"), literal_defaults())
 def test_literal_defaults_are_applied(path: str, default: str) -> None:
     # What belongs to one objective, or to one trainer, is unset for the others.
-    owners = {"dpo": {"objective": "dpo"}, "recomputation": {"trainer": "fast"}}
+    owners: dict[str, dict[str, Any]] = {
+        "dpo": {"objective": "dpo"},
+        "recomputation": {"trainer": "fast"},
+        "full_memory": {"trainer": "fast", "training_type": "full"},
+    }
     given = owners.get(path.partition(".")[0], {})
     value: Any = resolve(make_spec(**given), make_base(), Device()).hyperparameters
     for name in path.split("."):

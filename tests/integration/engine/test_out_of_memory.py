@@ -105,6 +105,28 @@ def test_fast_path_recomputes_more_before_its_passes_are_made_smaller(
         assert set(tight_objective.sizes) == {2}
 
 
+def test_full_training_recomputes_more_too(workspace: Workspace, run_in_process: Any) -> None:
+    options: dict[str, Any] = {"training_type": "full", "hyperparameters": {"num_steps": 4, "trainer": "fast"}}
+    plain = _train(workspace, run_in_process, "full-kept", Likelihood(), **options)
+    tight = _train(workspace, run_in_process, "full-less", _SmallUntilLess(4), **options)
+    warnings = [event.message for event in tight.of("warning") if event.code == RECOMPUTING_MORE]
+    assert len(warnings) == 4
+    assert "host memory" in warnings[-1]
+    assert tight.losses == plain.losses
+
+
+def test_steps_that_must_be_one_pass_are_not_divided(workspace: Workspace, run_in_process: Any) -> None:
+    """Where no gradient is kept, several passes would not add up: the run ends, and says of what."""
+    values = {"num_steps": 4, "full_memory": "low", "quantization": {"compute_dtype": "bfloat16"}}
+    log = _train(
+        workspace, run_in_process, "low", _SmallDevice(fits=1, after=2), training_type="full", hyperparameters=values
+    )
+    assert log.states == ["RUNNING", "FAILED"]
+    assert not log.of("micro_batch_reduced")
+    assert sorted(log.losses) == [1, 2]
+    assert log.of("run_state")[-1].failure.reason == errors_pb2.ERROR_REASON_DEVICE_OUT_OF_MEMORY
+
+
 def test_what_was_asked_for_is_not_recomputed_more(workspace: Workspace, run_in_process: Any) -> None:
     options = {"hyperparameters": {**_HYPERPARAMETERS, "trainer": "fast", "gradient_checkpointing": False}}
     log = _train(workspace, run_in_process, "asked", _SmallUntilLess(1), **options)

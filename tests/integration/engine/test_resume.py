@@ -30,6 +30,8 @@ _NUM_STEPS = {
     "full-adamw-8bit": 16,
     "qlora-fast": 16,
     "lora-dpo-fast": 16,
+    "full-fast": 16,
+    "full-low": 16,
 }
 _NUM_RESUMED = {
     "qlora": 20,
@@ -39,6 +41,8 @@ _NUM_RESUMED = {
     "full-adamw-8bit": 4,
     "qlora-fast": 4,
     "lora-dpo-fast": 4,
+    "full-fast": 4,
+    "full-low": 4,
 }
 _METHODS: dict[str, dict[str, Any]] = {
     # Dropout draws from the generators whose state is kept.
@@ -48,6 +52,18 @@ _METHODS: dict[str, dict[str, Any]] = {
     "lora-dpo": {"lora": {"rank": 4, "dropout": 0.2}, "objective": "dpo"},
     "qlora-fast": {"trainer": "fast", "lora": {"rank": 4, "dropout": 0.2}},
     "lora-dpo-fast": {"trainer": "fast", "lora": {"rank": 4, "dropout": 0.2}, "objective": "dpo"},
+    # Two passes a step, whose gradients add up.
+    "full-fast": {
+        "trainer": "fast",
+        "quantization": {"compute_dtype": "bfloat16"},
+        "optimizer": {"learning_rate": 1e-3},
+        "batch": {"examples": 4, "micro_batch_examples": 2},
+    },
+    "full-low": {
+        "full_memory": "low",
+        "quantization": {"compute_dtype": "bfloat16"},
+        "optimizer": {"learning_rate": 1e-3},
+    },
     # Matrices of 4,096 elements and more have their moments in 8 bits.
     "full-adamw-8bit": {"optimizer": {"name": "adamw-8bit", "learning_rate": 1e-3}},
 }

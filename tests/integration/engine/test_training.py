@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.fakes.engine_runs import RunLog, Workspace
@@ -309,6 +310,60 @@ def test_fast_path_trains_as_the_plain_path_does(training_type: str, workspace: 
         )
         names.append({name: tuple(tensor.shape) for name, tensor in adapter.items()})
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_weight_is_trained_as_on_the_plain_path(tied: bool, workspace: Workspace, run_in_process: Any) -> None:
+    """Losses, norms and what is saved; `auto` stays with the plain path on a CPU."""
+    logs = {}
+    for trainer in ("fast", "reference", "auto"):
+        directory = workspace.make_run(
+            f"full-{trainer}-{tied}",
+            training_type="full",
+            options=TinyOptions(tied=tied),
+            hyperparameters={
+                "num_steps": 6,
+                "trainer": trainer,
+                "optimizer": {"weight_decay": 0.1, "max_gradient_norm": 0.5, "learning_rate": 1e-3},
+                "batch": {"examples": 4, "micro_batch_examples": 3},
+            },
+            sample_prompts=[{"trait_type": "coding", "prompt": "What is 2 plus 2?", "max_new_tokens": 4}],
+        )
+        logs[trainer] = run_in_process(directory)
+        assert_trained(logs[trainer], 6)
+    plans = {trainer: log.of("plan")[0].resolved for trainer, log in logs.items()}
+    assert [plans[trainer].trainer for trainer in logs] == ["fast", "reference", "reference"]
+    assert plans["fast"].full_memory == "standard"
+    assert any("every weight, held in float32" in event.message for event in logs["fast"].of("log"))
+    for ours, theirs in zip(logs["fast"].of("step"), logs["reference"].of("step"), strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
+        assert ours.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-3)
+    final, plain = (logs[trainer].of("evaluation") for trainer in ("fast", "reference"))
+    assert [event.loss for event in final] == pytest.approx([event.loss for event in plain], rel=1e-4)
+    saved = [
+        load_file(workspace.root / f"runs/full-{trainer}-{tied}/1/artifacts/model/model.safetensors")
+        for trainer in ("fast", "reference")
+    ]
+    assert saved[0].keys() == saved[1].keys()
+    for name, tensor in saved[0].items():
+        torch.testing.assert_close(tensor, saved[1][name], rtol=2e-2, atol=2e-3)
+
+
+def test_little_memory_is_said_to_be_so(workspace: Workspace, run_in_process: Any) -> None:
+    directory = workspace.make_run(
+        "full-low",
+        training_type="full",
+        hyperparameters={"num_steps": 4, "full_memory": "low", "quantization": {"compute_dtype": "bfloat16"}},
+    )
+    log = run_in_process(directory)
+    assert_trained(log, 4)
+    (plan,) = log.of("plan")
+    assert "other numerics" in plan.trainer_reason
+    assert "the backward pass is made twice" in plan.memory_reason
+    assert any("by chance" in warning for warning in plan.warnings)
+    assert any("no gradient is kept" in event.message for event in log.of("log"))
+    card = (workspace.root / "runs/full-low/1/artifacts/model/README.md").read_text()
+    assert "bfloat16 with moments of 8 bits" in card
 
 
 def test_products_in_8_bits_are_said_to_be_so(workspace: Workspace, run_in_process: Any) -> None:

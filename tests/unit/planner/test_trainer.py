@@ -11,7 +11,9 @@ from gpu_service.catalog import families
 from gpu_service.domain.device import Device
 from gpu_service.domain.errors import Refusal
 from gpu_service.domain.plan import resolve
+from gpu_service.domain.recomputation import everything
 from gpu_service.domain.spec import TrainingSpec
+from gpu_service.domain.trainer import adds_up_passes
 from tests.fakes.checked_specs import CPU, hyper, make_base, plan
 
 _H100 = Device(type="cuda", name="H100", total_memory_bytes=85_000_000_000, compute_capability="9.0")
@@ -123,10 +125,74 @@ def test_window_that_no_example_reaches_is_none() -> None:
     assert _decide(base=make_base(config={**config, "use_sliding_window": False}), trainer="fast")[0] == "fast"
 
 
-def test_full_training_is_not_its_business() -> None:
-    path, reason = _decide(spec={"training_type": "full"})
+def test_full_training_takes_the_fast_path() -> None:
+    full = {"training_type": "full"}
+    assert _decide(spec=full)[0] == "fast"
+    checked = plan({**hyper(), **full}, make_base(), _H100)
+    assert checked.hyperparameters.full_memory == "standard"
+    assert plan({**hyper(), **full}, make_base(), CPU).hyperparameters.full_memory is None
+    assert plan(hyper(full_memory="standard"), make_base(), _H100).hyperparameters.full_memory is None
+    path, reason = _decide(spec=full, optimizer={"name": "adamw-8bit"})
     assert path == "reference"
-    assert "full" in reason
+    assert "adamw-8bit" in reason
+
+
+def test_little_memory_is_for_those_who_ask() -> None:
+    for device in (_H100, CPU):
+        values = {"quantization": {"compute_dtype": "bfloat16"}}
+        checked = plan({**hyper(full_memory="low", **values), "training_type": "full"}, make_base(), device)
+        resolved = checked.hyperparameters
+        assert (resolved.trainer, resolved.full_memory) == ("fast", "low")
+        assert resolved.gradient_checkpointing
+        assert resolved.recomputation == everything(2)
+        assert "other numerics" in checked.trainer_reason
+        assert "twice" in checked.memory_reason
+        assert any("by chance" in warning for warning in checked.warnings)
+        standard = plan({**hyper(trainer="fast", **values), "training_type": "full"}, make_base(), device)
+        assert checked.kind_of_run != standard.kind_of_run
+        assert not any("by chance" in warning for warning in standard.warnings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"training_type": "lora"}, "adapter"),
+        ({"trainer": "reference"}, "reference"),
+        ({"quantization": {"compute_dtype": "float32"}}, "bfloat16"),
+        ({"batch": {"examples": 4, "micro_batch_examples": 2}}, "one forward pass"),
+        ({"batch": {"tokens": 8192, "micro_batch_tokens": 4096}}, "one forward pass"),
+        ({"optimizer": {"name": "adamw-8bit"}}, "adamw-8bit"),
+        ({"gradient_checkpointing": False}, "recomputes every layer"),
+        ({"recomputation": {"full_layers": 1}}, "recomputes every layer"),
+        ({"recomputation": {"offload": True}}, "on the device"),
+    ],
+)
+def test_little_memory_is_refused_where_it_could_not_be_right(changes: dict[str, Any], word: str) -> None:
+    changes = {"full_memory": "low", **changes}
+    spec = {"training_type": changes.pop("training_type", "full")}
+    with pytest.raises(Refusal) as refused:
+        plan({**hyper(**changes), **spec}, make_base(), _H100)
+    assert refused.value.reason == "COMBINATION_NOT_ALLOWED"
+    assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("batch", "several"),
+    [
+        ({"examples": 8, "micro_batch_examples": 8}, False),
+        ({"examples": 8, "micro_batch_examples": 4}, True),
+        ({"examples": 8, "micro_batch_examples": 8, "micro_batch_tokens": 100}, True),
+        ({"tokens": 100}, False),
+        ({"tokens": 100, "micro_batch_tokens": 100}, False),
+        ({"tokens": 100, "micro_batch_tokens": 50}, True),
+        ({"tokens": 100, "micro_batch_examples": 3}, True),
+    ],
+)
+def test_whether_passes_add_up(batch: dict[str, int], several: bool) -> None:
+    names = ("examples", "tokens", "micro_batch_examples", "micro_batch_tokens")
+    assert adds_up_passes(**{name: batch.get(name) for name in names}) is several
+    # As a protobuf message has what is unset.
+    assert adds_up_passes(**{name: batch.get(name, 0) for name in names}) is several
 
 
 def test_a_device_without_bfloat16_is_refused() -> None:

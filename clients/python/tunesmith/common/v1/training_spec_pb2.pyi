@@ -490,6 +490,7 @@ class Hyperparameters(_message.Message):
     RECOMPUTATION_FIELD_NUMBER: _builtins.int
     BASE_WEIGHTS_FIELD_NUMBER: _builtins.int
     COMPUTE_FIELD_NUMBER: _builtins.int
+    FULL_MEMORY_FIELD_NUMBER: _builtins.int
     max_length: _builtins.int
     """Tokens at which an example is cut."""
     num_steps: _builtins.int
@@ -527,7 +528,7 @@ class Hyperparameters(_message.Message):
     max_export_logit_difference: _builtins.float
     """An export whose logits differ from the adapter's by more than this on the fixed prompts is refused."""
     trainer: _builtins.str
-    """What trains: `fast` (kernels of our own, for adapters over Llama-like bases), `reference` (transformers and PEFT), or
+    """What trains: `fast` (kernels of our own, for Llama-like bases), `reference` (transformers and PEFT), or
     `auto`, which may choose another from one version to the next. A plan's is never `auto`.
     """
     base_weights: _builtins.str
@@ -538,6 +539,11 @@ class Hyperparameters(_message.Message):
     """Numbers that the fast path multiplies frozen weights in: `standard` is quantization.compute_dtype, `fp8` rounds weights of
     nf4, what they are multiplied by, and gradients to 8 bits (e4m3, a scale a row), in all blocks but the first and the
     last (of a model of fewer than eight: in all). Faster, and not the same numbers.
+    """
+    full_memory: _builtins.str
+    """How the fast path trains every weight (training type `full`). `standard`: weights and moments in float32. `low`: weights in
+    bfloat16, moments in 8 bits, both rounded by chance; every layer recomputed; no gradient kept, so that the backward pass is
+    made twice, once for the gradient's norm and once for the step, and a step must be one forward pass. Not the same numbers.
     """
     @_builtins.property
     def quantization(self) -> Global___Quantization: ...
@@ -591,10 +597,11 @@ class Hyperparameters(_message.Message):
         recomputation: Global___Recomputation | None = ...,
         base_weights: _builtins.str | None = ...,
         compute: _builtins.str | None = ...,
+        full_memory: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_weights", b"_base_weights", "_chat_template", b"_chat_template", "_compute", b"_compute", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "base_weights", b"base_weights", "batch", b"batch", "chat_template", b"chat_template", "compute", b"compute", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "recomputation", b"recomputation", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_weights", b"_base_weights", "_chat_template", b"_chat_template", "_compute", b"_compute", "_evaluate_every_steps", b"_evaluate_every_steps", "_full_memory", b"_full_memory", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "base_weights", b"base_weights", "batch", b"batch", "chat_template", b"chat_template", "compute", b"compute", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "full_memory", b"full_memory", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "recomputation", b"recomputation", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_weights", b"_base_weights", "_chat_template", b"_chat_template", "_compute", b"_compute", "_evaluate_every_steps", b"_evaluate_every_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "base_weights", b"base_weights", "batch", b"batch", "chat_template", b"chat_template", "compute", b"compute", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "exports", b"exports", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "recomputation", b"recomputation", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_weights", b"_base_weights", "_chat_template", b"_chat_template", "_compute", b"_compute", "_evaluate_every_steps", b"_evaluate_every_steps", "_full_memory", b"_full_memory", "_gradient_checkpointing", b"_gradient_checkpointing", "_keep_best_checkpoint", b"_keep_best_checkpoint", "_keep_checkpoints", b"_keep_checkpoints", "_loss_on", b"_loss_on", "_max_duration_seconds", b"_max_duration_seconds", "_max_export_logit_difference", b"_max_export_logit_difference", "_max_length", b"_max_length", "_non_finite_policy", b"_non_finite_policy", "_objective", b"_objective", "_save_every_steps", b"_save_every_steps", "_seed", b"_seed", "_trainer", b"_trainer", "_warn_after_rises", b"_warn_after_rises", "base_weights", b"base_weights", "batch", b"batch", "chat_template", b"chat_template", "compute", b"compute", "dpo", b"dpo", "duration", b"duration", "evaluate_every_steps", b"evaluate_every_steps", "exports", b"exports", "full_memory", b"full_memory", "gradient_checkpointing", b"gradient_checkpointing", "keep_best_checkpoint", b"keep_best_checkpoint", "keep_checkpoints", b"keep_checkpoints", "lora", b"lora", "loss_on", b"loss_on", "max_duration_seconds", b"max_duration_seconds", "max_export_logit_difference", b"max_export_logit_difference", "max_length", b"max_length", "non_finite_policy", b"non_finite_policy", "num_epochs", b"num_epochs", "num_steps", b"num_steps", "objective", b"objective", "optimizer", b"optimizer", "quantization", b"quantization", "recomputation", b"recomputation", "save_every_steps", b"save_every_steps", "schedule", b"schedule", "seed", b"seed", "trainer", b"trainer", "warn_after_rises", b"warn_after_rises"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_weights: _TypeAlias = _typing.Literal["base_weights"]  # noqa: Y015
     _WhichOneofArgType__base_weights: _TypeAlias = _typing.Literal["_base_weights", b"_base_weights"]  # noqa: Y015
@@ -604,6 +611,8 @@ class Hyperparameters(_message.Message):
     _WhichOneofArgType__compute: _TypeAlias = _typing.Literal["_compute", b"_compute"]  # noqa: Y015
     _WhichOneofReturnType__evaluate_every_steps: _TypeAlias = _typing.Literal["evaluate_every_steps"]  # noqa: Y015
     _WhichOneofArgType__evaluate_every_steps: _TypeAlias = _typing.Literal["_evaluate_every_steps", b"_evaluate_every_steps"]  # noqa: Y015
+    _WhichOneofReturnType__full_memory: _TypeAlias = _typing.Literal["full_memory"]  # noqa: Y015
+    _WhichOneofArgType__full_memory: _TypeAlias = _typing.Literal["_full_memory", b"_full_memory"]  # noqa: Y015
     _WhichOneofReturnType__gradient_checkpointing: _TypeAlias = _typing.Literal["gradient_checkpointing"]  # noqa: Y015
     _WhichOneofArgType__gradient_checkpointing: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing"]  # noqa: Y015
     _WhichOneofReturnType__keep_best_checkpoint: _TypeAlias = _typing.Literal["keep_best_checkpoint"]  # noqa: Y015
@@ -640,6 +649,8 @@ class Hyperparameters(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__compute) -> _WhichOneofReturnType__compute | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluate_every_steps) -> _WhichOneofReturnType__evaluate_every_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__full_memory) -> _WhichOneofReturnType__full_memory | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_checkpointing) -> _WhichOneofReturnType__gradient_checkpointing | None: ...
     @_typing.overload
