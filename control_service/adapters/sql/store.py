@@ -47,7 +47,7 @@ _WRITE_PATIENCE_SECONDS = 0.005
 _READ_ASIDE_SECONDS = 0.0001
 _WRITE_ASIDE_SECONDS = 0.0002
 # Nobody minds a loop that is that late.
-_MOST_ASIDE_SECONDS = 0.005
+_MOST_ASIDE_SECONDS = 0.01
 # Nobody waits for an answer yet when the database is opened, and a failure would end the service.
 _OPEN_TIMEOUT_MILLISECONDS = 30_000
 # What the database itself says; any other error of SQLAlchemy's is a defect of ours.
@@ -56,6 +56,7 @@ _BROKEN = (sa.exc.DBAPIError, sa.exc.PendingRollbackError)
 _SQLITE_FULL = 13
 _FULL_RETRY_SECONDS = 10.0
 
+_BEGIN_WRITE = Prepared(sa.text("BEGIN IMMEDIATE"))
 _BEGIN, _ROLLBACK = Prepared(sa.text("BEGIN")), Prepared(sa.text("ROLLBACK"))
 _SAVEPOINT, _RELEASE = Prepared(sa.text("SAVEPOINT work")), Prepared(sa.text("RELEASE work"))
 
@@ -255,7 +256,7 @@ class SqlStore:
         try:
             if self._connection is None:
                 self._connection = connect(self._engine, read_only=False)
-            self._connection.exec_driver_sql("BEGIN IMMEDIATE")
+            _BEGIN_WRITE.run(self._connection, {})
             self._run_in_savepoints(self._connection, group, touched)
             group.have_run()
             failpoint("store.before-commit")
