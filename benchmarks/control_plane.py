@@ -2,8 +2,9 @@
 
     PYTHONPATH=.:clients/python python -m benchmarks.control_plane [--row NAME]... [--json FILE] [--seconds 3]
 
-Rows (all but `mlflow` and `scale_full` without `--row`); server, node and load are processes of their own, peers
-alternate within a row, and every row says what processor time a thing took, which a shared machine changes least:
+Rows (without `--row` all but `scale_full`, and `mlflow` where `--mlflow` says by whom); server, node and load
+are processes of their own, peers alternate within a row, and every row says what processor time a thing took, which a
+shared machine changes least:
 
     live_100x16, live_1000x64, live_5000x64   events a second x watchers, journal to decoded message, by age
     history_cold        64 watchers read a log from its start, from a service that has just been started
@@ -11,9 +12,10 @@ alternate within a row, and every row says what processor time a thing took, whi
     durable_writes      CreateProject with request_id beside the empty service, and with 5 ms added to every commit
     crowd_2000          2,000 watchers of ten steps a second beside 200 calls a second and a probe of health
     watchers            memory and processor time of 500, 1,000 and 2,000 watchers
-    scale               start-up, reads and memory with 1,000 and 10,000 jobs and 100,000 and 1,000,000 events
-    scale_full          the same with 10,000 jobs and 10,000,000 events (the file takes some GB and a minute)
-    mlflow              log_metric and log_batch over MLflow's REST, where `mlflow` is installed (`--mlflow PYTHON`)
+    scale               start-up, calls, 2,000 readers of a log and memory with no history, with 1,000 jobs of 100,000
+                        events and with 10,000 jobs of 1,000,000
+    scale_full          the same with 1,000,000 and 10,000,000 events (the file takes some GB and two minutes)
+    mlflow              log_metric and log_batch over MLflow's REST (`--mlflow PYTHON`, an interpreter that has it)
 """
 
 from __future__ import annotations
@@ -53,11 +55,10 @@ ROWS: Mapping[str, Row] = {
     "durable_writes": lambda at, o: control_plane_unary.writes(at, seconds=o.seconds),
     "crowd_2000": lambda at, o: control_plane_events.crowd_and_calls(at, num_watchers=2000, seconds=4 * o.seconds),
     "watchers": lambda at, o: control_plane_events.crowd(at, counts=(500, 1000, 2000), seconds=2 * o.seconds),
-    "scale": lambda at, _: control_plane_scale.scale(at, sizes=((1_000, 100_000), (10_000, 1_000_000))),
-    "scale_full": lambda at, _: control_plane_scale.scale(at, sizes=((10_000, 10_000_000),)),
-    "mlflow": lambda at, o: control_plane_unary.mlflow(at, python=o.mlflow),
+    "scale": lambda at, _: control_plane_scale.scale(at, sizes=((0, 0), (1_000, 100_000), (10_000, 1_000_000))),
+    "scale_full": lambda at, _: control_plane_scale.scale(at, sizes=((0, 0), (1_000, 1_000_000), (10_000, 10_000_000))),
+    "mlflow": lambda at, o: control_plane_unary.mlflow(at, python=o.mlflow or sys.executable),
 }
-_BY_NAME_ONLY = {"mlflow", "scale_full"}
 
 
 def main() -> int:
@@ -66,9 +67,10 @@ def main() -> int:
     parser.add_argument("--row", action="append", choices=sorted(ROWS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement; a row has several")
-    parser.add_argument("--mlflow", default=sys.executable, help="an interpreter that has mlflow")
+    parser.add_argument("--mlflow", default="", help="an interpreter that has mlflow")
     arguments = parser.parse_args()
-    rows = arguments.row or [name for name in ROWS if name not in _BY_NAME_ONLY]
+    left_out = {"scale_full"} if arguments.mlflow else {"scale_full", "mlflow"}
+    rows = arguments.row or [name for name in ROWS if name not in left_out]
     options = Options(seconds=arguments.seconds, mlflow=arguments.mlflow)
     found: dict[str, Any] = {
         "python": platform.python_version(),

@@ -2,14 +2,15 @@
 
 It reads `tunesmith.common.v1.constraint` from the descriptors and knows no message by name; meanings that lie between
 fields (percentages that add up, ids that exist) belong to the domain and are refused there. It mends nothing: a value
-is legal or it is named.
+is legal or it is named. Nearly every request is legal, and every call is checked: so a first look goes through what was
+given and makes no paths; only where it finds something does a second one go through all fields and name them.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -55,7 +56,21 @@ class _Rule:
 
 def check(request: Message) -> tuple[Violation, ...]:
     """Gives every violation of a request, in field order; empty when it is legal."""
+    if _is_legal(request):
+        return ()
     return tuple(_check_message(request, "", _masked_out(request)))
+
+
+def _is_legal(message: Message) -> bool:
+    """Whether nothing is wrong with what was given and everything is there that must be; an update's mask, which may
+    excuse some of it, is not read. The rules are those of the second look."""
+    num_needed, looks = _looks(message.DESCRIPTOR)
+    for field, value in message.ListFields():
+        is_needed, has_problem = looks[field.number]
+        if has_problem(value):
+            return False
+        num_needed -= is_needed
+    return num_needed == 0
 
 
 def _masked_out(request: Message) -> frozenset[str]:
@@ -133,7 +148,8 @@ def _check_value(
         elif field.message_type.full_name == _FIELD_MASK:
             yield from _check_mask(field, value, path)
         return
-    yield from _CHECKS[field.cpp_type](field, value, path, rule)
+    if problem := _CHECKS[field.cpp_type](field, value, rule):
+        yield Violation(field=path, description=problem)
 
 
 def _check_mask(field: FieldDescriptor, mask: Any, path: str) -> Iterator[Violation]:
@@ -155,44 +171,45 @@ def _check_mask(field: FieldDescriptor, mask: Any, path: str) -> Iterator[Violat
             )
 
 
-def _check_number(field: FieldDescriptor, value: float, path: str, rule: _Rule) -> Iterator[Violation]:
+def _check_number(field: FieldDescriptor, value: float, rule: _Rule) -> str | None:
     if not math.isfinite(value):
-        yield Violation(field=path, description="must be a finite number")
-    elif rule.minimum is not None and value < rule.minimum:
-        yield Violation(field=path, description=f"must be at least {rule.minimum:.12g}; it is {value:.12g}")
-    elif rule.exclusive_minimum is not None and value <= rule.exclusive_minimum:
-        yield Violation(
-            field=path, description=f"must be larger than {rule.exclusive_minimum:.12g}; it is {value:.12g}"
-        )
-    elif rule.maximum is not None and value > rule.maximum:
-        yield Violation(field=path, description=f"must be at most {rule.maximum:.12g}; it is {value:.12g}")
+        return "must be a finite number"
+    if rule.minimum is not None and value < rule.minimum:
+        return f"must be at least {rule.minimum:.12g}; it is {value:.12g}"
+    if rule.exclusive_minimum is not None and value <= rule.exclusive_minimum:
+        return f"must be larger than {rule.exclusive_minimum:.12g}; it is {value:.12g}"
+    if rule.maximum is not None and value > rule.maximum:
+        return f"must be at most {rule.maximum:.12g}; it is {value:.12g}"
+    return None
 
 
-def _check_text(field: FieldDescriptor, value: str | bytes, path: str, rule: _Rule) -> Iterator[Violation]:
-    unit = "bytes" if isinstance(value, bytes) else "characters"
+def _check_text(field: FieldDescriptor, value: str | bytes, rule: _Rule) -> str | None:
     if len(value) > rule.max_length:
         # Length goes first: no pattern is ever tried on more text than was declared.
-        yield Violation(field=path, description=f"has {len(value)} {unit}; at most {rule.max_length} are taken")
-    elif isinstance(value, str):
+        unit = "bytes" if isinstance(value, bytes) else "characters"
+        return f"has {len(value)} {unit}; at most {rule.max_length} are taken"
+    if isinstance(value, str):
         if rule.forbidden.search(value):
-            yield Violation(field=path, description="must not have control characters")
-        elif rule.pattern is not None and not rule.pattern.fullmatch(value):
-            yield Violation(field=path, description=f"must match {rule.pattern.pattern}")
+            return "must not have control characters"
+        if rule.pattern is not None and not rule.pattern.fullmatch(value):
+            return f"must match {rule.pattern.pattern}"
+    return None
 
 
-def _check_enum(field: FieldDescriptor, value: int, path: str, rule: _Rule) -> Iterator[Violation]:
+def _check_enum(field: FieldDescriptor, value: int, rule: _Rule) -> str | None:
     if field.enum_type is not None and value not in field.enum_type.values_by_number:
-        yield Violation(field=path, description=f"{value} is not a value of {field.enum_type.name}")
-    elif value == 0 and (rule.required or field.is_repeated):
-        yield Violation(field=path, description="must be a named value")
+        return f"{value} is not a value of {field.enum_type.name}"
+    if value == 0 and (rule.required or field.is_repeated):
+        return "must be a named value"
+    return None
 
 
-def _check_nothing(field: FieldDescriptor, value: bool, path: str, rule: _Rule) -> Iterator[Violation]:
+def _check_nothing(field: FieldDescriptor, value: bool, rule: _Rule) -> str | None:
     """Every boolean is legal."""
-    return iter(())
+    return None
 
 
-_CHECKS: Final[Mapping[int, Callable[[FieldDescriptor, Any, str, _Rule], Iterator[Violation]]]] = {
+_CHECKS: Final[Mapping[int, Callable[[FieldDescriptor, Any, _Rule], str | None]]] = {
     FieldDescriptor.CPPTYPE_INT32: _check_number,
     FieldDescriptor.CPPTYPE_INT64: _check_number,
     FieldDescriptor.CPPTYPE_UINT32: _check_number,
@@ -219,7 +236,48 @@ def _may_be_absent(field: FieldDescriptor) -> bool:
         return not rule.required
     # Where presence is not told, what was not given is 0, which may be less than the least.
     is_text = field.cpp_type == FieldDescriptor.CPPTYPE_STRING
-    return is_text or not any(_CHECKS[field.cpp_type](field, 0, "", rule))
+    return is_text or _CHECKS[field.cpp_type](field, 0, rule) is None
+
+
+@cache
+def _looks(descriptor: Descriptor) -> tuple[int, Mapping[int, tuple[bool, Callable[[Any], bool]]]]:
+    """How many of a message's fields must be given, and by number whether a field is one of them and what tells, of a
+    value that was given, whether something is wrong with it."""
+    looks: dict[int, tuple[bool, Callable[[Any], bool]]] = {}
+    for field, _, rule, may_be_absent in _fields(descriptor):
+        looks[field.number] = not may_be_absent, _look(field, rule)
+    return sum(is_needed for is_needed, _ in looks.values()), looks
+
+
+def _look(field: FieldDescriptor, rule: _Rule) -> Callable[[Any], bool]:
+    message_type = field.message_type
+    if message_type is None:
+        look = _look_at_leaf(field, rule)
+    elif rule.is_map:
+        return lambda items: any(_check_map(message_type, items, "", rule))
+    elif not message_type.full_name.startswith(_WELL_KNOWN):
+        look = _look_at_message
+    else:
+        look = partial(_look_at_well_known, field)
+    if not field.is_repeated:
+        return look
+    return lambda items: len(items) > rule.max_items or any(map(look, items))
+
+
+def _look_at_leaf(field: FieldDescriptor, rule: _Rule) -> Callable[[Any], bool]:
+    check = _CHECKS[field.cpp_type]
+    if check is not _check_text or field.is_repeated:
+        return lambda value: check(field, value, rule) is not None
+    # An empty text that was given is as one that was not.
+    return lambda value: (check(field, value, rule) is not None) if value else rule.required
+
+
+def _look_at_message(message: Message) -> bool:
+    return not _is_legal(message)
+
+
+def _look_at_well_known(field: FieldDescriptor, message: Message) -> bool:
+    return any(_check_value(field, message, "", _rule(field), frozenset()))
 
 
 @cache

@@ -26,12 +26,17 @@ def dataset_of(tx: Transaction, dataset_id: int) -> Dataset:
 
 def datasets_of(tx: Transaction, dataset_ids: Sequence[int]) -> list[Dataset]:
     """All of them, in the order given; NotFound DATASET_NOT_FOUND names those that are not there."""
+    refuse_missing_datasets(tx, dataset_ids)
     found = tx.datasets.get_many(dataset_ids)
-    missing = [str(dataset_id) for dataset_id in dataset_ids if dataset_id not in found]
-    if missing:
-        names = ", ".join(missing)
-        raise NotFound("DATASET_NOT_FOUND", f"no dataset {names}", details={"dataset_id": names})
     return [found[dataset_id] for dataset_id in dataset_ids]
+
+
+def refuse_missing_datasets(tx: Transaction, dataset_ids: Sequence[int]) -> None:
+    """NotFound DATASET_NOT_FOUND names those that are not there."""
+    missing = tx.datasets.list_missing(dataset_ids)
+    if missing:
+        names = ", ".join(map(str, missing))
+        raise NotFound("DATASET_NOT_FOUND", f"no dataset {names}", details={"dataset_id": names})
 
 
 async def newest_job_id(store: Store) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from control_service.app.idempotency import RequestKey, once
-from control_service.app.lookups import datasets_of, project_of
+from control_service.app.lookups import project_of, refuse_missing_datasets
 from control_service.app.ports import Clock
 from control_service.app.store_ports import Store, Transaction
 from control_service.domain.errors import Aborted, FailedPrecondition, invalid_field
@@ -24,7 +24,7 @@ async def create_project(
 
     def work(tx: Transaction) -> Project:
         def create() -> tuple[str, Project]:
-            datasets_of(tx, dataset_ids(good.traits))
+            refuse_missing_datasets(tx, dataset_ids(good.traits))
             project = tx.projects.insert(draft=good, now=now)
             return str(project.project_id), project
 
@@ -71,7 +71,7 @@ async def update_project(
                 raise Aborted("ETAG_MISMATCH", f"project {project_id} was changed; read it again")
             changes = {name: getattr(draft, name) for name in fields or WRITABLE_FIELDS}
             good = checked(replace(project.draft, **changes))
-            datasets_of(tx, dataset_ids(good.traits))
+            refuse_missing_datasets(tx, dataset_ids(good.traits))
             changed = replace(project, draft=good, update_time=now, etag=secrets.token_hex(8))
             tx.projects.update(changed)
             return str(project_id), changed

@@ -34,7 +34,9 @@ def read_queue(tx: Transaction) -> QueueSnapshot:
     jobs_on_node: dict[str, list[str]] = {}
     for job in tx.jobs.in_states({JobState.QUEUED, *ON_NODE}):
         if job.state is JobState.QUEUED:
-            queue.append(QueuedJob(job=job, bound_node=bound_node(tx.checkpoints.list_for_job(job.job_id))))
+            # One that never ran has no checkpoint; of those there may be thousands.
+            checkpoints = tx.checkpoints.list_for_job(job.job_id) if job.attempt else ()
+            queue.append(QueuedJob(job=job, bound_node=bound_node(checkpoints)))
             continue
         jobs_on_node.setdefault(job.node, []).append(job.job_id)
         if _may_move(tx, job):

@@ -77,6 +77,9 @@ class DatasetRepository(Protocol):
     def get_many(self, dataset_ids: Collection[int]) -> Mapping[int, Dataset]:
         """Those of the ids that are there."""
 
+    def list_missing(self, dataset_ids: Collection[int]) -> Sequence[int]:
+        """Those of the ids that are not there."""
+
     def list_page(self, *, after_id: int, limit: int, name_contains: str) -> Sequence[Dataset]: ...
 
     def delete(self, dataset_id: int) -> None: ...

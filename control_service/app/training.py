@@ -8,7 +8,7 @@ from typing import Any
 
 from control_service.app.blob_push import blobs_of_spec, push_missing_blobs
 from control_service.app.idempotency import RequestKey, earlier_reference, once
-from control_service.app.lookups import datasets_of, job_of, project_of
+from control_service.app.lookups import datasets_of, job_of, project_of, refuse_missing_datasets
 from control_service.app.model_nodes import nodes_with_model, some_nodes_with_model, time_left
 from control_service.app.plan_asking import ask_in_turn
 from control_service.app.ports import BlobStore, Clock, EventCodec, IdSource, NodeClient, NodeDirectory, PlanLevel
@@ -148,7 +148,7 @@ async def retry_job(
         def insert() -> tuple[str, JobView]:
             earlier = job_of(tx, job_id)
             check_verb("retry", earlier.state, CAN_RETRY)
-            datasets_of(tx, [reference.dataset_id for reference in earlier.spec.datasets])
+            refuse_missing_datasets(tx, [reference.dataset_id for reference in earlier.spec.datasets])
             new_id = ids.new_id()
             job = Job(
                 job_id=new_id,

@@ -18,7 +18,8 @@ def problem_with_output_directory(value: str) -> str:
         return "must not be empty"
     if len(value) > MAX_LENGTH:
         return f"must have at most {MAX_LENGTH} characters"
-    if any(unicodedata.category(character).startswith("C") for character in value):
+    # What can be printed has none; that is quickly told.
+    if not value.isprintable() and any(unicodedata.category(character).startswith("C") for character in value):
         return "must not contain control or unassigned characters"
     if "\\" in value:
         return "must not contain a backslash; separate with /"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from control_service.domain import mix
 from control_service.domain.errors import FieldViolation, InvalidArgument
 from control_service.domain.output_path import normalize_output_directory, problem_with_output_directory
 from control_service.domain.spec import DatasetReference, TrainingSpec, Trait
+
+T = TypeVar("T", bound=Hashable)
 
 # Spellings of a training type that are accepted on input, and what they mean.
 TRAINING_TYPE_ALIASES: Mapping[str, str] = {"standard": "full"}
@@ -102,9 +104,8 @@ def _problems(draft: ProjectDraft) -> Iterator[tuple[str, FieldViolation]]:
         yield "INVALID_FIELD", FieldViolation("project.traits", "must name at least one trait")
     for index, trait in enumerate(draft.traits):
         yield from _trait_problems(f"project.traits[{index}]", trait)
-    for trait_type, count in Counter(trait.trait_type for trait in draft.traits).items():
-        if count > 1:
-            yield "INVALID_FIELD", FieldViolation("project.traits", f"{trait_type!r} is named {count} times")
+    for trait_type, count in _repeated([trait.trait_type for trait in draft.traits]):
+        yield "INVALID_FIELD", FieldViolation("project.traits", f"{trait_type!r} is named {count} times")
     if mix.all_weights_are_zero(draft.traits):
         yield "WEIGHTS_ALL_ZERO", FieldViolation("project.traits", "at least one weight must be larger than 0")
     yield from _held_out_problems(draft.traits)
@@ -128,11 +129,17 @@ def _trait_problems(path: str, trait: Trait) -> Iterator[tuple[str, FieldViolati
                 "INVALID_FIELD",
                 FieldViolation(f"{path}.datasets[{index}].percentage", "must be a finite number from 0 to 100"),
             )
-    for dataset_id, count in Counter(part.dataset_id for part in trait.datasets).items():
-        if count > 1:
-            yield "INVALID_FIELD", FieldViolation(f"{path}.datasets", f"dataset {dataset_id} is named {count} times")
+    for dataset_id, count in _repeated([part.dataset_id for part in trait.datasets]):
+        yield "INVALID_FIELD", FieldViolation(f"{path}.datasets", f"dataset {dataset_id} is named {count} times")
     if numbers_are_good and (problem := mix.problem_with_percentages(trait)):
         yield "PERCENTAGES_NOT_100", FieldViolation(f"{path}.datasets", problem)
+
+
+def _repeated(names: Sequence[T]) -> list[tuple[T, int]]:
+    """Those that are there more than once, and how often."""
+    if len(set(names)) == len(names):
+        return []
+    return [(name, count) for name, count in Counter(names).items() if count > 1]
 
 
 def _held_out_problems(traits: Sequence[Trait]) -> Iterator[tuple[str, FieldViolation]]:

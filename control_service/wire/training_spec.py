@@ -7,12 +7,14 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from control_service.domain.spec import DatasetReference, TrainingSpec, Trait
+from control_service.domain.spec import DatasetReference, TrainingSpec, Trait, TraitDataset
 from tunesmith.common.v1 import training_spec_pb2
 
 
 def proto_json(message: Message) -> dict[str, Any]:
     """A message as proto JSON with proto field names; unset fields are left out, int64 values are strings."""
+    if not message.ByteSize():
+        return {}
     value: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
     return value
 
@@ -35,7 +37,15 @@ def reference_message(reference: DatasetReference) -> training_spec_pb2.DatasetR
 
 def trait_value(message: training_spec_pb2.Trait) -> Trait:
     """A trait from the wire."""
-    return Trait.from_json(proto_json(message))
+    return Trait(
+        trait_type=message.trait_type,
+        weight=message.weight if message.HasField("weight") else None,
+        datasets=tuple(
+            TraitDataset(dataset_id=part.dataset_id, percentage=part.percentage) for part in message.datasets
+        ),
+        held_out_dataset_ids=tuple(message.held_out_dataset_ids),
+        held_out_fraction=message.held_out_fraction if message.HasField("held_out_fraction") else None,
+    )
 
 
 def trait_message(trait: Trait) -> training_spec_pb2.Trait:

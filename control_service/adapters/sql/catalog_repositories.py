@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
@@ -23,6 +23,8 @@ from control_service.domain.dataset import Dataset, DatasetDraft
 from control_service.domain.errors import AlreadyExists
 from control_service.domain.node import Node
 from control_service.domain.project import Project, ProjectDraft, dataset_ids
+
+_FORGETTING_PAUSE = timedelta(seconds=1)
 
 
 def contains(column: sa.ColumnElement[str], text: str) -> sa.ColumnElement[bool]:
@@ -128,6 +130,14 @@ class SqlDatasets:
         row = statements.GET_DATASET.first(self._connection, {"at_dataset_id": dataset_id})
         return None if row is None else dataset_from_row(row)
 
+    def list_missing(self, dataset_ids: Collection[int]) -> Sequence[int]:
+        """See the port."""
+        return [
+            dataset_id
+            for dataset_id in dataset_ids
+            if not statements.HAS_DATASET.run(self._connection, {"at_dataset_id": dataset_id})
+        ]
+
     def get_by_name(self, name: str) -> Dataset | None:
         """See the port."""
         statement = sa.select(schema.datasets).where(schema.datasets.c.name == name)
@@ -196,6 +206,7 @@ class SqlRequests:
 
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
+        self._forgotten: datetime | None = None
 
     def get(self, method: str, request_id: str) -> RequestRecord | None:
         """See the port."""
@@ -209,5 +220,8 @@ class SqlRequests:
         statements.INSERT_REQUEST.run(self._connection, row)
 
     def delete_older_than(self, time: datetime) -> int:
-        """See the port."""
+        """See the port. Of the writes that are committed together, which are of one time, one does it for all."""
+        if self._forgotten is not None and time - self._forgotten < _FORGETTING_PAUSE:
+            return 0
+        self._forgotten = time
         return statements.FORGET_REQUESTS.count(self._connection, {"at_time": time})

@@ -27,6 +27,7 @@ from control_service.domain.start_from import start_files
 
 # What a job starts from, as a holder of content.
 _START = "start"
+_KEPT = tuple(status.value for status in CheckpointStatus if status is not CheckpointStatus.DELETED)
 _LIVE = tuple(state.value for state in JobState if state not in TERMINAL)
 
 
@@ -181,8 +182,9 @@ class SqlCheckpoints:
             sa.select(table)
             .join(jobs, jobs.c.job_id == table.c.job_id)
             .where(
-                table.c.status != CheckpointStatus.DELETED.value,
-                jobs.c.state.in_([state.value for state in TERMINAL]),
+                # By this they are found: few are there still, of a long history. Nearly all of its jobs are over.
+                table.c.status.in_(_KEPT),
+                jobs.c.state.not_in(_LIVE),
                 sa.not_(is_uncollected),
             )
         )

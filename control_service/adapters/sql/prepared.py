@@ -13,21 +13,6 @@ Row = dict[str, Any]
 _Convert = Callable[[Any], Any]
 
 
-class _Bind:
-    """A parameter in its place."""
-
-    def __init__(self, bind: Any, name: str, dialect: sa.Dialect) -> None:
-        self._name = name
-        self._required: bool = bind.required
-        self._value = bind.value
-        self._convert: _Convert | None = bind.type.dialect_impl(dialect).bind_processor(dialect)
-
-    def parameter(self, values: Mapping[str, Any]) -> Any:
-        """What the driver is given. KeyError when a value is missing."""
-        value = values[self._name] if self._required else self._value
-        return value if value is None or self._convert is None else self._convert(value)
-
-
 class Prepared:
     """One statement. Parameters are named in it; rows come as dicts by the columns' names."""
 
@@ -53,7 +38,11 @@ class Prepared:
     def _run(self, connection: sa.Connection, values: Mapping[str, Any]) -> tuple[list[Row], int]:
         if self._dialect is not connection.dialect:
             self._compile(connection.dialect)
-        parameters = [bind.parameter(values) for bind in self._binds]
+        # KeyError when a value is missing.
+        parameters = [
+            value if (value := fixed if name is None else values[name]) is None or convert is None else convert(value)
+            for name, fixed, convert in self._binds
+        ]
         cursor: Any = connection.connection.cursor()
         try:
             cursor.execute(self._text, parameters)
@@ -63,25 +52,35 @@ class Prepared:
             raise sa.exc.DBAPIError.instance(self._text, parameters, error, self._driver_error) from error
         finally:
             cursor.close()
-        return [
-            {
-                name: value if convert is None else convert(value)
-                for (name, convert), value in zip(self._columns, row, strict=True)
-            }
-            for row in found
-        ], count
+        return [self._row(values) for values in found], count
+
+    def _row(self, values: tuple[Any, ...]) -> Row:
+        row = dict(zip(self._names, values, strict=True))
+        for name, convert in self._converts:
+            row[name] = convert(row[name])
+        return row
 
     def _compile(self, dialect: sa.Dialect) -> None:
         compiled: Any = self._statement.compile(dialect=dialect)
         self._text = str(compiled)
-        self._binds = [_Bind(compiled.binds[name], name, dialect) for name in compiled.positiontup or ()]
-        self._columns: list[tuple[str, _Convert | None]] = [
-            (column.name, column.type.dialect_impl(dialect).result_processor(dialect, None))
-            for column in _columns(self._statement)
+        self._binds = [_bind(compiled.binds[name], name, dialect) for name in compiled.positiontup or ()]
+        self._columns = _columns(self._statement)
+        self._names = [column.name for column in self._columns]
+        converts = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in self._columns]
+        # Of most columns what the driver gives is the value.
+        self._converts: list[tuple[str, _Convert]] = [
+            (name, convert) for name, convert in zip(self._names, converts, strict=True) if convert is not None
         ]
         module: Any = dialect.loaded_dbapi
         self._driver_error: type[Exception] = module.Error
         self._dialect = dialect
+
+
+def _bind(bind: Any, name: str, dialect: sa.Dialect) -> tuple[str | None, Any, _Convert | None]:
+    """A parameter in its place: the name of its value, or none and the value that it always has; and what makes of it
+    what the driver is given."""
+    convert = bind.type.dialect_impl(dialect).bind_processor(dialect)
+    return (name, None, convert) if bind.required else (None, bind.value, convert)
 
 
 def _columns(statement: Any) -> list[Any]:

@@ -98,7 +98,7 @@ jobs = sa.Table(
     metadata,
     sa.Column("job_id", sa.String(26), primary_key=True),
     # No foreign key: ended jobs outlive their project.
-    sa.Column("project_id", sa.BigInteger, nullable=False, index=True),
+    sa.Column("project_id", sa.BigInteger, nullable=False),
     sa.Column("project_name", sa.String(128), nullable=False),
     sa.Column("spec", _JSON, nullable=False),
     sa.Column("spec_digest", sa.String(64), nullable=False),
@@ -108,7 +108,7 @@ jobs = sa.Table(
     sa.Column("max_retries", sa.Integer, nullable=False),
     sa.Column("num_retries", sa.Integer, nullable=False),
     sa.Column("retry_of_job_id", sa.String(26), nullable=False),
-    sa.Column("state", sa.String(32), nullable=False, index=True),
+    sa.Column("state", sa.String(32), nullable=False),
     sa.Column("phase", sa.String(32), nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("node", sa.String(63), nullable=False),
@@ -123,6 +123,9 @@ jobs = sa.Table(
     sa.Column("run_state", sa.String(32), nullable=True),
     sa.Column("last_sequence", sa.BigInteger, nullable=False),
     sa.Column("revision", sa.BigInteger, nullable=False),
+    # With the order of listings: a page is read, not everything that it is a page of.
+    sa.Index(None, "project_id", "job_id"),
+    sa.Index(None, "state", "job_id"),
 )
 
 events = sa.Table(
@@ -146,7 +149,7 @@ checkpoints = sa.Table(
     sa.Column("name", sa.String(128), primary_key=True),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("step", sa.BigInteger, nullable=False),
-    sa.Column("status", sa.String(32), nullable=False),
+    sa.Column("status", sa.String(32), nullable=False, index=True),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
     sa.Column("manifest_sha256", sa.String(64), nullable=False),
     sa.Column("files", _JSON, nullable=False),
@@ -175,7 +178,7 @@ blob_references = sa.Table(
     sa.Column("sha256", sa.String(64), primary_key=True),
     sa.Column("job_id", sa.String(26), sa.ForeignKey("jobs.job_id", ondelete="CASCADE"), primary_key=True),
     # `artifact:adapter`, `checkpoint:step-00000020`; `start`: what the job itself starts from.
-    sa.Column("holder", sa.String(160), primary_key=True),
+    sa.Column("holder", sa.String(160), primary_key=True, index=True),
     sa.Index(None, "job_id"),
 )
 

@@ -68,6 +68,9 @@ INSERT_PROJECT: Final = Prepared(
     .returning(_projects.project_id)
 )
 INSERT_PROJECT_DATASETS: Final = Prepared(sa.insert(schema.project_datasets))
+HAS_DATASET: Final = Prepared(
+    sa.select(_datasets.dataset_id).where(_datasets.dataset_id == sa.bindparam("at_dataset_id"))
+)
 GET_DATASET: Final = Prepared(sa.select(schema.datasets).where(_datasets.dataset_id == sa.bindparam("at_dataset_id")))
 
 GET_REQUEST: Final = Prepared(

@@ -1,9 +1,9 @@
 """The store over SQLAlchemy Core: one writer thread that commits in groups; readers on connections of their own, which
 read in groups too: what is asked for while one reads is the next one's, unless that takes long.
 
-The writer takes every function that waits, runs each in a savepoint of one BEGIN IMMEDIATE, commits once, and then
-answers all. It never retries a function and never commits half of one. Whatever the database does, the thread goes on:
-a connection that cannot be rolled back is replaced.
+While one group of writes is under way, those that come wait, and are then the next group: the writer runs each in a
+savepoint of one BEGIN IMMEDIATE, commits once, and then answers all. It never retries a function and never commits half
+of one. Whatever the database does, the thread goes on: a connection that cannot be rolled back is replaced.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import secrets
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import sqlalchemy as sa
 
 from control_service.adapters.sql import room, schema
 from control_service.adapters.sql.engine import BUSY_TIMEOUT_MILLISECONDS, connect, make_engine
+from control_service.adapters.sql.groups import Group, Work
 from control_service.adapters.sql.migrate import migrate
 from control_service.adapters.sql.prepared import Prepared
 from control_service.adapters.sql.touched import Touched
@@ -40,6 +40,14 @@ _NUM_READERS = 4
 _MAX_READS = 32
 # What is asked for waits for a reader that is at work only so long before it goes to another one.
 _READ_PATIENCE_SECONDS = 0.003
+# A group of writes is sent when a turn of the loop has brought no more of them, but not later than that.
+_WRITE_PATIENCE_SECONDS = 0.005
+# How long the loop steps aside for each function of a group: as short ones take. What takes longer is the database's
+# own work, during which the loop has the interpreter.
+_READ_ASIDE_SECONDS = 0.0001
+_WRITE_ASIDE_SECONDS = 0.0002
+# Nobody minds a loop that is that late.
+_MOST_ASIDE_SECONDS = 0.01
 # Nobody waits for an answer yet when the database is opened, and a failure would end the service.
 _OPEN_TIMEOUT_MILLISECONDS = 30_000
 # What the database itself says; any other error of SQLAlchemy's is a defect of ours.
@@ -48,18 +56,9 @@ _BROKEN = (sa.exc.DBAPIError, sa.exc.PendingRollbackError)
 _SQLITE_FULL = 13
 _FULL_RETRY_SECONDS = 10.0
 
+_BEGIN_WRITE = Prepared(sa.text("BEGIN IMMEDIATE"))
 _BEGIN, _ROLLBACK = Prepared(sa.text("BEGIN")), Prepared(sa.text("ROLLBACK"))
 _SAVEPOINT, _RELEASE = Prepared(sa.text("SAVEPOINT work")), Prepared(sa.text("RELEASE work"))
-
-
-@dataclass(kw_only=True)
-class _Work:
-    """One waiting function, and what became of it."""
-
-    function: Callable[[Transaction], Any]
-    answer: asyncio.Future[Any]
-    result: Any = None
-    error: BaseException | None = None
 
 
 class SqlStore:
@@ -71,16 +70,19 @@ class SqlStore:
         self._connection: sa.Connection | None = writer
         self._installation_id = installation_id
         self._loop = asyncio.get_running_loop()
-        self._waiting: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._listeners: list[Callable[[CommitNotice], None]] = []
         self._closed = False
         # A commit found no room, and nobody has found any since.
         self._was_full = False
         self.num_commits = 0
-        self._to_read: queue.SimpleQueue[list[_Work] | None] = queue.SimpleQueue()
-        self._wanted: list[_Work] = []
+        self._to_write: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
+        self._writes: list[Work] = []
+        # A group is being gathered or is under way.
+        self._is_writing = False
+        self._to_read: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
+        self._reads: list[Work] = []
         self._num_reading = 0
-        self._sending: asyncio.Handle | None = None
+        self._sending_reads: asyncio.Handle | None = None
         self._reader_state = threading.local()
         self._reader_connections: list[sa.Connection] = []
         self._readers = [threading.Thread(target=self._read_groups, name="store-reader") for _ in range(_NUM_READERS)]
@@ -108,10 +110,16 @@ class SqlStore:
         if self._closed:
             return
         self._closed = True
-        self._send_reads()
+        for works, size, threads in (
+            (self._writes, _MAX_GROUP, self._to_write),
+            (self._reads, _MAX_READS, self._to_read),
+        ):
+            for start in range(0, len(works), size):
+                threads.put(Group(works[start : start + size]))
+            works.clear()
         for _ in self._readers:
             self._to_read.put(None)
-        self._waiting.put(None)
+        self._to_write.put(None)
         await asyncio.to_thread(self._end)
 
     def subscribe(self, listener: Callable[[CommitNotice], None]) -> None:
@@ -122,34 +130,65 @@ class SqlStore:
         """See the port."""
         self._refuse_if_closed()
         answer: asyncio.Future[T] = self._loop.create_future()
-        self._waiting.put(_Work(function=work, answer=answer))
+        self._writes.append(Work(function=work, answer=answer))
+        if not self._is_writing:
+            self._is_writing = True
+            self._gather_writes()
         return await answer
+
+    def _gather_writes(self) -> None:
+        self._loop.call_soon(self._send_writes, len(self._writes), self._loop.time() + _WRITE_PATIENCE_SECONDS)
+
+    def _go_on_writing(self) -> None:
+        self._is_writing = bool(self._writes)
+        if self._is_writing:
+            self._gather_writes()
+
+    def _send_writes(self, num_before: int, until: float) -> None:
+        """Sends a group, unless more came in the loop's last turn than there were before it."""
+        num_writes = len(self._writes)
+        if num_before < num_writes < _MAX_GROUP and self._loop.time() < until:
+            self._loop.call_soon(self._send_writes, num_writes, until)
+        elif num_writes:
+            self._send(self._writes, _MAX_GROUP, self._to_write, _WRITE_ASIDE_SECONDS)
 
     async def read(self, work: Callable[[Transaction], T]) -> T:
         """See the port."""
         self._refuse_if_closed()
         answer: asyncio.Future[T] = self._loop.create_future()
-        self._wanted.append(_Work(function=work, answer=answer))
-        if self._sending is None:
-            if self._num_reading:
-                self._sending = self._loop.call_later(_READ_PATIENCE_SECONDS, self._send_reads)
-            else:
-                self._sending = self._loop.call_soon(self._send_reads)
+        self._reads.append(Work(function=work, answer=answer))
+        if self._sending_reads is None:
+            self._await_reader()
         return await answer
 
-    def _send_reads(self) -> None:
-        self._sending = None
-        wanted, self._wanted = self._wanted, []
-        for start in range(0, len(wanted), _MAX_READS):
-            self._to_read.put(wanted[start : start + _MAX_READS])
-            self._num_reading += 1
+    def _await_reader(self) -> None:
+        if self._num_reading:
+            self._sending_reads = self._loop.call_later(_READ_PATIENCE_SECONDS, self._send_reads)
+        else:
+            self._sending_reads = self._loop.call_soon(self._send_reads)
 
-    def _have_read(self, group: list[_Work]) -> None:
+    def _send_reads(self) -> None:
+        self._sending_reads = None
+        if self._reads:
+            self._num_reading += 1
+            self._send(self._reads, _MAX_READS, self._to_read, _READ_ASIDE_SECONDS)
+        if self._reads:
+            self._await_reader()
+
+    def _have_read(self, group: Group) -> None:
         self._num_reading -= 1
-        if self._wanted and self._sending is not None:
-            self._sending.cancel()
-            self._send_reads()
-        _tell(group)
+        group.tell()
+        if self._sending_reads is not None and not self._num_reading:
+            self._sending_reads.cancel()
+            self._await_reader()
+
+    def _send(
+        self, works: list[Work], most: int, threads: queue.SimpleQueue[Group | None], aside_seconds: float
+    ) -> None:
+        group = Group(works[:most])
+        del works[:most]
+        threads.put(group)
+        group.step_aside(min(aside_seconds * len(group.works), _MOST_ASIDE_SECONDS))
 
     async def check_room(self) -> None:
         """See the port."""
@@ -173,7 +212,7 @@ class SqlStore:
         while (group := self._to_read.get()) is not None:
             self._read_group(group)
 
-    def _read_group(self, group: list[_Work]) -> None:
+    def _read_group(self, group: Group) -> None:
         """Reads of one snapshot, which is younger than all of them."""
         connection: sa.Connection | None = getattr(self._reader_state, "connection", None)
         try:
@@ -183,14 +222,15 @@ class SqlStore:
             _BEGIN.run(connection, {})
             try:
                 transaction = SqlTransaction(connection, Touched())
-                for work in group:
+                for work in group.works:
                     _read_one(work, transaction)
             finally:
                 _ROLLBACK.run(connection, {})
         except (*_BROKEN, FailedPrecondition) as error:
             self._replace_reader()
-            for work in group:
+            for work in group.works:
                 work.error = _unavailable(error)
+        group.have_run()
         self._loop.call_soon_threadsafe(self._have_read, group)
 
     def _replace_reader(self) -> None:
@@ -206,56 +246,49 @@ class SqlStore:
     # In the writer thread.
 
     def _write_groups(self) -> None:
-        while (first := self._waiting.get()) is not None:
-            group = [first]
-            ends = False
-            while len(group) < _MAX_GROUP and not self._waiting.empty():
-                following = self._waiting.get()
-                if following is None:
-                    ends = True
-                    break
-                group.append(following)
+        while (group := self._to_write.get()) is not None:
             touched = self._commit_group(group)
             self._loop.call_soon_threadsafe(self._answer, group, touched)
-            if ends:
-                return
 
-    def _commit_group(self, group: list[_Work]) -> Touched:
+    def _commit_group(self, group: Group) -> Touched:
         touched = Touched()
         is_committed = False
         try:
             if self._connection is None:
                 self._connection = connect(self._engine, read_only=False)
-            self._connection.exec_driver_sql("BEGIN IMMEDIATE")
-            for work in group:
-                touched.merge(self._run_in_savepoint(self._connection, work))
+            _BEGIN_WRITE.run(self._connection, {})
+            self._run_in_savepoints(self._connection, group, touched)
+            group.have_run()
             failpoint("store.before-commit")
             self._connection.exec_driver_sql("COMMIT")
             self.num_commits += 1
             is_committed = True
             failpoint("store.after-commit")
         except Exception as error:  # noqa: BLE001 - a thread's boundary: told to all who wait, and the thread goes on
+            group.have_run()
             if not is_committed:
                 self._roll_back()
                 touched = Touched()
             # A statement without room makes SQLite undo the whole transaction: then it is the savepoint that is missed.
-            is_full = any(isinstance(work.error, StoreFull) for work in group)
-            for work in group:
+            is_full = any(isinstance(work.error, StoreFull) for work in group.works)
+            for work in group.works:
                 work.error = _full() if is_full else _unavailable(error)
-        self._was_full |= any(isinstance(work.error, StoreFull) for work in group)
+        self._was_full |= any(isinstance(work.error, StoreFull) for work in group.works)
         return touched
 
-    def _run_in_savepoint(self, connection: sa.Connection, work: _Work) -> Touched:
-        touched = Touched()
-        _SAVEPOINT.run(connection, {})
-        try:
-            work.result = work.function(SqlTransaction(connection, touched))
-        except BaseException as error:  # noqa: BLE001 - a thread's boundary: raised again where the caller awaits
-            work.error = _unavailable(error) if isinstance(error, sa.exc.OperationalError) else error
-            touched = Touched()
-            connection.exec_driver_sql("ROLLBACK TO work")
-        _RELEASE.run(connection, {})
-        return touched
+    def _run_in_savepoints(self, connection: sa.Connection, group: Group, touched: Touched) -> None:
+        by_work = Touched()
+        transaction = SqlTransaction(connection, by_work)
+        for work in group.works:
+            _SAVEPOINT.run(connection, {})
+            try:
+                work.result = work.function(transaction)
+                touched.merge(by_work)
+            except BaseException as error:  # noqa: BLE001 - a thread's boundary: raised again where the caller awaits
+                work.error = _unavailable(error) if isinstance(error, sa.exc.OperationalError) else error
+                connection.exec_driver_sql("ROLLBACK TO work")
+            by_work.clear()
+            _RELEASE.run(connection, {})
 
     def _roll_back(self) -> None:
         connection = self._connection
@@ -282,10 +315,11 @@ class SqlStore:
 
     # On the event loop.
 
-    def _answer(self, group: list[_Work], touched: Touched) -> None:
+    def _answer(self, group: Group, touched: Touched) -> None:
         # The last one first: one that fails, which the loop logs, keeps neither the others nor the writers waiting.
         with ExitStack() as told:
-            told.callback(_tell, group)
+            told.callback(self._go_on_writing)
+            told.callback(group.tell)
             if touched:
                 notice = CommitNotice(
                     job_sequences=touched.job_sequences,
@@ -298,7 +332,7 @@ class SqlStore:
                 failpoint("store.before-wake")
 
 
-def _read_one(work: _Work, transaction: Transaction) -> None:
+def _read_one(work: Work, transaction: Transaction) -> None:
     """Errors of the database are the connection's, and everybody's."""
     try:
         work.result = work.function(transaction)
@@ -306,16 +340,6 @@ def _read_one(work: _Work, transaction: Transaction) -> None:
         raise
     except BaseException as error:  # noqa: BLE001 - a thread's boundary: raised again where the caller awaits
         work.error = error
-
-
-def _tell(group: list[_Work]) -> None:
-    for work in group:
-        if work.answer.done():  # the caller was cancelled; its work is committed all the same
-            continue
-        if work.error is not None:
-            work.answer.set_exception(work.error)
-        else:
-            work.answer.set_result(work.result)
 
 
 def _unavailable(error: BaseException) -> Unavailable:

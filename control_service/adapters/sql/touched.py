@@ -30,5 +30,11 @@ class Touched:
         self.jobs |= other.jobs
         self.nodes |= other.nodes
 
+    def clear(self) -> None:
+        """Forgets what was touched."""
+        self.job_sequences.clear()
+        self.events.clear()
+        self.jobs = self.nodes = False
+
     def __bool__(self) -> bool:
         return bool(self.job_sequences) or self.jobs or self.nodes

@@ -97,6 +97,9 @@ class _Datasets:
     def get_many(self, dataset_ids: Collection[int]) -> dict[int, Dataset]:
         return {number: self._tables.datasets[number] for number in dataset_ids if number in self._tables.datasets}
 
+    def list_missing(self, dataset_ids: Collection[int]) -> list[int]:
+        return [number for number in dataset_ids if number not in self._tables.datasets]
+
     def content_is_used(self, sha256: str) -> bool:
         tables = self._tables
         if any(dataset.sha256 == sha256 for dataset in tables.datasets.values()):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from control_service.api.validation import check
+from control_service.api.validation import _check_message, _is_legal, check
 from tunesmith.common.v1 import training_spec_pb2 as spec
 from tunesmith.control.v1 import dataset_service_pb2 as datasets
 from tunesmith.control.v1 import job_service_pb2 as jobs
@@ -167,3 +168,56 @@ def test_a_bad_value_is_named_by_its_path(case: str) -> None:
 def test_all_violations_are_collected_in_field_order() -> None:
     request = _project(name="", base_model="x", traits=[])
     assert [violation.field for violation in check(request)] == ["project.name", "project.base_model", "project.traits"]
+
+
+def _filled(message: Any, numbers: random.Random, *, depth: int = 0) -> Any:
+    """A message with some of its fields, in values of which many are bad."""
+    for field in message.DESCRIPTOR.fields:
+        if numbers.random() < 0.5 or depth > 4:
+            continue
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            if field.message_type.fields_by_name["value"].message_type is None:
+                getattr(message, field.name)[numbers.choice(("k", "k\n"))] = _leaf(
+                    field.message_type.fields_by_name["value"], numbers
+                )
+        elif field.message_type is not None and field.is_repeated:
+            for _ in range(numbers.randrange(3)):
+                _filled(getattr(message, field.name).add(), numbers, depth=depth + 1)
+        elif field.message_type is not None:
+            getattr(message, field.name).SetInParent()
+            _filled(getattr(message, field.name), numbers, depth=depth + 1)
+        elif field.is_repeated:
+            getattr(message, field.name).extend(_leaf(field, numbers) for _ in range(numbers.randrange(3)))
+        else:
+            setattr(message, field.name, _leaf(field, numbers))
+    return message
+
+
+def _leaf(field: Any, numbers: random.Random) -> Any:
+    if field.cpp_type == field.CPPTYPE_STRING:
+        text = numbers.choice(("", "org/name", "nf4", "a b", "a\x00", "x" * 5000))
+        return text.encode() if field.type == field.TYPE_BYTES else text
+    if field.cpp_type in (field.CPPTYPE_DOUBLE, field.CPPTYPE_FLOAT):
+        return numbers.choice((0.0, 0.5, 1.0, 100.0, -1.0, NAN, INFINITY))
+    if field.cpp_type == field.CPPTYPE_BOOL:
+        return numbers.random() < 0.5
+    return numbers.choice((0, 1, 2, 100))
+
+
+@pytest.mark.parametrize("package", [datasets, jobs, nodes, projects], ids=lambda module: module.DESCRIPTOR.name)
+def test_the_first_look_passes_what_the_second_one_finds_nothing_in(package: Any) -> None:
+    numbers, found = random.Random(5), {True: 0, False: 0}
+    for name, descriptor in package.DESCRIPTOR.message_types_by_name.items():
+        if not name.endswith("Request"):
+            continue
+        for _ in range(60):
+            request = _filled(getattr(package, descriptor.name)(), numbers)
+            is_legal = not tuple(_check_message(request, "", frozenset()))
+            assert _is_legal(request) == is_legal, request
+            found[is_legal] += 1
+    assert min(found.values()) > 10, found
+
+
+@pytest.mark.parametrize("case", [case for case in GOOD if "mask" not in case])
+def test_a_legal_request_needs_no_second_look(case: str) -> None:
+    assert _is_legal(GOOD[case])

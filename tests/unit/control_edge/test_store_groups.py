@@ -1,0 +1,109 @@
+"""Groups of the store: what is gathered, and that the event loop steps aside for no longer than a moment."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from control_service.adapters.sql.groups import Group, Work
+from control_service.adapters.sql.store import SqlStore
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[SqlStore]:
+    opened = await SqlStore.open(tmp_path / "control.db")
+    yield opened
+    await opened.close()
+
+
+async def test_the_loop_goes_on_beside_functions_that_take_long(store: SqlStore) -> None:
+    begun, go_on = threading.Barrier(3), threading.Event()
+
+    def hold(_: object) -> bool:
+        begun.wait(30.0)
+        return go_on.wait(30.0)
+
+    held = [asyncio.create_task(store.transact(hold)), asyncio.create_task(store.read(hold))]
+    await asyncio.to_thread(begun.wait, 30.0)
+    # It would not come before they have ended if the loop waited for them.
+    assert await store.read(lambda _: go_on.is_set()) is False
+    go_on.set()
+    assert await asyncio.gather(*held) == [True, True]
+
+
+def _give(number: int, _: object) -> int:
+    return number
+
+
+async def test_writes_that_come_together_are_one_commit(store: SqlStore) -> None:
+    before = store.num_commits
+    async with asyncio.timeout(30.0):
+        assert await asyncio.gather(*(store.transact(partial(_give, number)) for number in range(100))) == [*range(100)]
+    assert store.num_commits == before + 1
+
+
+async def test_writes_that_come_during_a_group_are_the_next_one(store: SqlStore) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        begun.set()
+        go_on.wait(30.0)
+
+    before = store.num_commits
+    holding = asyncio.create_task(store.transact(hold))
+    await asyncio.to_thread(begun.wait)
+    following = [asyncio.create_task(store.transact(partial(_give, number))) for number in range(10)]
+    await asyncio.sleep(0)
+    go_on.set()
+    async with asyncio.timeout(30.0):
+        await holding
+        assert await asyncio.gather(*following) == [*range(10)]
+    assert store.num_commits == before + 2
+
+
+async def test_closing_answers_what_waits(tmp_path: Path) -> None:
+    store = await SqlStore.open(tmp_path / "other.db")
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(_: object) -> str:
+        begun.set()
+        go_on.wait(30.0)
+        return "held"
+
+    tasks = [asyncio.create_task(store.transact(hold))]
+    await asyncio.to_thread(begun.wait)
+    tasks += [asyncio.create_task(store.transact(lambda _: "written")) for _ in range(3)]
+    tasks += [asyncio.create_task(store.read(lambda _: "read")) for _ in range(3)]
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(store.close())
+    await asyncio.sleep(0)
+    go_on.set()
+    async with asyncio.timeout(30.0):
+        await closing
+        assert await asyncio.gather(*tasks) == ["held", *["written"] * 3, *["read"] * 3]
+
+
+async def test_a_failure_of_one_write_is_its_own(store: SqlStore) -> None:
+    def fail(_: object) -> None:
+        raise LookupError("mine")
+
+    answers = await asyncio.gather(
+        store.transact(lambda _: 1), store.transact(fail), store.transact(lambda _: 3), return_exceptions=True
+    )
+    assert answers[0] == 1
+    assert isinstance(answers[1], LookupError)
+    assert answers[2] == 3
+
+
+async def test_a_group_that_has_run_keeps_nobody() -> None:
+    group = Group([Work(function=lambda _: None, answer=asyncio.get_running_loop().create_future())])
+    group.have_run()
+    group.have_run()
+    group.step_aside(3600.0)
+    group.tell()
+    assert group.works[0].answer.result() is None
