@@ -55,6 +55,8 @@ class Kernels:
 class Flash:
     """Allocates what FlashAttention-2's kernels do."""
 
+    lengths_may_vary = True
+
     def forward(self, query: Any, key: Any, value: Any, bounds: Bounds) -> tuple[torch.Tensor, Any]:
         tokens, heads, _ = query.shape
         return torch.empty(query.shape, device=META, dtype=query.dtype), torch.empty(heads, tokens, device=META)

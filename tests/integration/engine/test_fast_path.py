@@ -146,12 +146,9 @@ def test_products_in_8_bits_differ_by_rounding_alone(
 @pytest.mark.parametrize(("num_layers", "rounded"), [(2, [0, 1]), (8, [1, 2, 3, 4, 5, 6])])
 def test_first_and_last_blocks_are_not_rounded(num_layers: int, rounded: list[int]) -> None:
     model = make_peft("llama", {"num_hidden_layers": num_layers}, quantize=hold_in_nf4)
-    blocks = make_fast(model, in_fp8=True)._decoder.blocks
-    found = [
-        {type(part.frozen) for part in (block.attention_in, block.attention_out, block.mlp_in, block.mlp_out)}
-        for block in blocks
-    ]
-    assert found == [{RoundedGroup} if number in rounded else {FrozenGroup} for number in range(num_layers)]
+    found = [type(one.frozen) for one in make_fast(model, in_fp8=True)._projections]
+    # Four of them a block.
+    assert found == [RoundedGroup if number // 4 in rounded else FrozenGroup for number in range(4 * num_layers)]
 
 
 def test_rows_in_8_bits() -> None:
