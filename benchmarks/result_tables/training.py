@@ -133,7 +133,7 @@ def goal_table(results: Mapping[str, Result]) -> list[str]:
         memory = ""
         if row in MEMORY_GOALS_GIB:
             memory = f"{ours['peak_allocated_bytes'] / _GIB:.2f} of {MEMORY_GOALS_GIB[row]:g} GiB"
-        said = "reached" if gap >= 0 else f"{-gap:.0%} short"
+        said = "reached" if gap >= 0 else f"{-gap:.1%} short"
         rows.append((row, f"{goal:,}", f"{ours['tokens_per_second']:,}", said, memory, name))
     return table(("row", "goal", "ours, real tokens/s", "", "memory", "run"), rows)
 

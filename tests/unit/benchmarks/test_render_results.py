@@ -74,7 +74,7 @@ def test_tables_are_filled_from_results_and_old_text_goes() -> None:
 
 def test_a_missed_goal_is_said_with_its_gap() -> None:
     (*_, line) = training.goal_table({"one": _result()})
-    assert line == "| dense | 36,000 | 32,000 | 11% short |  | one |"
+    assert line == "| dense | 36,000 | 32,000 | 11.1% short |  | one |"
 
 
 def test_another_device_reaches_no_goal() -> None:
