@@ -38,6 +38,7 @@ from gpu_service.domain.plan_base import check_device, find_family, find_method,
 from gpu_service.domain.plan_start import check_exports, check_start, check_task
 from gpu_service.domain.plan_warnings import list_warnings
 from gpu_service.domain.quantizer import choose_quantizer
+from gpu_service.domain.recomputation import HOST_SPARE_BYTES
 from gpu_service.domain.spec import Hyperparameters, TrainingSpec
 from gpu_service.domain.trainer import FAST, choose_trainer, go_on_with
 
@@ -210,12 +211,17 @@ def _resolve_full_memory(resolved: ResolvedHyperparameters, trainer: str) -> str
 
 
 def check_host_fit(needed_bytes: int, device: Device) -> None:
-    """Raises `Refusal` DOES_NOT_FIT when the machine has less memory than is to be locked; of unknown size, enough."""
-    if device.host_memory_bytes and needed_bytes > device.host_memory_bytes:
+    """Raises `Refusal` DOES_NOT_FIT when the machine has no memory left beside what is to be locked.
+
+    Of unknown size it has enough.
+    """
+    if not needed_bytes or not device.host_memory_bytes:
+        return
+    if needed_bytes + HOST_SPARE_BYTES > device.host_memory_bytes:
         raise refuse_user(
             "DOES_NOT_FIT",
             f"what waits in the host's memory needs {needed_bytes:,} bytes, and the host of {device.name} has "
-            f"{device.host_memory_bytes:,}",
+            f"{device.host_memory_bytes:,}, of which {HOST_SPARE_BYTES:,} are left alone",
             stage="WEIGHTS",
             needed_bytes=needed_bytes,
             host_memory_bytes=device.host_memory_bytes,

@@ -19,6 +19,8 @@ FULL = "full"
 # multiples of this: locking it takes long, and a pass of a few tokens more seldom needs another place.
 _PLACE_BYTES = 4 * 1024**2
 _PLACES_A_DOUBLING = 4
+# Of the host's memory, what is left to everybody else.
+HOST_SPARE_BYTES = 2 * 1024**3
 
 
 def place_bytes(num_bytes: int) -> int:

@@ -84,15 +84,15 @@ def adds_up_passes(
 
 
 def trainer_of(manifest: Mapping[str, Any]) -> str:
-    """What trained the steps of a checkpoint. One that does not say is of a version that had the libraries alone."""
-    return str(manifest.get("trainer") or REFERENCE)
+    """What trained the steps of a checkpoint; empty for one of an older version, which did not say."""
+    return str(manifest.get("trainer") or "")
 
 
 def go_on_with(chosen: Trainer, *, asked: str | None, begun_by: str) -> Trainer:
-    """What trains on from a checkpoint whose steps `begun_by` made; empty where nothing was trained before.
+    """What trains on from a checkpoint whose steps `begun_by` made; empty where that is not known, or nothing was.
 
-    A job that left it open keeps to transformers and PEFT if they began it: an older version had nothing else, and a
-    curve should not change because of an upgrade. One that the fast path began goes on so wherever that can train.
+    A job that left it open keeps to transformers and PEFT if they began it: a curve should not change because of an
+    upgrade. One that the fast path began goes on so wherever that can train.
     """
     if begun_by != REFERENCE or asked not in (None, AUTO) or chosen.path == REFERENCE:
         return chosen

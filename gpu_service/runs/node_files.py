@@ -14,11 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from gpu_service.domain.errors import refuse_user
 from gpu_service.journal.failpoints import failpoint
 from gpu_service.shim import durable_json
 from gpu_service.shim.lock import is_held
 
+_log = structlog.get_logger(__name__)
 _JOB_ID = re.compile(r"[0-9A-Za-z]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Directories below `requests` that an engine reads.
@@ -196,11 +199,17 @@ class NodeFiles:
 
     def find_likely_model(self) -> str:
         """Directory of the base that the newest run here was on; without runs, of the newest model. Empty: neither."""
-        newest = _newest(self.runs.glob("*/*/run.json"))
-        content = None if newest is None else durable_json.read(newest)
-        if content is not None and Path(str(content.get("model_directory", ""))).is_dir():
-            return str(content["model_directory"])
-        newest = _newest(self.models.glob("*/*/config.json"))
+        try:
+            newest = _newest(self.runs.glob("*/*/run.json"))
+            content = (None if newest is None else durable_json.read(newest)) or {}
+            directory = str(content.get("model_directory") or "")
+            if directory and Path(directory).is_dir():
+                return directory
+            newest = _newest(self.models.glob("*/*/config.json"))
+        except (OSError, ValueError) as error:
+            # A hint: a node serves without it.
+            _log.warning("no-likely-model", error=str(error))
+            return ""
         return "" if newest is None else str(newest.parent)
 
 

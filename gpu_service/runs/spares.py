@@ -110,6 +110,9 @@ class SpareKeeper:
         place = self._places.get(engine.device_id)
         if place is not None and not engine.had_work:
             place.pause_seconds = 0.0
+            if not place.free_bytes:
+                # Another server started it: what was free before is not known, and 0 taken would be kept as a fact.
+                return
             self._spawn(self._measure(engine, place.free_bytes), f"measure-{engine.id}")
 
     async def _measure(self, engine: Engine, free_before_bytes: int) -> None:

@@ -37,7 +37,8 @@ class Caller:
         self.config = config
         self._random = random.Random()
         self._closed = threading.Event()
-        self._lock = threading.Lock()
+        # A signal may close the client in the thread that holds it.
+        self._lock = threading.RLock()
         self._open: weakref.WeakSet[Closable] = weakref.WeakSet()
 
     def keep(self, opened: Closable) -> None:

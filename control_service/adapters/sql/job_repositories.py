@@ -82,14 +82,19 @@ class SqlJobs:
     ) -> Sequence[Job]:
         """See the port."""
         table = schema.jobs
-        statement = sa.select(table).order_by(table.c.job_id.desc()).limit(limit)
-        if before_job_id:
-            statement = statement.where(table.c.job_id < before_job_id)
+
+        def page_of(*conditions: sa.ColumnElement[bool]) -> sa.Select[tuple[object, ...]]:
+            statement = sa.select(table).where(*conditions).order_by(table.c.job_id.desc()).limit(limit)
+            return statement.where(table.c.job_id < before_job_id) if before_job_id else statement
+
+        names = [state.value for state in states]
         if project_id:
-            statement = statement.where(table.c.project_id == project_id)
-        if states:
-            statement = statement.where(table.c.state.in_([state.value for state in states]))
-        return self._jobs(statement)
+            of_states = [table.c.state.in_(names)] if names else []
+            return self._jobs(page_of(table.c.project_id == project_id, *of_states))
+        # Each by the index: a page of all of them together would read and sort every job that is in one.
+        pages = [self._jobs(page_of(table.c.state == name)) for name in names] if names else [self._jobs(page_of())]
+        jobs = sorted((job for page in pages for job in page), key=lambda job: job.job_id, reverse=True)
+        return jobs[:limit]
 
     def in_states(self, states: Collection[JobState]) -> Sequence[Job]:
         """See the port."""

@@ -171,7 +171,9 @@ class SqlStore:
         self._sending_reads = None
         if self._reads:
             self._num_reading += 1
-            self._send(self._reads, _MAX_READS, self._to_read, _READ_ASIDE_SECONDS)
+            # A group that no reader can take yet is nothing to step aside for.
+            is_taken = self._num_reading <= _NUM_READERS
+            self._send(self._reads, _MAX_READS, self._to_read, _READ_ASIDE_SECONDS if is_taken else 0.0)
         if self._reads:
             self._await_reader()
 

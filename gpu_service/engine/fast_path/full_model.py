@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gpu_service import host_memory
-from gpu_service.domain.recomputation import NOTHING, Recomputation, place_bytes, step_down
+from gpu_service.domain.recomputation import HOST_SPARE_BYTES, NOTHING, Recomputation, place_bytes, step_down
 from gpu_service.engine.fast_path.attention import Attention, attention_for
 from gpu_service.engine.fast_path.block import BlockShape
 from gpu_service.engine.fast_path.decoder import FlatPass
@@ -25,7 +25,7 @@ from gpu_service.engine.fast_path.full_head import FullHead, Upstream
 from gpu_service.engine.fast_path.full_operations import full_operations_for
 from gpu_service.engine.fast_path.full_projection import FullProjection
 from gpu_service.engine.fast_path.full_weights import FlatWeights, WeightsNotSupported, head_norms
-from gpu_service.engine.fast_path.model import GROUPS, HOST_SPARE_BYTES
+from gpu_service.engine.fast_path.model import GROUPS
 from gpu_service.engine.fast_path.offloading import HostShelf
 from gpu_service.engine.fast_path.operations import operations_for
 from gpu_service.engine.fast_path.weight_gradients import GatheredGradients, Gradients

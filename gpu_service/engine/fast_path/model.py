@@ -16,7 +16,14 @@ import numpy
 import torch
 
 from gpu_service import host_memory
-from gpu_service.domain.recomputation import NOTHING, Recomputation, everything, place_bytes, step_down
+from gpu_service.domain.recomputation import (
+    HOST_SPARE_BYTES,
+    NOTHING,
+    Recomputation,
+    everything,
+    place_bytes,
+    step_down,
+)
 from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
 from gpu_service.engine.fast_path.attention import Attention, Bounds, attention_for
 from gpu_service.engine.fast_path.attention_choice import AttentionChoice
@@ -42,9 +49,6 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("mlp", ("gate_proj", "up_proj")),
     ("mlp", ("down_proj",)),
 )
-
-# Left to everybody else when the host's memory is taken in an emergency.
-HOST_SPARE_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)

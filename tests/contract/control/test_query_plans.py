@@ -24,6 +24,9 @@ PAGES: dict[str, Callable[[Transaction], Any]] = {
     "of all jobs": lambda tx: tx.jobs.list_page(before_job_id="z", limit=50, project_id=0, states=()),
     "of a project": lambda tx: tx.jobs.list_page(before_job_id="z", limit=50, project_id=1, states=()),
     "of a state": lambda tx: tx.jobs.list_page(before_job_id="z", limit=50, project_id=0, states=(JobState.SUCCEEDED,)),
+    "of two states": lambda tx: tx.jobs.list_page(
+        before_job_id="z", limit=50, project_id=0, states=(JobState.SUCCEEDED, JobState.FAILED)
+    ),
 }
 
 

@@ -161,6 +161,27 @@ async def test_what_an_adopted_spare_holds_of_a_gpu_counts_as_free(tmp_path: Pat
     assert heir.resident_bytes(GPU.id) == 0
 
 
+async def test_what_an_adopted_spare_took_before_it_was_adopted_is_not_guessed(tmp_path: Path) -> None:
+    """It warmed up when its server was killed; how much was free before is not known to the next one."""
+    node = Node(tmp_path, GPU)
+    spare = await node.get_spare(GPU)
+    await wait_until(lambda: (spare.directory / "context.json").exists())
+    await node.keeper.end()
+    await node.pool.leave_alone()
+    (spare.directory / "context.json").unlink()
+    heir = Node(tmp_path, GPU)
+    await heir.pool.adopt({})
+    await heir.keeper.look()
+    adopted = heir.engine(GPU)
+    assert adopted is not None
+    assert heir.pool.on_ready is not None
+    heir.pool.on_ready(adopted)
+    await heir.keeper.end()
+    await heir.keeper.dismiss()
+    assert not (spare.directory / "context.json").exists()
+    await heir.pool.shut_down(20)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"context_bytes": "x"}'])
 def test_a_context_that_cannot_be_read_is_not_known(tmp_path: Path, content: str) -> None:
     assert read_context(tmp_path) == 0

@@ -98,6 +98,11 @@ def test_the_base_of_the_newest_run_is_likely_to_be_wanted(tmp_path: Path) -> No
     assert files.find_likely_model() == str(older)
     shutil.rmtree(older)
     assert files.find_likely_model() == str(newer)
+    # A hint: what cannot be read keeps no node from starting.
+    for content in ("{}", "{"):
+        path.joinpath("run.json").write_text(content)
+        os.utime(path / "run.json", (9, 9))
+        assert files.find_likely_model() in ("", str(newer))
 
 
 def test_what_is_not_accepted_is_no_run_any_more_before_anything_else_of_it_goes(

@@ -15,6 +15,7 @@ from gpu_service.domain.recomputation import (
     ELEMENTWISE,
     FEED_FORWARD,
     FULL,
+    HOST_SPARE_BYTES,
     NONE,
     NOTHING,
     Recomputation,
@@ -199,12 +200,14 @@ def test_places_come_in_few_sizes(needed: int, place: int) -> None:
 
 def test_a_host_without_that_memory_refuses() -> None:
     needed = 28 * 48 * 1024**2
-    for known in (0, needed):
+    enough = needed + HOST_SPARE_BYTES
+    for known in (0, enough):
         check_host_fit(needed, replace(H100, host_memory_bytes=known))
+    check_host_fit(0, replace(H100, host_memory_bytes=1))
     with pytest.raises(Refusal) as refused:
-        check_host_fit(needed, replace(H100, host_memory_bytes=needed - 1))
+        check_host_fit(needed, replace(H100, host_memory_bytes=enough - 1))
     assert refused.value.reason == "DOES_NOT_FIT"
-    assert refused.value.details["host_memory_bytes"] == str(needed - 1)
+    assert refused.value.details["host_memory_bytes"] == str(enough - 1)
 
 
 def test_on_a_cpu_nothing_is_saved_by_the_host_s_memory() -> None:
