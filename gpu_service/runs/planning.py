@@ -69,11 +69,12 @@ class Planning:
         """The plan at level CHECK. Raises `Refusal`."""
         parsed = TrainingSpec.from_json(spec)
         model = await self._models.read(parsed.base_model)
+        planned_for = await asyncio.to_thread(_for_planning, device)
         return await asyncio.to_thread(
             plan.resolve,
             parsed,
             model,
-            _for_planning(device),
+            planned_for,
             self._versions,
             spec_digest=spec_digest,
             calibrations=self._memory.all(),
@@ -83,7 +84,7 @@ class Planning:
     async def hold_base(self, spec: TrainingSpec, device: Device) -> HeldBase:
         """How the spec's base is held on the device; its weights digest is known. Raises `Refusal`."""
         model = await self._models.read(spec.base_model)
-        held = resolve_base(spec, model, _for_planning(device), self._versions)
+        held = resolve_base(spec, model, await asyncio.to_thread(_for_planning, device), self._versions)
         digest = await self._models.weights_digest(model)
         return replace(held, base_model=replace(model, weights_digest=digest))
 
@@ -158,6 +159,7 @@ class Planning:
 
 
 def _for_planning(device: Device) -> plan.Device:
+    """Reads files of the kernel's."""
     return plan.Device(
         type=device.type,
         name=device.name,
