@@ -131,7 +131,7 @@ class Planning:
             "model_directory": str(checked.base_model.directory),
             "blobs_directory": str(self._files.blobs),
             "cache_directory": str(self._files.cache),
-            "device": asdict(_for_planning(device)),
+            "device": asdict(await asyncio.to_thread(_for_planning, device)),
             # As a run's engine has it, so that the run trains by this very plan.
             "weights_digest": await self.weights_digest(checked),
             "calibrations": self.calibrations(checked),
