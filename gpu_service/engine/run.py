@@ -60,6 +60,7 @@ class Run:
 
     def execute(self) -> None:
         """The whole run. Raises StopRequested, RunFailure, and what nothing here understands."""
+        self.device.make_current()
         if self.request.spec.task == EXPORT:
             self._export()
         else:

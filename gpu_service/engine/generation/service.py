@@ -105,8 +105,7 @@ class _Generation:
         self._voice = voice
         self._shelf = shelf
         self._device = devices.select(request.device)
-        if self._device.torch_device.type == "cuda":
-            torch.cuda.set_device(self._device.torch_device)
+        self._device.make_current()
         self._compute_dtype = DTYPES[request.compute_dtype]
         self._method = import_module(methods.REGISTRY[request.training_type].builder)
 
