@@ -11,17 +11,16 @@ from typing import Any
 import torch
 
 from gpu_service.engine.fast_path import kernel_problems
-from gpu_service.engine.loading.work import BaseKey
+from gpu_service.engine.loading.work import BaseKey, HeldBase
 from gpu_service.engine.tokenizer_shelf import TokenizerShelf
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResidentBase:
+@dataclass(kw_only=True)
+class ResidentBase(HeldBase):
     """A frozen base without adapter. `num_bytes` is what it holds in memory."""
 
     key: BaseKey
     base_model: str
-    model: Any
     stored_dtype: Any
     num_bytes: int
 

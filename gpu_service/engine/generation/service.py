@@ -126,7 +126,8 @@ class _Generation:
             base_model=self._request.base_model,
             model=loaded.base,
             stored_dtype=loaded.stored_dtype if resident is None else resident.stored_dtype,
-            num_bytes=held_bytes(loaded.base) if resident is None else resident.num_bytes,
+            # Not what it was: another model of its tensors may hold some in other types.
+            num_bytes=held_bytes(loaded.base),
         )
         try:
             finish = self._answer(base.model, loaded.tokenizer)
@@ -185,7 +186,7 @@ class _Generation:
                     device=Device(type=request.device.type),
                     versions=library_versions(),
                 ),
-                resident_model=None if resident is None else resident.model,
+                resident=resident,
                 tokenizers=self._shelf.tokenizers,
             ),
             loaded,

@@ -47,8 +47,8 @@ class TensorNotInShard(KeyError):
 
 def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, str]:
     """Make `loaded.tensors`, or `loaded.base` when the base is not quantized."""
-    if request.resident_model is not None:
-        loaded.base = _take(request, loaded, request.resident_model)
+    if request.resident is not None:
+        loaded.base = request.resident.model = _take(request, loaded, request.resident.model)
         return {"resident": "true"}
     starts_from_model = request.start is not None and request.start.name == MODEL_ARTIFACT
     directory = request.start.directory if request.start is not None and starts_from_model else request.model_directory
