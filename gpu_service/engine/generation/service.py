@@ -121,11 +121,12 @@ class _Generation:
         if held and resident is None:
             self._device.give_back()
         loaded = self._load(resident)
+        is_warm = resident is not None and resident.model is not None
         base = ResidentBase(
             key=key,
             base_model=self._request.base_model,
             model=loaded.base,
-            stored_dtype=loaded.stored_dtype if resident is None else resident.stored_dtype,
+            stored_dtype=loaded.stored_dtype,
             # Not what it was: another model of its tensors may hold some in other types.
             num_bytes=held_bytes(loaded.base),
         )
@@ -141,7 +142,7 @@ class _Generation:
             text,
             reason,
             num_prompt_tokens=num_prompt_tokens,
-            warm=resident is not None,
+            warm=is_warm,
             resident=self._shelf.describe(),
         )
 
@@ -161,7 +162,7 @@ class _Generation:
 
     def _load(self, resident: ResidentBase | None) -> Loaded:
         request = self._request
-        loaded = Loaded()
+        loaded = Loaded(stored_dtype=None if resident is None else resident.stored_dtype)
         settings = training_spec_pb2.Quantization(
             method=request.quantization,
             double_quantization=request.double_quantization,

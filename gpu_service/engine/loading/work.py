@@ -50,10 +50,10 @@ class BaseKey:
 @dataclass(kw_only=True)
 class HeldBase:
     """A base that is on the device. Nothing else refers to it while it is loaded from: whoever makes another model of
-    its tensors puts that in its place, so that a tensor which is replaced is gone.
+    its tensors puts that in its place, so that a tensor which is replaced is gone, and who has no use for it None.
     """
 
-    model: Any
+    model: Any | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,11 @@ class LoadRequest:
     is_lean: bool = False
     # Has the tokenizer that was read last, and takes the one that is read.
     tokenizers: KeptTokenizers | None = None
+
+    @property
+    def has_resident(self) -> bool:
+        """Whether the base on the device serves this load, as far as is known by now."""
+        return self.resident is not None and self.resident.model is not None
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from gpu_service.engine import libraries
+from gpu_service.engine.lean import promotion
 from gpu_service.engine.lean.model import LeanCausal
+from gpu_service.engine.loading import weights
+from gpu_service.engine.loading.places import NotTensorForTensor
 from gpu_service.engine.resident import BaseShelf, held_bytes
 from gpu_service.engine.session import Session
 from tests.fakes.engine_runs import RunLog, Workspace
@@ -89,3 +92,54 @@ def test_an_answer_holds_it_once_and_tells_its_size(workspace: Workspace, run_in
     # What is not quantized is held in float32 now.
     told = engine.shelf.describe()["bytes"]
     assert told == held_bytes(_base_on(engine.shelf)) > size
+
+
+@pytest.fixture
+def gone_at_reading(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """No base can be taken over. `lean` is the reference to look at when files are read, `gone` what was seen."""
+    seen: dict[str, Any] = {"lean": lambda: None, "gone": []}
+    list_shards = weights.list_shards
+
+    def look(*arguments: Any) -> dict[str, list[str]]:
+        # Not by a collection of the test's own.
+        seen["gone"].append(seen["lean"]() is None)
+        return list_shards(*arguments)
+
+    def refuse(*arguments: Any) -> None:
+        raise NotTensorForTensor("another model")
+
+    monkeypatch.setattr(promotion, "promote", refuse)
+    monkeypatch.setattr(weights, "list_shards", look)
+    return seen
+
+
+def test_a_base_that_cannot_be_taken_over_is_read(
+    workspace: Workspace, run_in_process: RunInProcess, gone_at_reading: dict[str, Any]
+) -> None:
+    fresh = _sample(workspace, run_in_process, "from-files", shelf=BaseShelf())
+    shelf = _leave_lean_base(workspace, run_in_process, "before-reading")
+    gone_at_reading["lean"] = weakref.ref(_base_on(shelf))
+    gone_at_reading["gone"].clear()
+    log = _sample(workspace, run_in_process, "read-anew", shelf=shelf)
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert "resident" not in log.stage_details("WEIGHTS")
+    assert "resident" not in log.stage_details("QUANTIZATION")
+    assert gone_at_reading["gone"] == [True]
+    assert [step.loss for step in log.of("step")] == [step.loss for step in fresh.of("step")]
+    assert shelf.describe()["bytes"] == held_bytes(_base_on(shelf))
+
+
+def test_an_answer_reads_a_base_that_it_cannot_take_over(
+    workspace: Workspace, run_in_process: RunInProcess, gone_at_reading: dict[str, Any]
+) -> None:
+    model = workspace.place_model(TinyOptions())
+    engine = InProcessEngine(workspace)
+    engine.shelf = BaseShelf()
+    cold = engine.ask("Who?", model=model, quantization="nf4")
+    engine.shelf = _leave_lean_base(workspace, run_in_process, "before-reading-answer", base_model=model)
+    gone_at_reading["lean"] = weakref.ref(_base_on(engine.shelf))
+    gone_at_reading["gone"].clear()
+    answered = engine.ask("Who?", model=model, quantization="nf4")
+    assert answered.text == cold.text
+    assert answered.last["statistics"]["warm"] is False
+    assert gone_at_reading["gone"] == [True]
