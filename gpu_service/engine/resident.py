@@ -44,10 +44,12 @@ class BaseShelf:
         self.kernel_problem: str | None = None
 
     def find_kernel_problem(self, device: torch.device) -> str:
-        """The same, found out now where nobody knows."""
+        """Why they cannot be, found out now where nobody knows. Empty too where it cannot be found out: whoever asks
+        next finds out.
+        """
         if self.kernel_problem is None:
             self.kernel_problem = kernel_problems.find_problem(device)
-        return self.kernel_problem
+        return self.kernel_problem or ""
 
     def take(self, key: BaseKey) -> ResidentBase | None:
         """Take the base off the shelf when it is the one that `key` names; any other is dropped first.
