@@ -41,7 +41,8 @@ def _prepare(device: torch.device) -> None:
     """The context, the library that multiplies, and Triton with the fast path's kernels."""
     try:
         # A new thread has the first device, whatever the engine's is.
-        torch.cuda.set_device(device)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device)
         one = torch.ones(_SIDE, _SIDE, device=device, dtype=torch.bfloat16)
         (one @ one).sum().item()
         operations_for(device)
