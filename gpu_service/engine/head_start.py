@@ -22,7 +22,8 @@ _SIDE = 256
 
 @contextmanager
 def preparing(device: torch.device) -> Iterator[None]:
-    """Inside, a thread prepares a GPU; it is done when this ends. Who needs a part of it before waits for that part.
+    """Inside, a thread prepares a GPU; it is done when this ends. Who wants kernels compiled meanwhile waits for those
+    that it compiles.
 
     On a CPU nothing is to be prepared.
     """

@@ -13,7 +13,7 @@ import traceback
 
 import torch
 
-from gpu_service.engine.fast_path.operations import operations_for
+from gpu_service.engine.fast_path.operations import first_launches, operations_for
 
 _LOG = logging.getLogger(__name__)
 _SIDE = 64
@@ -63,10 +63,11 @@ def find_problem(device: torch.device) -> str | None:
     if device.type != "cuda":
         return ""
     try:
-        operations = operations_for(device)
-        matrix = torch.zeros(_SIDE, _SIDE, device=device, dtype=torch.bfloat16)
-        copies = operations.prepare_copies([(0, matrix, 1.0)])
-        operations.copy_out(torch.zeros(_SIDE * _SIDE, device=device), copies)
+        with first_launches:
+            operations = operations_for(device)
+            matrix = torch.zeros(_SIDE, _SIDE, device=device, dtype=torch.bfloat16)
+            copies = operations.prepare_copies([(0, matrix, 1.0)])
+            operations.copy_out(torch.zeros(_SIDE * _SIDE, device=device), copies)
     except _of_a_first_kernel() as error:
         if _is_proof(error):
             return describe(error)
