@@ -31,7 +31,7 @@ _PROMPTS = [{"trait_type": "coding", "prompt": "def add_1("}]
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported() -> None:
-    """As in an engine that had time: what a library keeps of its import must not be a run's frames."""
+    """Before any run: a library logs an exception of its import, and pytest keeps it, with the frames that it is in."""
     libraries.need()
 
 
