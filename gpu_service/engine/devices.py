@@ -23,6 +23,10 @@ class Device(Protocol):
     @property
     def torch_device(self) -> torch.device: ...
 
+    def make_current(self) -> None:
+        """Have the calling thread launch its kernels here: Triton asks the thread, not the tensors."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """`type`, `name`, `total_memory_bytes`, `free_memory_bytes`, and what else a plan asks of a kind of device."""
         ...
@@ -59,6 +63,9 @@ class CpuDevice:
     @property
     def torch_device(self) -> torch.device:
         return torch.device("cpu")
+
+    def make_current(self) -> None:
+        """Nothing: there is one CPU."""
 
     def describe(self) -> dict[str, Any]:
         memory = psutil.virtual_memory()
@@ -101,6 +108,11 @@ class CudaDevice:
     @property
     def torch_device(self) -> torch.device:
         return self._device
+
+    def make_current(self) -> None:
+        # As in `describe`: what is missing is said later.
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self._device)
 
     def describe(self) -> dict[str, Any]:
         # A machine without CUDA still gets as far as the stage that needs it, which then says what is missing.

@@ -22,7 +22,8 @@ _SIDE = 256
 
 @contextmanager
 def preparing(device: torch.device) -> Iterator[None]:
-    """Inside, a thread prepares a GPU; it is done when this ends. Who needs a part of it before waits for that part.
+    """Inside, a thread prepares a GPU; it is done when this ends. Who wants kernels compiled meanwhile waits for those
+    that it compiles.
 
     On a CPU nothing is to be prepared.
     """
@@ -40,6 +41,9 @@ def preparing(device: torch.device) -> Iterator[None]:
 def _prepare(device: torch.device) -> None:
     """The context, the library that multiplies, and Triton with the fast path's kernels."""
     try:
+        # A new thread has the first device, whatever the engine's is.
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device)
         one = torch.ones(_SIDE, _SIDE, device=device, dtype=torch.bfloat16)
         (one @ one).sum().item()
         operations_for(device)

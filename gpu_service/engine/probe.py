@@ -69,6 +69,7 @@ def measure(directory: Path) -> dict[str, Any]:
             planner_command=(),
         )
         try:
+            run.device.make_current()
             rehearsed = run.open_session(plan_directory).rehearse()
         except RunFailure as error:
             return _failed(error.failure)

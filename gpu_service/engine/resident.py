@@ -11,17 +11,16 @@ from typing import Any
 import torch
 
 from gpu_service.engine.fast_path import kernel_problems
-from gpu_service.engine.loading.work import BaseKey
+from gpu_service.engine.loading.work import BaseKey, HeldBase
 from gpu_service.engine.tokenizer_shelf import TokenizerShelf
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResidentBase:
+@dataclass(kw_only=True)
+class ResidentBase(HeldBase):
     """A frozen base without adapter. `num_bytes` is what it holds in memory."""
 
     key: BaseKey
     base_model: str
-    model: Any
     stored_dtype: Any
     num_bytes: int
 
@@ -45,10 +44,12 @@ class BaseShelf:
         self.kernel_problem: str | None = None
 
     def find_kernel_problem(self, device: torch.device) -> str:
-        """The same, found out now where nobody knows."""
+        """Why they cannot be, found out now where nobody knows. Empty too where it cannot be found out: whoever asks
+        next finds out.
+        """
         if self.kernel_problem is None:
             self.kernel_problem = kernel_problems.find_problem(device)
-        return self.kernel_problem
+        return self.kernel_problem or ""
 
     def take(self, key: BaseKey) -> ResidentBase | None:
         """Take the base off the shelf when it is the one that `key` names; any other is dropped first.

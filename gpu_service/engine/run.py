@@ -60,6 +60,7 @@ class Run:
 
     def execute(self) -> None:
         """The whole run. Raises StopRequested, RunFailure, and what nothing here understands."""
+        self.device.make_current()
         if self.request.spec.task == EXPORT:
             self._export()
         else:
@@ -160,7 +161,7 @@ class Run:
             device=self.device.torch_device,
             cache_directory=self.request.cache_directory,
             quantizer=plan.quantizer,
-            resident_model=None if self.resident is None else self.resident.model,
+            resident=self.resident,
             start=self.request.start,
             pace=self.switch,
             tokenizers=self.shelf.tokenizers,

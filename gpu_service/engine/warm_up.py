@@ -164,8 +164,7 @@ def read_tokenizer(model_directory: Path, tokenizers: KeptTokenizers) -> None:
 
 def _touch(device: Device) -> None:
     """The context, and the library that multiplies."""
-    if device.torch_device.type == "cuda":
-        torch.cuda.set_device(device.torch_device)
+    device.make_current()
     # An older GPU trains in float32, and may not multiply bfloat16 at all.
     dtype = torch.bfloat16 if _has_kernels(device) else torch.float32
     one = torch.ones(256, 256, device=device.torch_device, dtype=dtype)

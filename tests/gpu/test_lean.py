@@ -26,6 +26,7 @@ def _load(directory: Path, family: str, *, is_lean: bool, resident: Any = None) 
     from gpu_service.engine.lean import choice
     from gpu_service.engine.lean.builders import Builders
     from gpu_service.engine.loading import Loaded, LoadRequest, load
+    from gpu_service.engine.loading.work import HeldBase
     from gpu_service.engine.stopping import StopSwitch
     from tests.fakes.fast_models import ALL_SEVEN
     from tunesmith.common.v1 import plan_pb2, training_spec_pb2
@@ -58,7 +59,7 @@ def _load(directory: Path, family: str, *, is_lean: bool, resident: Any = None) 
         compute_dtype=torch.bfloat16,
         device=torch.device("cuda:0"),
         quantizer="own",
-        resident_model=resident,
+        resident=None if resident is None else HeldBase(model=resident),
         **vars(made_with),
     )
     assert not is_lean or choice.fits(request)

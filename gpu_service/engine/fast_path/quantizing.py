@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from gpu_service.engine.fast_path.nf4 import BLOCK_WEIGHTS, NESTED_BLOCK, NotNf4
+from gpu_service.engine.fast_path.operations import first_launches
 
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact 0 (Dettmers et al. 2023, arXiv:2305.14314).
 NF4_CODES = (
@@ -79,8 +80,9 @@ def make_ready(tables: Tables, dtype: torch.dtype) -> None:
         scales = torch.empty(NESTED_BLOCK, device=device)
         places = torch.empty(NESTED_BLOCK, dtype=torch.uint8, device=device)
         packed = torch.empty(num_weights // 2, dtype=torch.uint8, device=device)
-        quantize_values(torch.zeros(num_weights, dtype=dtype, device=device), tables, packed, scales)
-        quantize_scales(scales, tables, places, torch.empty(1, device=device), torch.empty((), device=device))
+        with first_launches:
+            quantize_values(torch.zeros(num_weights, dtype=dtype, device=device), tables, packed, scales)
+            quantize_scales(scales, tables, places, torch.empty(1, device=device), torch.empty((), device=device))
 
 
 def quantize_values(values: torch.Tensor, tables: Tables, packed: torch.Tensor, scales: torch.Tensor) -> None:

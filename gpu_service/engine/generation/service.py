@@ -105,8 +105,7 @@ class _Generation:
         self._voice = voice
         self._shelf = shelf
         self._device = devices.select(request.device)
-        if self._device.torch_device.type == "cuda":
-            torch.cuda.set_device(self._device.torch_device)
+        self._device.make_current()
         self._compute_dtype = DTYPES[request.compute_dtype]
         self._method = import_module(methods.REGISTRY[request.training_type].builder)
 
@@ -122,12 +121,14 @@ class _Generation:
         if held and resident is None:
             self._device.give_back()
         loaded = self._load(resident)
+        is_warm = resident is not None and resident.model is not None
         base = ResidentBase(
             key=key,
             base_model=self._request.base_model,
             model=loaded.base,
-            stored_dtype=loaded.stored_dtype if resident is None else resident.stored_dtype,
-            num_bytes=held_bytes(loaded.base) if resident is None else resident.num_bytes,
+            stored_dtype=loaded.stored_dtype,
+            # Not what it was: another model of its tensors may hold some in other types.
+            num_bytes=held_bytes(loaded.base),
         )
         try:
             finish = self._answer(base.model, loaded.tokenizer)
@@ -141,7 +142,7 @@ class _Generation:
             text,
             reason,
             num_prompt_tokens=num_prompt_tokens,
-            warm=resident is not None,
+            warm=is_warm,
             resident=self._shelf.describe(),
         )
 
@@ -161,7 +162,7 @@ class _Generation:
 
     def _load(self, resident: ResidentBase | None) -> Loaded:
         request = self._request
-        loaded = Loaded()
+        loaded = Loaded(stored_dtype=None if resident is None else resident.stored_dtype)
         settings = training_spec_pb2.Quantization(
             method=request.quantization,
             double_quantization=request.double_quantization,
@@ -186,7 +187,7 @@ class _Generation:
                     device=Device(type=request.device.type),
                     versions=library_versions(),
                 ),
-                resident_model=None if resident is None else resident.model,
+                resident=resident,
                 tokenizers=self._shelf.tokenizers,
             ),
             loaded,

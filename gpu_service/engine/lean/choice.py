@@ -42,7 +42,7 @@ def fits(request: LoadRequest) -> bool:
     """
     try:
         config = LeanConfig.read(request.model_directory)
-        if request.resident_model is not None:
+        if request.resident is not None:
             return True
         if not direct.is_wanted(request):
             return False

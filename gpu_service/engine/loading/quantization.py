@@ -28,7 +28,7 @@ RAISES: tuple[type[Exception], ...] = (
 def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, str]:
     """Make `loaded.base` when the base is quantized."""
     details = {"quantization": request.plan.resolved.quantization.method}
-    if request.resident_model is not None:
+    if request.has_resident:
         return details | {"resident": "true"}
     if not request.quantization.IS_QUANTIZED:
         return details

@@ -9,8 +9,10 @@ the job was pinned to.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -23,13 +25,15 @@ from safetensors import SafetensorError, safe_open
 from gpu_service.engine.lean.model import LeanCausal
 from gpu_service.engine.loading import direct
 from gpu_service.engine.loading.building import build_base
-from gpu_service.engine.loading.work import Loaded, LoadRequest, Progress
+from gpu_service.engine.loading.places import NotTensorForTensor
+from gpu_service.engine.loading.work import HeldBase, Loaded, LoadRequest, Progress
 from gpu_service.engine.reading.verification import IDENTITY, NOTHING, WHOLE, Verification
 
 # safetensors raises its own error for a file that is not whole, OSError when it cannot be read; from_pretrained raises
 # RuntimeError for tensors of other shapes than the config says, ValueError for missing ones (ours) and bad options.
 RAISES: tuple[type[Exception], ...] = (SafetensorError, OSError, RuntimeError, ValueError, KeyError)
 
+_LOG = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Name of the artifact that `full` leaves.
@@ -47,9 +51,13 @@ class TensorNotInShard(KeyError):
 
 def run(request: LoadRequest, loaded: Loaded, progress: Progress) -> dict[str, str]:
     """Make `loaded.tensors`, or `loaded.base` when the base is not quantized."""
-    if request.resident_model is not None:
-        loaded.base = _take(request, loaded, request.resident_model)
-        return {"resident": "true"}
+    if request.resident is not None:
+        _take(request, loaded, request.resident)
+        if request.has_resident:
+            loaded.base = request.resident.model
+            return {"resident": "true"}
+        # Before the files' tensors need its room.
+        gc.collect()
     starts_from_model = request.start is not None and request.start.name == MODEL_ARTIFACT
     directory = request.start.directory if request.start is not None and starts_from_model else request.model_directory
     shards = list_shards(directory, loaded)
@@ -134,14 +142,19 @@ def _check_shards(directory: Path, shards: Mapping[str, list[str]], loaded: Load
     loaded.file = ""
 
 
-def _take(request: LoadRequest, loaded: Loaded, base: Any) -> Any:
-    """The base that is on the device, as who asks can use it. Raises ValueError."""
-    if request.is_lean or not isinstance(base, LeanCausal):
-        return base
+def _take(request: LoadRequest, loaded: Loaded, held: HeldBase) -> None:
+    """Have `held` be the base as who asks can use it; None where only the files make such a one."""
+    if request.is_lean or not isinstance(held.model, LeanCausal):
+        return
     # Not imported where the fast path makes the model: it takes seconds.
     from gpu_service.engine.lean.promotion import promote
 
-    return promote(request, loaded, base)
+    try:
+        held.model = promote(request, loaded, held.model)
+    except NotTensorForTensor as error:
+        # As where the library has to load what this engine's reader cannot place.
+        _LOG.info("the base on the device is read anew: %s", error)
+        held.model = None
 
 
 def list_shards(directory: Path, loaded: Loaded | None = None) -> dict[str, list[str]]:

@@ -47,11 +47,20 @@ class BaseKey:
     device: str
 
 
+@dataclass(kw_only=True)
+class HeldBase:
+    """A base that is on the device. Nothing else refers to it while it is loaded from: whoever makes another model of
+    its tensors puts that in its place, so that a tensor which is replaced is gone, and who has no use for it None.
+    """
+
+    model: Any | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadRequest:
     """What is to be loaded, by builders that the catalog named.
 
-    `resident_model` is the base that is on the device already, or None; then nothing of it is read again.
+    `resident` is the base that is on the device already, or None; then nothing of it is read again.
     """
 
     model_directory: Path
@@ -68,7 +77,7 @@ class LoadRequest:
     cache_directory: Path | None = None
     # Who quantizes, by the plan: `own` or `bitsandbytes`; empty where nothing is quantized.
     quantizer: str = ""
-    resident_model: Any | None = None
+    resident: HeldBase | None = None
     # What an earlier job left, to begin with; None: the base as it is.
     start: StartPoint | None = None
     # Hears of work on a big file, beside the progress that is reported.
@@ -77,6 +86,11 @@ class LoadRequest:
     is_lean: bool = False
     # Has the tokenizer that was read last, and takes the one that is read.
     tokenizers: KeptTokenizers | None = None
+
+    @property
+    def has_resident(self) -> bool:
+        """Whether the base on the device serves this load, as far as is known by now."""
+        return self.resident is not None and self.resident.model is not None
 
 
 @dataclass(kw_only=True)

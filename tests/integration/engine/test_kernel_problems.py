@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from types import FunctionType, ModuleType
+from typing import Any, cast
 
 import pytest
 import torch
@@ -42,6 +42,12 @@ def _fail_with(error: Exception) -> Callable[..., Any]:
     return refuse
 
 
+def _fail_within(module: str, error: Exception) -> Callable[..., Any]:
+    """As `_fail_with`, from code of that module."""
+    refuse = cast(FunctionType, _fail_with(error))
+    return FunctionType(refuse.__code__, {"__name__": module}, closure=refuse.__closure__)
+
+
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize(
     ("error", "told"),
@@ -53,25 +59,55 @@ def _fail_with(error: Exception) -> Callable[..., Any]:
         ),
         (subprocess.CalledProcessError(1, "gcc"), "CalledProcessError: gcc ended with status 1"),
         (subprocess.TimeoutExpired("ptxas", 1), "TimeoutExpired"),
-        (RuntimeError("Failed to find C compiler"), "RuntimeError: Failed to find C compiler"),
         (ModuleNotFoundError("No module named 'triton'"), "ModuleNotFoundError"),
-        (torch.OutOfMemoryError("full"), ""),
     ],
 )
 def test_one_small_kernel_tells(error: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_problems, "operations_for", _fail_with(error))
     problem = kernel_problems.find_problem(_CUDA)
+    assert problem is not None
     assert problem.startswith(told)
-    assert bool(problem) == bool(told)
     assert kernel_problems.find_problem(torch.device("cpu")) == ""
+
+
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [
+        ("triton.runtime.build", RuntimeError("Failed to find C compiler")),
+        ("triton.runtime.build", FileNotFoundError(2, "No such file", "/opt/cc")),
+        ("triton.knobs", RuntimeError("Cannot find ptxas")),
+    ],
+)
+def test_a_missing_program_is_told(module: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_problems, "operations_for", _fail_within(module, error))
+    assert kernel_problems.find_problem(_CUDA) == kernel_problems.describe(error)
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [
+        (__name__, torch.OutOfMemoryError("full")),
+        ("triton.backends.nvidia.driver", RuntimeError("Triton Error [CUDA]: out of memory")),
+        ("triton.runtime.build", OSError(28, "No space left on device")),
+        ("triton.runtime.cache", FileNotFoundError(2, "No such file", "/cache/entry")),
+    ],
+)
+def test_what_may_pass_is_asked_again(module: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_problems, "operations_for", _fail_within(module, error))
+    shelf = BaseShelf()
+    assert shelf.find_kernel_problem(_CUDA) == ""
+    assert shelf.kernel_problem is None
+    monkeypatch.setattr(kernel_problems, "operations_for", _fail_with(ImportError("no triton")))
+    assert shelf.find_kernel_problem(_CUDA) == "ImportError: no triton"
 
 
 def test_it_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shelf = BaseShelf()
-    monkeypatch.setattr(kernel_problems, "operations_for", _fail_with(RuntimeError("no compiler")))
-    assert shelf.find_kernel_problem(_CUDA) == "RuntimeError: no compiler"
+    monkeypatch.setattr(kernel_problems, "operations_for", _fail_with(ImportError("no triton")))
+    assert shelf.find_kernel_problem(_CUDA) == "ImportError: no triton"
     monkeypatch.setattr(kernel_problems, "operations_for", _fail_with(ZeroDivisionError()))
-    assert shelf.find_kernel_problem(_CUDA) == "RuntimeError: no compiler"
+    assert shelf.find_kernel_problem(_CUDA) == "ImportError: no triton"
 
 
 @pytest.mark.usefixtures("triton")

@@ -22,6 +22,7 @@ from gpu_service.engine.lean.builders import Builders
 from gpu_service.engine.lean.config import LeanConfig, TakesTheLibrary
 from gpu_service.engine.lean.model import frequencies
 from gpu_service.engine.loading import Loaded, LoadRequest, direct, load
+from gpu_service.engine.loading.work import HeldBase
 from gpu_service.engine.stopping import StopSwitch
 from tests.fakes import tiny_models
 from tests.fakes.base_loading import same
@@ -87,7 +88,7 @@ def _request(
         compute_dtype=torch.bfloat16,
         device=torch.device("cpu"),
         quantizer="own" if quantizes else "",
-        resident_model=resident,
+        resident=None if resident is None else HeldBase(model=resident),
         **vars(made_with),
     )
 
