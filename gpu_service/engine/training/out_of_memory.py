@@ -41,7 +41,9 @@ class PassSize:
 
     @property
     def limit(self) -> MicroBatchLimit:
-        """The plan's limits, or what memory left of them."""
+        """The plan's limits, or what memory left of them: to an evaluation alone, where a step is one pass."""
+        if self.is_one_pass:
+            return self.planned
         return dataclasses.replace(self.planned, **self.progress.pass_limits)
 
     def carry_out(

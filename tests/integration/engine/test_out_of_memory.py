@@ -127,6 +127,45 @@ def test_steps_that_must_be_one_pass_are_not_divided(workspace: Workspace, run_i
     assert log.of("run_state")[-1].failure.reason == errors_pb2.ERROR_REASON_DEVICE_OUT_OF_MEMORY
 
 
+class _SmallForEvaluations(_SmallDevice):
+    """Raises at passes without gradients of more than one example; all others have room."""
+
+    def __init__(self) -> None:
+        super().__init__(fits=99)
+
+    def forward(self, model: Any, batch: MicroBatch) -> Outcome:
+        if not torch.is_grad_enabled() and len(batch.sources) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
+        return super().forward(model, batch)
+
+
+def test_smaller_evaluations_leave_steps_that_must_be_one_pass_whole(workspace: Workspace, run_in_process: Any) -> None:
+    """In the run that made them smaller, and in one that goes on from its checkpoint."""
+    options: dict[str, Any] = {
+        "training_type": "full",
+        "hyperparameters": {
+            "num_steps": 4,
+            "save_every_steps": 2,
+            "full_memory": "low",
+            "quantization": {"compute_dtype": "bfloat16"},
+        },
+    }
+    objective = _SmallForEvaluations()
+    directory = workspace.make_run("low-evaluation", **options)
+    log = run_in_process(directory, make_session=partial(Session, objective=objective))
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert [event.limit for event in log.of("micro_batch_reduced")][-1] == 1
+    assert [len(one) for one in objective.passes] == [4] * 4
+
+    checkpoint: Path = directory / "checkpoints/step-00000002"
+    resume = {"checkpoint_directory": str(checkpoint), "checkpoint": checkpoint.name, "step": 2}
+    objective = _SmallForEvaluations()
+    rest = workspace.make_run("low-evaluation-rest", resume=resume, **options)
+    log = run_in_process(rest, make_session=partial(Session, objective=objective))
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert [len(one) for one in objective.passes] == [4] * 2
+
+
 def test_what_was_asked_for_is_not_recomputed_more(workspace: Workspace, run_in_process: Any) -> None:
     options = {"hyperparameters": {**_HYPERPARAMETERS, "trainer": "fast", "gradient_checkpointing": False}}
     log = _train(workspace, run_in_process, "asked", _SmallUntilLess(1), **options)
