@@ -189,8 +189,10 @@ class Session:
 
     def _stream_weights(self) -> str:
         """All that an evaluation can do without: it keeps nothing for a backward pass."""
-        is_asked = self._request.spec.hyperparameters.base_weights == RESIDENT
-        described = "" if is_asked else self._trainer.stream_weights()
+        # Nobody asks for recordings, and no plan counts on them.
+        described = self._trainer.give_up_recordings()
+        if not described and self._request.spec.hyperparameters.base_weights != RESIDENT:
+            described = self._trainer.stream_weights()
         self._keeps_less = self._keeps_less or bool(described)
         return described
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_service.engine import devices
+from gpu_service.engine import devices, trainers
+from gpu_service.engine.fast_path.model import FastModel
 from gpu_service.engine.request import DeviceChoice
 from gpu_service.engine.session import Session
 from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit
@@ -19,6 +20,7 @@ from gpu_service.engine.training.objectives.sft import Likelihood
 from gpu_service.engine.training.out_of_memory import RECOMPUTING_MORE, PassSize
 from gpu_service.engine.training.progress import TrainingProgress
 from tests.fakes.engine_runs import RunLog, Workspace
+from tests.fakes.recorders import RunAgain
 from tunesmith.common.v1 import errors_pb2
 
 _HYPERPARAMETERS = {"num_steps": 4, "lora": {"rank": 4, "dropout": 0.0}}
@@ -231,6 +233,40 @@ def test_restored_weights_that_were_asked_for_stay(workspace: Workspace, run_in_
     log = _train(workspace, run_in_process, "resident", _SmallUntilLess(1), hyperparameters=hyperparameters)
     assert not [event for event in log.of("warning") if event.code == RECOMPUTING_MORE]
     assert [event.limit for event in log.of("micro_batch_reduced")] == [2]
+
+
+class _RunsOutOnce(Likelihood):
+    """Raises once, at a pass of several examples with gradients or without, after so many with."""
+
+    def __init__(self, *, after: int, trained: bool) -> None:
+        self._after, self._trained = after, trained
+
+    def forward(self, model: Any, batch: MicroBatch) -> Outcome:
+        if len(batch.sources) > 1 and torch.is_grad_enabled() is self._trained and self._after <= 0:
+            self._after = 1000
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
+        self._after -= torch.is_grad_enabled()
+        return super().forward(model, batch)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_recordings_go_first_whatever_was_asked_for(
+    trained: bool, workspace: Workspace, run_in_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = RunAgain()
+    monkeypatch.setattr(trainers, "FastModel", partial(FastModel, recorder=recorder))
+    hyperparameters = {
+        "num_steps": 6, "lora": {"rank": 4}, "trainer": "fast", "base_weights": "resident",
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    directory = workspace.make_run(f"recordings-{trained}", hyperparameters=hyperparameters)
+    objective = _RunsOutOnce(after=5 if trained else 6, trained=trained)
+    log = run_in_process(directory, make_session=partial(Session, objective=objective))
+    assert recorder.num_plays > 0
+    assert log.states[-1] == "SUCCEEDED"
+    warnings = [event.message for event in log.of("warning") if event.code == RECOMPUTING_MORE]
+    assert ["kernel by kernel" in message for message in warnings] == [True]
+    assert not log.of("micro_batch_reduced")
 
 
 def test_random_numbers_are_drawn_as_if_nothing_had_happened(workspace: Workspace, run_in_process: Any) -> None:
