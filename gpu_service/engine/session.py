@@ -25,7 +25,7 @@ from gpu_service.engine.training.checkpoint import Identity
 from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
 from gpu_service.engine.training.evaluation import as_history, evaluate
 from gpu_service.engine.training.generate import answer, stop_token_ids
-from gpu_service.engine.training.loop import TrainingLoop
+from gpu_service.engine.training.loop import TrainingLoop, tell_notices
 from gpu_service.engine.training.objectives import Objective, make_objective
 from gpu_service.engine.training.out_of_memory import PassSize
 from gpu_service.engine.training.progress import TrainingProgress
@@ -125,6 +125,8 @@ class Session:
         self._report_memory(is_whole=not stopped_early)
         self._switch.check()
         self._measure(event_pb2.EVALUATION_MOMENT_FINAL)
+        # No step comes after it that would.
+        tell_notices(self._model, self._reporter)
         self._answer_samples(event_pb2.EVALUATION_MOMENT_FINAL)
         self._save(stopped_early)
 

@@ -16,6 +16,7 @@ import torch
 from gpu_service import host_memory
 from gpu_service.domain.recomputation import NOTHING, Recomputation, place_bytes, step_down
 from gpu_service.engine.fast_path.attention import Attention, attention_for
+from gpu_service.engine.fast_path.attention_choice import AttentionChoice
 from gpu_service.engine.fast_path.block import BlockShape
 from gpu_service.engine.fast_path.decoder import FlatPass
 from gpu_service.engine.fast_path.flat_passes import FlatPasses
@@ -75,13 +76,14 @@ class FullModel(torch.nn.Module):
         self.matrices, self.vectors = torch.nn.Parameter(held[:boundary]), torch.nn.Parameter(held[boundary:])
         self.gradients = self._make_gradients()
         self._recomputation = settings.recomputation
+        self._attention = attention or attention_for(device, dtype)
         self._decoder = _Assembly(
             causal=causal,
             weights=self.weights,
             gradients=self.gradients,
             operations=operations or operations_for(device),
             kernels=kernels or full_operations_for(device),
-            attention=attention or attention_for(device, dtype),
+            attention=self._attention,
         ).assemble(groups, self._recomputation, device)
         self._passes = FlatPasses(causal.model.rotary_emb, device)
         # Of a pass so far.
@@ -110,6 +112,10 @@ class FullModel(torch.nn.Module):
     def carry_back(self, upstream: Upstream, flat: FlatPass, kept: KeptFullPass) -> None:
         """The backward pass; `kept` is used up."""
         self._decoder.backward(upstream, flat, kept)
+
+    def take_notices(self) -> list[str]:
+        """What changed in how passes are made since the last time, for people."""
+        return self._attention.take_notices() if isinstance(self._attention, AttentionChoice) else []
 
     def recompute_more(self) -> str:
         """Keep less of a pass from now on, with the same results: how, in words; empty where nothing more can be."""

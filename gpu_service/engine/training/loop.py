@@ -71,6 +71,13 @@ class GivesNotice(Protocol):
         ...
 
 
+def tell_notices(model: Any, reporter: Reporter) -> None:
+    """Pass on what the model decided since the last time, if it is one that decides."""
+    if isinstance(model, GivesNotice):
+        for message in model.take_notices():
+            reporter.emit(event_pb2.LogEvent(level="info", message=message))
+
+
 @dataclass(kw_only=True)
 class TrainingLoop:
     """One training from `progress` to its end. `model` and `optimizer` are accelerate's prepared ones."""
@@ -214,9 +221,7 @@ class TrainingLoop:
     def _report(self, issued: _Issued) -> None:
         numbers = issued.read()
         self._settled_any = True
-        if isinstance(self.model, GivesNotice):
-            for message in self.model.take_notices():
-                self.reporter.emit(event_pb2.LogEvent(level="info", message=message))
+        tell_notices(self.model, self.reporter)
         tally, rows = LossTally(), numbers.rows
         for batch, weight in zip(issued.batches, issued.weights, strict=True):
             tally.add(batch, weight, rows[: len(weight)], self.data.sources)
