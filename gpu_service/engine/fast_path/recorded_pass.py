@@ -84,8 +84,9 @@ class Recording:
         )
 
     def record(self, recorder: Recorder) -> None:
-        """The buffers hold a pass. What a forward pass keeps stays where the backward one was recorded to find it."""
-        self.play()
+        """The buffers hold a pass that was made. What a forward pass keeps stays where the backward one was recorded to
+        find it.
+        """
         self.play_forward = recorder.record(self._launch_forward)
         if self._kind is Kind.TRAINED:
             self.play_backward = recorder.record(self._launch_backward)

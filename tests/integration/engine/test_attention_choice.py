@@ -156,6 +156,18 @@ def test_flash_attention_4_that_fails_at_a_pass_is_given_up(monkeypatch: pytest.
     assert any("given up: AssertionError: not of this length" in notice for notice in notices)
 
 
+def test_a_pass_that_has_no_room_says_nothing_of_flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
+    monkeypatch.setattr(attention_choice, "Preparation", _Prepared(_Named("newest")))
+    choice, _ = _make({"flash": 2.0, "newest": 1.0}, torch.OutOfMemoryError)
+    query, key, *_ = _pass(5)
+    choice.prepare(query, key, waits=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        _used(choice, 300, 200)
+    choice._clock = lambda one, *_: {"flash": 2.0, "newest": 1.0}[one.name]
+    assert _used(choice, 150, 100) == "newest"
+
+
 def _library(factor: float) -> ModuleType:
     """The library's surface over torch's attention; what it gives is `factor` times too large."""
     module = ModuleType("flash_attn.cute")

@@ -12,6 +12,7 @@ import torch
 from gpu_service.domain.recomputation import Recomputation
 from gpu_service.engine import trainers
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
+from gpu_service.engine.fast_path.recorded_pass import Recording
 from gpu_service.engine.fast_path.recorder import Took
 from gpu_service.engine.resident import BaseShelf
 from gpu_service.engine.service import carry_out
@@ -207,6 +208,28 @@ def test_what_is_not_worth_it_stays_launched(case: str) -> None:
     assert recorder.num_plays == plays
     assert fast.take_notices() == []
     assert all(torch.equal(one, other) for one, other in zip(found[0], found[2 * len(_PASSES)], strict=True))
+
+
+def test_only_what_recording_raises_is_taken_for_what_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filling its buffers and playing it may have no memory; anything else there is a defect, and comes out."""
+
+    def fail(error: Exception) -> Any:
+        def put(*_: Any) -> None:
+            raise error
+
+        return put
+
+    fast = _recording(make_peft(), RunAgain())
+    monkeypatch.setattr(Recording, "put", fail(torch.OutOfMemoryError("no room")))
+    for _ in range(2):
+        nats(fast, _rows(0))
+    (notice,) = fast.take_notices()
+    assert "no memory to record them: no room" in notice
+    fast = _recording(make_peft(), RunAgain())
+    monkeypatch.setattr(Recording, "put", fail(RuntimeError("sizes do not match")))
+    nats(fast, _rows(0))
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        nats(fast, _rows(0))
 
 
 def test_recordings_are_given_up_first_where_memory_ran_out() -> None:
