@@ -134,6 +134,8 @@ class FullModel(torch.nn.Module):
         """Whether the host has memory to spare for what waits there, of the largest pass so far; a CPU's is its own."""
         row = self._decoder.embedding.shape[1] * self._settings.compute_dtype.itemsize
         needed = way.full_layers * place_bytes(self._most_tokens * row)
+        # The shelf that there is goes before the next one is filled.
+        needed -= 0 if self._decoder.shelf is None else self._decoder.shelf.held_bytes
         is_cpu = self._settings.device.type == "cpu"
         return is_cpu or needed + HOST_SPARE_BYTES <= host_memory.available_bytes()
 

@@ -194,11 +194,11 @@ class TrainingLoop:
             gradient = self.pass_size.carry_out(
                 lambda limit: self._accumulate(references, limit), references, step=step + 1, undo=self._undo
             )
+            self._in_hand.append(self._finish(step, learning_rate, gradient))
         except torch.OutOfMemoryError:
             # The steps before it are over all the same; one that was not finite is what the run fails of.
             self._settle()
             raise
-        self._in_hand.append(self._finish(step, learning_rate, gradient))
         # The first step's numbers are waited for: people wait for them, and kernels are compiled in it.
         self._settle(leaving=self._updates.steps_ahead if self._settled_any else 0)
 
