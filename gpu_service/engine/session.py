@@ -6,6 +6,7 @@ The model, the optimizer and accelerate live here and nowhere else, so that they
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gpu_service.domain.defaults import RESIDENT
@@ -157,7 +158,10 @@ class Session:
             data=self._data,
             settings=self._plan.resolved,
             objective=self._objective,
-            pass_size=self._pass_size(self._keep_less, is_one_pass=self._trainer.is_one_pass),
+            pass_size=replace(
+                self._pass_size(self._keep_less, is_one_pass=self._trainer.is_one_pass),
+                last_resort=self._trainer.narrow_gradients,
+            ),
             examples_per_epoch=self._plan.examples_per_epoch,
             checkpoints=self._checkpoints,
             progress=self._progress,

@@ -86,6 +86,8 @@ class FullModel(torch.nn.Module):
             attention=self._attention,
         ).assemble(groups, self._recomputation, device)
         self._passes = FlatPasses(causal.model.rotary_emb, device)
+        # Whether gradients of several passes were provided for.
+        self._adds_up = settings.accumulates
         # Of a pass so far.
         self._most_tokens = 0
 
@@ -116,6 +118,28 @@ class FullModel(torch.nn.Module):
     def take_notices(self) -> list[str]:
         """What changed in how passes are made since the last time, for people."""
         return self._attention.take_notices() if isinstance(self._attention, AttentionChoice) else []
+
+    def prepare_adding_up(self) -> str:
+        """Have gradients of a step's passes add up in float32, between steps: a warning where that has no room."""
+        if self._adds_up:
+            return ""
+        self._adds_up = True
+        try:
+            self.gradients.hold_in(torch.float32)
+        except torch.OutOfMemoryError:
+            return f"there is no memory for gradients in float32: {self._add_up_roughly()}"
+        return ""
+
+    def narrow_gradients(self) -> str:
+        """Take the room of float32 gradients that no plan knew of back: how, in words; empty where there are none."""
+        planned = torch.float32 if self._settings.accumulates else self._settings.compute_dtype
+        if not self._adds_up or self.gradients.flat.dtype is planned:
+            return ""
+        self.gradients.hold_in(planned)
+        return self._add_up_roughly()
+
+    def _add_up_roughly(self) -> str:
+        return f"gradients of a step's passes are rounded to {self._settings.compute_dtype} as they add up"
 
     def recompute_more(self) -> str:
         """Keep less of a pass from now on, with the same results: how, in words; empty where nothing more can be."""

@@ -26,7 +26,7 @@ from gpu_service.engine.training.clipping import clip_gradient
 from gpu_service.engine.training.flat_attention import attending_within_sequences
 from gpu_service.engine.training.losses import LossTally
 from gpu_service.engine.training.objectives import Objective
-from gpu_service.engine.training.out_of_memory import PassSize
+from gpu_service.engine.training.out_of_memory import ADDS_UP_ROUGHLY, PassSize
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.schedule import Schedule
 from gpu_service.engine.training.step_report import StepFacts, StepReport, as_history
@@ -68,6 +68,15 @@ class GivesNotice(Protocol):
 
     def take_notices(self) -> list[str]:
         """What it decided since the last time, for people."""
+        ...
+
+
+@runtime_checkable
+class PreparesAddingUp(Protocol):
+    """A model that has to be told, between steps, that a step has several passes."""
+
+    def prepare_adding_up(self) -> str:
+        """A warning for people; empty for none, and when it was told before."""
         ...
 
 
@@ -258,6 +267,9 @@ class TrainingLoop:
         """The gradient of a step, clipped, and its losses. May be begun again until the update is made."""
         self.optimizer.zero_grad(set_to_none=True)
         batches = [collate(self.data, part) for part in split(self.data, references, limit)]
+        is_told = len(batches) > 1 and isinstance(self.model, PreparesAddingUp)
+        if is_told and (problem := self.model.prepare_adding_up()):
+            self.reporter.warn(ADDS_UP_ROUGHLY, problem)
         weights = [self.objective.weights(batch) for batch in batches]
         whole = sum(map(sum, weights))
         values = []

@@ -17,7 +17,7 @@ from gpu_service.engine.session import Session
 from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit
 from gpu_service.engine.training.objectives import Outcome
 from gpu_service.engine.training.objectives.sft import Likelihood
-from gpu_service.engine.training.out_of_memory import RECOMPUTING_MORE, PassSize
+from gpu_service.engine.training.out_of_memory import ADDS_UP_ROUGHLY, RECOMPUTING_MORE, PassSize
 from gpu_service.engine.training.progress import TrainingProgress
 from tests.fakes.engine_runs import RunLog, Workspace
 from tests.fakes.recorders import RunAgain
@@ -127,6 +127,61 @@ def test_steps_that_must_be_one_pass_are_not_divided(workspace: Workspace, run_i
     assert not log.of("micro_batch_reduced")
     assert sorted(log.losses) == [1, 2]
     assert log.of("run_state")[-1].failure.reason == errors_pb2.ERROR_REASON_DEVICE_OUT_OF_MEMORY
+
+
+class _LooksAtGradients(_SmallDevice):
+    """Notes the type of the gradients at every pass that is made."""
+
+    def __init__(self, *, fits: int, after: int = 0, last: int = 0) -> None:
+        super().__init__(fits=fits, after=after)
+        self.dtypes: list[torch.dtype] = []
+        # In float32 there is no room for passes at all.
+        self.is_tight = bool(last)
+
+    def forward(self, model: Any, batch: MicroBatch) -> Outcome:
+        if torch.is_grad_enabled() and self.is_tight and model.gradients.flat.dtype is torch.float32:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
+        outcome = super().forward(model, batch)
+        if torch.is_grad_enabled():
+            self.dtypes.append(model.gradients.flat.dtype)
+        return outcome
+
+
+_WHOLE: dict[str, Any] = {
+    "training_type": "full",
+    "hyperparameters": {
+        "num_steps": 4,
+        "trainer": "fast",
+        "save_every_steps": 3,
+        "gradient_checkpointing": False,
+        "quantization": {"compute_dtype": "bfloat16"},
+    },
+}
+
+
+def test_gradients_of_passes_that_were_made_smaller_add_up_in_float32(
+    workspace: Workspace, run_in_process: Any
+) -> None:
+    """Planned as one pass they are in the compute type; in a run that goes on they are float32 from its start."""
+    objective = _LooksAtGradients(fits=2, after=2)
+    log = _train(workspace, run_in_process, "adds-up", objective, **_WHOLE)
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert objective.dtypes == [torch.bfloat16] * 2 + [torch.float32] * 4
+    checkpoint: Path = workspace.root / "runs/adds-up/1/checkpoints/step-00000003"
+    resume = {"checkpoint_directory": str(checkpoint), "checkpoint": checkpoint.name, "step": 3}
+    objective = _LooksAtGradients(fits=2)
+    log = _train(workspace, run_in_process, "adds-up-rest", objective, resume=resume, **_WHOLE)
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert objective.dtypes == [torch.float32] * 2
+
+
+def test_gradients_without_room_for_float32_add_up_with_a_warning(workspace: Workspace, run_in_process: Any) -> None:
+    objective = _LooksAtGradients(fits=2, after=2, last=1)
+    log = _train(workspace, run_in_process, "roughly", objective, **_WHOLE)
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert set(objective.dtypes) == {torch.bfloat16}
+    said = [event.message for event in log.of("warning") if event.code == ADDS_UP_ROUGHLY]
+    assert ["rounded to torch.bfloat16 as they add up" in message for message in said] == [True]
 
 
 class _SmallForEvaluations(_SmallDevice):
