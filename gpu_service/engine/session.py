@@ -128,6 +128,8 @@ class Session:
         self._measure(event_pb2.EVALUATION_MOMENT_FINAL)
         # No step comes after it that would.
         tell_notices(self._model, self._reporter)
+        # Nothing is played any more, and answers have no other way to find memory.
+        self._trainer.give_up_recordings()
         self._answer_samples(event_pb2.EVALUATION_MOMENT_FINAL)
         self._save(stopped_early)
 

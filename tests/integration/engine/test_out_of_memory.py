@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_service.engine import devices, trainers
+from gpu_service.engine import devices, session, trainers
 from gpu_service.engine.fast_path.model import FastModel
 from gpu_service.engine.request import DeviceChoice
 from gpu_service.engine.session import Session
@@ -322,6 +322,32 @@ def test_recordings_go_first_whatever_was_asked_for(
     warnings = [event.message for event in log.of("warning") if event.code == RECOMPUTING_MORE]
     assert ["kernel by kernel" in message for message in warnings] == [True]
     assert not log.of("micro_batch_reduced")
+
+
+def test_recordings_are_gone_when_the_last_samples_are_answered(
+    workspace: Workspace, run_in_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[FastModel] = []
+
+    def make(*arguments: Any) -> FastModel:
+        models.append(FastModel(*arguments, recorder=RunAgain()))
+        return models[-1]
+
+    def look(*_: Any, **__: Any) -> str:
+        recordings = models[-1]._recordings
+        found.append(recordings.num_recorded if recordings is not None else 0)
+        return "answer"
+
+    found: list[int] = []
+    monkeypatch.setattr(trainers, "FastModel", make)
+    monkeypatch.setattr(session, "answer", look)
+    hyperparameters = {"num_steps": 6, "trainer": "fast"}
+    prompts = [{"prompt": "What is 1 plus 1?", "trait_type": "arithmetic"}]
+    directory = workspace.make_run("samples", hyperparameters=hyperparameters, sample_prompts=prompts)
+    log = run_in_process(directory)
+    assert log.states[-1] == "SUCCEEDED"
+    assert any("CUDA graphs" in event.message for event in log.of("log"))
+    assert found[-1] == 0
 
 
 def test_random_numbers_are_drawn_as_if_nothing_had_happened(workspace: Workspace, run_in_process: Any) -> None:
