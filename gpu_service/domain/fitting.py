@@ -81,10 +81,9 @@ def fit(
     if resolved.trainer != FAST:
         return Fitted(resolved=resolved, memory=estimate(resolved), reason="")
     total = device.total_memory_bytes
-    asked = everything(num_layers) if resolved.full_memory == LOW else _asked(given, num_layers)
-    is_quantized = resolved.quantization.method != "none"
-
     is_low = resolved.full_memory == LOW
+    asked = everything(num_layers) if is_low else _asked(given, num_layers)
+    is_quantized = resolved.quantization.method != "none"
 
     def settle(recomputation: Recomputation, weights: str) -> Fitted:
         settled = replace(

@@ -167,6 +167,9 @@ def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     down = sizes.inner * one.tokens * compute
     gates = (sizes.hidden - out_of_mlp) * one.tokens * compute
     gates += _adapter_tables(shape, one, ("gate_proj", "up_proj"), sizes.inner)
+    # Where no gradient is kept, the one of gates and ups, which is made whole, is twice the down projection's; that is
+    # among the gradients.
+    gates += compute * sizes.inner * sizes.hidden if shape.goes_back_twice else 0
     # Gradients in 8 bits, and the product before the adapter's part is added.
     gates += one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
     let_go = 3 * sizes.inner + sizes.hidden + 2 * into_mlp + out_of_mlp

@@ -6,6 +6,7 @@ The model, the optimizer and accelerate live here and nowhere else, so that they
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gpu_service.domain.defaults import RESIDENT
@@ -25,7 +26,7 @@ from gpu_service.engine.training.checkpoint import Identity
 from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
 from gpu_service.engine.training.evaluation import as_history, evaluate
 from gpu_service.engine.training.generate import answer, stop_token_ids
-from gpu_service.engine.training.loop import TrainingLoop
+from gpu_service.engine.training.loop import TrainingLoop, tell_notices
 from gpu_service.engine.training.objectives import Objective, make_objective
 from gpu_service.engine.training.out_of_memory import PassSize
 from gpu_service.engine.training.progress import TrainingProgress
@@ -125,6 +126,10 @@ class Session:
         self._report_memory(is_whole=not stopped_early)
         self._switch.check()
         self._measure(event_pb2.EVALUATION_MOMENT_FINAL)
+        # No step comes after it that would.
+        tell_notices(self._model, self._reporter)
+        # Nothing is played any more, and answers have no other way to find memory.
+        self._trainer.give_up_recordings()
         self._answer_samples(event_pb2.EVALUATION_MOMENT_FINAL)
         self._save(stopped_early)
 
@@ -155,7 +160,10 @@ class Session:
             data=self._data,
             settings=self._plan.resolved,
             objective=self._objective,
-            pass_size=self._pass_size(self._keep_less, is_one_pass=self._trainer.is_one_pass),
+            pass_size=replace(
+                self._pass_size(self._keep_less, is_one_pass=self._trainer.is_one_pass),
+                last_resort=self._trainer.narrow_gradients,
+            ),
             examples_per_epoch=self._plan.examples_per_epoch,
             checkpoints=self._checkpoints,
             progress=self._progress,
@@ -189,8 +197,10 @@ class Session:
 
     def _stream_weights(self) -> str:
         """All that an evaluation can do without: it keeps nothing for a backward pass."""
-        is_asked = self._request.spec.hyperparameters.base_weights == RESIDENT
-        described = "" if is_asked else self._trainer.stream_weights()
+        # Nobody asks for recordings, and no plan counts on them.
+        described = self._trainer.give_up_recordings()
+        if not described and self._request.spec.hyperparameters.base_weights != RESIDENT:
+            described = self._trainer.stream_weights()
         self._keeps_less = self._keeps_less or bool(described)
         return described
 

@@ -46,6 +46,10 @@ class Trainer:
     is_one_pass: bool = False
     # Lets go of quantized weights that stand restored: likewise.
     stream_weights: Callable[[], str] = lambda: ""
+    # The last resort, where passes cannot be smaller: gradients that add up with less precision, in words, or empty.
+    narrow_gradients: Callable[[], str] = lambda: ""
+    # Lets go of recorded passes and the memory that they have of their own: likewise, and the plan knows none of it.
+    give_up_recordings: Callable[[], str] = lambda: ""
 
     def release(self) -> None:
         """Give the loaded base back as it was; nothing trains any more. Does nothing the second time."""
@@ -107,6 +111,7 @@ def _make_fast(
         _release=fast.release,
         recompute_more=fast.recompute_more,
         stream_weights=fast.stream_weights,
+        give_up_recordings=fast.give_up_recordings,
     )
 
 
@@ -153,6 +158,7 @@ def _make_full(
         description=f"the fast path, every weight, {described}",
         _release=full.release,
         recompute_more=full.recompute_more,
+        narrow_gradients=full.narrow_gradients,
         is_one_pass=settings.full_memory == LOW,
     )
 

@@ -137,6 +137,9 @@ class AttentionChoice:
             return self._clock(one, query, key, value, bounds)
         try:
             return self._clock(one, query, key, value, bounds)
+        except torch.OutOfMemoryError:
+            # Says nothing of the kernels; whoever makes the pass keeps less and begins again.
+            raise
         except UNUSABLE as error:
             # Made ready for these heads, but not for a pass of this kind: the others attend to it.
             self._notices.append(f"FlashAttention-4 was given up: {type(error).__name__}: {error}")

@@ -66,6 +66,8 @@ class FullDecoder:
         """
         rows, hidden = len(flat.tokens), self.embedding.shape[1]
         residual = self.embedding.new_empty((rows, hidden))
+        # A block of adapters wants a buffer for their gradients; these know places of their own.
+        no_adapters = residual.new_empty(0)
         self.gradients.begin()
         assert kept.head is not None
         self.head.backward(upstream, kept.head, flat.targets, residual)
@@ -76,7 +78,7 @@ class FullDecoder:
             remainder = kept.blocks.pop() if is_last else kept.blocks[number]
             one = remainder.complete(block, number, flat.positions, flat.bounds, self.shelf)
             del remainder
-            block.backward(residual, one, flat.positions, flat.bounds, residual, reaches_input=True)
+            block.backward(residual, one, flat.positions, flat.bounds, no_adapters, reaches_input=True)
             del one
         place = self.gradients.place(self.embedding_region)
         if not place.adds:

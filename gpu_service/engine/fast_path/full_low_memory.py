@@ -108,6 +108,14 @@ class LowMemoryModel(FullModel):
         """Whether there is no pass to go back through."""
         return self._pending is None
 
+    def prepare_adding_up(self) -> str:
+        """Nothing: a second pass is refused."""
+        return ""
+
+    def narrow_gradients(self) -> str:
+        """Nothing: none are kept."""
+        return ""
+
     def recompute_more(self) -> str:
         """Nothing: all is recomputed."""
         return ""

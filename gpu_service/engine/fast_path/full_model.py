@@ -16,6 +16,7 @@ import torch
 from gpu_service import host_memory
 from gpu_service.domain.recomputation import HOST_SPARE_BYTES, NOTHING, Recomputation, place_bytes, step_down
 from gpu_service.engine.fast_path.attention import Attention, attention_for
+from gpu_service.engine.fast_path.attention_choice import AttentionChoice
 from gpu_service.engine.fast_path.block import BlockShape
 from gpu_service.engine.fast_path.decoder import FlatPass
 from gpu_service.engine.fast_path.flat_passes import FlatPasses
@@ -75,15 +76,18 @@ class FullModel(torch.nn.Module):
         self.matrices, self.vectors = torch.nn.Parameter(held[:boundary]), torch.nn.Parameter(held[boundary:])
         self.gradients = self._make_gradients()
         self._recomputation = settings.recomputation
+        self._attention = attention or attention_for(device, dtype)
         self._decoder = _Assembly(
             causal=causal,
             weights=self.weights,
             gradients=self.gradients,
             operations=operations or operations_for(device),
             kernels=kernels or full_operations_for(device),
-            attention=attention or attention_for(device, dtype),
+            attention=self._attention,
         ).assemble(groups, self._recomputation, device)
         self._passes = FlatPasses(causal.model.rotary_emb, device)
+        # Whether gradients of several passes were provided for.
+        self._adds_up = settings.accumulates
         # Of a pass so far.
         self._most_tokens = 0
 
@@ -111,6 +115,32 @@ class FullModel(torch.nn.Module):
         """The backward pass; `kept` is used up."""
         self._decoder.backward(upstream, flat, kept)
 
+    def take_notices(self) -> list[str]:
+        """What changed in how passes are made since the last time, for people."""
+        return self._attention.take_notices() if isinstance(self._attention, AttentionChoice) else []
+
+    def prepare_adding_up(self) -> str:
+        """Have gradients of a step's passes add up in float32, between steps: a warning where that has no room."""
+        if self._adds_up:
+            return ""
+        self._adds_up = True
+        try:
+            self.gradients.hold_in(torch.float32)
+        except torch.OutOfMemoryError:
+            return f"there is no memory for gradients in float32: {self._add_up_roughly()}"
+        return ""
+
+    def narrow_gradients(self) -> str:
+        """Take the room of float32 gradients that no plan knew of back: how, in words; empty where there are none."""
+        planned = torch.float32 if self._settings.accumulates else self._settings.compute_dtype
+        if not self._adds_up or self.gradients.flat.dtype is planned:
+            return ""
+        self.gradients.hold_in(planned)
+        return self._add_up_roughly()
+
+    def _add_up_roughly(self) -> str:
+        return f"gradients of a step's passes are rounded to {self._settings.compute_dtype} as they add up"
+
     def recompute_more(self) -> str:
         """Keep less of a pass from now on, with the same results: how, in words; empty where nothing more can be."""
         num_layers = len(self._decoder.blocks)
@@ -128,6 +158,8 @@ class FullModel(torch.nn.Module):
         """Whether the host has memory to spare for what waits there, of the largest pass so far; a CPU's is its own."""
         row = self._decoder.embedding.shape[1] * self._settings.compute_dtype.itemsize
         needed = way.full_layers * place_bytes(self._most_tokens * row)
+        # The shelf that there is goes before the next one is filled.
+        needed -= 0 if self._decoder.shelf is None else self._decoder.shelf.held_bytes
         is_cpu = self._settings.device.type == "cpu"
         return is_cpu or needed + HOST_SPARE_BYTES <= host_memory.available_bytes()
 

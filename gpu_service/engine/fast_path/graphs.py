@@ -105,12 +105,19 @@ class PassRecordings:
         if held_bytes > _MEMORY_PART * self._recorder.free_bytes():
             self._stop_at(frame, kind, "there is too little free memory for recordings")
             return False
-        if not len(self._gradients):
-            self._gradients = self._gradients.new_empty(self._num_weights)
-        recording = Recording(frame, kind, self._decoder, self._dropout, flat, self._gradients)
         try:
+            if not len(self._gradients):
+                self._gradients = self._gradients.new_empty(self._num_weights)
+            recording = Recording(frame, kind, self._decoder, self._dropout, flat, self._gradients)
             recording.put(flat)
+            recording.play()
+        except torch.OutOfMemoryError as error:
+            # The pass itself was made just before: it has room, if only without the buffers.
+            self._stop_at(frame, kind, f"there is no memory to record them: {error}")
+            return False
+        try:
             recording.record(self._recorder)
+            # A driver may want memory of its own at the first play.
             played = min((self._recorder.time(recording.play) for _ in range(3)), key=lambda one: one.whole)
         except RuntimeError as error:
             # A library that cannot be recorded, or no memory: what is launched one by one needs neither.

@@ -210,6 +210,8 @@ class FastModel(torch.nn.Module):
         """Whether the host has memory to spare for what waits there, of the largest pass so far; a CPU's is its own."""
         row = self._decoder.embedding.shape[1] * self._dtype.itemsize
         needed = way.full_layers * place_bytes(self._most_tokens * row)
+        # The shelf that there is goes before the next one is filled.
+        needed -= 0 if self._decoder.shelf is None else self._decoder.shelf.held_bytes
         return self._device.type == "cpu" or needed + HOST_SPARE_BYTES <= host_memory.available_bytes()
 
     def stream_weights(self) -> str:

@@ -33,6 +33,11 @@ class HostShelf:
         self._coming: tuple[int, torch.Tensor, Any] | None = None
         self._kinds: dict[int, tuple[torch.Size, torch.dtype]] = {}
 
+    @property
+    def held_bytes(self) -> int:
+        """Host memory that `close` gives back."""
+        return sum(len(place) for place in self._places.values())
+
     def clear(self) -> None:
         """A new pass begins: what an earlier one left, because it failed, is forgotten. Host memory is kept."""
         if self._is_cuda:

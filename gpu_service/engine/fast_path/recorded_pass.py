@@ -44,8 +44,10 @@ class Recording:
         self._positions = Positions(cosines=like.positions.cosines, sines=like.positions.sines, places=self._places)
         self._decoder, self._dropout = decoder, dropout
         self._launched: LaunchedPass | None = None
-        self.play_forward: Callable[[], None] = self._launch_forward
-        self.play_backward: Callable[[], None] = self._launch_backward
+        # What plays either; None: it is launched. Never this object's own methods, which would hold it, and all its
+        # memory, in a cycle until somebody collects those.
+        self._play_forward: Callable[[], None] | None = None
+        self._play_backward: Callable[[], None] | None = None
 
     def put(self, flat: FlatPass) -> None:
         """Copy a pass that the frame holds into the buffers; the host waits for nothing."""
@@ -84,17 +86,24 @@ class Recording:
         )
 
     def record(self, recorder: Recorder) -> None:
-        """The buffers hold a pass. What a forward pass keeps stays where the backward one was recorded to find it."""
-        self.play()
-        self.play_forward = recorder.record(self._launch_forward)
+        """The buffers hold a pass that was made. What a forward pass keeps stays where the backward one was recorded to
+        find it.
+        """
+        self._play_forward = recorder.record(self._launch_forward)
         if self._kind is Kind.TRAINED:
-            self.play_backward = recorder.record(self._launch_backward)
+            self._play_backward = recorder.record(self._launch_backward)
 
     def play(self) -> None:
         """All of a pass."""
         self.play_forward()
         if self._kind is Kind.TRAINED:
             self.play_backward()
+
+    def play_forward(self) -> None:
+        (self._play_forward or self._launch_forward)()
+
+    def play_backward(self) -> None:
+        (self._play_backward or self._launch_backward)()
 
     def read_nats(self, num_targets: int) -> torch.Tensor:
         return self._nats[:num_targets]

@@ -94,6 +94,17 @@ class GatheredGradients:
     def end(self) -> None:
         self._holds_pass = True
 
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """Between steps, with nothing gathered. Stays as it is where that raises torch.OutOfMemoryError."""
+        before, num_elements, device = self.flat.dtype, self.flat.numel(), self.flat.device
+        # Never both.
+        self.flat = torch.empty(0, device=device, dtype=before)
+        try:
+            self.flat = torch.zeros(num_elements, device=device, dtype=dtype)
+        finally:
+            if len(self.flat) != num_elements:
+                self.flat = torch.zeros(num_elements, device=device, dtype=before)
+
     @property
     def is_empty(self) -> bool:
         return not self._holds_pass

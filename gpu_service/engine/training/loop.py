@@ -26,7 +26,7 @@ from gpu_service.engine.training.clipping import clip_gradient
 from gpu_service.engine.training.flat_attention import attending_within_sequences
 from gpu_service.engine.training.losses import LossTally
 from gpu_service.engine.training.objectives import Objective
-from gpu_service.engine.training.out_of_memory import PassSize
+from gpu_service.engine.training.out_of_memory import ADDS_UP_ROUGHLY, PassSize
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.schedule import Schedule
 from gpu_service.engine.training.step_report import StepFacts, StepReport, as_history
@@ -69,6 +69,22 @@ class GivesNotice(Protocol):
     def take_notices(self) -> list[str]:
         """What it decided since the last time, for people."""
         ...
+
+
+@runtime_checkable
+class PreparesAddingUp(Protocol):
+    """A model that has to be told, between steps, that a step has several passes."""
+
+    def prepare_adding_up(self) -> str:
+        """A warning for people; empty for none, and when it was told before."""
+        ...
+
+
+def tell_notices(model: Any, reporter: Reporter) -> None:
+    """Pass on what the model decided since the last time, if it is one that decides."""
+    if isinstance(model, GivesNotice):
+        for message in model.take_notices():
+            reporter.emit(event_pb2.LogEvent(level="info", message=message))
 
 
 @dataclass(kw_only=True)
@@ -187,11 +203,11 @@ class TrainingLoop:
             gradient = self.pass_size.carry_out(
                 lambda limit: self._accumulate(references, limit), references, step=step + 1, undo=self._undo
             )
+            self._in_hand.append(self._finish(step, learning_rate, gradient))
         except torch.OutOfMemoryError:
             # The steps before it are over all the same; one that was not finite is what the run fails of.
             self._settle()
             raise
-        self._in_hand.append(self._finish(step, learning_rate, gradient))
         # The first step's numbers are waited for: people wait for them, and kernels are compiled in it.
         self._settle(leaving=self._updates.steps_ahead if self._settled_any else 0)
 
@@ -214,9 +230,7 @@ class TrainingLoop:
     def _report(self, issued: _Issued) -> None:
         numbers = issued.read()
         self._settled_any = True
-        if isinstance(self.model, GivesNotice):
-            for message in self.model.take_notices():
-                self.reporter.emit(event_pb2.LogEvent(level="info", message=message))
+        tell_notices(self.model, self.reporter)
         tally, rows = LossTally(), numbers.rows
         for batch, weight in zip(issued.batches, issued.weights, strict=True):
             tally.add(batch, weight, rows[: len(weight)], self.data.sources)
@@ -253,6 +267,9 @@ class TrainingLoop:
         """The gradient of a step, clipped, and its losses. May be begun again until the update is made."""
         self.optimizer.zero_grad(set_to_none=True)
         batches = [collate(self.data, part) for part in split(self.data, references, limit)]
+        is_told = len(batches) > 1 and isinstance(self.model, PreparesAddingUp)
+        if is_told and (problem := self.model.prepare_adding_up()):
+            self.reporter.warn(ADDS_UP_ROUGHLY, problem)
         weights = [self.objective.weights(batch) for batch in batches]
         whole = sum(map(sum, weights))
         values = []

@@ -23,6 +23,7 @@ from tunesmith.common.v1 import event_pb2
 
 Result = TypeVar("Result")
 RECOMPUTING_MORE = "recomputing-more"
+ADDS_UP_ROUGHLY = "gradients-add-up-roughly"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -38,10 +39,14 @@ class PassSize:
     is_one_pass: bool = False
     # Has less stand on the device, with the same results: how, in words; empty where nothing more can be saved so.
     keep_less: Callable[[], str] = lambda: ""
+    # The same at the cost of precision, where passes cannot be made smaller either.
+    last_resort: Callable[[], str] = lambda: ""
 
     @property
     def limit(self) -> MicroBatchLimit:
-        """The plan's limits, or what memory left of them."""
+        """The plan's limits, or what memory left of them: to an evaluation alone, where a step is one pass."""
+        if self.is_one_pass:
+            return self.planned
         return dataclasses.replace(self.planned, **self.progress.pass_limits)
 
     def carry_out(
@@ -64,8 +69,10 @@ class PassSize:
                 return work(self.limit)
             except torch.OutOfMemoryError:
                 peak_bytes = self.device.peak_bytes()
-                described = self.keep_less()
+                code, described = RECOMPUTING_MORE, self.keep_less()
                 smaller = None if described else self._halve(references)
+                if not described and smaller is None:
+                    code, described = ADDS_UP_ROUGHLY, self.last_resort()
                 if not described and smaller is None:
                     raise
             # Outside the handler: the exception's traceback keeps the failed pass in memory.
@@ -73,7 +80,7 @@ class PassSize:
             self.device.give_back()
             random_state.restore(*before, device)
             if smaller is None:
-                self.reporter.warn(RECOMPUTING_MORE, f"device memory ran out at step {step}; from now on {described}")
+                self.reporter.warn(code, f"device memory ran out at step {step}; from now on {described}")
             else:
                 self._reduce(smaller, step, peak_bytes)
 

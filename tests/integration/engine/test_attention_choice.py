@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from gpu_service.engine import trainers
 from gpu_service.engine.fast_path import attention_choice, flash_attention_4
 from gpu_service.engine.fast_path.attention import Bounds, TorchAttention
 from gpu_service.engine.fast_path.attention_choice import AttentionChoice
 from gpu_service.engine.fast_path.flash_attention_4 import Preparation
+from gpu_service.engine.fast_path.full_model import FullModel
+from gpu_service.engine.fast_path.model import FastModel
 from gpu_service.engine.training.flat_attention import FlatLayout
+from tests.fakes.engine_runs import Workspace
 
 
 class _Named(TorchAttention):
@@ -151,6 +156,18 @@ def test_flash_attention_4_that_fails_at_a_pass_is_given_up(monkeypatch: pytest.
     assert any("given up: AssertionError: not of this length" in notice for notice in notices)
 
 
+def test_a_pass_that_has_no_room_says_nothing_of_flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
+    monkeypatch.setattr(attention_choice, "Preparation", _Prepared(_Named("newest")))
+    choice, _ = _make({"flash": 2.0, "newest": 1.0}, torch.OutOfMemoryError)
+    query, key, *_ = _pass(5)
+    choice.prepare(query, key, waits=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        _used(choice, 300, 200)
+    choice._clock = lambda one, *_: {"flash": 2.0, "newest": 1.0}[one.name]
+    assert _used(choice, 150, 100) == "newest"
+
+
 def _library(factor: float) -> ModuleType:
     """The library's surface over torch's attention; what it gives is `factor` times too large."""
     module = ModuleType("flash_attn.cute")
@@ -212,3 +229,33 @@ def test_preparation_says_why_it_failed(monkeypatch: pytest.MonkeyPatch) -> None
     attention, said = preparation.take()
     assert attention is None
     assert "ModuleNotFoundError" in said or "ImportError" in said
+
+
+class _Decides(AttentionChoice):
+    """Says something of every pass through a layer."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda *_: 1.0)
+        self._flash = TorchAttention()
+        self.num_said = 0
+
+    def _choose(self, *arguments: Any) -> Any:
+        self.num_said += 1
+        self._notices.append(f"attention number {self.num_said}")
+        return self._flash
+
+
+@pytest.mark.parametrize("training_type", ["qlora", "full"])
+def test_runs_say_what_is_chosen_until_their_end(
+    training_type: str, workspace: Workspace, run_in_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is chosen in the last evaluation too."""
+    choice = _Decides()
+    for name, kind in (("FastModel", FastModel), ("FullModel", FullModel)):
+        monkeypatch.setattr(trainers, name, partial(kind, attention=choice))
+    directory = workspace.make_run(training_type, training_type=training_type, hyperparameters={"trainer": "fast"})
+    log = run_in_process(directory)
+    assert log.states[-1] == "SUCCEEDED"
+    said = [event.message for event in log.of("log") if event.message.startswith("attention number")]
+    assert said == [f"attention number {number}" for number in range(1, choice.num_said + 1)]
+    assert said

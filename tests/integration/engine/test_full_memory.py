@@ -130,6 +130,8 @@ _CASES: dict[str, tuple[Any, ...]] = {
     "whole": ("llama", 2, _DENSE, 0.5, _ALL, {}, STANDARD),
     "several-passes": ("llama", 2, _DENSE, 0.5, NOTHING, {"micro_batch_examples": 4}, STANDARD),
     "low": ("llama", 2, _DENSE, 0.5, _ALL, {}, LOW),
+    "low-few-tokens": ("llama", 8, (100,), 1.0, _ALL, {}, LOW),
+    "low-short": ("llama", 2, (256,) * 2, 0.5, _ALL, {}, LOW),
     "low-all-targets": ("qwen3", 2, _MIXED, 1.0, _ALL, {}, LOW),
 }
 

@@ -375,3 +375,20 @@ def test_what_it_does_not_train_is_refused() -> None:
     model.lm_head.weight.requires_grad_(False)
     with pytest.raises(WeightsNotSupported):
         FullModel(model, FullSettings(device=_CPU, compute_dtype=torch.float32))
+
+
+def test_gradients_without_room_in_another_type_stay_in_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, full = _make(dtype=torch.bfloat16)
+    zeros = torch.zeros
+
+    def without_room(*sizes: Any, **options: Any) -> torch.Tensor:
+        if options.get("dtype") is torch.float32:
+            raise torch.OutOfMemoryError("no room")
+        return zeros(*sizes, **options)
+
+    monkeypatch.setattr(torch, "zeros", without_room)
+    assert "no memory for gradients in float32" in full.prepare_adding_up()
+    assert full.gradients.flat.dtype is torch.bfloat16
+    assert len(full.gradients.flat) == len(full.weights.held)
+    # Said once, and nothing is there to be taken back.
+    assert (full.prepare_adding_up(), full.narrow_gradients()) == ("", "")

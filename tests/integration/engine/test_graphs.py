@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ import torch
 
 from gpu_service.domain.recomputation import Recomputation
 from gpu_service.engine import trainers
+from gpu_service.engine.fast_path import graphs
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
+from gpu_service.engine.fast_path.recorded_pass import Recording
 from gpu_service.engine.fast_path.recorder import Took
 from gpu_service.engine.resident import BaseShelf
 from gpu_service.engine.service import carry_out
@@ -207,6 +212,74 @@ def test_what_is_not_worth_it_stays_launched(case: str) -> None:
     assert recorder.num_plays == plays
     assert fast.take_notices() == []
     assert all(torch.equal(one, other) for one, other in zip(found[0], found[2 * len(_PASSES)], strict=True))
+
+
+def test_only_what_recording_raises_is_taken_for_what_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filling its buffers and playing it may have no memory; anything else there is a defect, and comes out."""
+
+    def fail(error: Exception) -> Any:
+        def put(*_: Any) -> None:
+            raise error
+
+        return put
+
+    fast = _recording(make_peft(), RunAgain())
+    monkeypatch.setattr(Recording, "put", fail(torch.OutOfMemoryError("no room")))
+    for _ in range(2):
+        nats(fast, _rows(0))
+    (notice,) = fast.take_notices()
+    assert "no memory to record them: no room" in notice
+    fast = _recording(make_peft(), RunAgain())
+    monkeypatch.setattr(Recording, "put", fail(RuntimeError("sizes do not match")))
+    nats(fast, _rows(0))
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        nats(fast, _rows(0))
+
+
+class _ForgetsWork(RunAgain):
+    """As CUDA graphs, what it gives does not refer to what was recorded."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        work()
+
+        def play() -> None:
+            self.num_plays += 1
+
+        return play
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_recordings_that_are_dropped_are_gone_at_once(
+    fails: bool, measured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With their memory: nobody collects cycles before it is wanted."""
+    made: list[weakref.ref[Recording]] = []
+
+    def make(*arguments: Any) -> Recording:
+        recording = Recording(*arguments)
+        made.append(weakref.ref(recording))
+        return recording
+
+    def record(*_: Any) -> Any:
+        raise RuntimeError("not while capturing")
+
+    monkeypatch.setattr(graphs, "Recording", make)
+    recorder = _ForgetsWork()
+    if fails:
+        monkeypatch.setattr(recorder, "record", record)
+    fast = _recording(make_peft(), recorder)
+    gc.disable()
+    try:
+        with torch.set_grad_enabled(not measured):
+            for _ in range(2):
+                nats(fast, _rows(0))
+        assert len(made) == 1
+        assert (made[0]() is None) is fails
+        fast.give_up_recordings()
+        assert made[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_recordings_are_given_up_first_where_memory_ran_out() -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from gpu_service import host_memory
-from gpu_service.domain.recomputation import everything
+from gpu_service.domain.recomputation import Recomputation, everything
+from gpu_service.engine.fast_path.full_model import FullModel, FullSettings
 from tests.fakes.fast_models import fast_gradients, hold_in_nf4, make_fast, make_peft, nats
-from tests.fakes.flat_models import LENGTHS, VOCABULARY_SIZE
+from tests.fakes.flat_models import LENGTHS, VOCABULARY_SIZE, make_model
 from tests.fakes.planned_rows import PlannedRows, make_examples
 
 _NUM_LAYERS = 2
@@ -95,3 +97,24 @@ def test_a_host_without_room_is_not_resorted_to(rows: PlannedRows, monkeypatch: 
     assert fast.recompute_more() == ""
     monkeypatch.setattr(host_memory, "available_bytes", lambda: needed)
     assert "host memory" in fast.recompute_more()
+
+
+def test_what_waits_on_the_host_already_is_room_for_more_of_it(
+    rows: PlannedRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given back before the rest is put there."""
+    some = Recomputation(full_layers=1, offload=True)
+    causal = make_model("llama", {}, torch.float32)
+    full = FullModel(causal, FullSettings(device=torch.device("cpu"), compute_dtype=torch.float32, recomputation=some))
+    fast = make_fast(make_peft(), recomputation=some)
+    for model, layers in ((fast, _NUM_LAYERS), (full, len(causal.model.layers))):
+        nats(model, rows).sum().backward()
+        needed = layers * (4 << 20) + (2 << 30)
+        if model is fast:
+            monkeypatch.setattr(fast, "_device", torch.device("meta"))
+        else:
+            monkeypatch.setattr(full, "_settings", replace(full._settings, device=torch.device("meta")))
+        monkeypatch.setattr(host_memory, "available_bytes", lambda needed=needed: needed - (4 << 20) - 1)
+        assert model.recompute_more() == ""
+        monkeypatch.setattr(host_memory, "available_bytes", lambda needed=needed: needed - (4 << 20))
+        assert "host memory" in model.recompute_more()

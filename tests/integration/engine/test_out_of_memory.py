@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_service.engine import devices
+from gpu_service.engine import devices, session, trainers
+from gpu_service.engine.fast_path.model import FastModel
 from gpu_service.engine.request import DeviceChoice
 from gpu_service.engine.session import Session
 from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit
 from gpu_service.engine.training.objectives import Outcome
 from gpu_service.engine.training.objectives.sft import Likelihood
-from gpu_service.engine.training.out_of_memory import RECOMPUTING_MORE, PassSize
+from gpu_service.engine.training.out_of_memory import ADDS_UP_ROUGHLY, RECOMPUTING_MORE, PassSize
 from gpu_service.engine.training.progress import TrainingProgress
 from tests.fakes.engine_runs import RunLog, Workspace
+from tests.fakes.recorders import RunAgain
 from tunesmith.common.v1 import errors_pb2
 
 _HYPERPARAMETERS = {"num_steps": 4, "lora": {"rank": 4, "dropout": 0.0}}
@@ -127,6 +129,100 @@ def test_steps_that_must_be_one_pass_are_not_divided(workspace: Workspace, run_i
     assert log.of("run_state")[-1].failure.reason == errors_pb2.ERROR_REASON_DEVICE_OUT_OF_MEMORY
 
 
+class _LooksAtGradients(_SmallDevice):
+    """Notes the type of the gradients at every pass that is made."""
+
+    def __init__(self, *, fits: int, after: int = 0, last: int = 0) -> None:
+        super().__init__(fits=fits, after=after)
+        self.dtypes: list[torch.dtype] = []
+        # In float32 there is no room for passes at all.
+        self.is_tight = bool(last)
+
+    def forward(self, model: Any, batch: MicroBatch) -> Outcome:
+        if torch.is_grad_enabled() and self.is_tight and model.gradients.flat.dtype is torch.float32:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
+        outcome = super().forward(model, batch)
+        if torch.is_grad_enabled():
+            self.dtypes.append(model.gradients.flat.dtype)
+        return outcome
+
+
+_WHOLE: dict[str, Any] = {
+    "training_type": "full",
+    "hyperparameters": {
+        "num_steps": 4,
+        "trainer": "fast",
+        "save_every_steps": 3,
+        "gradient_checkpointing": False,
+        "quantization": {"compute_dtype": "bfloat16"},
+    },
+}
+
+
+def test_gradients_of_passes_that_were_made_smaller_add_up_in_float32(
+    workspace: Workspace, run_in_process: Any
+) -> None:
+    """Planned as one pass they are in the compute type; in a run that goes on they are float32 from its start."""
+    objective = _LooksAtGradients(fits=2, after=2)
+    log = _train(workspace, run_in_process, "adds-up", objective, **_WHOLE)
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert objective.dtypes == [torch.bfloat16] * 2 + [torch.float32] * 4
+    checkpoint: Path = workspace.root / "runs/adds-up/1/checkpoints/step-00000003"
+    resume = {"checkpoint_directory": str(checkpoint), "checkpoint": checkpoint.name, "step": 3}
+    objective = _LooksAtGradients(fits=2)
+    log = _train(workspace, run_in_process, "adds-up-rest", objective, resume=resume, **_WHOLE)
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert objective.dtypes == [torch.float32] * 2
+
+
+def test_gradients_without_room_for_float32_add_up_with_a_warning(workspace: Workspace, run_in_process: Any) -> None:
+    objective = _LooksAtGradients(fits=2, after=2, last=1)
+    log = _train(workspace, run_in_process, "roughly", objective, **_WHOLE)
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert set(objective.dtypes) == {torch.bfloat16}
+    said = [event.message for event in log.of("warning") if event.code == ADDS_UP_ROUGHLY]
+    assert ["rounded to torch.bfloat16 as they add up" in message for message in said] == [True]
+
+
+class _SmallForEvaluations(_SmallDevice):
+    """Raises at passes without gradients of more than one example; all others have room."""
+
+    def __init__(self) -> None:
+        super().__init__(fits=99)
+
+    def forward(self, model: Any, batch: MicroBatch) -> Outcome:
+        if not torch.is_grad_enabled() and len(batch.sources) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
+        return super().forward(model, batch)
+
+
+def test_smaller_evaluations_leave_steps_that_must_be_one_pass_whole(workspace: Workspace, run_in_process: Any) -> None:
+    """In the run that made them smaller, and in one that goes on from its checkpoint."""
+    options: dict[str, Any] = {
+        "training_type": "full",
+        "hyperparameters": {
+            "num_steps": 4,
+            "save_every_steps": 2,
+            "full_memory": "low",
+            "quantization": {"compute_dtype": "bfloat16"},
+        },
+    }
+    objective = _SmallForEvaluations()
+    directory = workspace.make_run("low-evaluation", **options)
+    log = run_in_process(directory, make_session=partial(Session, objective=objective))
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert [event.limit for event in log.of("micro_batch_reduced")][-1] == 1
+    assert [len(one) for one in objective.passes] == [4] * 4
+
+    checkpoint: Path = directory / "checkpoints/step-00000002"
+    resume = {"checkpoint_directory": str(checkpoint), "checkpoint": checkpoint.name, "step": 2}
+    objective = _SmallForEvaluations()
+    rest = workspace.make_run("low-evaluation-rest", resume=resume, **options)
+    log = run_in_process(rest, make_session=partial(Session, objective=objective))
+    assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert [len(one) for one in objective.passes] == [4] * 2
+
+
 def test_what_was_asked_for_is_not_recomputed_more(workspace: Workspace, run_in_process: Any) -> None:
     options = {"hyperparameters": {**_HYPERPARAMETERS, "trainer": "fast", "gradient_checkpointing": False}}
     log = _train(workspace, run_in_process, "asked", _SmallUntilLess(1), **options)
@@ -192,6 +288,66 @@ def test_restored_weights_that_were_asked_for_stay(workspace: Workspace, run_in_
     log = _train(workspace, run_in_process, "resident", _SmallUntilLess(1), hyperparameters=hyperparameters)
     assert not [event for event in log.of("warning") if event.code == RECOMPUTING_MORE]
     assert [event.limit for event in log.of("micro_batch_reduced")] == [2]
+
+
+class _RunsOutOnce(Likelihood):
+    """Raises once, at a pass of several examples with gradients or without, after so many with."""
+
+    def __init__(self, *, after: int, trained: bool) -> None:
+        self._after, self._trained = after, trained
+
+    def forward(self, model: Any, batch: MicroBatch) -> Outcome:
+        if len(batch.sources) > 1 and torch.is_grad_enabled() is self._trained and self._after <= 0:
+            self._after = 1000
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
+        self._after -= torch.is_grad_enabled()
+        return super().forward(model, batch)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_recordings_go_first_whatever_was_asked_for(
+    trained: bool, workspace: Workspace, run_in_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = RunAgain()
+    monkeypatch.setattr(trainers, "FastModel", partial(FastModel, recorder=recorder))
+    hyperparameters = {
+        "num_steps": 6, "lora": {"rank": 4}, "trainer": "fast", "base_weights": "resident",
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    directory = workspace.make_run(f"recordings-{trained}", hyperparameters=hyperparameters)
+    objective = _RunsOutOnce(after=5 if trained else 6, trained=trained)
+    log = run_in_process(directory, make_session=partial(Session, objective=objective))
+    assert recorder.num_plays > 0
+    assert log.states[-1] == "SUCCEEDED"
+    warnings = [event.message for event in log.of("warning") if event.code == RECOMPUTING_MORE]
+    assert ["kernel by kernel" in message for message in warnings] == [True]
+    assert not log.of("micro_batch_reduced")
+
+
+def test_recordings_are_gone_when_the_last_samples_are_answered(
+    workspace: Workspace, run_in_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[FastModel] = []
+
+    def make(*arguments: Any) -> FastModel:
+        models.append(FastModel(*arguments, recorder=RunAgain()))
+        return models[-1]
+
+    def look(*_: Any, **__: Any) -> str:
+        recordings = models[-1]._recordings
+        found.append(recordings.num_recorded if recordings is not None else 0)
+        return "answer"
+
+    found: list[int] = []
+    monkeypatch.setattr(trainers, "FastModel", make)
+    monkeypatch.setattr(session, "answer", look)
+    hyperparameters = {"num_steps": 6, "trainer": "fast"}
+    prompts = [{"prompt": "What is 1 plus 1?", "trait_type": "arithmetic"}]
+    directory = workspace.make_run("samples", hyperparameters=hyperparameters, sample_prompts=prompts)
+    log = run_in_process(directory)
+    assert log.states[-1] == "SUCCEEDED"
+    assert any("CUDA graphs" in event.message for event in log.of("log"))
+    assert found[-1] == 0
 
 
 def test_random_numbers_are_drawn_as_if_nothing_had_happened(workspace: Workspace, run_in_process: Any) -> None:

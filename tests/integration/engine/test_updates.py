@@ -314,6 +314,22 @@ def test_a_step_that_finds_no_memory_is_told_after_the_steps_before(
     assert _words(training) == ["step 1", "step 2", *(["non-finite-loss"] if spoiled else [])]
 
 
+def test_an_update_that_finds_no_memory_is_told_after_the_steps_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = _make(on_device=True)
+    apply, calls = UpdatesOnDevice.apply, []
+
+    def applying(self: UpdatesOnDevice, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("for a test")
+        return apply(self, *arguments)
+
+    monkeypatch.setattr(UpdatesOnDevice, "apply", applying)
+    with pytest.raises(torch.OutOfMemoryError):
+        training.loop.run()
+    assert _words(training) == ["step 1", "step 2"]
+
+
 def test_a_step_without_weight_is_left_out() -> None:
     model = make_fast(make_peft())
     optimizer = FlatAdamW(model.flat_adapter, _SETTINGS)
