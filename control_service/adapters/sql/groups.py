@@ -1,8 +1,8 @@
 """Functions that wait for the store, and the groups in which threads run them. Runs none itself.
 
-A group is begun by the event loop, which then steps aside for a moment: between two statements the driver lets go of
-the interpreter, and a thread beside a busy loop waits long to have it back, again and again. The moment is short,
-whatever the disk does: a thread that is not done by then goes on beside the loop.
+A group is begun by the event loop, which steps aside for a moment where it is one of writes: between two statements the
+driver lets go of the interpreter, and a thread beside a busy loop waits long to have it back, again and again. The
+moment is short, whatever the disk does: a thread that is not done by then goes on beside the loop.
 """
 
 from __future__ import annotations
