@@ -13,6 +13,7 @@ import torch
 from gpu_service.engine.fast_path.attention import Bounds
 from gpu_service.engine.fast_path.block import Positions
 from gpu_service.engine.fast_path.decoder import FlatPass
+from gpu_service.engine.fast_path.frames import SHORTEST
 from gpu_service.engine.training.batches import MicroBatch
 
 
@@ -52,7 +53,15 @@ class FlatPasses:
     def _extend_tables(self, length: int) -> None:
         if length <= len(self._cosines):
             return
-        length = 1 << (length - 1).bit_length()
+        # Seldom anew, and as long as what a recorded pass may be filled up with.
+        length = 1 << (max(length, SHORTEST) - 1).bit_length()
         angles = torch.outer(torch.arange(length, device=self._device, dtype=torch.float32), self._frequencies)
         self._cosines = angles.cos() * self._scaling
         self._sines = angles.sin() * self._scaling
+
+
+def sum_by_sequence(nats: torch.Tensor, flat: FlatPass) -> torch.Tensor:
+    """Nats of targets [N] to those of sequences [S], float64."""
+    # In an order that is always the same: adding by index is not, on a GPU.
+    lengths = flat.targets_by_sequence
+    return torch.segment_reduce(nats.double(), "sum", lengths=lengths, unsafe=True, initial=0.0)

@@ -19,7 +19,7 @@ from gpu_service.engine.fast_path.attention import Attention, attention_for
 from gpu_service.engine.fast_path.attention_choice import AttentionChoice
 from gpu_service.engine.fast_path.block import BlockShape
 from gpu_service.engine.fast_path.decoder import FlatPass
-from gpu_service.engine.fast_path.flat_passes import FlatPasses
+from gpu_service.engine.fast_path.flat_passes import FlatPasses, sum_by_sequence
 from gpu_service.engine.fast_path.full_block import FullBlock
 from gpu_service.engine.fast_path.full_decoder import FullDecoder, KeptFullPass
 from gpu_service.engine.fast_path.full_head import FullHead, Upstream
@@ -109,7 +109,7 @@ class FullModel(torch.nn.Module):
             nats: torch.Tensor = _Nats.apply(self.matrices, self.vectors, self, flat)
             return nats
         by_target, _ = self._decoder.forward(flat, keeps=False)
-        return _sum_by_sequence(by_target, flat)
+        return sum_by_sequence(by_target, flat)
 
     def carry_back(self, upstream: Upstream, flat: FlatPass, kept: KeptFullPass) -> None:
         """The backward pass; `kept` is used up."""
@@ -182,7 +182,7 @@ class _Nats(torch.autograd.Function):
     ) -> torch.Tensor:
         by_target, kept = model._decoder.forward(flat, keeps=True)
         context.model, context.flat, context.kept = model, flat, kept
-        return _sum_by_sequence(by_target, flat)
+        return sum_by_sequence(by_target, flat)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -201,12 +201,6 @@ class _Nats(torch.autograd.Function):
             kept,
         )
         return None, None, None, None
-
-
-def _sum_by_sequence(nats: torch.Tensor, flat: FlatPass) -> torch.Tensor:
-    # In an order that is always the same: adding by index is not, on a GPU.
-    lengths = flat.targets_by_sequence
-    return torch.segment_reduce(nats.double(), "sum", lengths=lengths, unsafe=True, initial=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

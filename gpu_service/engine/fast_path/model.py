@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy
 import torch
 
 from gpu_service import host_memory
@@ -25,13 +24,13 @@ from gpu_service.domain.recomputation import (
     step_down,
 )
 from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
-from gpu_service.engine.fast_path.attention import Attention, Bounds, attention_for
+from gpu_service.engine.fast_path.attention import Attention, attention_for
 from gpu_service.engine.fast_path.attention_choice import AttentionChoice
-from gpu_service.engine.fast_path.block import Block, BlockShape, Positions
+from gpu_service.engine.fast_path.block import Block, BlockShape
 from gpu_service.engine.fast_path.decoder import Decoder, FlatPass
 from gpu_service.engine.fast_path.dropout import Dropout
+from gpu_service.engine.fast_path.flat_passes import FlatPasses, sum_by_sequence
 from gpu_service.engine.fast_path.fp8 import RoundedGroup, blocks_in_8_bits
-from gpu_service.engine.fast_path.frames import SHORTEST
 from gpu_service.engine.fast_path.frozen import FrozenGroup, Scratch
 from gpu_service.engine.fast_path.graphs import PassRecordings
 from gpu_service.engine.fast_path.head import Head
@@ -126,10 +125,7 @@ class FastModel(torch.nn.Module):
         self._decoder = _assemble(
             causal, self._projections, settings, self._recomputation, self._operations, self._attention
         )
-        rotary = causal.model.rotary_emb
-        self._frequencies = rotary.inv_freq.to(self._device, torch.float32)
-        self._rotary_scaling = float(rotary.attention_scaling)
-        self._cosines = self._sines = torch.empty(0, device=self._device)
+        self._passes = FlatPasses(causal.model.rotary_emb, self._device)
         self._adapted = True
         if recorder is None and self._device.type == "cuda" and settings.records and self._attention.lengths_may_vary:
             recorder = CudaRecorder(self._device)
@@ -158,7 +154,8 @@ class FastModel(torch.nn.Module):
 
     def nats_by_sequence(self, batch: MicroBatch) -> torch.Tensor:
         """Negative log likelihood of each sequence's targets: float64 [S], with gradient where gradients are on."""
-        flat = self._lay_out(batch)
+        flat = self._passes.lay_out(batch)
+        self._most_tokens = max(self._most_tokens, len(flat.tokens))
         if self._adapted:
             self._operations.copy_out(self.adapter.detach(), self._copies)
         if self._adapted and torch.is_grad_enabled():
@@ -169,7 +166,7 @@ class FastModel(torch.nn.Module):
         with torch.no_grad():
             played = None if self._recordings is None else self._recordings.lend(flat, kind)
             by_target = played.forward() if played else measure(self._decoder, self._dropout, flat, kind)
-            return _sum_by_sequence(by_target, flat)
+            return sum_by_sequence(by_target, flat)
 
     def take_notices(self) -> list[str]:
         """What changed in how passes are made since the last time, for people."""
@@ -262,41 +259,9 @@ class FastModel(torch.nn.Module):
         self._narrowed = []
         self._held = []
 
-    def _lay_out(self, batch: MicroBatch) -> FlatPass:
-        lengths = batch.layout.lengths
-        targets = numpy.asarray(batch.targets_by_sequence, dtype=numpy.int64)
-        starts = numpy.concatenate(([0], numpy.cumsum(lengths))).astype(numpy.int32)
-        longest = max(lengths)
-        self._most_tokens = max(self._most_tokens, sum(lengths))
-        self._extend_tables(longest)
-        return FlatPass(
-            tokens=batch.input_ids[0],
-            positions=Positions(cosines=self._cosines, sines=self._sines, places=batch.position_ids[0]),
-            bounds=Bounds(starts=self._send(starts), longest=longest, layout=batch.layout),
-            targets=batch.target_positions,
-            labels=batch.labels,
-            sequences=self._send(numpy.repeat(numpy.arange(len(targets)), targets)),
-            targets_by_sequence=self._send(targets),
-        )
-
     def _take_pass(self, flat: FlatPass) -> Pass:
         played = None if self._recordings is None else self._recordings.lend(flat, Kind.TRAINED)
         return played or LaunchedPass(self._decoder, self._dropout, flat, self.adapter.numel())
-
-    def _send(self, values: Any) -> torch.Tensor:
-        tensor = torch.from_numpy(values)
-        if self._device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
-
-    def _extend_tables(self, length: int) -> None:
-        if length <= len(self._cosines):
-            return
-        # Seldom anew, and as long as what a pass may be filled up with.
-        length = 1 << (max(length, SHORTEST) - 1).bit_length()
-        angles = torch.outer(torch.arange(length, device=self._device, dtype=torch.float32), self._frequencies)
-        self._cosines = angles.cos() * self._rotary_scaling
-        self._sines = angles.sin() * self._rotary_scaling
 
 
 class _Nats(torch.autograd.Function):
@@ -307,7 +272,7 @@ class _Nats(torch.autograd.Function):
         del adapter
         work = model._take_pass(flat)
         context.flat, context.work = flat, work
-        return _sum_by_sequence(work.forward(), flat)
+        return sum_by_sequence(work.forward(), flat)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -315,12 +280,6 @@ class _Nats(torch.autograd.Function):
         work: Pass = context.work
         context.work = None
         return work.backward(upstream.index_select(0, context.flat.sequences)), None, None
-
-
-def _sum_by_sequence(nats: torch.Tensor, flat: FlatPass) -> torch.Tensor:
-    # In an order that is always the same: adding by index is not, on a GPU.
-    lengths = flat.targets_by_sequence
-    return torch.segment_reduce(nats.double(), "sum", lengths=lengths, unsafe=True, initial=0.0)
 
 
 def _hold_in(causal: Any, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, torch.dtype]]:
