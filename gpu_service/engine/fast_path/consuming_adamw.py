@@ -5,7 +5,6 @@ Its state is flat: codes and scales of all moments. It is its own, and the plain
 
 from __future__ import annotations
 
-import math
 from importlib import import_module
 from typing import Any
 
@@ -13,34 +12,26 @@ import torch
 
 from gpu_service.engine.fast_path.adam_8bit import BLOCK
 from gpu_service.engine.fast_path.full_low_memory import LowMemoryModel
-from gpu_service.engine.fast_path.full_reference import AdamSettings, StepNumbers
+from gpu_service.engine.fast_path.full_optimizer import FullOptimizer
 from gpu_service.engine.fast_path.full_weights import Region
 from tunesmith.common.v1 import training_spec_pb2
 
-_CLIP_EPSILON = 1e-6
 _STEP = "step"
 _MOMENTS = ("first_codes", "first_scales", "second_codes", "second_scales")
 # Different chances in different steps; odd, so that no two of 2^32 steps have the same key.
 _KEY_STRIDE, _WORD = 0x9E3779B1, 0xFFFFFFFF
 
 
-class ConsumingAdamW(torch.optim.AdamW):
-    """Its parameters have no gradients. Weight decay is of matrices alone."""
+class ConsumingAdamW(FullOptimizer):
+    """Each gradient is made in the step itself, and gone after it."""
 
     def __init__(
         self, model: LowMemoryModel, settings: training_spec_pb2.Optimizer, *, seed: int, kernels: Any = None
     ) -> None:
         """`seed` is of the chance by which weights and moments are rounded. `kernels` None are the device's own."""
         weights = model.weights
+        super().__init__(weights.held, weights.num_matrix_elements, settings)
         self._model, self._held, self._boundary = model, weights.held, weights.num_matrix_elements
-        pieces = (self._held[: self._boundary], self._held[self._boundary :])
-        groups = [
-            {"params": [torch.nn.Parameter(piece)], "weight_decay": weight_decay}
-            for piece, weight_decay in zip(pieces, (settings.weight_decay, 0.0), strict=True)
-        ]
-        super().__init__(
-            groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon
-        )
         device, count = self._held.device, self._held.numel()
         num_blocks = -(-count // BLOCK)
         self._kernels = kernels or import_module(
@@ -53,14 +44,6 @@ class ConsumingAdamW(torch.optim.AdamW):
             torch.zeros(num_blocks, device=device),
         )
         self._seed = seed
-        self._steps = torch.zeros((), device=device)
-        self._has_state = False
-        self._factor = torch.ones((), device=device)
-        self._flag: torch.Tensor | None = None
-
-    def leave_out(self, flag: torch.Tensor) -> None:
-        """Steps do nothing while `flag`, a float32 scalar on the device, is 1 there; asked for again before each."""
-        self._flag = flag
 
     @torch.no_grad()
     def clip(self, limit: float) -> torch.Tensor:
@@ -71,8 +54,7 @@ class ConsumingAdamW(torch.optim.AdamW):
             is_last=False,
         )
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros_like(self._steps)
-        factor = limit / (norm + _CLIP_EPSILON) if math.isfinite(limit) else torch.ones_like(norm)
-        self._factor = factor.clamp(max=1.0)
+        self._clip_by(norm, limit)
         return norm
 
     @torch.no_grad()
@@ -81,41 +63,30 @@ class ConsumingAdamW(torch.optim.AdamW):
         del closure
         if self._model.is_empty:
             return
-        goes = torch.ones_like(self._steps) if self._flag is None else 1 - self._flag
-        self._steps += goes
-        self._has_state = True
+        of_groups = self._begin_step()
         key = (self._steps.long() * _KEY_STRIDE + self._seed) & _WORD
-        numbers = [self._numbers(group, goes) for group in self.param_groups]
 
         def consume(region: Region, gradient: torch.Tensor) -> None:
-            kind = int(region.start >= self._boundary)
-            group, (beta1, beta2) = self.param_groups[kind], self.param_groups[kind]["betas"]
+            numbers, settings = of_groups[int(region.start >= self._boundary)]
             part, blocks = slice(region.start, region.stop), slice(region.start // BLOCK, -(-region.stop // BLOCK))
             codes_first, scales_first, codes_second, scales_second = self._moments
             self._kernels.step_adamw_8bit(
                 self._held[part],
                 gradient.flatten(),
                 (codes_first[part], scales_first[blocks], codes_second[part], scales_second[blocks]),
-                StepNumbers(learning_rate=group["lr"], numbers=numbers[kind]),
-                AdamSettings(beta1=beta1, beta2=beta2, epsilon=group["eps"], weight_decay=group["weight_decay"]),
+                numbers,
+                settings,
                 key=key.view(1),
                 first_element=region.start,
             )
 
         self._model.sweep(consume, is_last=True)
 
-    def _numbers(self, group: dict[str, Any], goes: torch.Tensor) -> torch.Tensor:
-        beta1, beta2 = group["betas"]
-        # In float64: of 1 - beta2 little is left in float32.
-        steps = self._steps.double()
-        size, inverse_root = group["lr"] / (1 - beta1**steps), (1 - beta2**steps).rsqrt()
-        return torch.stack([size, inverse_root, self._factor.double(), goes.double()]).float()
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the pass that was made."""
         del set_to_none
         self._model.drop()
-        self._factor = torch.ones_like(self._factor)
+        self._forget_clipping()
 
     def state_dict(self) -> dict[str, Any]:
         """One entry, of all weights as they lie in the flat buffer."""
@@ -133,8 +104,7 @@ class ConsumingAdamW(torch.optim.AdamW):
             raise ValueError("the state is of another optimizer")
         if any(found[name].shape != buffer.shape for name, buffer in own.items() if entries):
             raise ValueError("the optimizer's state is of other weights")
-        for group, saved in zip(self.param_groups, groups, strict=True):
-            group.update({name: value for name, value in saved.items() if name != "params"})
+        self._load_groups(groups)
         self._has_state = bool(entries)
         if entries:
             self._steps = found[_STEP].to(self._steps)
