@@ -6,6 +6,7 @@ elsewhere torch's fused attention, one sequence after another.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,21 +88,20 @@ class FlashAttention:
         return gradients
 
 
-class CudnnAttention:
-    """cuDNN's kernels, for sequences that are all of one length."""
-
-    lengths_may_vary = False
+class DifferentiatedAttention(ABC):
+    """Kernels that autograd knows how to go back through: what is kept of a pass is its graph, for one way back."""
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds
     ) -> tuple[torch.Tensor, Any]:
         with torch.enable_grad():
-            leaves = [part.detach().requires_grad_() for part in (query, key, value)]
-            queries, keys, values = (part.unflatten(0, (-1, bounds.longest)).transpose(1, 2) for part in leaves)
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                output = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-            output = output.transpose(1, 2).flatten(0, 1)
+            query, key, value = leaves = tuple(part.detach().requires_grad_() for part in (query, key, value))
+            output = self._attend(query, key, value, bounds)
         return output.detach(), (output, leaves)
+
+    @abstractmethod
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        """The output [T, heads, D]."""
 
     def backward(
         self,
@@ -116,6 +116,20 @@ class CudnnAttention:
         graph, leaves = kept
         of_query, of_key, of_value = torch.autograd.grad(graph, leaves, gradient)
         return of_query, of_key, of_value
+
+
+class CudnnAttention(DifferentiatedAttention):
+    """cuDNN's kernels, for sequences that are all of one length."""
+
+    lengths_may_vary = False
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        queries, keys, values = (
+            part.unflatten(0, (-1, bounds.longest)).transpose(1, 2) for part in (query, key, value)
+        )
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            output = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+        return output.transpose(1, 2).flatten(0, 1)
 
 
 class TorchAttention:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gpu_service.engine.fast_path.attention import Attention, Bounds, FlashAttention
+from gpu_service.engine.fast_path.attention import Attention, Bounds, DifferentiatedAttention, FlashAttention
 from gpu_service.engine.training.flat_attention import FlatLayout
 
 _DISTRIBUTION, _MODULE = "flash-attn-4", "flash_attn.cute"
@@ -33,44 +33,28 @@ def is_installed() -> bool:
     return True
 
 
-class FlashAttention4:
+class FlashAttention4(DifferentiatedAttention):
     """Sequences of any lengths in one launch. Made by `Preparation` alone, which tries it first."""
 
     lengths_may_vary = True
 
     def __init__(self, attend: Any) -> None:
         """`attend` is the library's function for sequences of any lengths."""
-        self._attend = attend
+        self._attend_varlen = attend
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds
-    ) -> tuple[torch.Tensor, Any]:
-        with torch.enable_grad():
-            leaves = [part.detach().requires_grad_() for part in (query, key, value)]
-            given = self._attend(
-                *leaves,
-                cu_seqlens_q=bounds.starts,
-                cu_seqlens_k=bounds.starts,
-                max_seqlen_q=bounds.longest,
-                max_seqlen_k=bounds.longest,
-                causal=True,
-            )
-            output = given[0] if isinstance(given, tuple) else given
-        return output.detach(), (output, leaves)
-
-    def backward(
-        self,
-        gradient: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        kept: Any,
-        bounds: Bounds,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        graph, leaves = kept
-        of_query, of_key, of_value = torch.autograd.grad(graph, leaves, gradient)
-        return of_query, of_key, of_value
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        given = self._attend_varlen(
+            query,
+            key,
+            value,
+            cu_seqlens_q=bounds.starts,
+            cu_seqlens_k=bounds.starts,
+            max_seqlen_q=bounds.longest,
+            max_seqlen_k=bounds.longest,
+            causal=True,
+        )
+        output: torch.Tensor = given[0] if isinstance(given, tuple) else given
+        return output
 
 
 class Preparation:
