@@ -12,8 +12,8 @@ from gpu_service.engine.fast_path.model import FastModel, FastSettings
 from gpu_service.engine.training.batches import MicroBatchLimit, collate, split
 from gpu_service.engine.training.flat_attention import attending_within_sequences
 from gpu_service.engine.training.likelihood import nats_by_sequence
-from tests.fakes.flat_models import make_model
-from tests.fakes.planned_rows import PlannedRows
+from tests.fakes.flat_models import LENGTHS, VOCABULARY_SIZE, make_model
+from tests.fakes.planned_rows import PlannedRows, make_examples
 
 ALL_SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -78,6 +78,11 @@ def nats(model: Any, rows: PlannedRows, limit: MicroBatchLimit | None = None, de
         )
 
 
+def example_rows() -> PlannedRows:
+    """The same examples each time, of many lengths."""
+    return PlannedRows(make_examples(LENGTHS, vocabulary_size=VOCABULARY_SIZE, seed=3))
+
+
 def plain_gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     """By PEFT's names."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -89,6 +94,12 @@ def fast_gradients(model: Any, fast: FastModel, loss: torch.Tensor) -> dict[str,
     (flat,) = torch.autograd.grad(loss, [fast.adapter])
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return dict(zip(names, fast.flat_adapter.views(flat), strict=True))
+
+
+def gradient_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Of all gradients together, as a part of their norm."""
+    apart = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
+    return float(apart.norm() / torch.cat([value.flatten() for value in expected.values()]).norm())
 
 
 def hold_in_nf4(base: Any, *, double: bool = True, device: str = "cpu") -> Any:

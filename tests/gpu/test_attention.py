@@ -125,3 +125,14 @@ def test_a_choice_is_made_and_said() -> None:
     _agree(_run(choice, parts, _bounds((512, 512))), _run(FlashAttention(), parts, _bounds((512, 512))))
     assert isinstance(choice._chosen[True, 1024, 512], (FlashAttention, CudnnAttention))
     assert "rows of 512 tokens" in choice.take_notices()[0]
+
+
+def test_rows_of_one_length_may_go_to_cudnn() -> None:
+    import torch
+
+    from gpu_service.engine.fast_path.attention import CudnnAttention, FlashAttention
+
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("cuDNN's attention is for Hopper")
+    parts, bounds = _draw(1024, 8, 2, 64), _bounds((512, 512))
+    _agree(_run(CudnnAttention(), parts, bounds), _run(FlashAttention(), parts, bounds))
