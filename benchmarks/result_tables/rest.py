@@ -6,29 +6,25 @@ Each script's results are known by what its document holds. Reads no file.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.result_tables import findings
 from benchmarks.result_tables.markdown import Result, table
 
 # Of `benchmarks.step_parts`: the steps that others are held against, and the parts that are pieces of a step.
 _AS_TRAINED = "as trained"
 _PIECES = ("profile", "gemm", "attention", "elementwise")
 _NO_FIGURES = ("part", "name", "row", "kernels")
-# Of training every weight, by how much memory may be used: in words, and whether a row reached it.
-FULL_GOALS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
-    "standard": ("at least 24,000 tokens/s", lambda row: row["tokens_per_second"] >= 24_000),
-    "low": ("at most 17.5 GiB", lambda row: row["peak_gib"] <= 17.5),
-}
 
 
 def loading_table(results: Mapping[str, Result]) -> list[str]:
     """Seconds of each way to a quantized model on the device, page cache warm and cold."""
     rows = []
     for name, result in results.items():
-        for (row, cold), seconds in _group(result, "row", "cold").items():
+        for (size, row, cold), seconds in _group(result, "size", "row", "cold").items():
             cache = "cold" if cold else "warm"
-            rows.append((name, result["size"], row, cache, *_spread(seconds), str(len(seconds))))
+            rows.append((name, size, row, cache, *_spread(seconds), str(len(seconds))))
     heads = ("run", "shape", "way", "page cache", "median s", "lowest", "highest", "repeats")
     return table(heads, rows)
 
@@ -70,16 +66,13 @@ def parts_table(results: Mapping[str, Result]) -> list[str]:
 
 
 def full_table(results: Mapping[str, Result]) -> list[str]:
-    """Training of every weight by the fast path, against its goals: a rate, or a peak of memory."""
-    rows = []
-    for name, result in results.items():
-        for row in result.get("rows", ()):
-            if row.get("memory") in FULL_GOALS:
-                memory, peak_gib = row["memory"], row["peak_gib"]
-                goal, is_reached = FULL_GOALS[memory]
-                said = goal if is_reached(row) else f"{goal}: not reached"
-                rows.append((name, row["shape"], memory, f"{row['tokens_per_second']:,}", f"{peak_gib:.2f}", said))
-    return table(("run", "shape", "memory", "real tokens/s", "peak GiB", "goal on one H100"), rows)
+    """Training of every weight by the fast path."""
+    rows = [
+        (name, row["shape"], row["memory"], f"{row['tokens_per_second']:,}", f"{row['peak_gib']:.2f}")
+        for name, row in findings.listed_rows(results)
+        if "memory" in row
+    ]
+    return table(("run", "shape", "memory", "real tokens/s", "peak GiB"), rows)
 
 
 def recorded_table(results: Mapping[str, Result]) -> list[str]:
@@ -147,8 +140,7 @@ def _median(figure: float | Sequence[float]) -> float:
 
 def _group(result: Result, *keys: str) -> dict[tuple[Any, ...], list[float]]:
     groups: dict[tuple[Any, ...], list[float]] = {}
-    rows = result.get("rows")
-    for row in rows if isinstance(rows, list) else ():
+    for _, row in findings.listed_rows({"": result}):
         if all(key in row for key in keys):
             groups.setdefault(tuple(row[key] for key in keys), []).append(float(row["seconds"]))
     return groups
