@@ -17,41 +17,20 @@ from gpu_service.engine.session import Session
 from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit
 from gpu_service.engine.training.objectives import Outcome
 from gpu_service.engine.training.objectives.sft import Likelihood
-from gpu_service.engine.training.out_of_memory import ADDS_UP_ROUGHLY, RECOMPUTING_MORE, PassSize
+from gpu_service.engine.training.out_of_memory import RECOMPUTING_MORE, PassSize
 from gpu_service.engine.training.progress import TrainingProgress
 from tests.fakes.engine_runs import RunLog, Workspace
 from tests.fakes.recorders import RunAgain
+from tests.fakes.small_devices import SmallDevice, train
 from tunesmith.common.v1 import errors_pb2
 
 _HYPERPARAMETERS = {"num_steps": 4, "lora": {"rank": 4, "dropout": 0.0}}
 
 
-class _SmallDevice(Likelihood):
-    """Raises as torch does when a pass with gradients holds more than `fits` examples, once it has made `after`."""
-
-    def __init__(self, *, fits: int, after: int = 0) -> None:
-        self.passes: list[list[int]] = []
-        self._fits = fits
-        self._after = after
-
-    def forward(self, model: Any, batch: MicroBatch) -> Outcome:
-        if torch.is_grad_enabled():
-            if len(self.passes) >= self._after and len(batch.sources) > self._fits:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
-            self.passes.append(list(batch.tokens_by_example))
-        return super().forward(model, batch)
-
-
-def _train(workspace: Workspace, run_in_process: Any, name: str, objective: Any, **options: Any) -> RunLog:
-    directory = workspace.make_run(name, held_out=False, **{"hyperparameters": _HYPERPARAMETERS, **options})
-    log: RunLog = run_in_process(directory, make_session=partial(Session, objective=objective))
-    return log
-
-
 def test_training_goes_on_in_smaller_passes(workspace: Workspace, run_in_process: Any) -> None:
-    plain_objective, small = _SmallDevice(fits=99), _SmallDevice(fits=1, after=2)
-    plain = _train(workspace, run_in_process, "room", plain_objective)
-    tight = _train(workspace, run_in_process, "no-room", small)
+    plain_objective, small = SmallDevice(fits=99), SmallDevice(fits=1, after=2)
+    plain = train(workspace, run_in_process, "room", plain_objective, hyperparameters=_HYPERPARAMETERS)
+    tight = train(workspace, run_in_process, "no-room", small, hyperparameters=_HYPERPARAMETERS)
 
     assert tight.states == ["RUNNING", "SUCCEEDED"]
     reduced = [(event.step, event.unit, event.previous_limit, event.limit) for event in tight.of("micro_batch_reduced")]
@@ -90,9 +69,9 @@ def test_fast_path_recomputes_more_before_its_passes_are_made_smaller(
 ) -> None:
     """With the same results to the last bit; after every layer waits on the host, passes are halved."""
     options = {"hyperparameters": {**_HYPERPARAMETERS, "trainer": "fast"}}
-    plain = _train(workspace, run_in_process, f"kept-{rounds}", Likelihood(), **options)
+    plain = train(workspace, run_in_process, f"kept-{rounds}", Likelihood(), **options)
     tight_objective = _SmallUntilLess(rounds)
-    tight = _train(workspace, run_in_process, f"less-{rounds}", tight_objective, **options)
+    tight = train(workspace, run_in_process, f"less-{rounds}", tight_objective, **options)
     warnings = [event.message for event in tight.of("warning") if event.code == RECOMPUTING_MORE]
     assert len(warnings) == min(rounds, 4)
     assert "but for matrix products" in warnings[0]
@@ -109,123 +88,17 @@ def test_fast_path_recomputes_more_before_its_passes_are_made_smaller(
 
 def test_full_training_recomputes_more_too(workspace: Workspace, run_in_process: Any) -> None:
     options: dict[str, Any] = {"training_type": "full", "hyperparameters": {"num_steps": 4, "trainer": "fast"}}
-    plain = _train(workspace, run_in_process, "full-kept", Likelihood(), **options)
-    tight = _train(workspace, run_in_process, "full-less", _SmallUntilLess(4), **options)
+    plain = train(workspace, run_in_process, "full-kept", Likelihood(), **options)
+    tight = train(workspace, run_in_process, "full-less", _SmallUntilLess(4), **options)
     warnings = [event.message for event in tight.of("warning") if event.code == RECOMPUTING_MORE]
     assert len(warnings) == 4
     assert "host memory" in warnings[-1]
     assert tight.losses == plain.losses
 
 
-def test_steps_that_must_be_one_pass_are_not_divided(workspace: Workspace, run_in_process: Any) -> None:
-    """Where no gradient is kept, several passes would not add up: the run ends, and says of what."""
-    values = {"num_steps": 4, "full_memory": "low", "quantization": {"compute_dtype": "bfloat16"}}
-    log = _train(
-        workspace, run_in_process, "low", _SmallDevice(fits=1, after=2), training_type="full", hyperparameters=values
-    )
-    assert log.states == ["RUNNING", "FAILED"]
-    assert not log.of("micro_batch_reduced")
-    assert sorted(log.losses) == [1, 2]
-    assert log.of("run_state")[-1].failure.reason == errors_pb2.ERROR_REASON_DEVICE_OUT_OF_MEMORY
-
-
-class _LooksAtGradients(_SmallDevice):
-    """Notes the type of the gradients at every pass that is made."""
-
-    def __init__(self, *, fits: int, after: int = 0, last: int = 0) -> None:
-        super().__init__(fits=fits, after=after)
-        self.dtypes: list[torch.dtype] = []
-        # In float32 there is no room for passes at all.
-        self.is_tight = bool(last)
-
-    def forward(self, model: Any, batch: MicroBatch) -> Outcome:
-        if torch.is_grad_enabled() and self.is_tight and model.gradients.flat.dtype is torch.float32:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
-        outcome = super().forward(model, batch)
-        if torch.is_grad_enabled():
-            self.dtypes.append(model.gradients.flat.dtype)
-        return outcome
-
-
-_WHOLE: dict[str, Any] = {
-    "training_type": "full",
-    "hyperparameters": {
-        "num_steps": 4,
-        "trainer": "fast",
-        "save_every_steps": 3,
-        "gradient_checkpointing": False,
-        "quantization": {"compute_dtype": "bfloat16"},
-    },
-}
-
-
-def test_gradients_of_passes_that_were_made_smaller_add_up_in_float32(
-    workspace: Workspace, run_in_process: Any
-) -> None:
-    """Planned as one pass they are in the compute type; in a run that goes on they are float32 from its start."""
-    objective = _LooksAtGradients(fits=2, after=2)
-    log = _train(workspace, run_in_process, "adds-up", objective, **_WHOLE)
-    assert log.states == ["RUNNING", "SUCCEEDED"]
-    assert objective.dtypes == [torch.bfloat16] * 2 + [torch.float32] * 4
-    checkpoint: Path = workspace.root / "runs/adds-up/1/checkpoints/step-00000003"
-    resume = {"checkpoint_directory": str(checkpoint), "checkpoint": checkpoint.name, "step": 3}
-    objective = _LooksAtGradients(fits=2)
-    log = _train(workspace, run_in_process, "adds-up-rest", objective, resume=resume, **_WHOLE)
-    assert log.states == ["RUNNING", "SUCCEEDED"]
-    assert objective.dtypes == [torch.float32] * 2
-
-
-def test_gradients_without_room_for_float32_add_up_with_a_warning(workspace: Workspace, run_in_process: Any) -> None:
-    objective = _LooksAtGradients(fits=2, after=2, last=1)
-    log = _train(workspace, run_in_process, "roughly", objective, **_WHOLE)
-    assert log.states == ["RUNNING", "SUCCEEDED"]
-    assert set(objective.dtypes) == {torch.bfloat16}
-    said = [event.message for event in log.of("warning") if event.code == ADDS_UP_ROUGHLY]
-    assert ["rounded to torch.bfloat16 as they add up" in message for message in said] == [True]
-
-
-class _SmallForEvaluations(_SmallDevice):
-    """Raises at passes without gradients of more than one example; all others have room."""
-
-    def __init__(self) -> None:
-        super().__init__(fits=99)
-
-    def forward(self, model: Any, batch: MicroBatch) -> Outcome:
-        if not torch.is_grad_enabled() and len(batch.sources) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
-        return super().forward(model, batch)
-
-
-def test_smaller_evaluations_leave_steps_that_must_be_one_pass_whole(workspace: Workspace, run_in_process: Any) -> None:
-    """In the run that made them smaller, and in one that goes on from its checkpoint."""
-    options: dict[str, Any] = {
-        "training_type": "full",
-        "hyperparameters": {
-            "num_steps": 4,
-            "save_every_steps": 2,
-            "full_memory": "low",
-            "quantization": {"compute_dtype": "bfloat16"},
-        },
-    }
-    objective = _SmallForEvaluations()
-    directory = workspace.make_run("low-evaluation", **options)
-    log = run_in_process(directory, make_session=partial(Session, objective=objective))
-    assert log.states == ["RUNNING", "SUCCEEDED"]
-    assert [event.limit for event in log.of("micro_batch_reduced")][-1] == 1
-    assert [len(one) for one in objective.passes] == [4] * 4
-
-    checkpoint: Path = directory / "checkpoints/step-00000002"
-    resume = {"checkpoint_directory": str(checkpoint), "checkpoint": checkpoint.name, "step": 2}
-    objective = _SmallForEvaluations()
-    rest = workspace.make_run("low-evaluation-rest", resume=resume, **options)
-    log = run_in_process(rest, make_session=partial(Session, objective=objective))
-    assert log.states == ["RUNNING", "SUCCEEDED"]
-    assert [len(one) for one in objective.passes] == [4] * 2
-
-
 def test_what_was_asked_for_is_not_recomputed_more(workspace: Workspace, run_in_process: Any) -> None:
     options = {"hyperparameters": {**_HYPERPARAMETERS, "trainer": "fast", "gradient_checkpointing": False}}
-    log = _train(workspace, run_in_process, "asked", _SmallUntilLess(1), **options)
+    log = train(workspace, run_in_process, "asked", _SmallUntilLess(1), **options)
     assert not [event for event in log.of("warning") if event.code == RECOMPUTING_MORE]
     assert [event.limit for event in log.of("micro_batch_reduced")] == [2]
 
@@ -285,7 +158,7 @@ def test_restored_weights_that_were_asked_for_stay(workspace: Workspace, run_in_
     hyperparameters = {
         **_HYPERPARAMETERS, "trainer": "fast", "base_weights": "resident", "gradient_checkpointing": False
     }  # fmt: skip
-    log = _train(workspace, run_in_process, "resident", _SmallUntilLess(1), hyperparameters=hyperparameters)
+    log = train(workspace, run_in_process, "resident", _SmallUntilLess(1), hyperparameters=hyperparameters)
     assert not [event for event in log.of("warning") if event.code == RECOMPUTING_MORE]
     assert [event.limit for event in log.of("micro_batch_reduced")] == [2]
 
@@ -377,9 +250,9 @@ def test_random_numbers_are_drawn_as_if_nothing_had_happened(workspace: Workspac
 
 
 def test_limit_of_tokens_halves(workspace: Workspace, run_in_process: Any) -> None:
-    objective = _SmallDevice(fits=2)
+    objective = SmallDevice(fits=2)
     hyperparameters = {**_HYPERPARAMETERS, "batch": {"examples": 4, "micro_batch_tokens": "100000"}}
-    log = _train(workspace, run_in_process, "tokens", objective, hyperparameters=hyperparameters)
+    log = train(workspace, run_in_process, "tokens", objective, hyperparameters=hyperparameters)
 
     assert log.states == ["RUNNING", "SUCCEEDED"]
     reduced = log.of("micro_batch_reduced")
@@ -389,7 +262,7 @@ def test_limit_of_tokens_halves(workspace: Workspace, run_in_process: Any) -> No
 
 
 def test_one_example_that_does_not_fit_fails_the_run(workspace: Workspace, run_in_process: Any) -> None:
-    log = _train(workspace, run_in_process, "hopeless", _SmallDevice(fits=0))
+    log = train(workspace, run_in_process, "hopeless", SmallDevice(fits=0), hyperparameters=_HYPERPARAMETERS)
 
     assert log.states == ["RUNNING", "FAILED"]
     assert [event.limit for event in log.of("micro_batch_reduced")] == [2, 1]
@@ -399,9 +272,9 @@ def test_one_example_that_does_not_fit_fails_the_run(workspace: Workspace, run_i
 def test_smaller_passes_stay_after_a_resume(workspace: Workspace, run_in_process: Any) -> None:
     hyperparameters = {**_HYPERPARAMETERS, "save_every_steps": 2}
     directory = workspace.make_run("first-half", held_out=False, hyperparameters=hyperparameters)
-    run_in_process(directory, make_session=partial(Session, objective=_SmallDevice(fits=2)))
+    run_in_process(directory, make_session=partial(Session, objective=SmallDevice(fits=2)))
     checkpoint: Path = directory / "checkpoints/step-00000002"
-    objective = _SmallDevice(fits=2)
+    objective = SmallDevice(fits=2)
     rest = workspace.make_run(
         "second-half",
         held_out=False,
