@@ -48,9 +48,9 @@ SECTIONS: Mapping[str, Section] = {
     "goals": Section(
         heading="## Reached and not reached",
         above="""\
-Of one H100, the 3B shape and 8,192 tokens a step where nothing else is said. Where several runs measured a row of
-training, the best one counts; of everything else the worst. Parity is what proves that the right thing was trained or
-loaded; a figure with none does not count yet.""",
+Of one H100 and the 3B shape, in steps of 8,192 tokens (`8b`: the 8B shape and 16,384), from files `h100-*` alone.
+Where several runs measured a row of training, the best one counts; of everything else the worst. Parity is what proves
+that the right thing was trained or loaded; a figure with none does not count yet.""",
         table=goals.goal_table,
     ),
     "training": Section(
