@@ -84,9 +84,9 @@ that of the row's first batch against the plain path's.""",
         heading="## Where a step goes",
         above="""\
 Milliseconds of kernels a step, by kind, from torch's profiler over three steps that are not counted; a kind that a run
-has none of, or does not tell from others, is empty. The last line is
-what the same run took for the frozen matrix products alone, forward and input gradient, repeated until the card is at
-its power limit: no step that computes in bf16 can be below it.""",
+has none of, or does not tell from others, is empty. The last line is what the same run took for the frozen matrix
+products alone, forward and input gradient, repeated until the card is at its power limit. Within a step, kernels that
+wait for memory leave power to the products, which may then take less.""",
         table=training.profile_table,
     ),
     "parts": Section(
