@@ -12,6 +12,7 @@ import triton.language as tl
 
 from gpu_service.engine.fast_path.adam_8bit import BLOCK, FIRST_CODES, SECOND_CODES
 from gpu_service.engine.fast_path.full_reference import AdamSettings, StepNumbers
+from gpu_service.engine.fast_path.launching import kernel
 
 # Blocks of a program.
 _BLOCKS = 4
@@ -26,7 +27,7 @@ def _mix(word):
     return word ^ (word >> 16)
 
 
-@triton.jit
+@kernel
 def _step_adamw_8bit(
     weights, gradient, codes_first, scales_first, codes_second, scales_second, numbers, key,
     first_element, num_elements, decay, rest1, beta2, rest2, epsilon,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from gpu_service.engine.fast_path import torch_reference
+from gpu_service.engine.fast_path.launching import kernel
 
 _WIDEST_RANK = 32
 # Layers begin and end at multiples of this, or else go to the reference too: reads are whole then.
@@ -31,7 +32,7 @@ _PROGRAMS = 528
 _REDUCED_ROWS = 64
 
 
-@triton.jit
+@kernel
 def _adapter_backward(
     gradient, right, ranks, of_inner, of_b, table, gradient_row, right_row, ranks_row, num_rows, split_rows,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
@@ -76,7 +77,7 @@ def _once(x):
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
 
 
-@triton.jit
+@kernel
 def _gate_adapter_backward(
     gradient, gate_up, right, ranks, of_inner, of_b, gradient_row, gate_row, right_row, ranks_row, num_rows, split_rows,
     slabs, gate_rank, up_rank, WIDTH: tl.constexpr, GATED: tl.constexpr, UPPED: tl.constexpr, RANK: tl.constexpr,
@@ -138,7 +139,7 @@ def _gate_adapter_backward(
         tl.store(of_b + (split * slabs + number).to(tl.int64) * COLUMNS * RANK_BLOCK + here, up_total)
 
 
-@triton.jit
+@kernel
 def _reduce_inner(
     of_inner, inner, bounds, inner_row, num_rows, room,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -157,7 +158,7 @@ def _reduce_inner(
     tl.store(inner + row[:, None] * inner_row + column[None, :], total.to(inner.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def _reduce_b(
     of_b, gradients, table, starts, splits, scaling,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from gpu_service.engine.fast_path.dropout import threshold
+from gpu_service.engine.fast_path.launching import kernel
 
 _ROWS, _COLUMNS = 64, 64
 
@@ -40,7 +41,7 @@ def _kept(start, row, column, limit):
     return word >= limit.to(tl.uint32)
 
 
-@triton.jit
+@kernel
 def _drop_and_rank(
     rows, below, out, key, num_rows, rows_row, below_row, out_row, first_layer, limit, factor, num_ranks, room,
     WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -78,7 +79,7 @@ def _drop_and_rank(
             )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _drop_and_weigh(
     inner, rows, out, key, num_rows, inner_row, rows_row, first_layer, limit, factor,
     WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -107,7 +108,7 @@ def _drop_and_weigh(
     tl.store(place, (total * factor).to(out.dtype.element_ty), mask=(rank < RANK)[:, None] & within[None, :])
 
 
-@triton.jit
+@kernel
 def _drop_and_add(
     inner, below, out, key, num_rows, inner_row, below_row, out_row, first_layer, limit, factor,
     WIDTH: tl.constexpr, LAYERS: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr,

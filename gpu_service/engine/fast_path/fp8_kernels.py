@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from gpu_service.engine.fast_path import torch_reference
+from gpu_service.engine.fast_path.launching import kernel
 
 _LARGEST = tl.constexpr(448.0)
 _SMALLEST = tl.constexpr(1e-12)
@@ -18,7 +19,7 @@ _ADD_ROWS, _ADD_COLUMNS = 64, 128
 _WIDEST_ROOM = 128
 
 
-@triton.jit
+@kernel
 def _round_rows(x, values, scales, x_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -30,7 +31,7 @@ def _round_rows(x, values, scales, x_row, WIDTH: tl.constexpr, BLOCK: tl.constex
     tl.store(values + row * WIDTH + column, tl.div_rn(wide, scale).to(tl.float8e4nv), mask=inside)
 
 
-@triton.jit
+@kernel
 def _add_ranks(
     product, ranks, weights, out, product_row, ranks_row, weights_row, weights_column, out_row, num_rows, width,
     ROOM: tl.constexpr, ROOM_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from gpu_service.engine.fast_path.full_reference import AdamSettings, StepNumbers, sum_rows
+from gpu_service.engine.fast_path.launching import kernel
 
 __all__ = ["add_rows", "step_adamw", "sum_rows", "weigh", "weigh_norm"]
 
@@ -34,7 +35,7 @@ def weigh(gradient: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, *, adds
         torch.ops.aten.mm.dtype_out(turned, rows, out.dtype, out=out)
 
 
-@triton.jit
+@kernel
 def _weigh_norm(
     gradient, x, scale, table, gradient_row, x_row, num_rows, split_rows,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
@@ -73,7 +74,7 @@ def weigh_norm(
     sum_rows(table, out, adds=adds)
 
 
-@triton.jit
+@kernel
 def _add_rows(gradient, tokens, order, lengths, out, gradient_row, out_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0)
     length = tl.load(lengths + place)
@@ -103,7 +104,7 @@ def add_rows(gradient: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) ->
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _step_adamw(
     held, working, gradient, first, second, numbers, num_elements, decay, rest1, beta2, rest2, epsilon,
     BLOCK: tl.constexpr, COPIES: tl.constexpr,

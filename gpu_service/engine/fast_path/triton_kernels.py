@@ -19,6 +19,7 @@ from gpu_service.engine.fast_path.adapter_kernels import (
     prepare_ranks,
 )
 from gpu_service.engine.fast_path.fp8_kernels import add_ranks, multiply_rounded, round_rows
+from gpu_service.engine.fast_path.launching import kernel
 
 __all__ = [
     "adapter_backward",
@@ -46,7 +47,7 @@ _PACKED_BLOCK = 1024
 _COPY_BLOCK = 4096
 
 
-@triton.jit
+@kernel
 def _add_norm(
     x, add, total, weight, out, scale, epsilon, x_row, add_row, total_row, out_row,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, HEADS: tl.constexpr,
@@ -68,7 +69,7 @@ def _add_norm(
     tl.store(out + row * out_row + place, (value * inverse * factor).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _norm_backward(
     gradient, x, weight, scale, out, gradient_row, x_row, out_row,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, HEADS: tl.constexpr,
@@ -88,7 +89,7 @@ def _norm_backward(
     tl.store(out + row * out_row + place, through.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _rotate(
     x, cosines, sines, positions, out, x_row, out_row,
     HEADS: tl.constexpr, HEAD_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, SIGN: tl.constexpr,
@@ -107,7 +108,7 @@ def _rotate(
     tl.store(out + row * out_row + place + HALF, (high * cosine + low * sine).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _gate(gate_up, out, in_row, out_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -117,7 +118,7 @@ def _gate(gate_up, out, in_row, out_row, WIDTH: tl.constexpr, BLOCK: tl.constexp
     tl.store(out + row * out_row + column, (gates * tl.sigmoid(gates) * ups).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _gate_backward(gradient, gate_up, gradient_row, in_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -132,7 +133,7 @@ def _gate_backward(gradient, gate_up, gradient_row, in_row, WIDTH: tl.constexpr,
     tl.store(gate_up + row * in_row + WIDTH + column, (wide * gates * sigmoids).to(kind), mask=inside)
 
 
-@triton.jit
+@kernel
 def _cross_entropy(logits, labels, nats, row_stride, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * row_stride
@@ -156,7 +157,7 @@ def _cross_entropy(logits, labels, nats, row_stride, VOCABULARY: tl.constexpr, B
         tl.store(start + first + column, gradient.to(logits.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _nf4_dequantize(
     packed, codes, scales, nested_codes, nested_scales, offset, out, out_row,
     ROW_BYTES: tl.constexpr, NUM_BYTES, BLOCK: tl.constexpr, NESTED: tl.constexpr,
@@ -181,7 +182,7 @@ def _nf4_dequantize(
     tl.store(out + row.to(tl.int64) * out_row + column, values, mask=element < NUM_BYTES * 2)
 
 
-@triton.jit
+@kernel
 def _copy_out(
     flat, blocks, starts, addresses, sizes, widths, strides, factors, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):
