@@ -6,6 +6,7 @@ adapter's part of the sum lies there. Nothing of the frozen weights has a gradie
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -104,26 +105,34 @@ class Projection:
             device=self.frozen.margins.below.device,
         )
 
-    def forward(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
-        """`out`'s first N columns become the layers' outputs. `x` [T, K + room] gets x A' in its margin."""
+    def restored(self) -> AbstractContextManager[None]:
+        """Inside, weights that are restored at each use are restored once."""
+        return self.frozen.restored() if isinstance(self.frozen, FrozenGroup) else nullcontext()
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool, first_row: int = 0) -> None:
+        """`out`'s first N columns become the layers' outputs. `x` [T, K + room] gets x A' in its margin.
+
+        Here and below, `first_row` is the place in the pass of the first of these rows.
+        """
         if adapted:
-            self.fill_margin(x)
+            self.fill_margin(x, first_row=first_row)
         self.multiply(x, out, adapted=adapted)
 
-    def fill_margin(self, x: torch.Tensor) -> None:
+    def fill_margin(self, x: torch.Tensor, *, first_row: int = 0) -> None:
         """x A' beside the rows, in the margin of `x` [T, K + room]; of dropped rows where there is dropout."""
         if not self.room:
             return
         rows, margin = self.split(x)
         if self.dropout.is_active:
-            self.dropout.kernels.drop_and_rank(rows, self.frozen.margins.below, margin, **self._masks())
+            self.dropout.kernels.drop_and_rank(rows, self.frozen.margins.below, margin, **self._masks(first_row))
         else:
             torch.mm(rows, self.frozen.margins.below.t(), out=margin)
 
-    def _masks(self) -> dict[str, Any]:
+    def _masks(self, first_row: int) -> dict[str, Any]:
         """What tells the kernels of dropout which masks are meant."""
         return {
             "key": self.dropout.key,
+            "first_row": first_row,
             "first_layer": self.number * LAYERS_PER_GROUP,
             "num_layers": len(self.adapter.parts),
             "rank": self.adapter.rank,
@@ -136,11 +145,11 @@ class Projection:
         if adapted:
             self.fill_margin(x)
 
-    def place_gated(self, gate_up: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
+    def place_gated(self, gate_up: torch.Tensor, x: torch.Tensor, *, adapted: bool, first_row: int = 0) -> None:
         """silu(gate) * up of `gate_up` [T, 2 * K] become the first K columns of `x`, and x A' its margin."""
         self.operations.gate(gate_up, x[:, : self.frozen.in_features])
         if adapted:
-            self.fill_margin(x)
+            self.fill_margin(x, first_row=first_row)
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
         """`forward` of an `x` whose margin is filled."""
@@ -155,6 +164,7 @@ class Projection:
         gradients: torch.Tensor,
         *,
         of_gated: torch.Tensor | None = None,
+        first_row: int = 0,
     ) -> None:
         """`out` [T, K] becomes the gradient of the rows; None: nobody wants it. `gradients` is a flat buffer.
 
@@ -176,11 +186,11 @@ class Projection:
                 self.operations.adapter_backward(of_output, right, ranks, inner, prepared, gradients)
             all_a = adapter.view_all_a(gradients)
             if self.dropout.is_active:
-                self.dropout.kernels.drop_and_weigh(inner, rows, all_a, **self._masks())
+                self.dropout.kernels.drop_and_weigh(inner, rows, all_a, **self._masks(first_row))
                 if out is not None:
                     # The masks stand between the ranks' gradient and the rows': it is no part of the product.
                     frozen.multiply_back(gradient, out, adapted=False)
-                    self.dropout.kernels.drop_and_add(inner, frozen.margins.below, out, **self._masks())
+                    self.dropout.kernels.drop_and_add(inner, frozen.margins.below, out, **self._masks(first_row))
                 return
             torch.mm(inner[:, : all_a.shape[0]].t(), rows, out=all_a)
         elif of_gated is not None:

@@ -37,23 +37,33 @@ class Remainder:
     def of(cls, kept: Kept, level: str, number: int, shelf: HostShelf | None) -> Remainder:
         """`number` is the block's; with a `shelf` the input of a block that is recomputed whole is put on it."""
         if level == FULL:
-            if shelf is None:
-                return cls(level=level, parts={"residual": kept.residual})
-            shelf.put(number, kept.residual)
-            return cls(level=level, parts={})
+            return cls.of_input(kept.residual, number, shelf)
         dropped = _DROPPED[level]
         return cls(
             level=level,
             parts={field.name: getattr(kept, field.name) for field in fields(kept) if field.name not in dropped},
         )
 
+    @classmethod
+    def of_input(cls, residual: torch.Tensor, number: int, shelf: HostShelf | None) -> Remainder:
+        """Of a block that is recomputed whole: its input [T, H]."""
+        if shelf is None:
+            return cls(level=FULL, parts={"residual": residual})
+        shelf.put(number, residual)
+        return cls(level=FULL, parts={})
+
+    def take_input(self, number: int, shelf: HostShelf | None) -> torch.Tensor:
+        """What `of_input` was given."""
+        residual: torch.Tensor = self.parts["residual"] if shelf is None else shelf.take(number)
+        return residual
+
     def complete(
         self, block: Block, number: int, positions: Positions, bounds: Bounds, shelf: HostShelf | None
     ) -> Kept:
         """All of it again."""
         if self.level == FULL:
-            residual = self.parts["residual"] if shelf is None else shelf.take(number)
-            _, _, kept = block.forward(residual, None, positions, bounds, adapted=True)
+            residual = self.take_input(number, shelf)
+            _, _, kept = block.forward(residual, None, positions, bounds, adapted=True, completes=False)
             return kept
         if self.level == NONE:
             return Kept(**self.parts)
