@@ -205,8 +205,10 @@ def _sliced_backward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     """All that a block takes that is made again with its feed-forward half in slices: where attention is made again,
     in a slice, and in attention's backward pass.
     """
-    compute, (_, out_of_attention, into_mlp, out_of_mlp) = shape.precision.compute_bytes, sizes.rooms
-    attended = one.tokens * (compute * sizes.attended + _FLOAT32 * (sizes.kept_floats - 1))
+    compute, (into_attention, out_of_attention, into_mlp, out_of_mlp) = shape.precision.compute_bytes, sizes.rooms
+    # Its normed rows are let go of, and made once more in the end.
+    normed = one.tokens * compute * (sizes.hidden + into_attention)
+    attended = one.tokens * (compute * sizes.attended + _FLOAT32 * (sizes.kept_floats - 1)) - normed
     part = one._replace(tokens=min(slice_rows(one.tokens, shape.recomputation.feed_forward_slices), one.tokens))
     made = 2 * sizes.hidden + 3 * sizes.inner + 2 * into_mlp + out_of_mlp
     down = part.tokens * (compute * (made + sizes.inner) + _FLOAT32)
@@ -226,9 +228,10 @@ def _sliced_backward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
         // max(shape.base.num_layers, 1)
     )
     moments = (
-        added + one.tokens * compute * (sizes.queries + out_of_attention),
+        normed + added + one.tokens * compute * (sizes.queries + out_of_attention),
         added + sums + _held(shape, sizes) + max(down, gates),
         one.tokens * compute * (sizes.queries + sizes.placed) + _attention_backward(shape, sizes, one),
+        normed + one.tokens * compute * (sizes.placed + into_attention + sizes.hidden),
     )
     return attended + max(moments)
 

@@ -49,7 +49,8 @@ class Attended:
 
     residual: torch.Tensor
     scale: torch.Tensor
-    normed: torch.Tensor
+    # Which may be made again: None.
+    normed: torch.Tensor | None
     # Before the norms of queries and keys, where the family has them; else None.
     unnormed: torch.Tensor | None
     head_scales: tuple[torch.Tensor, torch.Tensor] | None
@@ -208,9 +209,19 @@ class Block:
         of_projected = self._unplace_heads(of_heads, kept, positions)
         del of_heads, of_attended
         into = residual.new_empty((rows, hidden)) if reaches_input else None
-        self.attention_in.backward(of_projected, *self.attention_in.split(kept.normed), into, gradients)
+        normed = kept.normed if kept.normed is not None else self.norm_input(FIRST, kept.residual)
+        self.attention_in.backward(of_projected, *self.attention_in.split(normed), into, gradients)
         if into is not None:
             self.back_through_norm(FIRST, into, kept.residual, kept.scale, residual[:, :hidden])
+
+    def norm_input(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """The normed rows of `x` [T, H] with the margin that the layers behind the norm read."""
+        layers = (self.attention_in, self.mlp_in)[number]
+        normed = layers.input_buffer(x.shape[0], x)
+        weight = (self.first_norm, self.second_norm)[number]
+        self.operations.add_norm(x, None, weight, self.shape.epsilon, normed[:, : x.shape[1]])
+        layers.fill_margin(normed)
+        return normed
 
     def back_through_norm(
         self, number: int, of_normed: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, stream: torch.Tensor

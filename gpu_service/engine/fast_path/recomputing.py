@@ -14,9 +14,8 @@ import torch
 
 from gpu_service.domain.recomputation import ELEMENTWISE, FEED_FORWARD, FULL, NONE
 from gpu_service.engine.fast_path.attention import Bounds
-from gpu_service.engine.fast_path.block import Block, Kept, Positions
+from gpu_service.engine.fast_path.block import FIRST, SECOND, Block, Kept, Positions
 from gpu_service.engine.fast_path.offloading import HostShelf
-from gpu_service.engine.fast_path.projection import Linears
 
 _ELEMENTWISE = frozenset({"normed", "middle_normed", "gated"})
 _DROPPED: Mapping[str, frozenset[str]] = {
@@ -72,8 +71,8 @@ class Remainder:
 
 def _make_again(block: Block, parts: Mapping[str, Any], level: str) -> dict[str, Any]:
     made = {
-        "normed": _norm(block, block.attention_in, parts["residual"], block.first_norm),
-        "middle_normed": _norm(block, block.mlp_in, parts["middle"], block.second_norm),
+        "normed": block.norm_input(FIRST, parts["residual"]),
+        "middle_normed": block.norm_input(SECOND, parts["middle"]),
     }
     rows = parts["residual"].shape[0]
     gate_up = parts.get("gate_up")
@@ -84,10 +83,3 @@ def _make_again(block: Block, parts: Mapping[str, Any], level: str) -> dict[str,
     gated = made["gated"] = block.mlp_out.input_buffer(rows, parts["residual"])
     block.mlp_out.place_gated(gate_up[:, : 2 * block.mlp_out.in_features], gated, adapted=True)
     return made
-
-
-def _norm(block: Block, projection: Linears, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    normed = projection.input_buffer(x.shape[0], x)
-    block.operations.add_norm(x, None, weight, block.shape.epsilon, normed[:, : x.shape[1]])
-    projection.fill_margin(normed)
-    return normed

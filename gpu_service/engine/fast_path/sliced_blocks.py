@@ -61,6 +61,8 @@ def backward(
     pass' is; those of the slices are added up in float32, and the sum is rounded once more.
     """
     added, kept = block.attend(x, None, positions, bounds, adapted=True)
+    # The cheapest part of it to make once more.
+    kept.normed = None
     with _restored(block) as (mlp_in, mlp_out):
         sums = _Sums(gradients, (mlp_in, mlp_out))
         for rows in _cut(x.shape[0], slices):

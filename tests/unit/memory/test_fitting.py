@@ -72,12 +72,11 @@ def _peak(rung: Recomputation) -> int:
 
 
 def test_steps_down_are_the_ladder_s_rungs_for_all_layers() -> None:
-    ways = []
-    now: Recomputation | None = NOTHING
-    while (now := step_down(now, 28, may_slice=True)) is not None:
-        ways.append(now)
+    ways = [NOTHING]
+    while (following := step_down(ways[-1], 28, may_slice=True)) is not None:
+        ways.append(following)
     rungs = list(ladder(28, may_slice=True))
-    assert ways == [rungs[28], rungs[56], rungs[84], *rungs[-2:]]
+    assert ways == [NOTHING, rungs[28], rungs[56], rungs[84], *rungs[-2:]]
     assert step_down(everything(28, offload=True), 28, may_slice=False) is None
     # What was in slices stays in as many at least.
     assert step_down(everything(28, feed_forward_slices=2), 28, may_slice=True) == everything(
@@ -155,7 +154,7 @@ def test_what_was_asked_for_is_taken() -> None:
     assert sliced.hyperparameters.recomputation == everything(28, feed_forward_slices=3)
     assert "their feed-forward half in 3 slices" in sliced.memory_reason
     assert sliced.hyperparameters.to_json()["recomputation"]["feed_forward_slices"] == 3
-    asked = {"full_layers": 5, "feed_forward_layers": 1, "feed_forward_slices": 2, "offload": True}
+    asked: dict[str, Any] = {"full_layers": 5, "feed_forward_layers": 1, "feed_forward_slices": 2, "offload": True}
     assert _plan(recomputation=asked).hyperparameters.recomputation == Recomputation(**asked)
     whole = _plan(gradient_checkpointing=True, recomputation={"feed_forward_slices": 2}).hyperparameters
     assert whole.recomputation == everything(28, feed_forward_slices=2)
@@ -218,13 +217,14 @@ def _documented() -> list[list[str]]:
 
 @pytest.mark.parametrize("row", _documented(), ids=lambda row: row[0])
 def test_documented_plans(row: list[str]) -> None:
-    device, elementwise, feed_forward, full, offload, weights, peak, total = row
+    device, elementwise, feed_forward, full, offload, slices, weights, peak, total = row
     checked = _plan(_with_memory(float(device.removesuffix(" GiB"))))
     assert checked.hyperparameters.recomputation == Recomputation(
         full_layers=int(full),
         feed_forward_layers=int(feed_forward),
         elementwise_layers=int(elementwise),
         offload=offload == "yes",
+        feed_forward_slices=int(slices),
     )
     assert checked.hyperparameters.base_weights == weights
     assert [checked.memory.peak_bytes / 1e9, checked.memory.total_bytes / 1e9] == pytest.approx(
