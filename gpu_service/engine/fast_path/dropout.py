@@ -7,6 +7,8 @@ every checkpoint holds. The functions here are what the kernels (`dropout_kernel
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -22,11 +24,15 @@ _LARGEST_KEY = 2**62
 
 @dataclass(kw_only=True)
 class Dropout:
-    """What all adapters of a model share. `key` is the pass' own, int64 [1] on the device; None: nothing is dropped."""
+    """What all adapters of a model share. `key` is the pass' own, int64 [1] on the device; None: nothing is dropped.
+
+    `first_row` is the place in the pass of the first of the rows at hand.
+    """
 
     probability: float
     device: torch.device
     key: torch.Tensor | None = None
+    first_row: int = 0
 
     def draw_key(self) -> torch.Tensor | None:
         """A key for the next pass; None where nothing is ever dropped, and no random number is spent."""
@@ -34,6 +40,15 @@ class Dropout:
             return None
         key = torch.randint(_LARGEST_KEY, (1,))
         return key if self.device.type != "cuda" else key.pin_memory().to(self.device, non_blocking=True)
+
+    @contextmanager
+    def starting_at(self, first_row: int) -> Iterator[None]:
+        """Inside, rows at hand are those of the pass from `first_row` on."""
+        self.first_row = first_row
+        try:
+            yield
+        finally:
+            self.first_row = 0
 
     @property
     def is_active(self) -> bool:

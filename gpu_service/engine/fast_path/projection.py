@@ -89,6 +89,10 @@ class Projection:
         """An empty [T, N + room], whose first N columns are the output, or its gradient."""
         return like.new_empty((rows, self.frozen.num_rows + self.room))
 
+    def restored(self) -> AbstractContextManager[None]:
+        """Inside, weights that are restored at each use are restored once."""
+        return self.frozen.restored() if isinstance(self.frozen, FrozenGroup) else nullcontext()
+
     @cached_property
     def _ranks(self) -> Any:
         adapter = self.adapter
@@ -105,34 +109,27 @@ class Projection:
             device=self.frozen.margins.below.device,
         )
 
-    def restored(self) -> AbstractContextManager[None]:
-        """Inside, weights that are restored at each use are restored once."""
-        return self.frozen.restored() if isinstance(self.frozen, FrozenGroup) else nullcontext()
-
-    def forward(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool, first_row: int = 0) -> None:
-        """`out`'s first N columns become the layers' outputs. `x` [T, K + room] gets x A' in its margin.
-
-        Here and below, `first_row` is the place in the pass of the first of these rows.
-        """
+    def forward(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
+        """`out`'s first N columns become the layers' outputs. `x` [T, K + room] gets x A' in its margin."""
         if adapted:
-            self.fill_margin(x, first_row=first_row)
+            self.fill_margin(x)
         self.multiply(x, out, adapted=adapted)
 
-    def fill_margin(self, x: torch.Tensor, *, first_row: int = 0) -> None:
+    def fill_margin(self, x: torch.Tensor) -> None:
         """x A' beside the rows, in the margin of `x` [T, K + room]; of dropped rows where there is dropout."""
         if not self.room:
             return
         rows, margin = self.split(x)
         if self.dropout.is_active:
-            self.dropout.kernels.drop_and_rank(rows, self.frozen.margins.below, margin, **self._masks(first_row))
+            self.dropout.kernels.drop_and_rank(rows, self.frozen.margins.below, margin, **self._masks())
         else:
             torch.mm(rows, self.frozen.margins.below.t(), out=margin)
 
-    def _masks(self, first_row: int) -> dict[str, Any]:
+    def _masks(self) -> dict[str, Any]:
         """What tells the kernels of dropout which masks are meant."""
         return {
             "key": self.dropout.key,
-            "first_row": first_row,
+            "first_row": self.dropout.first_row,
             "first_layer": self.number * LAYERS_PER_GROUP,
             "num_layers": len(self.adapter.parts),
             "rank": self.adapter.rank,
@@ -145,11 +142,11 @@ class Projection:
         if adapted:
             self.fill_margin(x)
 
-    def place_gated(self, gate_up: torch.Tensor, x: torch.Tensor, *, adapted: bool, first_row: int = 0) -> None:
+    def place_gated(self, gate_up: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
         """silu(gate) * up of `gate_up` [T, 2 * K] become the first K columns of `x`, and x A' its margin."""
         self.operations.gate(gate_up, x[:, : self.frozen.in_features])
         if adapted:
-            self.fill_margin(x, first_row=first_row)
+            self.fill_margin(x)
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
         """`forward` of an `x` whose margin is filled."""
@@ -164,7 +161,6 @@ class Projection:
         gradients: torch.Tensor,
         *,
         of_gated: torch.Tensor | None = None,
-        first_row: int = 0,
     ) -> None:
         """`out` [T, K] becomes the gradient of the rows; None: nobody wants it. `gradients` is a flat buffer.
 
@@ -186,11 +182,11 @@ class Projection:
                 self.operations.adapter_backward(of_output, right, ranks, inner, prepared, gradients)
             all_a = adapter.view_all_a(gradients)
             if self.dropout.is_active:
-                self.dropout.kernels.drop_and_weigh(inner, rows, all_a, **self._masks(first_row))
+                self.dropout.kernels.drop_and_weigh(inner, rows, all_a, **self._masks())
                 if out is not None:
                     # The masks stand between the ranks' gradient and the rows': it is no part of the product.
                     frozen.multiply_back(gradient, out, adapted=False)
-                    self.dropout.kernels.drop_and_add(inner, frozen.margins.below, out, **self._masks(first_row))
+                    self.dropout.kernels.drop_and_add(inner, frozen.margins.below, out, **self._masks())
                 return
             torch.mm(inner[:, : all_a.shape[0]].t(), rows, out=all_a)
         elif of_gated is not None:

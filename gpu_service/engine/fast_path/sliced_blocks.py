@@ -38,9 +38,10 @@ def forward(
     )
     with _restored(block) as (mlp_in, mlp_out):
         for rows in _cut(x.shape[0], slices):
-            _, gated = _gate(mlp_in, mlp_out, middle_normed[rows], rows.start, adapted=adapted)
-            mlp_out.multiply(gated, added[rows], adapted=adapted)
-            del gated
+            with mlp_in.dropout.starting_at(rows.start):
+                mlp_out.multiply(
+                    _gate(mlp_in, mlp_out, middle_normed[rows], adapted=adapted)[1], added[rows], adapted=adapted
+                )
     return middle, added, residual
 
 
@@ -66,7 +67,8 @@ def backward(
     with _restored(block) as (mlp_in, mlp_out):
         sums = _Sums(gradients, (mlp_in, mlp_out))
         for rows in _cut(x.shape[0], slices):
-            _slice_backward(block, mlp_in, mlp_out, x[rows], added[rows], residual[rows], gradients, rows.start)
+            with mlp_in.dropout.starting_at(rows.start):
+                _slice_backward(block, mlp_in, mlp_out, x[rows], added[rows], residual[rows], gradients)
             sums.add()
         sums.write()
     del added, sums
@@ -89,37 +91,35 @@ def _slice_backward(
     added: torch.Tensor,
     residual: torch.Tensor,
     gradients: torch.Tensor,
-    first_row: int,
 ) -> None:
     """The feed-forward half of one slice's rows, whose gradient `residual` [t, H + room] has in its first H columns."""
     rows, hidden = x.shape
     normed = mlp_in.input_buffer(rows, x)
     middle, scale = block.operations.add_norm(x, added, block.second_norm, block.shape.epsilon, normed[:, :hidden])
-    gate_up, gated = _gate(mlp_in, mlp_out, normed, first_row, adapted=True)
+    gate_up, gated = _gate(mlp_in, mlp_out, normed, adapted=True)
     of_gated = x.new_empty((rows, mlp_out.in_features))
     out = residual[:, : hidden + mlp_out.room]
-    mlp_out.backward(out, *mlp_out.split(gated), of_gated, gradients, first_row=first_row)
+    mlp_out.backward(out, *mlp_out.split(gated), of_gated, gradients)
     del gated
     of_normed = x.new_empty((rows, hidden))
-    mlp_in.backward(gate_up, *mlp_in.split(normed), of_normed, gradients, of_gated=of_gated, first_row=first_row)
+    mlp_in.backward(gate_up, *mlp_in.split(normed), of_normed, gradients, of_gated=of_gated)
     block.back_through_norm(SECOND, of_normed, middle, scale, residual[:, :hidden])
 
 
 def _gate(
-    mlp_in: Projection, mlp_out: Projection, normed: torch.Tensor, first_row: int, *, adapted: bool
+    mlp_in: Projection, mlp_out: Projection, normed: torch.Tensor, *, adapted: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gates and ups [t, 2 * I + room] of normed rows, and what is made of them [t, I + room]."""
     gate_up = mlp_in.output_buffer(normed.shape[0], normed)
-    mlp_in.forward(normed, gate_up, adapted=adapted, first_row=first_row)
+    mlp_in.forward(normed, gate_up, adapted=adapted)
     gated = mlp_out.input_buffer(normed.shape[0], normed)
-    mlp_out.place_gated(gate_up[:, : 2 * mlp_out.in_features], gated, adapted=adapted, first_row=first_row)
+    mlp_out.place_gated(gate_up[:, : 2 * mlp_out.in_features], gated, adapted=adapted)
     return gate_up, gated
 
 
 def _cut(num_rows: int, slices: int) -> Iterator[slice]:
     step = slice_rows(num_rows, slices)
-    for first in range(0, num_rows, step):
-        yield slice(first, min(first + step, num_rows))
+    return (slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step))
 
 
 @contextmanager

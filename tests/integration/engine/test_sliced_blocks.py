@@ -86,10 +86,10 @@ def test_what_is_made_again_is_what_was_made(case: str, rows: PlannedRows, monke
     seen: list[tuple[int, int, list[torch.Tensor]]] = []
     make = sliced_blocks._gate
 
-    def watch(mlp_in: Any, mlp_out: Any, normed: torch.Tensor, first_row: int, *, adapted: bool) -> Any:
-        made = make(mlp_in, mlp_out, normed, first_row, adapted=adapted)
+    def watch(mlp_in: Any, mlp_out: Any, normed: torch.Tensor, *, adapted: bool) -> Any:
+        made = make(mlp_in, mlp_out, normed, adapted=adapted)
         numbers = [normed, made[0][:, : 2 * mlp_out.in_features], made[1]]
-        seen.append((mlp_in.number, first_row, [one.clone() for one in numbers]))
+        seen.append((mlp_in.number, mlp_in.dropout.first_row, [one.clone() for one in numbers]))
         return made
 
     monkeypatch.setattr(sliced_blocks, "_gate", watch)
