@@ -1,5 +1,5 @@
-"""Memory of blocks in slices as planned, against what is allocated, where the base is quantized: the feed-forward half is
-restored for a time. In a pass that is trained, and in one that is measured alone. Counted on a meta device.
+"""Memory of blocks in slices as planned, against what is allocated, where the base is quantized: the weights of the
+feed-forward half are restored for a time. In passes that are trained and measured alone; counted on a meta device.
 """
 
 from __future__ import annotations
@@ -138,4 +138,4 @@ _WAYS = {
 @pytest.mark.parametrize("part", [0.02, 1.0])
 def test_what_is_allocated_is_what_was_planned(way: str, part: float, trained: bool) -> None:
     counted = _count(_WAYS[way], part, trained=trained)
-    assert _predict(_WAYS[way], part, trained=trained) == pytest.approx(counted, rel=0.01)
+    assert _predict(_WAYS[way], part, trained=trained) == pytest.approx(counted, rel=0.006)
