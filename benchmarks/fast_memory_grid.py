@@ -36,7 +36,7 @@ from gpu_service.domain.device import Device
 from gpu_service.domain.memory_estimate import MemoryEstimate, estimate_memory
 from gpu_service.domain.memory_passes import ExampleSize, LargestPasses
 from gpu_service.domain.planned_data import Example, ExampleReference, PlannedData
-from gpu_service.domain.recomputation import NOTHING, Recomputation, everything
+from gpu_service.domain.recomputation import NOTHING, Recomputation, everything, least_memory
 from gpu_service.domain.spec import Hyperparameters, decode_message
 from gpu_service.engine import devices
 from gpu_service.engine.builders.methods import lora
@@ -98,6 +98,8 @@ class Cell:
     def planned(self) -> Recomputation:
         if isinstance(self.recomputation, Recomputation):
             return self.recomputation
+        if self.recomputation == "least":
+            return least_memory(self.shape.layers)
         return everything(self.shape.layers, offload=self.recomputation == "offload")
 
 
@@ -132,6 +134,10 @@ CELLS: tuple[Cell, ...] = (
     Cell(size="3B", lengths=(2048,) * 4, recomputation="all"),
     Cell(size="3B", lengths=MIXED, recomputation="offload"),
     Cell(size="3B", lengths=MIXED, recomputation="offload", micro_batch_tokens=2100),
+    Cell(size="3B", lengths=MIXED, recomputation="least"),
+    Cell(size="3B", lengths=(2048,) * 4, recomputation="least"),
+    Cell(size="3B", lengths=MIXED, recomputation=Recomputation(full_layers=20, feed_forward_slices=8)),
+    Cell(size="3B", lengths=(2048,) * 4, recomputation="least", held_out=(16384,), targets=0.25),
     Cell(size="3B", lengths=MIXED_16K, micro_batch_tokens=8200, objective="dpo", targets=0.5),
     Cell(size="8B", lengths=MIXED, base="bf16", recomputation=Recomputation(full_layers=20, feed_forward_layers=12)),
     Cell(size="8B", lengths=MIXED, base="nf4-kept"),

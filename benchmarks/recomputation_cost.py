@@ -1,9 +1,10 @@
 """What saving memory costs in time: steps of a 3B shape on one GPU under each way that a plan may choose.
 
 One base of random weights; every way trains the same steps, in turn, twice in alternation, so that a warming card
-favors none. Prints tokens a second, the step and the peak of each, and writes JSON. About 80 seconds.
+favors none. Prints tokens a second, the step and the peak of each, and writes JSON. About 110 seconds.
 
     python -m benchmarks.recomputation_cost --output recomputation-cost.json
+    python -m benchmarks.recomputation_cost --ways nothing "whole, offloaded"
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from google.protobuf import json_format
 
 from benchmarks import random_models
 from benchmarks.fast_memory_grid import MIXED, Cell, draw, references, resolve
-from gpu_service.domain.recomputation import NOTHING, Recomputation
+from gpu_service.domain.recomputation import NOTHING, Recomputation, everything
 from gpu_service.engine import devices
 from gpu_service.engine.builders.methods import lora
 from gpu_service.engine.request import DeviceChoice
@@ -43,15 +44,21 @@ WAYS: dict[str, dict[str, Any]] = {
     "feed-forward": {"recomputation": Recomputation(feed_forward_layers=_LAYERS)},
     "whole": {"recomputation": "all"},
     "whole, offloaded": {"recomputation": "offload"},
+    **{
+        f"whole, offloaded, in {slices} slices": {
+            "recomputation": everything(_LAYERS, offload=True, feed_forward_slices=slices)
+        }
+        for slices in (2, 3, 4)
+    },
     "whole, offloaded, passes of 4,200": {"recomputation": "offload", "micro_batch_tokens": 4200},
     "whole, offloaded, passes of 2,100": {"recomputation": "offload", "micro_batch_tokens": 2100},
     "dropout of 0.1": {"dropout": 0.1},
 }
 
 
-def measure(way: str, base: Any, device: devices.Device) -> tuple[list[float], int]:
+def measure(way: str, lengths: tuple[int, ...], base: Any, device: devices.Device) -> tuple[list[float], int]:
     """Seconds of each counted step, and the peak in bytes."""
-    cell = Cell(size="3B", lengths=MIXED, **{"recomputation": NOTHING, **WAYS[way]})
+    cell = Cell(size="3B", lengths=lengths, **{"recomputation": NOTHING, **WAYS[way]})
     settings = training_spec_pb2.Hyperparameters()
     json_format.ParseDict(resolve(cell, device).to_json(), settings)
     model = lora.attach(base, "random", settings)
@@ -85,16 +92,20 @@ def main() -> None:
     """Measure every way; one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=tuple(WAYS), metavar="WAY")
+    parser.add_argument("--rounds", type=int, default=_ROUNDS)
+    parser.add_argument("--lengths", choices=("mixed", "dense"), default="mixed")
     options = parser.parse_args()
+    lengths = MIXED if options.lengths == "mixed" else (2048,) * 4
     device = devices.select(DeviceChoice(type="cuda", index=0))
     base = random_models.build("3B", device.torch_device, in_nf4=True)
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in options.ways}
     peaks: dict[str, int] = {}
-    for number in range(_ROUNDS):
-        for way in list(WAYS) if number % 2 == 0 else reversed(WAYS):
-            measured, peaks[way] = measure(way, base, device)
+    for number in range(options.rounds):
+        for way in options.ways if number % 2 == 0 else reversed(options.ways):
+            measured, peaks[way] = measure(way, lengths, base, device)
             seconds[way] += measured
-    tokens = sum(MIXED)
+    tokens = sum(lengths)
     rows = []
     for way, times in seconds.items():
         median = statistics.median(times)

@@ -109,11 +109,10 @@ ROWS: Mapping[str, Row] = {
         peers=("unsloth-recompute", "trl-recompute"),
     ),
     "least-memory": Row(
-        summary="NF4 base, every layer recomputed, inputs of layers in host memory, dense, two passes a step",
+        summary="NF4 base, every layer recomputed in slices, inputs of layers in host memory, dense",
         hyperparameters={
             "base_weights": "streamed",
-            "recomputation": {"full_layers": 28, "offload": True},
-            "batch": {"tokens": "8192", "micro_batch_tokens": "4096"},
+            "recomputation": {"full_layers": 28, "offload": True, "feed_forward_slices": 4},
         },
         needs_fields=("base_weights", "recomputation"),
         peers=("unsloth-recompute",),

@@ -332,6 +332,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "recomputation.full_layers": (0, 1000),
     "recomputation.feed_forward_layers": (0, 1000),
     "recomputation.elementwise_layers": (0, 1000),
+    "recomputation.feed_forward_slices": (1, 64),
 }
 ABOVE = frozenset(
     {

@@ -29,7 +29,9 @@ class Fitted:
     reason: str
 
 
-def check_asked(given: Hyperparameters, *, trainer: str, trainer_reason: str, num_layers: int) -> None:
+def check_asked(
+    given: Hyperparameters, *, trainer: str, trainer_reason: str, trains_base: bool, num_layers: int
+) -> None:
     """Raises `Refusal` COMBINATION_NOT_ALLOWED for the fast path's settings elsewhere, INVALID_FIELD for too many
     layers.
     """
@@ -60,12 +62,32 @@ def check_asked(given: Hyperparameters, *, trainer: str, trainer_reason: str, nu
             "gradient_checkpointing speaks of all layers, recomputation of some: give one of them",
             field="hyperparameters.recomputation",
         )
+    if (asked.feed_forward_slices or 1) > 1:
+        _check_slices(given, trains_base=trains_base)
     total = sum(count or 0 for count in counts)
     if total > num_layers:
         raise refuse_user(
             "INVALID_FIELD",
             f"{total} layers are to be recomputed, and the model has {num_layers}",
             field="hyperparameters.recomputation",
+        )
+
+
+def _check_slices(given: Hyperparameters, *, trains_base: bool) -> None:
+    asked = given.recomputation
+    layers = (asked.full_layers, asked.feed_forward_layers, asked.elementwise_layers)
+    named = any(count is not None for count in layers)
+    if (named and not asked.full_layers) or given.gradient_checkpointing is False:
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            "feed_forward_slices are of layers that are recomputed whole, and none is to be",
+            field="hyperparameters.recomputation.feed_forward_slices",
+        )
+    if trains_base:
+        raise refuse_user(
+            "COMBINATION_NOT_ALLOWED",
+            "feed_forward_slices are for adapters: a weight that is trained gets its gradient in one product",
+            field="hyperparameters.recomputation.feed_forward_slices",
         )
 
 
@@ -111,7 +133,8 @@ def fit(
         kept = settle(NOTHING, RESIDENT)
         if kept.memory.total_bytes <= _RESIDENT_PART * total:
             return kept
-    rungs = [asked] if asked is not None else ladder(num_layers) if total else [NOTHING]
+    ways = ladder(num_layers, may_slice=resolved.lora is not None)
+    rungs = [asked] if asked is not None else ways if total else [NOTHING]
     fitted = None
     for rung in rungs:
         fitted = settle(rung, weights or STREAMED)
@@ -132,6 +155,7 @@ def _asked(given: Hyperparameters, num_layers: int) -> Recomputation | None:
     """None: as the device needs."""
     asked = given.recomputation
     layers = (asked.full_layers, asked.feed_forward_layers, asked.elementwise_layers)
+    slices = asked.feed_forward_slices or 1
     if any(count is not None for count in layers):
         full, feed_forward, elementwise = (count or 0 for count in layers)
         return Recomputation(
@@ -139,7 +163,8 @@ def _asked(given: Hyperparameters, num_layers: int) -> Recomputation | None:
             feed_forward_layers=feed_forward,
             elementwise_layers=elementwise,
             offload=bool(asked.offload) and full > 0,
+            feed_forward_slices=slices,
         )
-    if given.gradient_checkpointing or asked.offload:
-        return everything(num_layers, offload=bool(asked.offload))
+    if given.gradient_checkpointing or asked.offload or slices > 1:
+        return everything(num_layers, offload=bool(asked.offload), feed_forward_slices=slices)
     return NOTHING if given.gradient_checkpointing is False else None

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 from gpu_service.domain.memory_activations import StepShape, attention_sizes
 from gpu_service.domain.memory_passes import LargestPasses, PassShape
-from gpu_service.domain.recomputation import FEED_FORWARD, FULL, NONE, place_bytes
+from gpu_service.domain.recomputation import FEED_FORWARD, FULL, NONE, place_bytes, slice_rows
 
 _FLOAT32, _INT64 = 4, 8
 # Of a target: its place, label and sequence, what it costs and counts.
 _COUNTED_BYTES = 5 * _INT64 + 4 * _FLOAT32
 # Margins of the adapters' groups are as wide as this or a multiple of it.
 _ROOM_COLUMNS = 64
-# Rows of the head's logits that exist at a time.
-_CHUNK_ROWS = 2048
 _WORKSPACE_BYTES = 2 * 32 * 1024**2
 # FlashAttention's float32 gradient of queries has so many rows more for each sequence.
 _SPARE_ROWS = 128
@@ -50,15 +48,20 @@ class _Sizes:
     @property
     def kept(self) -> int:
         """What a block keeps for its backward pass, in the compute type."""
-        into_attention, out_of_attention, into_mlp, out_of_mlp = self.rooms
-        attention = self.hidden + into_attention + self.placed * (2 if self.has_head_norms else 1)
-        attention += self.queries + out_of_attention
+        _, _, into_mlp, out_of_mlp = self.rooms
         mlp = self.hidden + into_mlp + 2 * self.inner + into_mlp + self.inner + out_of_mlp
-        return 2 * self.hidden + attention + mlp
+        return self.attended + self.hidden + mlp
+
+    @property
+    def attended(self) -> int:
+        """Of it, the attention half's, with the block's input."""
+        into_attention, out_of_attention, _, _ = self.rooms
+        attention = self.hidden + into_attention + self.placed * (2 if self.has_head_norms else 1)
+        return self.hidden + attention + self.queries + out_of_attention
 
     @property
     def kept_floats(self) -> int:
-        """The same, in float32: scales of norms, and attention's sums."""
+        """The same as `kept`, in float32: scales of norms, and attention's sums."""
         return 2 + self.heads + (self.heads + self.key_heads if self.has_head_norms else 0)
 
     def left_out(self, level: str) -> int:
@@ -152,8 +155,18 @@ def _block_moments(
     """In each block's backward pass: what earlier blocks keep, and all of this one."""
     compute = shape.precision.compute_bytes
     residual = one.tokens * compute * (sizes.hidden + max(sizes.rooms[1], sizes.rooms[3]))
-    working = gradients + residual + _whole(shape, sizes, one) + _working(shape, sizes, one)
-    return [working + _standing_of(shape, saved[:number], one, on_their_way=1) for number in range(len(levels))]
+    plain = _whole(shape, sizes, one) + _working(shape, sizes, one)
+    is_sliced = shape.recomputation.feed_forward_slices > 1
+    in_slices = _sliced_backward(shape, sizes, one) if is_sliced else plain
+    moments = []
+    for number, level in enumerate(levels):
+        working = in_slices if level == FULL else plain
+        earlier = _standing_of(shape, saved[:number], one, on_their_way=1)
+        moments.append(gradients + residual + working + earlier)
+        if is_sliced and level == FULL:
+            earlier = _standing_of(shape, saved[:number], one, on_their_way=2)
+            moments.append(_sliced_forward(shape, sizes, one) + earlier)
+    return moments
 
 
 def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
@@ -163,7 +176,7 @@ def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     FlashAttention's gradients of keys and values have every query's head first, if keys are shared, and those of
     queries are float32 first. A block that is recomputed whole has made all of it just before.
     """
-    compute, (into_attention, out_of_attention, into_mlp, out_of_mlp) = shape.precision.compute_bytes, sizes.rooms
+    compute, (_, _, into_mlp, out_of_mlp) = shape.precision.compute_bytes, sizes.rooms
     down = sizes.inner * one.tokens * compute
     gates = (sizes.hidden - out_of_mlp) * one.tokens * compute
     gates += _adapter_tables(shape, one, ("gate_proj", "up_proj"), sizes.inner)
@@ -172,18 +185,66 @@ def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     gates += compute * sizes.inner * sizes.hidden if shape.goes_back_twice else 0
     # Gradients in 8 bits, and the product before the adapter's part is added.
     gates += one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
-    let_go = 3 * sizes.inner + sizes.hidden + 2 * into_mlp + out_of_mlp
-    attention = sizes.hidden + sizes.queries + sizes.placed - let_go
+    let_go = 3 * sizes.inner + 2 * sizes.hidden + 2 * into_mlp + out_of_mlp
+    attention = sizes.queries + sizes.placed - let_go
+    rounded = one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
+    return max(down, gates + rounded, attention * one.tokens * compute + _attention_backward(shape, sizes, one))
+
+
+def _attention_backward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
+    """What attention's backward pass takes for itself, or the gradient of what was rotated into its heads."""
+    compute = shape.precision.compute_bytes
     shared = 2 * sizes.queries if sizes.keys != sizes.queries else 0
     floats = _FLOAT32 * (sizes.queries + sizes.heads)
     num_sequences = 1 if one.tokens <= one.longest else _SEQUENCES * -(-one.tokens // max(one.longest, 1))
     inside = one.tokens * compute * shared + (one.tokens + num_sequences * _SPARE_ROWS) * floats
-    after = one.tokens * compute * (sizes.placed + into_attention)
-    rounded = one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
-    moments = [down, gates + rounded, attention * one.tokens * compute + max(inside, after)]
-    if shape.recomputation.full_layers:
-        moments.append(one.tokens * compute * (sizes.queries + out_of_attention + sizes.hidden))
-    return max(moments)
+    return max(inside, one.tokens * compute * (sizes.placed + sizes.rooms[0]))
+
+
+def _sliced_backward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
+    """All that a block takes that is made again with its feed-forward half in slices: where attention is made again,
+    in a slice, and in attention's backward pass.
+    """
+    compute, (into_attention, out_of_attention, into_mlp, out_of_mlp) = shape.precision.compute_bytes, sizes.rooms
+    # Its normed rows are let go of, and made once more in the end.
+    normed = one.tokens * compute * (sizes.hidden + into_attention)
+    attended = one.tokens * (compute * sizes.attended + _FLOAT32 * (sizes.kept_floats - 1)) - normed
+    part = one._replace(tokens=min(slice_rows(one.tokens, shape.recomputation.feed_forward_slices), one.tokens))
+    made = 2 * sizes.hidden + 3 * sizes.inner + 2 * into_mlp + out_of_mlp
+    down = part.tokens * (compute * (made + sizes.inner) + _FLOAT32)
+    gates = part.tokens * (compute * (made - out_of_mlp + sizes.hidden) + _FLOAT32)
+    gates += _adapter_tables(shape, part, ("gate_proj", "up_proj"), sizes.inner)
+    # As in `_working`.
+    gates += 2 * part.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
+    added = one.tokens * compute * sizes.hidden
+    sums = (
+        _FLOAT32
+        * shape.rank
+        * sum(
+            layer.in_features + layer.out_features
+            for layer in shape.covered
+            if layer.leaf in (*_GROUPS[2], *_GROUPS[3])
+        )
+        // max(shape.base.num_layers, 1)
+    )
+    moments = (
+        normed + added + one.tokens * compute * (sizes.queries + out_of_attention),
+        added + sums + _held(shape, sizes) + max(down, gates),
+        one.tokens * compute * (sizes.queries + sizes.placed) + _attention_backward(shape, sizes, one),
+        normed + one.tokens * compute * (sizes.placed + into_attention + sizes.hidden),
+    )
+    return attended + max(moments)
+
+
+def _sliced_forward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
+    """The same in the forward pass, with both parts of the block's input: where attention adds, and in a slice."""
+    compute, (_, out_of_attention, into_mlp, out_of_mlp) = shape.precision.compute_bytes, sizes.rooms
+    attending = sizes.attended + 3 * sizes.hidden + sizes.queries + out_of_attention
+    attention = one.tokens * (compute * attending + _FLOAT32 * (sizes.kept_floats - 1))
+    rows = min(slice_rows(one.tokens, shape.recomputation.feed_forward_slices), one.tokens)
+    part = rows * compute * (3 * sizes.inner + into_mlp + out_of_mlp)
+    part += rows * (sizes.hidden + 2 * sizes.inner * compute) if shape.rounds_rows else 0
+    return max(attention, one.tokens * compute * (6 * sizes.hidden + into_mlp) + part + _held(shape, sizes))
 
 
 def _adapter_tables(shape: StepShape, one: PassShape, leaves: Sequence[str], rows: int) -> int:
@@ -202,7 +263,10 @@ def _adapter_tables(shape: StepShape, one: PassShape, leaves: Sequence[str], row
 
 def _forward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     """In a block's forward pass: both parts of its input, what it may keep, and what it adds."""
-    columns = 2 * sizes.hidden + sizes.queries + sizes.rooms[1] + sizes.hidden
+    recomputation = shape.recomputation
+    if recomputation.feed_forward_slices > 1 and recomputation.full_layers >= shape.base.num_layers:
+        return _sliced_forward(shape, sizes, one)
+    columns = 3 * sizes.hidden
     # Rows in 8 bits, and the product before the adapter's part is added.
     rounded = one.tokens * (sizes.hidden + 2 * sizes.inner * shape.precision.compute_bytes) if shape.rounds_rows else 0
     return _whole(shape, sizes, one) + one.tokens * columns * shape.precision.compute_bytes + rounded
@@ -218,7 +282,9 @@ def _head_moments(shape: StepShape, sizes: _Sizes, one: PassShape, standing: int
     if shape.precision.trains_base:
         # Where a pass may not be a step's only one, logits are made once more, beside the gradient of their rows.
         again = shape.goes_back_twice or shape.gradient_bytes > compute * shape.num_trainable_parameters
-        chunk = min(one.targets, _CHUNK_ROWS) * (shape.base.vocabulary_size + 3 * sizes.hidden) * compute
+        chunk = (
+            min(one.targets, shape.recomputation.head_rows) * (shape.base.vocabulary_size + 3 * sizes.hidden) * compute
+        )
         return [
             standing + stream + own + _head_forward(shape, sizes, one),
             standing + residual + (3 * rows + chunk if again else 4 * rows) + one.targets * _COUNTED_BYTES,
@@ -233,25 +299,47 @@ def _head_forward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     """Rows with a target, their sums, norms and gradients, and one chunk of logits."""
     compute = shape.precision.compute_bytes
     rows = one.targets * (4 * sizes.hidden * compute + 2 * _FLOAT32 + 5 * _INT64)
-    return rows + min(one.targets, _CHUNK_ROWS) * shape.base.vocabulary_size * compute
+    return rows + min(one.targets, shape.recomputation.head_rows) * shape.base.vocabulary_size * compute
 
 
 def _standing(shape: StepShape, sizes: _Sizes) -> int:
     """Margins beside the weights, and where one group's quantized weights are restored."""
-    compute = shape.precision.compute_bytes
-    sides = (
+    compute, wide = shape.precision.compute_bytes, _wide(sizes)
+    if not _restores(shape):
+        # The weights themselves stand in the wide matrices, and are counted as weights.
+        plain = [rows * columns for rows, columns in _sides(sizes)]
+        return compute * shape.base.num_layers * (sum(wide) - sum(plain))
+    margins = sum(room * (rows + columns) for room, (rows, columns) in zip(sizes.rooms, _sides(sizes), strict=True))
+    recomputation = shape.recomputation
+    if recomputation.feed_forward_slices > 1 and recomputation.full_layers >= shape.base.num_layers:
+        # Those of the feed-forward half have memory of their own, for a time.
+        wide = wide[:2]
+    return compute * (shape.base.num_layers * margins + max(wide))
+
+
+def _held(shape: StepShape, sizes: _Sizes) -> int:
+    """Quantized weights of a block's feed-forward half, restored once for all of its slices."""
+    return shape.precision.compute_bytes * sum(_wide(sizes)[2:]) if _restores(shape) else 0
+
+
+def _restores(shape: StepShape) -> bool:
+    """Whether weights are restored at each use."""
+    return shape.precision.is_quantized and not shape.keeps_weights
+
+
+def _sides(sizes: _Sizes) -> Sequence[tuple[int, int]]:
+    """Rows and columns of the four groups' weights in a block."""
+    return (
         (sizes.placed, sizes.hidden),
         (sizes.hidden, sizes.queries),
         (2 * sizes.inner, sizes.hidden),
         (sizes.hidden, sizes.inner),
     )
-    wide = [(rows + room) * (columns + room) for room, (rows, columns) in zip(sizes.rooms, sides, strict=True)]
-    plain = [rows * columns for rows, columns in sides]
-    if shape.keeps_weights or not shape.precision.is_quantized:
-        # The weights themselves stand in the wide matrices, and are counted as weights.
-        return compute * shape.base.num_layers * (sum(wide) - sum(plain))
-    margins = sum(room * (rows + columns) for room, (rows, columns) in zip(sizes.rooms, sides, strict=True))
-    return compute * (shape.base.num_layers * margins + max(wide))
+
+
+def _wide(sizes: _Sizes) -> Sequence[int]:
+    """Numbers of each of the four with its margins."""
+    return [(rows + room) * (columns + room) for room, (rows, columns) in zip(sizes.rooms, _sides(sizes), strict=True)]
 
 
 def _tables(sizes: _Sizes, longest: int) -> int:

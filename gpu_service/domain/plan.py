@@ -119,7 +119,13 @@ def resolve(
     if resolved.compute != FP8 and resolved.full_memory != LOW:
         trainer = go_on_with(trainer, asked=given.trainer, begun_by=begun_by)
     resolved = replace(resolved, trainer=trainer.path, full_memory=_resolve_full_memory(resolved, trainer.path))
-    check_asked(given, trainer=trainer.path, trainer_reason=trainer.reason, num_layers=base_model.num_layers)
+    check_asked(
+        given,
+        trainer=trainer.path,
+        trainer_reason=trainer.reason,
+        trains_base=resolved.lora is None,
+        num_layers=base_model.num_layers,
+    )
     trainable = base_model.num_parameters
     if resolved.lora is not None:
         trainable = sum(resolved.lora.rank * (layer.in_features + layer.out_features) for layer in covered)

@@ -90,6 +90,7 @@ class Recomputation:
     feed_forward_layers: int | None = None
     elementwise_layers: int | None = None
     offload: bool | None = None
+    feed_forward_slices: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

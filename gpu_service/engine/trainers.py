@@ -169,6 +169,8 @@ def _recomputation(settings: training_spec_pb2.Hyperparameters) -> Recomputation
         feed_forward_layers=settings.recomputation.feed_forward_layers,
         elementwise_layers=settings.recomputation.elementwise_layers,
         offload=settings.recomputation.offload,
+        # Plans from before there were slices have none.
+        feed_forward_slices=max(settings.recomputation.feed_forward_slices, 1),
     )
 
 

@@ -41,7 +41,7 @@ def test_kernels(dtype: str, layers: int, rank: int, width: int) -> None:
     below[layers * rank :] = 0
     key = torch.randint(2**62, (1,), device="cuda")
     options: Any = {
-        "key": key, "first_layer": 5, "num_layers": layers, "rank": rank, "probability": _PROBABILITY
+        "key": key, "first_row": 384, "first_layer": 5, "num_layers": layers, "rank": rank, "probability": _PROBABILITY
     }  # fmt: skip
     kind = getattr(torch, dtype)
     for name in ("drop_and_rank", "drop_and_weigh", "drop_and_add"):

@@ -47,6 +47,14 @@ class AdapterGroup:
         self.parts = tuple(parts)
         self.room = -(-rank * len(parts) // _ROOM_COLUMNS) * _ROOM_COLUMNS
 
+    @property
+    def place(self) -> slice:
+        """Of all its A and B in the flat buffer: they lie end to end."""
+        if not self.parts:
+            return slice(0, 0)
+        last = self.parts[-1]
+        return slice(self.parts[0].start_a, last.start_b + last.num_rows * self.rank)
+
     def copies(self, margins: Margins) -> list[tuple[int, torch.Tensor, float]]:
         """What goes from the flat buffer into the margins: start, matrix, factor. B goes times the scaling."""
         found = []

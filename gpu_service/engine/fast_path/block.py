@@ -44,12 +44,13 @@ class BlockShape:
 
 
 @dataclass(kw_only=True)
-class Kept:
-    """What a block's forward pass leaves for its backward pass, which lets go of it part by part."""
+class Attended:
+    """What the attention half of a block leaves for its backward pass."""
 
     residual: torch.Tensor
     scale: torch.Tensor
-    normed: torch.Tensor
+    # Which may be made again: None.
+    normed: torch.Tensor | None
     # Before the norms of queries and keys, where the family has them; else None.
     unnormed: torch.Tensor | None
     head_scales: tuple[torch.Tensor, torch.Tensor] | None
@@ -57,6 +58,12 @@ class Kept:
     attended: torch.Tensor
     attention: Any
     attended_ranks: torch.Tensor
+
+
+@dataclass(kw_only=True)
+class Kept(Attended):
+    """What a block's forward pass leaves for its backward pass, which lets go of it part by part."""
+
     middle: torch.Tensor
     middle_scale: torch.Tensor
     middle_normed: torch.Tensor
@@ -81,11 +88,47 @@ class Block:
     mlp_out: Linears
 
     def forward(
-        self, x: torch.Tensor, add: torch.Tensor | None, positions: Positions, bounds: Bounds, *, adapted: bool
+        self,
+        x: torch.Tensor,
+        add: torch.Tensor | None,
+        positions: Positions,
+        bounds: Bounds,
+        *,
+        adapted: bool,
+        completes: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, Kept]:
-        """Residual stream and what is to be added to it, both [T, H]; the same of the next block, and what is kept."""
-        ops, shape, rows = self.operations, self.shape, x.shape[0]
-        hidden = x.shape[1]
+        """Residual stream and what is to be added to it, both [T, H]; the same of the next block, and what is kept.
+
+        Unless it `completes`, what would be added is not computed: the backward pass makes the rest of a block again.
+        """
+        ops, rows, hidden = self.operations, x.shape[0], x.shape[1]
+        added, attended = self.attend(x, add, positions, bounds, adapted=adapted)
+        middle_normed = self.mlp_in.input_buffer(rows, x)
+        middle, middle_scale = ops.add_norm(
+            attended.residual, added, self.second_norm, self.shape.epsilon, middle_normed[:, :hidden]
+        )
+        gate_up = self.mlp_in.output_buffer(rows, x)
+        self.mlp_in.forward(middle_normed, gate_up, adapted=adapted)
+        gated = self.mlp_out.input_buffer(rows, x)
+        self.mlp_out.place_gated(gate_up[:, : 2 * self.mlp_out.in_features], gated, adapted=adapted)
+        if completes:
+            # Its memory is the attention's addition, which is spent.
+            self.mlp_out.multiply(gated, added, adapted=adapted)
+        kept = Kept(
+            **vars(attended),
+            middle=middle,
+            middle_scale=middle_scale,
+            middle_normed=middle_normed,
+            gate_up=gate_up,
+            gated=gated,
+        )
+        return middle, added, kept
+
+    def attend(
+        self, x: torch.Tensor, add: torch.Tensor | None, positions: Positions, bounds: Bounds, *, adapted: bool
+    ) -> tuple[torch.Tensor, Attended]:
+        """The block's attention half: what it adds to the residual stream [T, H], and what it keeps."""
+        ops, shape, (rows, hidden) = self.operations, self.shape, x.shape
         normed = self.attention_in.input_buffer(rows, x)
         residual, scale = ops.add_norm(x, add, self.first_norm, shape.epsilon, normed[:, :hidden])
         projected = x.new_empty((rows, shape.query_width + 2 * shape.key_width))
@@ -97,15 +140,7 @@ class Block:
         added = x.new_empty((rows, hidden))
         self.attention_out.place(attended.flatten(1), wide, adapted=adapted)
         self.attention_out.multiply(wide, added, adapted=adapted)
-        middle_normed = self.mlp_in.input_buffer(rows, x)
-        middle, middle_scale = ops.add_norm(residual, added, self.second_norm, shape.epsilon, middle_normed[:, :hidden])
-        gate_up = self.mlp_in.output_buffer(rows, x)
-        self.mlp_in.forward(middle_normed, gate_up, adapted=adapted)
-        gated = self.mlp_out.input_buffer(rows, x)
-        self.mlp_out.place_gated(gate_up[:, : 2 * self.mlp_out.in_features], gated, adapted=adapted)
-        # Its memory is the attention's addition, which is spent.
-        self.mlp_out.multiply(gated, added, adapted=adapted)
-        kept = Kept(
+        return added, Attended(
             residual=residual,
             scale=scale,
             normed=normed,
@@ -115,13 +150,7 @@ class Block:
             attended=attended,
             attention=attention,
             attended_ranks=wide[:, shape.query_width :].clone(),
-            middle=middle,
-            middle_scale=middle_scale,
-            middle_normed=middle_normed,
-            gate_up=gate_up,
-            gated=gated,
         )
-        return middle, added, kept
 
     def backward(
         self,
@@ -139,11 +168,8 @@ class Block:
         `reaches_input` is False: nobody wants it. `gradients` is the flat buffer of the trained weights'.
         `kept` is used up.
         """
-        shape = self.shape
         rows, hidden = kept.residual.shape
-        stream = residual[:, :hidden]
-        width = self.mlp_out.in_features
-        of_gated = residual.new_empty((rows, width))
+        of_gated = residual.new_empty((rows, self.mlp_out.in_features))
         out = residual[:, : hidden + self.mlp_out.room]
         self.mlp_out.backward(out, *self.mlp_out.split(kept.gated), of_gated, gradients)
         del kept.gated
@@ -153,7 +179,23 @@ class Block:
         )
         # Attention's backward pass needs room for gradients in more heads than there are.
         del kept.gate_up, kept.middle_normed, of_gated
-        self._back_through_norm(SECOND, of_normed, kept.middle, kept.middle_scale, stream)
+        self.back_through_norm(SECOND, of_normed, kept.middle, kept.middle_scale, residual[:, :hidden])
+        del kept.middle, kept.middle_scale, of_normed
+        self.attend_backward(residual, kept, positions, bounds, gradients, reaches_input=reaches_input)
+
+    def attend_backward(
+        self,
+        residual: torch.Tensor,
+        kept: Attended,
+        positions: Positions,
+        bounds: Bounds,
+        gradients: torch.Tensor,
+        *,
+        reaches_input: bool,
+    ) -> None:
+        """`backward` of the block's attention half."""
+        shape = self.shape
+        rows, hidden = kept.residual.shape
         of_attended = residual.new_empty((rows, shape.query_width))
         out = residual[:, : hidden + self.attention_out.room]
         self.attention_out.backward(out, kept.attended.flatten(1), kept.attended_ranks, of_attended, gradients)
@@ -165,12 +207,23 @@ class Block:
             bounds,
         )
         of_projected = self._unplace_heads(of_heads, kept, positions)
-        into = of_normed if reaches_input else None
-        self.attention_in.backward(of_projected, *self.attention_in.split(kept.normed), into, gradients)
-        if reaches_input:
-            self._back_through_norm(FIRST, of_normed, kept.residual, kept.scale, stream)
+        del of_heads, of_attended
+        into = residual.new_empty((rows, hidden)) if reaches_input else None
+        normed = kept.normed if kept.normed is not None else self.norm_input(FIRST, kept.residual)
+        self.attention_in.backward(of_projected, *self.attention_in.split(normed), into, gradients)
+        if into is not None:
+            self.back_through_norm(FIRST, into, kept.residual, kept.scale, residual[:, :hidden])
 
-    def _back_through_norm(
+    def norm_input(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """The normed rows of `x` [T, H] with the margin that the layers behind the norm read."""
+        layers = (self.attention_in, self.mlp_in)[number]
+        normed = layers.input_buffer(x.shape[0], x)
+        weight = (self.first_norm, self.second_norm)[number]
+        self.operations.add_norm(x, None, weight, self.shape.epsilon, normed[:, : x.shape[1]])
+        layers.fill_margin(normed)
+        return normed
+
+    def back_through_norm(
         self, number: int, of_normed: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, stream: torch.Tensor
     ) -> None:
         """Add to `stream` what `of_normed`, the gradient of a norm's output, is before the norm."""
@@ -223,7 +276,7 @@ class Block:
         return heads, unnormed, scales
 
     def _unplace_heads(
-        self, of_heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], kept: Kept, positions: Positions
+        self, of_heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], kept: Attended, positions: Positions
     ) -> torch.Tensor:
         """The gradient [T, N + room] of what `_place_heads` was given."""
         ops, shape = self.operations, self.shape

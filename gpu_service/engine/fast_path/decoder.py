@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gpu_service.domain.recomputation import FULL
+from gpu_service.engine.fast_path import sliced_blocks
 from gpu_service.engine.fast_path.attention import Bounds
 from gpu_service.engine.fast_path.block import Block, Positions
 from gpu_service.engine.fast_path.head import Head, KeptHead
@@ -53,6 +55,8 @@ class Decoder:
     head: Head
     # How much of each block is made again in the backward pass.
     levels: Sequence[str]
+    # Of the feed-forward half of blocks that are recomputed whole.
+    slices: int = 1
     # Where inputs of blocks that are recomputed whole wait; None: on the device.
     shelf: HostShelf | None = None
 
@@ -63,6 +67,14 @@ class Decoder:
         if keeps and self.shelf is not None:
             self.shelf.clear()
         for number, block in enumerate(self.blocks):
+            if self._is_sliced(number):
+                x, add, residual = sliced_blocks.forward(
+                    block, x, add, flat.positions, flat.bounds, adapted=adapted, slices=self.slices
+                )
+                if keeps:
+                    kept.append(Remainder.of_input(residual, number, self.shelf))
+                del residual
+                continue
             x, add, activations = block.forward(x, add, flat.positions, flat.bounds, adapted=adapted)
             if keeps:
                 kept.append(Remainder.of(activations, self.levels[number], number, self.shelf))
@@ -80,7 +92,19 @@ class Decoder:
         self.head.backward(upstream, kept.head, flat.targets, residual[:, :hidden])
         kept.head = None
         for number in reversed(range(len(self.blocks))):
-            block = self.blocks[number]
-            one = kept.blocks.pop().complete(block, number, flat.positions, flat.bounds, self.shelf)
+            block, remainder = self.blocks[number], kept.blocks.pop()
+            if self._is_sliced(number):
+                x = remainder.take_input(number, self.shelf)
+                sliced_blocks.backward(
+                    block, x, residual, flat.positions, flat.bounds, gradients,
+                    reaches_input=number > 0, slices=self.slices,
+                )  # fmt: skip
+                del x, remainder
+                continue
+            one = remainder.complete(block, number, flat.positions, flat.bounds, self.shelf)
+            del remainder
             block.backward(residual, one, flat.positions, flat.bounds, gradients, reaches_input=number > 0)
             del one
+
+    def _is_sliced(self, number: int) -> bool:
+        return self.slices > 1 and self.levels[number] == FULL

@@ -7,6 +7,8 @@ every checkpoint holds. The functions here are what the kernels (`dropout_kernel
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -22,11 +24,15 @@ _LARGEST_KEY = 2**62
 
 @dataclass(kw_only=True)
 class Dropout:
-    """What all adapters of a model share. `key` is the pass' own, int64 [1] on the device; None: nothing is dropped."""
+    """What all adapters of a model share. `key` is the pass' own, int64 [1] on the device; None: nothing is dropped.
+
+    `first_row` is the place in the pass of the first of the rows at hand.
+    """
 
     probability: float
     device: torch.device
     key: torch.Tensor | None = None
+    first_row: int = 0
 
     def draw_key(self) -> torch.Tensor | None:
         """A key for the next pass; None where nothing is ever dropped, and no random number is spent."""
@@ -34,6 +40,15 @@ class Dropout:
             return None
         key = torch.randint(_LARGEST_KEY, (1,))
         return key if self.device.type != "cuda" else key.pin_memory().to(self.device, non_blocking=True)
+
+    @contextmanager
+    def starting_at(self, first_row: int) -> Iterator[None]:
+        """Inside, rows at hand are those of the pass from `first_row` on."""
+        self.first_row = first_row
+        try:
+            yield
+        finally:
+            self.first_row = 0
 
     @property
     def is_active(self) -> bool:
@@ -51,11 +66,13 @@ def threshold(probability: float) -> int:
     return round(probability * 2**32)
 
 
-def keep_mask(key: torch.Tensor, layer: int, rows: int, columns: int, probability: float) -> torch.Tensor:
-    """What a layer keeps of its rows: bool [rows, columns]."""
+def keep_mask(
+    key: torch.Tensor, layer: int, rows: int, columns: int, probability: float, first_row: int = 0
+) -> torch.Tensor:
+    """What a layer keeps of its rows, the first of which is the pass' `first_row`: bool [rows, columns]."""
     low, high = key & _WORD, (key >> 32) & _WORD
     start = mix(low ^ mix((high + layer * 0x9E3779B9) & _WORD))
-    row = torch.arange(rows, device=key.device)[:, None]
+    row = torch.arange(first_row, first_row + rows, device=key.device)[:, None]
     column = torch.arange(columns, device=key.device)[None]
     of_row = mix(start ^ ((row * 0x85EBCA77) & _WORD))
     return mix(of_row ^ ((column * 0xC2B2AE3D) & _WORD)) >= threshold(probability)
@@ -76,15 +93,19 @@ def drop_and_rank(
     out: torch.Tensor,
     key: torch.Tensor,
     *,
+    first_row: int,
     first_layer: int,
     num_layers: int,
     rank: int,
     probability: float,
 ) -> None:
-    """`out` [T, room] becomes each layer's dropped `rows` [T, K] times its part of `below` [room, K], and else zero."""
+    """`out` [T, room] becomes each layer's dropped `rows` [T, K] times its part of `below` [room, K], and else zero.
+
+    `first_row` is the place of the first of the rows in the pass, which their masks follow.
+    """
     out.zero_()
     for number, ranks in _each(num_layers, rank):
-        dropped = _drop(rows, key, first_layer + number, probability)
+        dropped = _drop(rows, key, first_layer + number, probability, first_row)
         out[:, ranks].copy_(dropped @ below[ranks].float().t())
 
 
@@ -94,6 +115,7 @@ def drop_and_weigh(
     out: torch.Tensor,
     key: torch.Tensor,
     *,
+    first_row: int,
     first_layer: int,
     num_layers: int,
     rank: int,
@@ -101,7 +123,7 @@ def drop_and_weigh(
 ) -> None:
     """`out` [layers * rank, K] becomes A's gradients: `inner` [T, room] transposed times each layer's dropped rows."""
     for number, ranks in _each(num_layers, rank):
-        dropped = _drop(rows, key, first_layer + number, probability)
+        dropped = _drop(rows, key, first_layer + number, probability, first_row)
         out[ranks].copy_(inner[:, ranks].float().t() @ dropped)
 
 
@@ -111,6 +133,7 @@ def drop_and_add(
     out: torch.Tensor,
     key: torch.Tensor,
     *,
+    first_row: int,
     first_layer: int,
     num_layers: int,
     rank: int,
@@ -120,12 +143,12 @@ def drop_and_add(
     total = out.float()
     for number, ranks in _each(num_layers, rank):
         through = inner[:, ranks].float() @ below[ranks].float()
-        total += _drop(through, key, first_layer + number, probability)
+        total += _drop(through, key, first_layer + number, probability, first_row)
     out.copy_(total)
 
 
-def _drop(rows: torch.Tensor, key: torch.Tensor, layer: int, probability: float) -> torch.Tensor:
-    kept = keep_mask(key, layer, rows.shape[0], rows.shape[1], probability)
+def _drop(rows: torch.Tensor, key: torch.Tensor, layer: int, probability: float, first_row: int) -> torch.Tensor:
+    kept = keep_mask(key, layer, rows.shape[0], rows.shape[1], probability, first_row)
     return rows.float() * kept / (1 - probability)
 
 

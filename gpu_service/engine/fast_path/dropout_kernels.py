@@ -43,7 +43,8 @@ def _kept(start, row, column, limit):
 
 @kernel
 def _drop_and_rank(
-    rows, below, out, key, num_rows, rows_row, below_row, out_row, first_layer, limit, factor, num_ranks, room,
+    rows, below, out, key, num_rows, rows_row, below_row, out_row, first_row, first_layer, limit, factor,
+    num_ranks, room,
     WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +59,7 @@ def _drop_and_rank(
         column = first + near
         within = column < WIDTH
         value = tl.load(rows + wide_row * rows_row + column[None, :], mask=inside[:, None] & within[None, :], other=0.0)
-        value = tl.where(_kept(start, row, column, limit), value, 0.0).to(rows.dtype.element_ty)
+        value = tl.where(_kept(start, first_row + row, column, limit), value, 0.0).to(rows.dtype.element_ty)
         weights = tl.load(
             below + (part * RANK + rank)[None, :] * below_row + column[:, None],
             mask=(rank < RANK)[None, :] & within[:, None], other=0.0,
@@ -81,7 +82,7 @@ def _drop_and_rank(
 
 @kernel
 def _drop_and_weigh(
-    inner, rows, out, key, num_rows, inner_row, rows_row, first_layer, limit, factor,
+    inner, rows, out, key, num_rows, inner_row, rows_row, first_row, first_layer, limit, factor,
     WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +99,7 @@ def _drop_and_weigh(
         value = tl.load(
             rows + wide_row[:, None] * rows_row + column[None, :], mask=inside[:, None] & within[None, :], other=0.0
         )
-        value = tl.where(_kept(start, row, column, limit), value, 0.0).to(rows.dtype.element_ty)
+        value = tl.where(_kept(start, first_row + row, column, limit), value, 0.0).to(rows.dtype.element_ty)
         theirs = tl.load(
             inner + wide_row[None, :] * inner_row + (part * RANK + rank)[:, None],
             mask=inside[None, :] & (rank < RANK)[:, None], other=0.0,
@@ -110,7 +111,7 @@ def _drop_and_weigh(
 
 @kernel
 def _drop_and_add(
-    inner, below, out, key, num_rows, inner_row, below_row, out_row, first_layer, limit, factor,
+    inner, below, out, key, num_rows, inner_row, below_row, out_row, first_row, first_layer, limit, factor,
     WIDTH: tl.constexpr, LAYERS: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +133,7 @@ def _drop_and_add(
             mask=(rank < RANK)[:, None] & within[None, :], other=0.0,
         )  # fmt: skip
         through = tl.dot(theirs, weights, input_precision=PRECISION) * factor
-        total += tl.where(_kept(_start(key, first_layer + part), row, column, limit), through, 0.0)
+        total += tl.where(_kept(_start(key, first_layer + part), first_row + row, column, limit), through, 0.0)
     tl.store(place, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -153,6 +154,7 @@ def drop_and_rank(
     out: torch.Tensor,
     key: torch.Tensor,
     *,
+    first_row: int,
     first_layer: int,
     num_layers: int,
     rank: int,
@@ -160,7 +162,7 @@ def drop_and_rank(
 ) -> None:
     count, width = rows.shape
     _drop_and_rank[(triton.cdiv(count, _ROWS), num_layers)](
-        rows, below, out, key, count, rows.stride(0), below.stride(0), out.stride(0), first_layer,
+        rows, below, out, key, count, rows.stride(0), below.stride(0), out.stride(0), first_row, first_layer,
         threshold(probability), 1 / (1 - probability), num_layers * rank, out.shape[1], WIDTH=width,
         **_options(rows, rank),
     )  # fmt: skip
@@ -172,6 +174,7 @@ def drop_and_weigh(
     out: torch.Tensor,
     key: torch.Tensor,
     *,
+    first_row: int,
     first_layer: int,
     num_layers: int,
     rank: int,
@@ -179,7 +182,7 @@ def drop_and_weigh(
 ) -> None:
     count, width = rows.shape
     _drop_and_weigh[(triton.cdiv(width, _COLUMNS), num_layers)](
-        inner, rows, out, key, count, inner.stride(0), rows.stride(0), first_layer,
+        inner, rows, out, key, count, inner.stride(0), rows.stride(0), first_row, first_layer,
         threshold(probability), 1 / (1 - probability), WIDTH=width, **_options(rows, rank),
     )  # fmt: skip
 
@@ -190,6 +193,7 @@ def drop_and_add(
     out: torch.Tensor,
     key: torch.Tensor,
     *,
+    first_row: int,
     first_layer: int,
     num_layers: int,
     rank: int,
@@ -197,6 +201,6 @@ def drop_and_add(
 ) -> None:
     count, width = out.shape
     _drop_and_add[(triton.cdiv(count, _ROWS), triton.cdiv(width, _COLUMNS))](
-        inner, below, out, key, count, inner.stride(0), below.stride(0), out.stride(0), first_layer,
+        inner, below, out, key, count, inner.stride(0), below.stride(0), out.stride(0), first_row, first_layer,
         threshold(probability), 1 / (1 - probability), WIDTH=width, LAYERS=num_layers, **_options(out, rank),
     )  # fmt: skip

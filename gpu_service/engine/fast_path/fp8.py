@@ -39,7 +39,6 @@ class RoundedGroup:
         self.in_features: int = layers[0].in_features
         self.num_rows = sum(self.out_features)
         self.bias = join_biases(layers, dtype)
-        scratch.reserve(self.num_rows * self.in_features)
         matrix, first = scratch.view(self.num_rows, self.in_features), 0
         for layer in layers:
             Nf4Weight.of(layer).restore(matrix[first : first + layer.out_features])

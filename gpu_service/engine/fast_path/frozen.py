@@ -8,7 +8,8 @@ share, or once and kept) or plain, then the modules' own parameters become views
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,18 +27,22 @@ class Margins:
 
 
 class Scratch:
-    """One buffer, as large as the largest matrix that is restored into it; the next one overwrites it."""
+    """One buffer, as large as the largest matrix that was restored into it; the next one overwrites it."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._buffer = torch.empty(0, device=device, dtype=dtype)
 
-    def reserve(self, num_elements: int) -> None:
-        """Make room for a matrix; earlier views are not valid any more."""
-        if num_elements > self._buffer.numel():
-            self._buffer = self._buffer.new_empty(num_elements)
-
     def view(self, rows: int, columns: int) -> torch.Tensor:
+        """Room for a matrix; earlier views are not valid any more."""
+        if rows * columns > self._buffer.numel():
+            # Never both.
+            self._buffer = self._buffer.new_empty(0)
+            self._buffer = self._buffer.new_empty(rows * columns)
         return self._buffer[: rows * columns].view(rows, columns)
+
+    def drop(self) -> None:
+        """Let go of the buffer: what is restored from now on may be smaller."""
+        self._buffer = self._buffer.new_empty(0)
 
 
 class FrozenGroup:
@@ -59,8 +64,8 @@ class FrozenGroup:
         elif keep:
             self._matrix = torch.zeros(self._shape, device=self._device, dtype=dtype)
             self._restore(self._matrix)
-        else:
-            scratch.reserve(self._shape[0] * self._shape[1])
+        # The matrix that stands inside `restored`.
+        self._held: torch.Tensor | None = None
         self.margins = self._make_margins()
 
     @property
@@ -75,8 +80,26 @@ class FrozenGroup:
 
     def stream(self) -> None:
         """From now on weights are restored at each use. Margins are new, and hold zeros."""
-        self._scratch.reserve(self._shape[0] * self._shape[1])
         self.margins = self._make_margins()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, weights that are restored at each use are restored once, in memory of their own; with the margins as
+        they are at the beginning.
+        """
+        if self._matrix is not None:
+            yield
+            return
+        held = torch.empty(self._shape, device=self._device, dtype=self._dtype)
+        self._restore(held)
+        held[: self.num_rows, self.in_features :].copy_(self.margins.right)
+        held[self.num_rows :, : self.in_features].copy_(self.margins.below)
+        self._held = held
+        del held
+        try:
+            yield
+        finally:
+            self._held = None
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -99,7 +122,7 @@ class FrozenGroup:
         matrix = self._get()[: self.num_rows]
         if not adapted:
             return matrix[:, : self.in_features]
-        if self._matrix is None:
+        if self._matrix is None and self._held is None:
             matrix[:, self.in_features :].copy_(self.margins.right)
         return matrix
 
@@ -108,7 +131,7 @@ class FrozenGroup:
         matrix = self._get()[:, : self.in_features]
         if not adapted:
             return matrix[: self.num_rows]
-        if self._matrix is None:
+        if self._matrix is None and self._held is None:
             matrix[self.num_rows :].copy_(self.margins.below)
         return matrix
 
@@ -129,6 +152,8 @@ class FrozenGroup:
     def _get(self) -> torch.Tensor:
         if self._matrix is not None:
             return self._matrix
+        if self._held is not None:
+            return self._held
         matrix = self._scratch.view(*self._shape)
         self._restore(matrix)
         return matrix

@@ -22,10 +22,10 @@ class FullBlock(Block):
     norm_regions: tuple[Region, Region]
     head_norm_regions: tuple[Region, Region] | None
 
-    def _back_through_norm(
+    def back_through_norm(
         self, number: int, of_normed: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, stream: torch.Tensor
     ) -> None:
-        super()._back_through_norm(number, of_normed, x, scale, stream)
+        super().back_through_norm(number, of_normed, x, scale, stream)
         self._weigh(self.norm_regions[number], of_normed, x, scale, heads=1)
 
     def _back_through_head_norm(

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from gpu_service.domain.recomputation import HEAD_ROWS
 from gpu_service.engine.fast_path.full_weights import Region
-from gpu_service.engine.fast_path.head import CHUNK_ROWS
 from gpu_service.engine.fast_path.weight_gradients import EarlyPlace, Gradients
 
 
@@ -68,8 +68,8 @@ class FullHead:
         nats = torch.empty(len(targets), device=x.device, dtype=torch.float32)
         early = self.gradients.place_early(self.weight_region) if keeps and len(targets) else None
         made = None if early is None else _Made(of_normed=torch.empty_like(normed), of_weight=early)
-        for first in range(0, len(targets), CHUNK_ROWS):
-            chunk = slice(first, first + CHUNK_ROWS)
+        for first in range(0, len(targets), HEAD_ROWS):
+            chunk = slice(first, first + HEAD_ROWS)
             of_logits = self._turn_to_gradient(normed[chunk], labels[chunk], nats[chunk])
             if made is not None:
                 torch.mm(of_logits, self.weight, out=made.of_normed[chunk])
@@ -113,8 +113,8 @@ class FullHead:
         place = self.gradients.place(self.weight_region)
         if not len(kept.labels) and not place.adds:
             place.tensor.zero_()
-        for first in range(0, len(kept.labels), CHUNK_ROWS):
-            chunk = slice(first, first + CHUNK_ROWS)
+        for first in range(0, len(kept.labels), HEAD_ROWS):
+            chunk = slice(first, first + HEAD_ROWS)
             of_logits = self._turn_to_gradient(kept.normed[chunk], kept.labels[chunk], unused[chunk])
             torch.mm(of_logits, self.weight, out=of_normed[chunk])
             # Rows rather than logits: there are fewer of them.

@@ -144,7 +144,7 @@ class FullModel(torch.nn.Module):
     def recompute_more(self) -> str:
         """Keep less of a pass from now on, with the same results: how, in words; empty where nothing more can be."""
         num_layers = len(self._decoder.blocks)
-        more = step_down(self._recomputation, num_layers)
+        more = step_down(self._recomputation, num_layers, may_slice=False)
         if more is None or (more.offload and not self._has_host_room(more)):
             return ""
         self._recomputation = more

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-# Large enough that the product back from the logits fills a GPU; 0.5 GB of logits at a vocabulary of 128,000.
-CHUNK_ROWS = 2048
+from gpu_service.domain.recomputation import HEAD_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,8 @@ class Head:
     norm: torch.Tensor
     epsilon: float
     weight: torch.Tensor
+    # Rows of logits that exist at a time.
+    chunk_rows: int = HEAD_ROWS
 
     def forward(
         self, x: torch.Tensor, add: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor, *, keeps: bool
@@ -42,8 +43,8 @@ class Head:
         rows, scale = self.operations.add_norm(picked, add.index_select(0, targets), self.norm, self.epsilon, normed)
         nats = torch.empty(len(targets), device=x.device, dtype=torch.float32)
         of_normed = torch.empty_like(normed) if keeps else None
-        for first in range(0, len(targets), CHUNK_ROWS):
-            chunk = slice(first, first + CHUNK_ROWS)
+        for first in range(0, len(targets), self.chunk_rows):
+            chunk = slice(first, first + self.chunk_rows)
             logits = torch.mm(normed[chunk], self.weight.t())
             self.operations.cross_entropy_(logits, labels[chunk], nats[chunk])
             if of_normed is not None:

@@ -100,7 +100,7 @@ class FastModel(torch.nn.Module):
         self._flat = FlatAdapter(peft_model, modules, device=self._device)
         self.adapter = self._flat.parameter
         self._dropout = Dropout(probability=self._flat.dropout, device=self._device)
-        scratch = Scratch(self._device, self._dtype)
+        self._scratch = Scratch(self._device, self._dtype)
         self._operations = operations or operations_for(self._device)
         rounded = blocks_in_8_bits(len(layers)) if settings.in_fp8 else range(0)
         self._projections = [
@@ -108,7 +108,7 @@ class FastModel(torch.nn.Module):
                 frozen=_freeze(
                     [plain(module) for module in group],
                     adapter.room,
-                    scratch,
+                    self._scratch,
                     settings,
                     rounds=number // len(GROUPS) in rounded,
                 ),
@@ -193,14 +193,22 @@ class FastModel(torch.nn.Module):
         if described := self.give_up_recordings():
             return described
         num_layers = len(self._decoder.blocks)
-        more = step_down(self._recomputation, num_layers)
+        more = step_down(self._recomputation, num_layers, may_slice=True)
         if more is None or (more.offload and not self._has_host_room(more)):
             return ""
         self._recomputation = more
         shelf = HostShelf(self._device) if more.offload else None
         if self._decoder.shelf is not None:
             self._decoder.shelf.close()
-        self._decoder = replace(self._decoder, levels=more.levels(num_layers), shelf=shelf)
+        self._decoder = replace(
+            self._decoder,
+            levels=more.levels(num_layers),
+            slices=more.feed_forward_slices,
+            head=replace(self._decoder.head, chunk_rows=more.head_rows),
+            shelf=shelf,
+        )
+        # In slices, no block's largest matrix is restored there.
+        self._scratch.drop()
         return more.describe(num_layers)
 
     def _has_host_room(self, way: Recomputation) -> bool:
@@ -342,6 +350,7 @@ def _assemble(
         norm=causal.model.norm.weight.data,
         epsilon=config.rms_norm_eps,
         weight=causal.lm_head.weight.data,
+        chunk_rows=recomputation.head_rows,
     )
     embedding = causal.model.embed_tokens.weight.data
     return Decoder(
@@ -349,5 +358,6 @@ def _assemble(
         blocks=blocks,
         head=head,
         levels=recomputation.levels(len(blocks)),
+        slices=recomputation.feed_forward_slices,
         shelf=HostShelf(settings.device) if recomputation.offload else None,
     )

@@ -6,6 +6,7 @@ adapter's part of the sum lies there. Nothing of the frozen weights has a gradie
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -88,6 +89,10 @@ class Projection:
         """An empty [T, N + room], whose first N columns are the output, or its gradient."""
         return like.new_empty((rows, self.frozen.num_rows + self.room))
 
+    def restored(self) -> AbstractContextManager[None]:
+        """Inside, weights that are restored at each use are restored once."""
+        return self.frozen.restored() if isinstance(self.frozen, FrozenGroup) else nullcontext()
+
     @cached_property
     def _ranks(self) -> Any:
         adapter = self.adapter
@@ -124,6 +129,7 @@ class Projection:
         """What tells the kernels of dropout which masks are meant."""
         return {
             "key": self.dropout.key,
+            "first_row": self.dropout.first_row,
             "first_layer": self.number * LAYERS_PER_GROUP,
             "num_layers": len(self.adapter.parts),
             "rank": self.adapter.rank,

@@ -14,9 +14,8 @@ import torch
 
 from gpu_service.domain.recomputation import ELEMENTWISE, FEED_FORWARD, FULL, NONE
 from gpu_service.engine.fast_path.attention import Bounds
-from gpu_service.engine.fast_path.block import Block, Kept, Positions
+from gpu_service.engine.fast_path.block import FIRST, SECOND, Block, Kept, Positions
 from gpu_service.engine.fast_path.offloading import HostShelf
-from gpu_service.engine.fast_path.projection import Linears
 
 _ELEMENTWISE = frozenset({"normed", "middle_normed", "gated"})
 _DROPPED: Mapping[str, frozenset[str]] = {
@@ -37,23 +36,33 @@ class Remainder:
     def of(cls, kept: Kept, level: str, number: int, shelf: HostShelf | None) -> Remainder:
         """`number` is the block's; with a `shelf` the input of a block that is recomputed whole is put on it."""
         if level == FULL:
-            if shelf is None:
-                return cls(level=level, parts={"residual": kept.residual})
-            shelf.put(number, kept.residual)
-            return cls(level=level, parts={})
+            return cls.of_input(kept.residual, number, shelf)
         dropped = _DROPPED[level]
         return cls(
             level=level,
             parts={field.name: getattr(kept, field.name) for field in fields(kept) if field.name not in dropped},
         )
 
+    @classmethod
+    def of_input(cls, residual: torch.Tensor, number: int, shelf: HostShelf | None) -> Remainder:
+        """Of a block that is recomputed whole: its input [T, H]."""
+        if shelf is None:
+            return cls(level=FULL, parts={"residual": residual})
+        shelf.put(number, residual)
+        return cls(level=FULL, parts={})
+
+    def take_input(self, number: int, shelf: HostShelf | None) -> torch.Tensor:
+        """What `of_input` was given."""
+        residual: torch.Tensor = self.parts["residual"] if shelf is None else shelf.take(number)
+        return residual
+
     def complete(
         self, block: Block, number: int, positions: Positions, bounds: Bounds, shelf: HostShelf | None
     ) -> Kept:
         """All of it again."""
         if self.level == FULL:
-            residual = self.parts["residual"] if shelf is None else shelf.take(number)
-            _, _, kept = block.forward(residual, None, positions, bounds, adapted=True)
+            residual = self.take_input(number, shelf)
+            _, _, kept = block.forward(residual, None, positions, bounds, adapted=True, completes=False)
             return kept
         if self.level == NONE:
             return Kept(**self.parts)
@@ -62,8 +71,8 @@ class Remainder:
 
 def _make_again(block: Block, parts: Mapping[str, Any], level: str) -> dict[str, Any]:
     made = {
-        "normed": _norm(block, block.attention_in, parts["residual"], block.first_norm),
-        "middle_normed": _norm(block, block.mlp_in, parts["middle"], block.second_norm),
+        "normed": block.norm_input(FIRST, parts["residual"]),
+        "middle_normed": block.norm_input(SECOND, parts["middle"]),
     }
     rows = parts["residual"].shape[0]
     gate_up = parts.get("gate_up")
@@ -74,10 +83,3 @@ def _make_again(block: Block, parts: Mapping[str, Any], level: str) -> dict[str,
     gated = made["gated"] = block.mlp_out.input_buffer(rows, parts["residual"])
     block.mlp_out.place_gated(gate_up[:, : 2 * block.mlp_out.in_features], gated, adapted=True)
     return made
-
-
-def _norm(block: Block, projection: Linears, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    normed = projection.input_buffer(x.shape[0], x)
-    block.operations.add_norm(x, None, weight, block.shape.epsilon, normed[:, : x.shape[1]])
-    projection.fill_margin(normed)
-    return normed

@@ -118,6 +118,15 @@ _CASES: dict[str, tuple[Any, ...]] = {
     "some-whole": ("llama", 2, 16, ALL_SEVEN, _DENSE, 0.5, Recomputation(full_layers=2, feed_forward_layers=1)),
     "whole": ("llama", 2, 16, ALL_SEVEN, _MIXED, 0.5, everything(_LAYERS)),
     "whole-all-targets": ("llama", 2, 16, ALL_SEVEN, _DENSE, 1.0, everything(_LAYERS)),
+    "sliced": ("llama", 2, 16, ALL_SEVEN, _MIXED, 0.5, everything(_LAYERS, feed_forward_slices=4)),
+    "sliced-in-two": ("llama", 8, 16, ALL_SEVEN, _MIXED, 0.1, everything(_LAYERS, feed_forward_slices=2)),
+    "sliced-finely": ("llama", 4, 8, ("q_proj", "down_proj"), _MIXED, 0.1, everything(_LAYERS, feed_forward_slices=16)),
+    "sliced-all-targets": ("qwen3", 2, 16, ALL_SEVEN, _MIXED, 1.0, everything(_LAYERS, feed_forward_slices=4)),
+    "sliced-in-part": ("llama", 2, 16, ALL_SEVEN, _MIXED, 0.5, Recomputation(full_layers=3, feed_forward_slices=4)),
+    "sliced-before-others": (
+        "llama", 2, 16, ALL_SEVEN, _DENSE, 0.1,
+        Recomputation(full_layers=4, feed_forward_layers=1, feed_forward_slices=4),
+    ),
 }  # fmt: skip
 
 

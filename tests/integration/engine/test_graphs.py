@@ -70,7 +70,14 @@ _CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", _CASES)
-@pytest.mark.parametrize("recomputation", [Recomputation(), Recomputation(full_layers=1, elementwise_layers=1)])
+@pytest.mark.parametrize(
+    "recomputation",
+    [
+        Recomputation(),
+        Recomputation(full_layers=1, elementwise_layers=1),
+        Recomputation(full_layers=2, feed_forward_slices=2),
+    ],
+)
 def test_played_passes_are_launched_ones(case: str, recomputation: Recomputation) -> None:
     expected_model = make_peft(**_CASES[case])
     expected = _make_passes(expected_model, make_fast(expected_model, recomputation=recomputation))

@@ -252,7 +252,8 @@ def test_time_limit_ends_training_with_artifacts(workspace: Workspace, run_in_pr
 def test_fast_path_trains_the_same_however_it_saves_memory(workspace: Workspace, run_in_process: Any) -> None:
     asked: dict[str, dict[str, Any]] = {
         "plain": {},
-        "least": {"recomputation": {"offload": True}},
+        "offloaded": {"recomputation": {"offload": True}},
+        "least": {"recomputation": {"offload": True, "feed_forward_slices": 2}},
         "mixed": {"recomputation": {"feed_forward_layers": 1, "elementwise_layers": 1}, "base_weights": "resident"},
     }
     logs = {}
@@ -264,14 +265,18 @@ def test_fast_path_trains_the_same_however_it_saves_memory(workspace: Workspace,
         )
         logs[name] = run_in_process(directory)
         assert_trained(logs[name], 4)
-    assert logs["plain"].losses == logs["least"].losses == logs["mixed"].losses
+    assert logs["plain"].losses == logs["offloaded"].losses == logs["mixed"].losses
+    # Gradients of slices are added up.
+    assert logs["least"].losses == pytest.approx(logs["plain"].losses, rel=1e-5)
     plans = {name: log.of("plan")[0] for name, log in logs.items()}
     assert plans["least"].resolved.recomputation.full_layers == 2
     assert plans["least"].resolved.recomputation.offload
+    assert plans["least"].resolved.recomputation.feed_forward_slices == 2
     assert plans["least"].resolved.base_weights == "streamed"
     assert plans["mixed"].resolved.base_weights == "resident"
     messages = {name: " ".join(event.message for event in log.of("log")) for name, log in logs.items()}
-    assert "2 whole, their inputs wait in host memory" in messages["least"]
+    assert "2 whole, their inputs wait in host memory" in messages["offloaded"]
+    assert "wait in host memory, their feed-forward half in 2 slices" in messages["least"]
     assert "restored once and kept" in messages["mixed"]
     assert "nothing is recomputed" in messages["plain"]
 

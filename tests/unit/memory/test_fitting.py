@@ -21,7 +21,10 @@ from gpu_service.domain.recomputation import (
     Recomputation,
     everything,
     ladder,
+    least_memory,
     place_bytes,
+    slice_rows,
+    step_down,
 )
 from tests.fakes.checked_specs import CPU, hyper, plan
 from tests.unit.memory.shapes import H100, make_base
@@ -47,10 +50,11 @@ def test_levels_stand_from_the_first_layer_in_the_order_of_what_they_save() -> N
 
 
 def test_every_rung_takes_less_than_the_one_before() -> None:
-    rungs = list(ladder(28))
+    rungs = list(ladder(28, may_slice=True))
     assert rungs[0] == NOTHING
-    assert rungs[-1] == everything(28, offload=True)
-    peaks = [_peak(rung) for rung in (rungs[0], rungs[14], rungs[28], rungs[42], rungs[56], rungs[70], *rungs[-2:])]
+    assert rungs[-2:] == [everything(28, offload=True), least_memory(28)]
+    assert rungs[:-1] == list(ladder(28, may_slice=False))
+    peaks = [_peak(rung) for rung in (rungs[0], rungs[14], rungs[28], rungs[42], rungs[56], rungs[70], *rungs[-3:])]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[-1] < 0.25 * peaks[0]
 
@@ -61,9 +65,43 @@ def _peak(rung: Recomputation) -> int:
         "feed_forward_layers": rung.feed_forward_layers,
         "elementwise_layers": rung.elementwise_layers,
         "offload": rung.offload,
+        "feed_forward_slices": rung.feed_forward_slices,
     }
     peak: int = _plan(recomputation=asked).memory.peak_bytes
     return peak
+
+
+def test_steps_down_are_the_ladder_s_rungs_for_all_layers() -> None:
+    ways = [NOTHING]
+    while (following := step_down(ways[-1], 28, may_slice=True)) is not None:
+        ways.append(following)
+    rungs = list(ladder(28, may_slice=True))
+    assert ways == [NOTHING, rungs[28], rungs[56], rungs[84], *rungs[-2:]]
+    assert step_down(everything(28, offload=True), 28, may_slice=False) is None
+    # What was in slices stays in as many at least.
+    assert step_down(everything(28, feed_forward_slices=2), 28, may_slice=True) == everything(
+        28, offload=True, feed_forward_slices=2
+    )
+    assert step_down(everything(28, offload=True, feed_forward_slices=2), 28, may_slice=True) == least_memory(28)
+    assert step_down(everything(28, offload=True, feed_forward_slices=9), 28, may_slice=True) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "slices", "step"),
+    [(8192, 1, 8192), (8192, 4, 2048), (8192, 3, 2816), (100, 4, 128), (129, 2, 128), (257, 2, 256), (0, 3, 128)],
+)
+def test_slices_are_whole_tiles(rows: int, slices: int, step: int) -> None:
+    assert slice_rows(rows, slices) == step
+
+
+def test_slices_need_less_and_no_more_than_the_goal() -> None:
+    """Of a 3B shape in one pass of 8,192 tokens."""
+    peaks = [
+        _plan(recomputation={"offload": True, "feed_forward_slices": slices}).memory.peak_bytes
+        for slices in (1, 2, 3, 4)
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[-1] < 3.35 * 1024**3
 
 
 def test_with_room_nothing_is_recomputed_and_weights_stand_restored() -> None:
@@ -92,8 +130,9 @@ def test_least_recomputation_that_fits_is_chosen() -> None:
     assert numbers[5].full_layers >= 20
     assert not numbers[5].offload
     assert numbers[6] == everything(28, offload=True)
+    rungs = list(ladder(28, may_slice=True))
     for gib, rung in zip((22, 15.5, 10), numbers[2:], strict=False):
-        before = list(ladder(28))[list(ladder(28)).index(rung) - 1]
+        before = rungs[rungs.index(rung) - 1]
         asked = {name: getattr(before, name) for name in ("full_layers", "feed_forward_layers", "elementwise_layers")}
         assert _plan(_with_memory(gib), recomputation=asked).memory.total_bytes > gib * 1024**3
 
@@ -111,6 +150,14 @@ def test_what_was_asked_for_is_taken() -> None:
     assert least.recomputation == everything(28, offload=True)
     some = _plan(recomputation={"full_layers": 3}).hyperparameters
     assert some.recomputation == Recomputation(full_layers=3)
+    sliced = _plan(recomputation={"feed_forward_slices": 3})
+    assert sliced.hyperparameters.recomputation == everything(28, feed_forward_slices=3)
+    assert "their feed-forward half in 3 slices" in sliced.memory_reason
+    assert sliced.hyperparameters.to_json()["recomputation"]["feed_forward_slices"] == 3
+    asked: dict[str, Any] = {"full_layers": 5, "feed_forward_layers": 1, "feed_forward_slices": 2, "offload": True}
+    assert _plan(recomputation=asked).hyperparameters.recomputation == Recomputation(**asked)
+    whole = _plan(gradient_checkpointing=True, recomputation={"feed_forward_slices": 2}).hyperparameters
+    assert whole.recomputation == everything(28, feed_forward_slices=2)
     assert not some.gradient_checkpointing
 
 
@@ -136,6 +183,16 @@ def test_plain_path_has_none_of_it() -> None:
         ({"quantization": {"method": "fp4"}, "recomputation": {"offload": True}}, "COMBINATION_NOT_ALLOWED"),
         ({"gradient_checkpointing": True, "recomputation": {"full_layers": 1}}, "COMBINATION_NOT_ALLOWED"),
         ({"recomputation": {"full_layers": 20, "elementwise_layers": 9}}, "INVALID_FIELD"),
+        ({"recomputation": {"feed_forward_layers": 3, "feed_forward_slices": 2}}, "COMBINATION_NOT_ALLOWED"),
+        ({"recomputation": {"full_layers": 0, "feed_forward_slices": 2}}, "COMBINATION_NOT_ALLOWED"),
+        ({"gradient_checkpointing": False, "recomputation": {"feed_forward_slices": 2}}, "COMBINATION_NOT_ALLOWED"),
+        ({"trainer": "reference", "recomputation": {"feed_forward_slices": 2}}, "COMBINATION_NOT_ALLOWED"),
+        (
+            {"spec": {"training_type": "full"}, "trainer": "fast", "recomputation": {"feed_forward_slices": 2}},
+            "COMBINATION_NOT_ALLOWED",
+        ),
+        ({"recomputation": {"feed_forward_slices": 0}}, "INVALID_FIELD"),
+        ({"recomputation": {"feed_forward_slices": 65}}, "INVALID_FIELD"),
         ({"base_weights": "somewhere"}, "INVALID_FIELD"),
     ],
 )
@@ -160,13 +217,14 @@ def _documented() -> list[list[str]]:
 
 @pytest.mark.parametrize("row", _documented(), ids=lambda row: row[0])
 def test_documented_plans(row: list[str]) -> None:
-    device, elementwise, feed_forward, full, offload, weights, peak, total = row
+    device, elementwise, feed_forward, full, offload, slices, weights, peak, total = row
     checked = _plan(_with_memory(float(device.removesuffix(" GiB"))))
     assert checked.hyperparameters.recomputation == Recomputation(
         full_layers=int(full),
         feed_forward_layers=int(feed_forward),
         elementwise_layers=int(elementwise),
         offload=offload == "yes",
+        feed_forward_slices=int(slices),
     )
     assert checked.hyperparameters.base_weights == weights
     assert [checked.memory.peak_bytes / 1e9, checked.memory.total_bytes / 1e9] == pytest.approx(

@@ -98,19 +98,21 @@ def test_version_rises_when_arithmetic_says_something_else() -> None:
         "fp8": _plan(compute="fp8"),
         "whole": _plan(gradient_checkpointing=True),
         "offloaded": _plan(recomputation={"offload": True}),
+        "sliced": _plan(recomputation={"offload": True, "feed_forward_slices": 4}),
         "lora": _plan("lora"),
         "reference": _plan(trainer="reference"),
         "reference-lora": _plan("lora", trainer="reference"),
         "reference-full": _plan("full", trainer="reference", gradient_checkpointing=True),
     }
     assert (VERSION, {name: made.memory.analytic_bytes for name, made in ways.items()}) == (
-        2,
+        3,
         {
             "resident": 30_020_212_736,
             "streamed": 24_485_312_512,
             "fp8": 30_020_212_736,
             "whole": 5_205_211_136,
             "offloaded": 3_896_588_288,
+            "sliced": 3_505_395_712,
             "lora": 28_565_395_456,
             "reference": 61_428_822_016,
             "reference-lora": 52_705_974_272,

@@ -410,7 +410,9 @@ Global___Dpo: _TypeAlias = Dpo  # noqa: Y015
 
 @_typing.final
 class Recomputation(_message.Message):
-    """Layers, in this order from the first; the rest keep all activations. Results do not depend on it."""
+    """Layers, in this order from the first; the rest keep all activations. Results do not depend on it, but for the order of
+    sums with feed_forward_slices.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -418,6 +420,7 @@ class Recomputation(_message.Message):
     FEED_FORWARD_LAYERS_FIELD_NUMBER: _builtins.int
     ELEMENTWISE_LAYERS_FIELD_NUMBER: _builtins.int
     OFFLOAD_FIELD_NUMBER: _builtins.int
+    FEED_FORWARD_SLICES_FIELD_NUMBER: _builtins.int
     full_layers: _builtins.int
     """Keep their input alone."""
     feed_forward_layers: _builtins.int
@@ -426,6 +429,10 @@ class Recomputation(_message.Message):
     """Make norms and the product of gate and up projection again."""
     offload: _builtins.bool
     """Keep the inputs of full_layers in the host's memory."""
+    feed_forward_slices: _builtins.int
+    """The feed-forward half of full_layers goes through its rows in so many slices, forward and backward; fewer where rows
+    are few. Of adapters only.
+    """
     def __init__(
         self,
         *,
@@ -433,15 +440,18 @@ class Recomputation(_message.Message):
         feed_forward_layers: _builtins.int | None = ...,
         elementwise_layers: _builtins.int | None = ...,
         offload: _builtins.bool | None = ...,
+        feed_forward_slices: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_elementwise_layers", b"_elementwise_layers", "_feed_forward_layers", b"_feed_forward_layers", "_full_layers", b"_full_layers", "_offload", b"_offload", "elementwise_layers", b"elementwise_layers", "feed_forward_layers", b"feed_forward_layers", "full_layers", b"full_layers", "offload", b"offload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_elementwise_layers", b"_elementwise_layers", "_feed_forward_layers", b"_feed_forward_layers", "_feed_forward_slices", b"_feed_forward_slices", "_full_layers", b"_full_layers", "_offload", b"_offload", "elementwise_layers", b"elementwise_layers", "feed_forward_layers", b"feed_forward_layers", "feed_forward_slices", b"feed_forward_slices", "full_layers", b"full_layers", "offload", b"offload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_elementwise_layers", b"_elementwise_layers", "_feed_forward_layers", b"_feed_forward_layers", "_full_layers", b"_full_layers", "_offload", b"_offload", "elementwise_layers", b"elementwise_layers", "feed_forward_layers", b"feed_forward_layers", "full_layers", b"full_layers", "offload", b"offload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_elementwise_layers", b"_elementwise_layers", "_feed_forward_layers", b"_feed_forward_layers", "_feed_forward_slices", b"_feed_forward_slices", "_full_layers", b"_full_layers", "_offload", b"_offload", "elementwise_layers", b"elementwise_layers", "feed_forward_layers", b"feed_forward_layers", "feed_forward_slices", b"feed_forward_slices", "full_layers", b"full_layers", "offload", b"offload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__elementwise_layers: _TypeAlias = _typing.Literal["elementwise_layers"]  # noqa: Y015
     _WhichOneofArgType__elementwise_layers: _TypeAlias = _typing.Literal["_elementwise_layers", b"_elementwise_layers"]  # noqa: Y015
     _WhichOneofReturnType__feed_forward_layers: _TypeAlias = _typing.Literal["feed_forward_layers"]  # noqa: Y015
     _WhichOneofArgType__feed_forward_layers: _TypeAlias = _typing.Literal["_feed_forward_layers", b"_feed_forward_layers"]  # noqa: Y015
+    _WhichOneofReturnType__feed_forward_slices: _TypeAlias = _typing.Literal["feed_forward_slices"]  # noqa: Y015
+    _WhichOneofArgType__feed_forward_slices: _TypeAlias = _typing.Literal["_feed_forward_slices", b"_feed_forward_slices"]  # noqa: Y015
     _WhichOneofReturnType__full_layers: _TypeAlias = _typing.Literal["full_layers"]  # noqa: Y015
     _WhichOneofArgType__full_layers: _TypeAlias = _typing.Literal["_full_layers", b"_full_layers"]  # noqa: Y015
     _WhichOneofReturnType__offload: _TypeAlias = _typing.Literal["offload"]  # noqa: Y015
@@ -450,6 +460,8 @@ class Recomputation(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__elementwise_layers) -> _WhichOneofReturnType__elementwise_layers | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__feed_forward_layers) -> _WhichOneofReturnType__feed_forward_layers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__feed_forward_slices) -> _WhichOneofReturnType__feed_forward_slices | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__full_layers) -> _WhichOneofReturnType__full_layers | None: ...
     @_typing.overload
