@@ -217,7 +217,9 @@ class FastModel(torch.nn.Module):
         needed = way.full_layers * place_bytes(self._most_tokens * row)
         # The shelf that there is goes before the next one is filled.
         needed -= 0 if self._decoder.shelf is None else self._decoder.shelf.held_bytes
-        return self._device.type == "cpu" or needed + HOST_SPARE_BYTES <= host_memory.available_bytes()
+        if needed <= 0 or self._device.type == "cpu":
+            return True
+        return needed + HOST_SPARE_BYTES <= host_memory.available_bytes()
 
     def stream_weights(self) -> str:
         """Let go of quantized weights that stand restored, with the same results: how, in words; empty for none."""
