@@ -1,7 +1,8 @@
 """The engine's process: command line, signals, and the order of its start. Imports torch late, `ready` comes after.
 
-A stop is heard while imports go on. The libraries come with the first work that needs them, or before there is any
-(`libraries`). Never reads the network: the hub's client is told to stay offline.
+A stop is heard while imports go on, and a run that comes is planned meanwhile (`early_start`). The libraries come with
+the first work that needs them, or before there is any (`libraries`). Never reads the network: the hub's client is told
+to stay offline.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 
 from gpu_service.engine.control import ControlPipe
+from gpu_service.engine.early_start import EarlyStart
 from gpu_service.engine.spare_planner import SparePlanner
 
 # Read by the libraries when they are imported.
@@ -45,27 +47,32 @@ def main(arguments: Sequence[str]) -> int:
     with socket.socket(fileno=options.control_fd) as connection:
         # Children must not hold the pipe open after the engine.
         os.set_inheritable(connection.fileno(), False)
-        pipe = ControlPipe(connection)
+        device_id, model = (os.environ.get(name, "") for name in (_DEVICE_VARIABLE, _MODEL_VARIABLE))
+        planner = SparePlanner()
+        early = EarlyStart(device_id=device_id, planner=planner)
+        pipe = ControlPipe(connection, on_run=early.offer)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: pipe.shut_down())
-        pipe.start()
         # It imports beside this process.
-        planner = SparePlanner()
         planner.prepare()
+        pipe.start()
+        early.begin()
         # Of the millions of objects that imports make nearly all stay; looking for those that do not takes a fifth of
         # the time. The service freezes what is there when it begins.
         gc.disable()
-        device_id, model = (os.environ.get(name, "") for name in (_DEVICE_VARIABLE, _MODEL_VARIABLE))
         beside = threading.Thread(target=_import_beside, args=(device_id,), name="import-beside", daemon=True)
         beside.start()
-        for name in ("torch", "gpu_service.engine.service"):
-            # Each may take a minute from a slow disk, and is a sign of progress.
-            import_module(name)
-            pipe.note_progress()
+        # Each may take a minute from a slow disk, and is a sign of progress.
+        import_module("torch")
+        pipe.note_progress()
+        # No two threads import Triton's parts in different orders.
         beside.join()
-        service = sys.modules["gpu_service.engine.service"]
+        early.torch_is_there()
+        service = import_module("gpu_service.engine.service")
+        pipe.note_progress()
+        early.end_imports()
         gc.enable()
-        status: int = service.serve(pipe, planner, device_id, Path(model) if model else None)
+        status: int = service.serve(pipe, planner, device_id, Path(model) if model else None, early)
         return status
 
 
