@@ -85,6 +85,7 @@ class EarlyStart:
                 # Before there is a run: making the context takes as long as a part of the imports.
                 kind, _, index = self._device_id.partition(":")
                 describe = facts.open_device(request.DeviceChoice(type=kind, index=int(index)))
+                _LOG.info("%s answers", self._device_id)
             run_directory = self._offers.get()
             if run_directory is None:
                 return
@@ -92,5 +93,6 @@ class EarlyStart:
             if planning.needs_planner(asked):
                 device = {**(describe or facts.open_device(asked.device))(), "kernel_problem": ""}
                 self._begun = planning.begin(asked, command=self._planner_command, device=device, spare=self._planner)
+                _LOG.info("a planner works for %s", asked.job_id)
         except expected as error:
             _LOG.info("no early start: %s: %s", type(error).__name__, error)

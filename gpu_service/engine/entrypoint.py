@@ -23,7 +23,10 @@ from pathlib import Path
 
 from gpu_service.engine.control import ControlPipe
 from gpu_service.engine.early_start import EarlyStart
+from gpu_service.engine.shared_libraries import load_ahead
 from gpu_service.engine.spare_planner import SparePlanner
+
+_LOG = logging.getLogger(__name__)
 
 # Read by the libraries when they are imported.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -40,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     # One line for each quantized layer of each forward pass is no news.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _LOG.info("begun")
     faulthandler.enable()
     # The shim asks for the stacks of all threads before it ends an engine that hangs.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -58,19 +62,27 @@ def main(arguments: Sequence[str]) -> int:
         pipe.start()
         early.begin()
         # Of the millions of objects that imports make nearly all stay; looking for those that do not takes a fifth of
-        # the time. The service freezes what is there when it begins.
+        # the time.
         gc.disable()
+        linking = load_ahead()
         beside = threading.Thread(target=_import_beside, args=(device_id,), name="import-beside", daemon=True)
         beside.start()
+        # An import that finds the linker at work waits for it, and holds the interpreter meanwhile.
+        linking.join()
         # Each may take a minute from a slow disk, and is a sign of progress.
+        pipe.note_progress()
         import_module("torch")
+        _LOG.info("torch is imported")
         pipe.note_progress()
         # No two threads import Triton's parts in different orders.
         beside.join()
         early.torch_is_there()
         service = import_module("gpu_service.engine.service")
+        _LOG.info("the engine is imported")
         pipe.note_progress()
         early.end_imports()
+        # Else the first collection, a moment from now, looks at all of them.
+        gc.freeze()
         gc.enable()
         status: int = service.serve(pipe, planner, device_id, Path(model) if model else None, early)
         return status
