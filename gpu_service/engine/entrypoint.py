@@ -23,6 +23,7 @@ from pathlib import Path
 
 from gpu_service.engine.control import ControlPipe
 from gpu_service.engine.early_start import EarlyStart
+from gpu_service.engine.request import DeviceChoice
 from gpu_service.engine.shared_libraries import load_ahead
 from gpu_service.engine.spare_planner import SparePlanner
 
@@ -91,7 +92,10 @@ def main(arguments: Sequence[str]) -> int:
 def _import_beside(device_id: str) -> None:
     """What needs no torch, while torch is imported: one waits for files where the other computes."""
     import_module("gpu_service.engine.planning")
-    if device_id.startswith("cuda"):
-        # Builds of torch for CPUs bring none; whoever needs it says so.
-        with suppress(ImportError):
-            import_module("triton")
+    kind, _, index = device_id.partition(":")
+    if kind != "cuda":
+        return
+    # Builds of torch for CPUs bring none; whoever needs it says so.
+    with suppress(ImportError):
+        import_module("triton")
+        import_module("gpu_service.engine.kernel_facts").find_out(DeviceChoice(type=kind, index=int(index)))
