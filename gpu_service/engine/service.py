@@ -159,8 +159,7 @@ def carry_out(
             begun_plan=None if early is None else early.take(run_directory),
             begun_head_start=None if early is None else early.head_start,
         )
-        # What a head start takes of a device is no base line; there was nothing before it.
-        base_line = BaseLine.of(run) if run.begun_head_start is None else BaseLine(num_bytes=0)
+        base_line = BaseLine.of(run)
         # A full disk costs time, and nothing that was trained; a stop is heard meanwhile.
         run.reporter.when_full = lambda: wait_for_room(switch.check)
         outcome = _execute(run)

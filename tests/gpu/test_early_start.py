@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,20 @@ def test_this_triton_is_asked_for_everything_ahead() -> None:
     ).stderr
     assert "Triton knows itself" in said
     assert "not found out ahead" not in said
+
+
+def test_a_first_run_that_is_cancelled_gives_back_what_its_head_start_took(tmp_path: Path) -> None:
+    from tests.fakes.engine_process import EngineProcess
+    from tests.fakes.engine_runs import Workspace, read_log
+
+    workspace = Workspace(root=tmp_path)
+    directory = workspace.make_run("first", device={"type": "cuda", "index": 0}, hyperparameters={"num_steps": 100_000})
+    with EngineProcess(tmp_path / "engine.log", device_id="cuda:0") as engine:
+        engine.send(type="start_run", run_directory=str(directory))
+        engine.wait_phase(directory, "TRAINING")
+        engine.send(type="stop_run", run_directory=str(directory), mode="cancel", grace_seconds=30)
+        assert engine.wait_finished(directory)["state"] == "CANCELLED"
+        # One that another engine's process had to end would say so.
+        assert not read_log(directory).of("memory_released")[0].engine_ended
+    log = (tmp_path / "engine.log").read_text(errors="replace")
+    assert "a planner works for first" in log
