@@ -4,7 +4,8 @@ Both services run as they do for a user, as processes of their own, with the rea
 on the base: no engine process is there, no kernel was compiled, no 4-bit copy kept. `fresh`: no engine process is
 there. `spare`: one is, without a base. `warm`: it has the base in memory, from an earlier job. `other`: the same, for a
 job of another rank and other layers. Every job was planned before, so its data lies on the node. Each row prints when
-each thing was done, in milliseconds since the call, by the clock of whoever did it; all are on one machine.
+each thing was done, in milliseconds since the call, by the clock of whoever did it; all are on one machine. A row is in
+the file as soon as it was measured.
 
     python -m benchmarks.start_up --size 3B --cases first warm other spare fresh peer --out rows.json
 """
@@ -21,15 +22,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks import random_models
+from benchmarks.start_up_marks import LOG_MARKS, LogLines, engine_marks, name_of
 from tunesmith.common.v1 import event_pb2, training_spec_pb2
 from tunesmith.control.v1 import node_service_pb2, project_service_pb2
 from tunesmith_cli.services import NODE_NAME, Pair, PairConfig
@@ -38,15 +38,9 @@ from tunesmith_client import Client, ClientConfig
 CASES = ("first", "fresh", "spare", "warm", "other", "peer")
 _NUM_EXAMPLES = 2000
 _WAIT_SECONDS = 300.0
-# Between two jobs: what an engine does behind a run's end is over, and nothing of it is measured.
+# Between two jobs: what an engine does behind a run's end is over, control is connected to a node that began anew, and
+# nothing of either is measured.
 _IDLE_SECONDS = 2.0
-# What the services' logs say, and what a row calls it.
-_LOG_MARKS = {
-    "job-dispatching": "control: dispatched",
-    "run-accepted": "node: run accepted",
-    "engine-started": "node: engine process started",
-    "engine-ready": "node: engine ready",
-}
 _ENGINE_VARIABLE = "TUNESMITH_GPU_SPARE_ENGINES"
 
 
@@ -59,37 +53,6 @@ class Row:
     step_seconds: float = 0.0
     loss: float = 0.0
     marks: list[tuple[str, float]] = field(default_factory=list)
-
-
-class LogLines:
-    """What the two services say, with their own times; filled by the threads that read them."""
-
-    def __init__(self) -> None:
-        self._lines: list[dict[str, Any]] = []
-        self.raw: list[str] = []
-        self._lock = threading.Lock()
-
-    def add(self, name: str, line: str) -> None:
-        with self._lock:
-            self.raw.append(f"{name} | {line}")
-            try:
-                value = json.loads(line)
-            except ValueError:
-                return
-            if isinstance(value, dict):
-                self._lines.append(value)
-
-    def since(self, unix_seconds: float) -> list[tuple[float, dict[str, Any]]]:
-        """Lines said since then, with their times."""
-        with self._lock:
-            lines = list(self._lines)
-        found = []
-        for line in lines:
-            if "timestamp" in line:
-                said = datetime.fromisoformat(str(line["timestamp"])).timestamp()
-                if said >= unix_seconds:
-                    found.append((said, line))
-        return found
 
 
 def _set_spares(num_spares: int) -> None:
@@ -222,7 +185,8 @@ class Bench:
 
     def measure(self, case: str, project_id: int) -> Row:
         """One job to its end; timed up to its first step."""
-        time.sleep(_IDLE_SECONDS)
+        if case != "first":
+            time.sleep(_IDLE_SECONDS)
         seen: list[tuple[float, event_pb2.Event]] = []
         began, clock = time.time(), time.perf_counter()
         job = self._client.jobs.start(project_id)
@@ -243,17 +207,17 @@ class Bench:
             raise RuntimeError(f"job {job.job_id} ended {state}")
         marks = [("client: StartTraining answered", replied)]
         marks += [
-            (_LOG_MARKS[line["event"]], said)
+            (LOG_MARKS[line["event"]], said)
             for said, line in self.log.since(began)
-            if line.get("event") in _LOG_MARKS and line.get("job_id", job.job_id) == job.job_id
+            if line.get("event") in LOG_MARKS and line.get("job_id", job.job_id) == job.job_id
         ]
         run = self._directory / "data" / f"node-{NODE_NAME}" / "runs" / job.job_id / "1"
         for name in ("run.json", "planner-request.json"):
             if (run / name).exists():
                 marks.append((f"file: {name} written", (run / name).stat().st_mtime))
-        marks += self._engine_marks(began)
+        marks += engine_marks(list(self._directory.glob("data/node-*/engines/*/engine.log")), began)
         for at, event in seen:
-            name = _name(event.payload)
+            name = name_of(event.payload)
             if name:
                 marks.append(
                     (
@@ -270,35 +234,6 @@ class Bench:
             if at <= began + row.seconds + 0.001
         ]
         return row
-
-    def _engine_marks(self, began: float) -> list[tuple[str, float]]:
-        """Lines that engines log with their times."""
-        marks = []
-        for path in self._directory.glob("data/node-*/engines/*/engine.log"):
-            for line in path.read_text(errors="replace").splitlines():
-                try:
-                    said = datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
-                except ValueError:
-                    continue
-                if said >= began and "tunesmith" not in line:
-                    marks.append((f"engine: {line[24:110]}", said))
-        return marks
-
-
-def _name(payload: event_pb2.EventPayload) -> str:
-    kind = payload.WhichOneof("kind") or ""
-    if kind == "phase":
-        return event_pb2.Phase.Name(payload.phase.phase)
-    if kind == "loading":
-        stage, status = payload.loading.stage, payload.loading.status
-        if status == event_pb2.STAGE_STATUS_PROGRESS:
-            return ""
-        return f"{event_pb2.LoadingStage.Name(stage)[14:]} {event_pb2.StageStatus.Name(status)[13:].lower()}"
-    if kind == "job_state":
-        return event_pb2.JobState.Name(payload.job_state.state)
-    if kind == "run_state":
-        return event_pb2.RunState.Name(payload.run_state.state)
-    return {"step": "STEP 1", "plan": "PLAN", "log": f"log: {payload.log.message[:60]}"}.get(kind, kind)
 
 
 def measure_peer(bench: Bench, options: argparse.Namespace) -> Row:
@@ -327,6 +262,18 @@ def _show(row: Row, *, marks: bool) -> None:
         before = at
 
 
+def _save(options: argparse.Namespace, rows: Sequence[Row]) -> None:
+    """What was measured so far: a start that fails, or time that ends, takes none of it along."""
+    told = {
+        "machine": platform.platform(),
+        "options": {**vars(options), "out": str(options.out)},
+        "rows": [vars(row) for row in rows],
+    }
+    unfinished = options.out.with_name(f".{options.out.name}")
+    unfinished.write_text(json.dumps(told, indent=1, default=str), encoding="utf-8")
+    unfinished.replace(options.out)
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(random_models.SHAPES), default="tiny")
@@ -343,28 +290,30 @@ def main(arguments: Sequence[str]) -> int:
     rows: list[Row] = []
 
     def add(row: Row) -> None:
-        _show(row, marks=sum(other.case == row.case for other in rows) == 0 or row.case == "warm")
+        _show(row, marks=sum(other.case == row.case for other in rows) == 0 or row.case in ("warm", "fresh"))
         rows.append(row)
+        if options.out:
+            _save(options, rows)
 
     with tempfile.TemporaryDirectory(prefix="start-up-") as name, Bench(options, Path(name)) as bench:
-        first = bench.project("first", rank=16, targets=())
-        other = bench.project("other", rank=8, targets=("q_proj", "v_proj"))
-        if {"first", "warm", "other"} & set(options.cases):
+        if set(options.cases) - {"peer"}:
+            # Always: what comes behind it finds compiled kernels and the base's 4-bit copy.
+            first = bench.project("first", rank=16, targets=())
             add(bench.measure("first", first))
+        if "other" in options.cases:
+            other = bench.project("other", rank=8, targets=("q_proj", "v_proj"))
         for _ in range(options.repeats):
             if "warm" in options.cases:
                 add(bench.measure("warm", first))
             if "other" in options.cases:
                 add(bench.measure("other", other))
-        # A node that has had a spare has compiled its kernels: before the first row without one.
-        for _ in range(options.repeats if "spare" in options.cases else 0):
-            bench.restart_node(num_spares=1)
-            add(bench.measure("spare", first))
-        for _ in range(options.repeats if "fresh" in options.cases else 0):
-            bench.restart_node(num_spares=0)
-            add(bench.measure("fresh", first))
-        if "peer" in options.cases:
-            add(measure_peer(bench, options))
+        for number in range(options.repeats):
+            for case, num_spares in (("fresh", 0), ("spare", 1)):
+                if case in options.cases:
+                    bench.restart_node(num_spares=num_spares)
+                    add(bench.measure(case, first))
+            if number == 0 and "peer" in options.cases:
+                add(measure_peer(bench, options))
     print("\n| case | starts | median s | lowest | highest | of it the step |\n|---|---|---|---|---|---|")
     for case in CASES:
         times = [row.seconds for row in rows if row.case == case]
@@ -374,13 +323,6 @@ def main(arguments: Sequence[str]) -> int:
                 f"| {case} | {len(times)} | {statistics.median(times):.3f} | {min(times):.3f} | {max(times):.3f} | "
                 f"{step:.3f} |"
             )
-    if options.out:
-        told = {
-            "machine": platform.platform(),
-            "options": {**vars(options), "out": str(options.out)},
-            "rows": [vars(row) for row in rows],
-        }
-        options.out.write_text(json.dumps(told, indent=1, default=str), encoding="utf-8")
     return 0
 
 

@@ -11,6 +11,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -27,8 +28,12 @@ _ALIVE_SECONDS = 1.0
 class ControlPipe:
     """Reads commands from, and writes notices to, a stream socket."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(
+        self, connection: socket.socket, *, on_run: Callable[[Path], None] = lambda run_directory: None
+    ) -> None:
+        """`on_run` hears of each run before it can be the next order; it must not wait for anything."""
         self._connection = connection
+        self._on_run = on_run
         self._orders: SimpleQueue[Path | GenerationOrder | None] = SimpleQueue()
         self._write_lock = threading.Lock()
         self._current: tuple[Path, StopSwitch] | None = None
@@ -144,7 +149,9 @@ class ControlPipe:
             kind = command["type"]
             if kind == "start_run":
                 self._cancel_generations()
-                self._orders.put(Path(command["run_directory"]))
+                run_directory = Path(command["run_directory"])
+                self._on_run(run_directory)
+                self._orders.put(run_directory)
             elif kind == "generate":
                 self._add_generation(str(command["generation"]), Path(command["request"]))
             elif kind == "cancel_generate":

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from gpu_service import host_memory
+from gpu_service.engine.device_facts import describe_cpu
 from gpu_service.engine.request import DeviceChoice
 
 
@@ -68,13 +69,7 @@ class CpuDevice:
         """Nothing: there is one CPU."""
 
     def describe(self) -> dict[str, Any]:
-        memory = psutil.virtual_memory()
-        return {
-            "type": "cpu",
-            "name": "cpu",
-            "total_memory_bytes": int(memory.total),
-            "free_memory_bytes": int(memory.available),
-        }
+        return describe_cpu()
 
     def start_counting(self) -> None:
         self._peak_bytes = 0

@@ -46,7 +46,9 @@ class BaseLine:
 
     @classmethod
     def of(cls, run: Run) -> BaseLine:
-        """As it is now."""
+        """As it is now; on a device whose first work is this run's, that was begun early, it was nothing."""
+        if run.begun_head_start is not None and run.device.torch_device.type != "cpu":
+            return cls(num_bytes=0)
         return cls(num_bytes=run.device.held_bytes() - run.shelf.describe().get("bytes", 0))
 
 

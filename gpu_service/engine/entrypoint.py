@@ -1,7 +1,8 @@
 """The engine's process: command line, signals, and the order of its start. Imports torch late, `ready` comes after.
 
-A stop is heard while imports go on. The libraries come with the first work that needs them, or before there is any
-(`libraries`). Never reads the network: the hub's client is told to stay offline.
+A stop is heard while imports go on, and a run that comes is planned meanwhile (`early_start`). The libraries come with
+the first work that needs them, or before there is any (`libraries`). Never reads the network: the hub's client is told
+to stay offline.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from importlib import import_module
 from pathlib import Path
 
 from gpu_service.engine.control import ControlPipe
+from gpu_service.engine.early_start import EarlyStart
+from gpu_service.engine.request import DeviceChoice
+from gpu_service.engine.shared_libraries import load_ahead
 from gpu_service.engine.spare_planner import SparePlanner
+
+_LOG = logging.getLogger(__name__)
 
 # Read by the libraries when they are imported.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -38,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     # One line for each quantized layer of each forward pass is no news.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _LOG.info("begun")
     faulthandler.enable()
     # The shim asks for the stacks of all threads before it ends an engine that hangs.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -45,34 +52,50 @@ def main(arguments: Sequence[str]) -> int:
     with socket.socket(fileno=options.control_fd) as connection:
         # Children must not hold the pipe open after the engine.
         os.set_inheritable(connection.fileno(), False)
-        pipe = ControlPipe(connection)
+        device_id, model = (os.environ.get(name, "") for name in (_DEVICE_VARIABLE, _MODEL_VARIABLE))
+        planner = SparePlanner()
+        early = EarlyStart(device_id=device_id, planner=planner)
+        pipe = ControlPipe(connection, on_run=early.offer)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: pipe.shut_down())
-        pipe.start()
         # It imports beside this process.
-        planner = SparePlanner()
         planner.prepare()
+        pipe.start()
+        early.begin()
         # Of the millions of objects that imports make nearly all stay; looking for those that do not takes a fifth of
-        # the time. The service freezes what is there when it begins.
+        # the time.
         gc.disable()
-        device_id, model = (os.environ.get(name, "") for name in (_DEVICE_VARIABLE, _MODEL_VARIABLE))
+        linking = load_ahead()
         beside = threading.Thread(target=_import_beside, args=(device_id,), name="import-beside", daemon=True)
         beside.start()
-        for name in ("torch", "gpu_service.engine.service"):
-            # Each may take a minute from a slow disk, and is a sign of progress.
-            import_module(name)
-            pipe.note_progress()
+        # An import that finds the linker at work waits for it, and holds the interpreter meanwhile.
+        linking.join()
+        # Each may take a minute from a slow disk, and is a sign of progress.
+        pipe.note_progress()
+        import_module("torch")
+        _LOG.info("torch is imported")
+        pipe.note_progress()
+        # No two threads import Triton's parts in different orders.
         beside.join()
-        service = sys.modules["gpu_service.engine.service"]
+        early.torch_is_there()
+        service = import_module("gpu_service.engine.service")
+        _LOG.info("the engine is imported")
+        pipe.note_progress()
+        early.end_imports()
+        # Else the first collection, a moment from now, looks at all of them.
+        gc.freeze()
         gc.enable()
-        status: int = service.serve(pipe, planner, device_id, Path(model) if model else None)
+        status: int = service.serve(pipe, planner, device_id, Path(model) if model else None, early)
         return status
 
 
 def _import_beside(device_id: str) -> None:
     """What needs no torch, while torch is imported: one waits for files where the other computes."""
     import_module("gpu_service.engine.planning")
-    if device_id.startswith("cuda"):
-        # Builds of torch for CPUs bring none; whoever needs it says so.
-        with suppress(ImportError):
-            import_module("triton")
+    kind, _, index = device_id.partition(":")
+    if kind != "cuda":
+        return
+    # Builds of torch for CPUs bring none; whoever needs it says so.
+    with suppress(ImportError):
+        import_module("triton")
+        import_module("gpu_service.engine.kernel_facts").find_out(DeviceChoice(type=kind, index=int(index)))

@@ -1,4 +1,5 @@
-"""Uses the time in which a run is planned and its base is read: a thread prepares the device for what any step needs.
+"""Uses the time in which a run is planned and its base is read, and in a new process that in which the rest of the
+engine is imported: a thread prepares the device for what any step needs.
 
 Decides nothing, and fails nothing: what goes wrong here goes wrong again where the run needs it, in the run's words.
 """
@@ -20,22 +21,26 @@ _LOG = logging.getLogger(__name__)
 _SIDE = 256
 
 
-@contextmanager
-def preparing(device: torch.device) -> Iterator[None]:
-    """Inside, a thread prepares a GPU; it is done when this ends. Who wants kernels compiled meanwhile waits for those
-    that it compiles.
-
-    On a CPU nothing is to be prepared.
-    """
+def begin(device: torch.device) -> threading.Thread | None:
+    """Have a thread prepare a GPU; None for a CPU, where nothing is to be prepared."""
     if device.type != "cuda":
-        yield
-        return
+        return None
     thread = threading.Thread(target=_prepare, args=(device,), name="head-start")
     thread.start()
+    return thread
+
+
+@contextmanager
+def preparing(device: torch.device, begun: threading.Thread | None = None) -> Iterator[None]:
+    """Inside, a thread prepares a GPU, if it was not `begun` before; it is done when this ends. Who wants kernels
+    compiled meanwhile waits for those that it compiles.
+    """
+    thread = begun or begin(device)
     try:
         yield
     finally:
-        thread.join()
+        if thread is not None:
+            thread.join()
 
 
 def _prepare(device: torch.device) -> None:

@@ -9,8 +9,8 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from google.protobuf import json_format
 from gpu_service.catalog.base_models import read_directory
 from gpu_service.domain.errors import Refusal
 from gpu_service.domain.plan import Device, resolve
+from gpu_service.domain.plan_start import EXPORT
 from gpu_service.domain.spec import TrainingSpec, spec_digest
 from gpu_service.engine.failures import RunFailure, library_versions
 from gpu_service.engine.reporter import Reporter
@@ -34,20 +35,36 @@ _LOG_INTERVAL_SECONDS = 2.0
 _MAX_OUTPUT_CHARACTERS = 4000
 
 
-def plan(
-    request: RunRequest,
-    *,
-    command: Sequence[str],
-    device: dict[str, Any],
-    switch: StopSwitch,
-    reporter: Reporter,
-    spare: SparePlanner | None = None,
-) -> Path:
-    """The plan directory of the run, made anew or from the planner's cache, by `spare` if that is there.
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A planner at work on a run's request. Whoever has it calls `finish` or `end`."""
 
-    Raises RunFailure when the planner refuses (its own reason and fault) or dies (HOST_OUT_OF_MEMORY where the kernel
-    killed it for memory, else PLANNING), StopRequested, OSError.
-    """
+    child: subprocess.Popen[bytes]
+    # What it was told of the device.
+    device: Mapping[str, Any]
+    errors_path: Path
+    oom_kills_before: int
+
+    def is_for(self, device: Mapping[str, Any]) -> bool:
+        """Whether it plans for this device, as it was a moment ago: what is free changes all the time."""
+        return _lasting(self.device) == _lasting(device)
+
+    def end(self) -> None:
+        """Nobody wants its plan."""
+        with StopSwitch().owning(self.child):
+            if self.child.stdout is not None:
+                self.child.stdout.close()
+
+
+def needs_planner(request: RunRequest) -> bool:
+    """Whether the run has data; an export has none."""
+    return request.spec.task != EXPORT
+
+
+def begin(
+    request: RunRequest, *, command: Sequence[str], device: Mapping[str, Any], spare: SparePlanner | None = None
+) -> Begun:
+    """Have the run planned, by `spare` if that is there. Waits for nothing. Raises OSError."""
     request_path = request.run_directory / "planner-request.json"
     request_path.write_text(
         json.dumps(
@@ -56,7 +73,7 @@ def plan(
                 "model_directory": str(request.model_directory),
                 "blobs_directory": str(request.blobs_directory),
                 "cache_directory": str(request.cache_directory),
-                "device": device,
+                "device": dict(device),
                 "weights_digest": request.weights_digest,
                 "calibrations": request.calibrations,
                 "begun_by": "" if request.resume is None else read_trainer(request.resume.directory),
@@ -69,6 +86,16 @@ def plan(
     child = spare.take(request_path, errors_path) if spare is not None else None
     if child is None:
         child = _start(command, request_path, errors_path)
+    return Begun(child=child, device=device, errors_path=errors_path, oom_kills_before=oom_kills_before)
+
+
+def finish(begun: Begun, *, switch: StopSwitch, reporter: Reporter) -> Path:
+    """The plan directory of the run, made anew or from the planner's cache.
+
+    Raises RunFailure when the planner refuses (its own reason and fault) or dies (HOST_OUT_OF_MEMORY where the kernel
+    killed it for memory, else PLANNING), StopRequested, OSError.
+    """
+    child = begun.child
     with switch.owning(child):
         answer = _follow(child, switch, reporter)
         child.wait()
@@ -78,9 +105,13 @@ def plan(
     if answer.get("type") == "refused":
         raise _refusal(answer["failure"])
     output = ""
-    if errors_path.exists():
-        output = errors_path.read_text(encoding="utf-8", errors="replace")[-_MAX_OUTPUT_CHARACTERS:]
-    raise _death(child.returncode, output, out_of_memory=oom_kills() > oom_kills_before)
+    if begun.errors_path.exists():
+        output = begun.errors_path.read_text(encoding="utf-8", errors="replace")[-_MAX_OUTPUT_CHARACTERS:]
+    raise _death(child.returncode, output, out_of_memory=oom_kills() > begun.oom_kills_before)
+
+
+def _lasting(device: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in device.items() if name != "free_memory_bytes"}
 
 
 def _death(code: int, output: str, *, out_of_memory: bool) -> RunFailure:

@@ -8,6 +8,7 @@ no loading stage.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -18,7 +19,6 @@ from google.protobuf import json_format
 
 from gpu_service.catalog import families, methods, quantization, templates
 from gpu_service.domain.defaults import LOW
-from gpu_service.domain.plan_start import EXPORT
 from gpu_service.domain.planned_data import PlannedData, PlannedDataDamaged
 from gpu_service.domain.trainer import FAST
 from gpu_service.engine import head_start, libraries, planning
@@ -52,6 +52,9 @@ class Run:
     reporter: Reporter
     planner_command: Sequence[str]
     spare_planner: SparePlanner | None = None
+    # What was begun while the engine imported its libraries; a plan is given up where it is not the run's.
+    begun_plan: planning.Begun | None = None
+    begun_head_start: threading.Thread | None = None
     make_session: Callable[..., Session] = Session
     key: BaseKey | None = None
     method: Any = None
@@ -61,10 +64,18 @@ class Run:
     def execute(self) -> None:
         """The whole run. Raises StopRequested, RunFailure, and what nothing here understands."""
         self.device.make_current()
-        if self.request.spec.task == EXPORT:
-            self._export()
-        else:
+        if planning.needs_planner(self.request):
             self._train()
+        else:
+            self._export()
+
+    def drop_begun(self) -> None:
+        """What was begun for the run and not used is ended, or waited for."""
+        begun, self.begun_plan = self.begun_plan, None
+        if begun is not None:
+            begun.end()
+        if self.begun_head_start is not None:
+            self.begun_head_start.join()
 
     def _export(self) -> None:
         """No data, no optimizer: what an earlier job left is loaded and written in another form."""
@@ -81,7 +92,7 @@ class Run:
         self.reporter.enter_phase("PLANNING")
         # What the device has free, before anything is put there.
         device = self.device.describe()
-        with head_start.preparing(self.device.torch_device):
+        with head_start.preparing(self.device.torch_device, self.begun_head_start):
             plan_directory = self._plan(device)
             if self.shelf.kernel_problem is None and _open(plan_directory)[1].resolved.trainer == FAST:
                 # Before a weight is read: a plan for kernels that cannot be compiled is made anew without them.
@@ -94,14 +105,14 @@ class Run:
         problem = self.shelf.kernel_problem or ""
         if problem:
             self.reporter.warn(KERNELS_NOT_COMPILED, f"no kernels of the fast path can be compiled here: {problem}")
-        return planning.plan(
-            self.request,
-            command=self.planner_command,
-            device={**device, "kernel_problem": problem},
-            switch=self.switch,
-            reporter=self.reporter,
-            spare=self.spare_planner,
-        )
+        wanted = {**device, "kernel_problem": problem}
+        begun, self.begun_plan = self.begun_plan, None
+        if begun is not None and not begun.is_for(wanted):
+            begun.end()
+            begun = None
+        if begun is None:
+            begun = planning.begin(self.request, command=self.planner_command, device=wanted, spare=self.spare_planner)
+        return planning.finish(begun, switch=self.switch, reporter=self.reporter)
 
     def open_session(self, plan_directory: Path) -> Session:
         """The planned data with the loaded model, ready to train. Raises StopRequested, RunFailure."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gpu_service.engine import devices, libraries, request
 from gpu_service.engine.control import ControlPipe
+from gpu_service.engine.early_start import EarlyStart
 from gpu_service.engine.ending import BaseLine, Outcome, conclude
 from gpu_service.engine.failures import RunFailure, unforeseen
 from gpu_service.engine.generation.order import GenerationOrder
@@ -54,11 +55,12 @@ def serve(
     spare_planner: SparePlanner | None = None,
     device_id: str = "",
     model_directory: Path | None = None,
+    early: EarlyStart | None = None,
 ) -> int:
     """Carry out runs and generations until the pipe says to end. The process' exit status.
 
     `device_id` is the device to be made ready for before there is any (`cuda:0`), with the tokenizer of a model that is
-    likely to be wanted; empty: none.
+    likely to be wanted; empty: none. `early` is what was begun before this could be called.
     """
     shelf = BaseShelf()
     if not pipe.has_order:
@@ -87,7 +89,9 @@ def serve(
             notify=pipe.notify,
             clear=pipe.clear,
             spare_planner=spare_planner,
+            early=early,
         )
+        early = None
         pipe.end()
         if not outcome.is_told:
             return EXIT_MEMORY_HELD
@@ -134,6 +138,7 @@ def carry_out(
     spare_planner: SparePlanner | None = None,
     make_session: Callable[..., Session] = Session,
     clear: Callable[[Path], bool] = lambda run_directory: True,
+    early: EarlyStart | None = None,
 ) -> Outcome:
     """One run from its `run.json` to its terminal event, unless the outcome says that it is not told.
 
@@ -151,11 +156,14 @@ def carry_out(
             planner_command=planner_command,
             spare_planner=spare_planner,
             make_session=make_session,
+            begun_plan=None if early is None else early.take(run_directory),
+            begun_head_start=None if early is None else early.head_start,
         )
         base_line = BaseLine.of(run)
         # A full disk costs time, and nothing that was trained; a stop is heard meanwhile.
         run.reporter.when_full = lambda: wait_for_room(switch.check)
         outcome = _execute(run)
+        run.drop_begun()
         # The closing events have room of their own, and nobody waits behind the end.
         run.reporter.when_full = None
         if not clear(run_directory) and outcome.state == event_pb2.RUN_STATE_CANCELLED:

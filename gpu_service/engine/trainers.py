@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,17 +16,16 @@ from gpu_service.catalog import optimizers
 from gpu_service.domain.defaults import FP8, LOW, RESIDENT, STREAMED
 from gpu_service.domain.recomputation import Recomputation, everything
 from gpu_service.domain.trainer import adds_up_passes
-from gpu_service.engine.fast_path.consuming_adamw import ConsumingAdamW
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
-from gpu_service.engine.fast_path.full_adamw import FullAdamW
-from gpu_service.engine.fast_path.full_low_memory import LowMemoryModel
-from gpu_service.engine.fast_path.full_model import FullModel, FullSettings
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
 from gpu_service.engine.fast_path.nf4 import name_quantizer
 from gpu_service.engine.lean.method import LeanAdapted
 from gpu_service.engine.precision import DTYPES
 from gpu_service.engine.training.accelerator import LeanAccelerator, make_accelerator
 from tunesmith.common.v1 import training_spec_pb2
+
+if TYPE_CHECKING:
+    from gpu_service.engine.fast_path.full_model import FullModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +117,12 @@ def _make_fast(
 def _make_full(
     model: Any, settings: training_spec_pb2.Hyperparameters, device: torch.device, accelerator: Any
 ) -> Trainer:
+    # A new engine's first run waits for what is imported at the top, and few train every weight.
+    from gpu_service.engine.fast_path.consuming_adamw import ConsumingAdamW
+    from gpu_service.engine.fast_path.full_adamw import FullAdamW
+    from gpu_service.engine.fast_path.full_low_memory import LowMemoryModel
+    from gpu_service.engine.fast_path.full_model import FullModel, FullSettings
+
     compute_dtype = DTYPES[settings.quantization.compute_dtype]
     batch = settings.batch
     accumulates = adds_up_passes(

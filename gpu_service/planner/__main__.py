@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gpu_service.doctor import read_versions
 from gpu_service.domain.errors import Fault, Refusal
 from gpu_service.planner.exact import PlanRequest, make_plan
 from gpu_service.planner.inspection import InspectRequest, inspect_dataset
@@ -29,7 +30,9 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write(f"usage: python -m gpu_service.planner <request.json> | {WAIT}\n")
         return EXIT_USAGE
+    versions: Mapping[str, str] | None = None
     if arguments[0] == WAIT:
+        versions = read_versions()
         line = sys.stdin.readline()
         if not line:
             return EXIT_DONE
@@ -39,7 +42,7 @@ def main(arguments: list[str]) -> int:
     try:
         value = json.loads(Path(arguments[0]).read_bytes())
         try:
-            carry_out = _prepare(value)
+            carry_out = _prepare(value, versions)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             sys.stderr.write(f"{arguments[0]}: not a planner request: {type(error).__name__}: {error}\n")
             return EXIT_USAGE
@@ -56,13 +59,13 @@ def main(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
-def _prepare(value: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
+def _prepare(value: Mapping[str, Any], versions: Mapping[str, str] | None) -> Callable[[], dict[str, Any]]:
     """What the request asks for; called, it gives the answer."""
     if "inspect" in value:
         inspection = InspectRequest.from_json(value)
         return lambda: {"type": "inspected", **inspect_dataset(inspection, stream=sys.stdout)}
     request = PlanRequest.from_json(value)
-    return lambda: {"type": "planned", "plan_directory": str(make_plan(request, stream=sys.stdout))}
+    return lambda: {"type": "planned", "plan_directory": str(make_plan(request, stream=sys.stdout, versions=versions))}
 
 
 def _say_refused(refusal: Refusal) -> int:

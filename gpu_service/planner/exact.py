@@ -46,7 +46,7 @@ from gpu_service.planner.selection import (
     make_steps,
     select,
 )
-from gpu_service.planner.staging import stage_directory
+from gpu_service.planner.staging import is_there, stage_directory
 from gpu_service.planner.token_store import TokenStores
 from gpu_service.planner.toolchain import load_toolchain
 
@@ -89,16 +89,19 @@ class PlanRequest:
         return self.calibrations.get(plan.kind_of_run, UNCALIBRATED)
 
 
-def make_plan(request: PlanRequest, *, stream: TextIO) -> Path:
-    """Plans exactly and returns the plan directory; progress goes to `stream`. Raises `Refusal`, `OSError`."""
+def make_plan(request: PlanRequest, *, stream: TextIO, versions: Mapping[str, str] | None = None) -> Path:
+    """Plans exactly and returns the plan directory; progress goes to `stream`. Raises `Refusal`, `OSError`.
+
+    `versions` are those of the libraries of this very interpreter, which is the engine's: they decide who quantizes.
+    They are read where they are not given.
+    """
     spec = request.spec
     base = replace(read_directory(request.model_directory, spec.base_model), weights_digest=request.weights_digest)
     checked = resolve(
         spec,
         base,
         request.device,
-        # Those of this very interpreter, which is the engine's: they decide who quantizes.
-        read_versions(),
+        read_versions() if versions is None else versions,
         spec_digest=request.spec_digest,
         calibrations=request.calibrations,
         begun_by=request.begun_by,
@@ -290,6 +293,9 @@ def _write(
         files |= {STEP_PLACES_FILE: places.tobytes(), STEP_OFFSETS_FILE: offsets.tobytes()}
     name = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in files.values())).hexdigest()
     target = cache_directory / "plans" / name
+    # Most often it is: a run begins with the plan that was asked for before.
+    if is_there(target, is_whole=_is_whole):
+        return target
     with stage_directory(target, is_whole=_is_whole) as staged:
         for file_name, content in files.items():
             (staged / file_name).write_bytes(content)

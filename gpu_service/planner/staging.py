@@ -36,6 +36,14 @@ def stage_directory(target: Path, *, is_whole: Callable[[Path], bool]) -> Iterat
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def is_there(target: Path, *, is_whole: Callable[[Path], bool]) -> bool:
+    """Whether the directory is there, whole, and stays: whoever put it in its place may have died before it did."""
+    if not (target.exists() and is_whole(target)):
+        return False
+    _sync(target.parent)
+    return True
+
+
 def _put_in_place(staged: Path, target: Path, is_whole: Callable[[Path], bool]) -> None:
     if target.exists() and not is_whole(target):
         # Renamed away first, so that nobody sees a half-deleted directory under the name.

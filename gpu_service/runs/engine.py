@@ -47,6 +47,7 @@ class Engine:
         self.last_finished: str | None = None
         # When its shim is asked next whether it lives; None while it is being asked.
         self.ask_at: float | None = 0.0
+        self._was_ready = False
         # True once it was asked to leave: it takes no further run.
         self.leaving = False
         # Whether it was ever handed a run or a generation, by this server or one before it.
@@ -80,6 +81,11 @@ class Engine:
         """Idle, and without a base."""
         return self.is_idle and not self.resident
 
+    def note_ready(self) -> bool:
+        """Whether it is news that it came up."""
+        is_news, self._was_ready = not self._was_ready, True
+        return is_news
+
     def keeps(self, wanted: dict[str, str]) -> bool:
         """Whether a run on this base starts warm: no fact that both know differs."""
         known = {name: value for name, value in self.resident.items() if value}
@@ -100,6 +106,9 @@ class Engine:
         if self._process is None:
             # What a former server measured.
             self.context_bytes = await asyncio.to_thread(read_context, self.directory)
+        elif status["state"] == "idle":
+            # It may have said that it is ready before anybody listened.
+            self._on_notice(self, {"type": "ready"})
         return status
 
     async def ask(self) -> str:

@@ -28,6 +28,8 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = {
     # Idle OpenMP threads sleep instead of spinning: where other processes want the cores too (both services do),
     # spinning makes a training step on the CPU take many times as long.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # Triton keeps of a kernel what runs, and not what it was made from, which every process would read with it.
+    "TRITON_STORE_BINARY_ONLY": "1",
 }
 # The device that an engine makes itself ready for, before it has a run: `cuda:0`.
 DEVICE_VARIABLE = "TUNESMITH_ENGINE_DEVICE"

@@ -289,7 +289,7 @@ class EnginePool:
             return
         if message["type"] == "run_finished":
             engine.last_finished = str(message["run_directory"])
-        if message["type"] == "ready":
+        if message["type"] == "ready" and engine.note_ready():
             _log.info("engine-ready", engine=engine.id, device=engine.device_id)
             self.on_ready(engine)
         run = engine.run

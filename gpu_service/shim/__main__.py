@@ -13,11 +13,10 @@ import os
 import sys
 from pathlib import Path
 
-from gpu_service.shim.bury import bury
-from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
+from gpu_service.shim.configuration import EngineDirectoryInvalid
 from gpu_service.shim.lock import AlreadyHeld, hold
-from gpu_service.shim.loop import Shim
 from gpu_service.shim.records import EXIT_DISK_FULL
+from gpu_service.shim.starting import start
 
 
 def main(arguments: list[str]) -> int:
@@ -30,9 +29,16 @@ def main(arguments: list[str]) -> int:
     try:
         with hold(directory / "shim.lock"):
             if options.bury:
+                from gpu_service.shim.bury import bury
+
                 bury(directory, stop_mode=options.stop_mode)
                 return 0
-            return Shim(directory=directory, configuration=EngineConfiguration.read(directory)).run()
+            started = start(directory)
+            # The journal and the contract take most of a shim's start; the engine's own goes on meanwhile. They are
+            # imported now, and not when they are wanted: other files may lie there by then.
+            from gpu_service.shim.loop import Shim
+
+            return Shim(started).run()
     except AlreadyHeld as error:
         sys.stderr.write(f"{error}\n")
         return 3

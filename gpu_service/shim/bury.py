@@ -14,10 +14,9 @@ from gpu_service.journal.failpoints import failpoint
 from gpu_service.shim import device_memory, process_tree
 from gpu_service.shim.closing import close_run
 from gpu_service.shim.configuration import EngineConfiguration, EngineDirectoryInvalid
+from gpu_service.shim.engine_process import ENGINE_MARK
 from gpu_service.shim.records import ExitRecord, ShimRecord
 
-# Every engine is started with this variable naming its directory: descendants carry it wherever they move.
-ENGINE_MARK = "TUNESMITH_ENGINE_DIRECTORY"
 _LOOK_AGAIN_SECONDS = 0.05
 
 

@@ -1,4 +1,7 @@
-"""Starts the engine process and holds the pipe to it. Exec only; refuses to wait for it."""
+"""Starts the engine process and holds the pipe to it. Exec only; refuses to wait for it.
+
+A run waits for this start, so nothing is imported here that takes long: no journal, and no protobuf with it.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from gpu_service.shim import process_tree
-from gpu_service.shim.bury import ENGINE_MARK
 from gpu_service.shim.configuration import EngineConfiguration
 from gpu_service.shim.protocol import Channel, Message
+
+# Every engine is started with this variable naming its directory: descendants carry it wherever they move.
+ENGINE_MARK = "TUNESMITH_ENGINE_DIRECTORY"
 
 
 class EngineProcess:

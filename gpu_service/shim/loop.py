@@ -18,14 +18,12 @@ from gpu_service.journal.failpoints import failpoint
 from gpu_service.oom_counter import oom_kills
 from gpu_service.shim import device_memory, process_tree, stacks
 from gpu_service.shim.closing import has_begun, settle
-from gpu_service.shim.configuration import EngineConfiguration
-from gpu_service.shim.engine_process import EngineProcess
 from gpu_service.shim.hang_clock import Hang, HangClock
 from gpu_service.shim.log import write_line
 from gpu_service.shim.protocol import Channel, Message, ProtocolBroken
 from gpu_service.shim.records import ExitRecord, ShimRecord
 from gpu_service.shim.server_connections import ServerConnections
-from gpu_service.shim.signals import Signals
+from gpu_service.shim.starting import Started
 from gpu_service.shim.stop import Stop
 
 _ENDING_TICK_SECONDS = 0.02
@@ -36,18 +34,21 @@ _LOG = Path("engine.log")
 
 
 class Shim:
-    """One engine's parent, from its start to the last of its descendants."""
+    """One engine's parent, from when it was started to the last of its descendants."""
 
-    def __init__(self, *, directory: Path, configuration: EngineConfiguration) -> None:
-        self._directory = directory
-        self._configuration = configuration
-        self._selector = selectors.DefaultSelector()
+    def __init__(self, started: Started) -> None:
+        self._directory = started.directory
+        self._configuration = started.configuration
+        self._selector = started.selector
+        self._signals = started.signals
+        self._engine = started.engine
+        self._oom_kills_at_start = started.oom_kills
         self._state = "starting"
         self._run_directory: str | None = None
         self._resident: dict[str, Any] = {}
         self._phase = ""
         self._stop: Stop | None = None
-        self._clock = HangClock(limit_seconds=configuration.hang_limit_seconds)
+        self._clock = HangClock(limit_seconds=self._configuration.hang_limit_seconds)
         self._hang: Hang | None = None
         self._killed = False
         # Since when it is gone, or was killed and should be.
@@ -63,16 +64,8 @@ class Shim:
         self._ended: tuple[int | None, int | None] | None = None
 
     def run(self) -> int:
-        """Run until the engine is gone; gives the exit code. Raises OSError when it cannot even start."""
-        working_directory = Path.cwd()
-        os.chdir(self._directory)
-        process_tree.become_subreaper()
-        self._signals = Signals(self._selector)
+        """Run until the engine is gone; gives the exit code. Raises OSError when it cannot even be talked to."""
         self._servers = ServerConnections(self._selector, self._from_server)
-        self._oom_kills_at_start = oom_kills()
-        self._engine = EngineProcess(
-            self._configuration, directory=self._directory, working_directory=working_directory
-        )
         self._engine.listen(self._selector, self._engine_ready)
         failpoint("shim.before-record")
         self._write_record()

@@ -23,7 +23,8 @@ Notice = dict[str, Any]
 class EngineProcess:
     """`python -m gpu_service.engine`, with every notice that it sent. Nothing is ever left of its runs."""
 
-    def __init__(self, log_path: Path) -> None:
+    def __init__(self, log_path: Path, *, device_id: str = "") -> None:
+        """`device_id`: what a server says of the engine's device (`cuda:0`)."""
         self.log_path = log_path
         self.notices: list[Notice] = []
         self._arrived = threading.Condition()
@@ -38,7 +39,12 @@ class EngineProcess:
                 stdout=log,
                 stderr=log,
                 # One thread, so that sums are made in one order.
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "MKL_NUM_THREADS": "1",
+                    "TUNESMITH_ENGINE_DEVICE": device_id,
+                },
             )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

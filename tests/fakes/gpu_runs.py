@@ -147,7 +147,7 @@ def is_alive(pid: int) -> bool:
 
 def processes_of(engine_directory: Path) -> list[int]:
     """Living processes that were started by an engine of this directory."""
-    from gpu_service.shim.bury import ENGINE_MARK
+    from gpu_service.shim.engine_process import ENGINE_MARK
     from gpu_service.shim.process_tree import with_environment
 
     return [pid for pid in with_environment(ENGINE_MARK, str(engine_directory)) if is_alive(pid)]

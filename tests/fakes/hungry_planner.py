@@ -32,13 +32,13 @@ def main(directory: Path, num_bytes: int) -> None:
     )
     with Writer.open(directory / "journal", 1) as writer:
         try:
-            planning.plan(
+            begun = planning.begin(
                 request,
                 command=(sys.executable, "-c", f"held = b'x' * {num_bytes}"),
                 device={"type": "cpu"},
-                switch=StopSwitch(),
-                reporter=Reporter(run_directory=directory, writer=writer, notify=lambda notice: None),
             )
+            reporter = Reporter(run_directory=directory, writer=writer, notify=lambda notice: None)
+            planning.finish(begun, switch=StopSwitch(), reporter=reporter)
         except RunFailure as error:
             sys.stdout.write(f"{errors_pb2.ErrorReason.Name(error.failure.reason)} {error.failure.signal}\n")
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gpu_service.engine.lean import saving
-from gpu_service.engine.lean.model import linear
+from gpu_service.engine.lean.model import linear_of
 from gpu_service.engine.precision import DTYPES
 from tunesmith.common.v1 import training_spec_pb2
 
@@ -24,32 +24,39 @@ _NAME = "default"
 class LeanLora(nn.Module):
     """A linear layer with A and B beside it, under the names that PEFT's layer has for them."""
 
-    def __init__(self, base_layer: nn.Module, *, rank: int, scaling: float, dropout: float) -> None:
-        """A and B are on no device yet."""
+    def __init__(
+        self, base_layer: nn.Module, *, weights: tuple[torch.Tensor, torch.Tensor], scaling: float, dropout: float
+    ) -> None:
+        """`weights`: A [rank, inputs] and B [outputs, rank]."""
         super().__init__()
+        below, above = weights
         self.base_layer = base_layer
-        self.in_features, self.out_features = int(base_layer.in_features), int(base_layer.out_features)  # type: ignore[arg-type]
+        self.out_features, self.in_features = above.shape[0], below.shape[1]
         self.lora_dropout = nn.ModuleDict({_NAME: nn.Dropout(dropout) if dropout else nn.Identity()})
-        with torch.device("meta"):
-            self.lora_A = nn.ModuleDict({_NAME: linear(self.in_features, rank, bias=False)})
-            self.lora_B = nn.ModuleDict({_NAME: linear(rank, self.out_features, bias=False)})
-        self.r, self.scaling = {_NAME: rank}, {_NAME: scaling}
+        self.lora_A = nn.ModuleDict({_NAME: linear_of(below)})
+        self.lora_B = nn.ModuleDict({_NAME: linear_of(above)})
+        self.r, self.scaling = {_NAME: below.shape[0]}, {_NAME: scaling}
         self.lora_variant: dict[str, Any] = {}
 
-    def draw(self, device: torch.device, compute_dtype: torch.dtype) -> None:
-        """The first weights, from the device's own generator: A uniform within one by the root of what it reads."""
-        rank, bound = self.r[_NAME], self.in_features**-0.5
-        below, above = (rank, self.in_features), (self.out_features, rank)
-        if device.type == "cpu":
-            # PEFT's layers draw on the host when they are made, both of them, and A once more; and they are in the type
-            # of what they stand beside until all are made.
-            for shape in (below, above):
-                nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
-            first = nn.init.kaiming_uniform_(torch.empty(below), a=math.sqrt(5)).to(compute_dtype).float()
-        else:
-            first = torch.empty(below, device=device).uniform_(-bound, bound)
-        self.lora_A[_NAME].weight = nn.Parameter(first)
-        self.lora_B[_NAME].weight = nn.Parameter(torch.zeros(above, device=device))
+
+def _draw(
+    sizes: tuple[int, int], rank: int, device: torch.device, compute_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first weights beside a layer of these (inputs, outputs), from the device's own generator: A uniform within
+    one by the root of what it reads.
+    """
+    inputs, outputs = sizes
+    below, above = (rank, inputs), (outputs, rank)
+    if device.type == "cpu":
+        # PEFT's layers draw on the host when they are made, both of them, and A once more; and they are in the type of
+        # what they stand beside until all are made.
+        for shape in (below, above):
+            nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
+        first = nn.init.kaiming_uniform_(torch.empty(below), a=math.sqrt(5)).to(compute_dtype).float()
+    else:
+        bound = inputs**-0.5
+        first = torch.empty(below, device=device).uniform_(-bound, bound)
+    return first, torch.zeros(above, device=device)
 
 
 class _Adapted(nn.Module):
@@ -86,20 +93,21 @@ def prepare_base(model: Any) -> None:
 def attach(base: Any, base_model: str, hyperparameters: training_spec_pb2.Hyperparameters) -> LeanAdapted:
     """The base with adapters on the layers that the plan names. Raises ValueError when there are none."""
     lora = hyperparameters.lora
-    found = [
-        (path, module)
-        for path, module in base.named_modules()
-        if any(path == target or path.endswith(f".{target}") for target in lora.target_modules)
-    ]
+    modules = dict(base.named_modules())
+    # A target is a path, or the end of one.
+    ends = tuple(f".{target}" for target in lora.target_modules)
+    found = [path for path in modules if f".{path}".endswith(ends)]
     if not found:
         raise ValueError(f"no layer of the model is called {', '.join(sorted(lora.target_modules))}")
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     device = next(base.parameters()).device
-    for path, module in found:
-        layer = LeanLora(module, rank=lora.rank, scaling=lora.alpha / lora.rank, dropout=lora.dropout)
-        layer.draw(device, DTYPES[hyperparameters.quantization.compute_dtype])
-        _replace(base, path, layer)
+    compute_dtype = DTYPES[hyperparameters.quantization.compute_dtype]
+    for path in found:
+        module, (parent, _, name) = modules[path], path.rpartition(".")
+        weights = _draw((int(module.in_features), int(module.out_features)), lora.rank, device, compute_dtype)
+        layer = LeanLora(module, weights=weights, scaling=lora.alpha / lora.rank, dropout=lora.dropout)
+        setattr(modules[parent], name, layer)
     return LeanAdapted(base, base_model, lora)
 
 

@@ -16,11 +16,16 @@ from gpu_service.engine.lean.config import LeanConfig
 
 def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
     """A layer whose weights nobody drew: torch's own draws them even where there is no memory, which takes its time."""
+    return linear_of(torch.empty(outputs, inputs), torch.empty(outputs) if bias else None)
+
+
+def linear_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    """A layer with these weights, [outputs, inputs] and [outputs]."""
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
-    layer.in_features, layer.out_features = inputs, outputs
-    layer.weight = nn.Parameter(torch.empty(outputs, inputs))
-    layer.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight = nn.Parameter(weight)
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias))
     return layer
 
 

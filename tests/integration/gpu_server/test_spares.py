@@ -17,10 +17,11 @@ from gpu_service.runs import spares
 from gpu_service.runs.engine import Engine
 from gpu_service.runs.engine_directories import EngineSettings, keep_context, read_context
 from gpu_service.runs.engine_pool import EnginePool
+from gpu_service.runs.shim_client import Message
 from gpu_service.runs.spares import SpareKeeper
 from gpu_service.shim.configuration import EngineConfiguration
 from gpu_service.shim.records import ExitRecord, ShimRecord
-from tests.fakes.gpu_runs import STUB_COMMAND, child_environment, processes_of, wait_for, wait_until
+from tests.fakes.gpu_runs import STUB_COMMAND, ShimConnection, child_environment, processes_of, wait_for, wait_until
 from tests.fakes.gpu_server import GpuServer
 from tunesmith.common.v1 import event_pb2
 
@@ -57,8 +58,11 @@ class Node:
     def engine(self, device: Device) -> Engine | None:
         return self.pool.engine_on(device.id)
 
-    async def get_spare(self, device: Device) -> Engine:
-        await self.keeper.look()
+    async def get_spare(self, device: Device, *, then: Device | None = None) -> Engine:
+        """The device's spare; `then` is what the device is like from the spare's start on."""
+        async with self.pool._changing[device.id]:
+            await self.keeper.look()
+            self.devices = self.devices if then is None else (then,)
         engine = await wait_until(lambda: self.engine(device))
         assert isinstance(engine, Engine)
         return engine
@@ -134,8 +138,7 @@ async def test_the_device_may_be_taken_while_a_spare_waits_to_be_started(node: N
 
 async def test_what_a_spare_holds_of_a_gpu_counts_as_free(tmp_path: Path) -> None:
     node = Node(tmp_path, GPU)
-    spare = await node.get_spare(GPU)
-    node.devices = (replace(GPU, free_memory_bytes=GPU.free_memory_bytes - GIB // 2),)
+    spare = await node.get_spare(GPU, then=replace(GPU, free_memory_bytes=GPU.free_memory_bytes - GIB // 2))
     await wait_until(lambda: spare.context_bytes)
     assert node.pool.resident_bytes(GPU.id) == GIB // 2
     await node.keeper.end()
@@ -143,10 +146,30 @@ async def test_what_a_spare_holds_of_a_gpu_counts_as_free(tmp_path: Path) -> Non
     assert node.pool.resident_bytes(GPU.id) == 0
 
 
+async def test_a_spare_that_was_ready_before_anybody_listened_is_known_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node(tmp_path, GPU)
+    ready: list[str] = []
+    node.pool.on_ready = lambda engine: ready.append(engine.id)
+    connect = Engine.connect
+
+    async def connect_late(engine: Engine) -> Message:
+        other = await asyncio.to_thread(ShimConnection, engine.directory)
+        await wait_until(lambda: other.status()["state"] == "idle")
+        other.close()
+        return await connect(engine)
+
+    monkeypatch.setattr(Engine, "connect", connect_late)
+    spare = await node.get_spare(GPU)
+    await node.keeper.end()
+    assert ready == [spare.id]
+    await node.pool.shut_down(20)
+
+
 async def test_what_an_adopted_spare_holds_of_a_gpu_counts_as_free(tmp_path: Path) -> None:
     node = Node(tmp_path, GPU)
-    spare = await node.get_spare(GPU)
-    node.devices = (replace(GPU, free_memory_bytes=GPU.free_memory_bytes - GIB // 2),)
+    spare = await node.get_spare(GPU, then=replace(GPU, free_memory_bytes=GPU.free_memory_bytes - GIB // 2))
     await wait_until(lambda: (spare.directory / "context.json").exists())
     # Its server ends; the next one finds the spare and knows what it holds.
     await node.keeper.end()

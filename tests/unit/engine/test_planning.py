@@ -47,13 +47,9 @@ def _plan(tmp_path: Path, script: str, switch: StopSwitch | None = None) -> Path
     )
     notices: list[dict[str, Any]] = []
     with Writer.open(tmp_path / "journal", 1) as writer:
-        return planning.plan(
-            request,
-            command=("/bin/sh", "-c", script, "planner"),
-            device={"type": "cpu"},
-            switch=switch or StopSwitch(),
-            reporter=Reporter(run_directory=tmp_path, writer=writer, notify=notices.append),
-        )
+        begun = planning.begin(request, command=("/bin/sh", "-c", script, "planner"), device={"type": "cpu"})
+        reporter = Reporter(run_directory=tmp_path, writer=writer, notify=notices.append)
+        return planning.finish(begun, switch=switch or StopSwitch(), reporter=reporter)
 
 
 def _say(message: object) -> str:

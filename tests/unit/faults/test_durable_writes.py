@@ -19,7 +19,7 @@ from control_service.adapters.blobs.output import OutputTree
 from control_service.domain.artifact import FileReference
 from gpu_service.engine import durable
 from gpu_service.journal import Writer, events
-from gpu_service.planner.staging import stage_directory
+from gpu_service.planner.staging import is_there, stage_directory
 from gpu_service.runs.blobs import BlobStore
 from gpu_service.runs.node_files import NodeFiles, RunKey
 from gpu_service.shim import durable_json
@@ -117,6 +117,14 @@ def test_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (staged / "data.json").write_bytes(CONTENT)
     assert ("rename", tmp_path / "plan") in disk.steps
     assert disk.is_durable, (disk.unsynced, disk.unsettled)
+
+
+def test_a_plan_that_another_planner_put_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have died between the rename and its sync."""
+    (tmp_path / "plan").mkdir()
+    disk = record_disk_steps(monkeypatch)
+    assert is_there(tmp_path / "plan", is_whole=lambda directory: True)
+    assert disk.steps == [("fsync", tmp_path)]
 
 
 def test_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def test_what_ran_out_is_named(
     def fail() -> dict[str, Any]:
         raise error
 
-    monkeypatch.setattr(process, "_prepare", lambda value: fail)
+    monkeypatch.setattr(process, "_prepare", lambda value, versions: fail)
     request = tmp_path / "request.json"
     request.write_text("{}")
 

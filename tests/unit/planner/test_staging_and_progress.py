@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpu_service.planner.progress import Progress
-from gpu_service.planner.staging import stage_directory
+from gpu_service.planner.staging import is_there, stage_directory
 
 
 def is_whole(directory: Path) -> bool:
@@ -48,6 +48,15 @@ def test_what_is_not_whole_is_replaced(tmp_path: Path) -> None:
         (staged / "file").write_bytes(b"new")
     assert names(target) == ["file"]
     assert names(tmp_path) == ["target"]
+
+
+def test_only_a_whole_one_is_there(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    assert not is_there(target, is_whole=is_whole)
+    target.mkdir()
+    assert not is_there(target, is_whole=is_whole)
+    (target / "file").write_bytes(b"")
+    assert is_there(target, is_whole=is_whole)
 
 
 def test_what_a_killed_planner_left_is_swept_when_it_is_old(tmp_path: Path) -> None:

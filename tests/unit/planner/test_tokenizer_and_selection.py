@@ -14,6 +14,7 @@ from gpu_service.domain.errors import Refusal
 from gpu_service.domain.planned_data import PlannedData, PlannedDataDamaged
 from gpu_service.domain.quantizer import TESTED_VERSIONS
 from gpu_service.domain.spec import TrainingSpec
+from gpu_service.planner import exact
 from gpu_service.planner.exact import PlanRequest, make_plan
 from gpu_service.planner.rendering import Rendered
 from gpu_service.planner.tokenizer import TextTokenizer
@@ -121,6 +122,16 @@ def test_every_step_is_full_but_the_last_and_epochs_are_reshuffled(tmp_path: Pat
     for outside in ((9, 0), (0, 20), (0, -1), (-1, 0)):
         with pytest.raises(IndexError):
             data.example(outside)
+
+
+def test_a_plan_that_is_there_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make(tmp_path)
+    monkeypatch.setattr(exact, "stage_directory", None)
+    assert make(tmp_path) == first
+    monkeypatch.undo()
+    (first / "selection.bin").unlink()
+    assert make(tmp_path) == first
+    assert PlannedData.open(first).num_steps > 0
 
 
 @pytest.mark.parametrize(("version", "quantizer"), [(TESTED_VERSIONS[0], "own"), ("0.0.1", "bitsandbytes")])
