@@ -95,16 +95,14 @@ class Block:
         attended, attention = self.attention.forward(query, key, value, bounds)
         wide = self.attention_out.input_buffer(rows, x)
         added = x.new_empty((rows, hidden))
-        self.attention_out.place(attended.flatten(1), wide, adapted=adapted)
-        self.attention_out.multiply(wide, added, adapted=adapted)
+        self.attention_out.forward_rows(attended.flatten(1), wide, added, adapted=adapted)
         middle_normed = self.mlp_in.input_buffer(rows, x)
         middle, middle_scale = ops.add_norm(residual, added, self.second_norm, shape.epsilon, middle_normed[:, :hidden])
         gate_up = self.mlp_in.output_buffer(rows, x)
         self.mlp_in.forward(middle_normed, gate_up, adapted=adapted)
         gated = self.mlp_out.input_buffer(rows, x)
-        self.mlp_out.place_gated(gate_up[:, : 2 * self.mlp_out.in_features], gated, adapted=adapted)
         # Its memory is the attention's addition, which is spent.
-        self.mlp_out.multiply(gated, added, adapted=adapted)
+        self.mlp_out.forward_gated(gate_up[:, : 2 * self.mlp_out.in_features], gated, added, adapted=adapted)
         kept = Kept(
             residual=residual,
             scale=scale,

@@ -17,13 +17,21 @@ from gpu_service.engine.fast_path.adapter_kernels import (
     adapter_backward,
     gate_adapter_backward_,
     prepare_ranks,
+    weigh_b,
 )
-from gpu_service.engine.fast_path.fp8_kernels import add_ranks, multiply_rounded, round_rows
+from gpu_service.engine.fast_path.fp8_kernels import (
+    multiply_rounded,
+    prepare_rounded,
+    rank_and_round,
+    rank_rows,
+    round_out,
+    round_rows,
+    round_weights,
+)
 
 __all__ = [
     "adapter_backward",
     "add_norm",
-    "add_ranks",
     "copy_out",
     "cross_entropy_",
     "gate",
@@ -36,8 +44,14 @@ __all__ = [
     "norm_backward_",
     "prepare_copies",
     "prepare_ranks",
+    "prepare_rounded",
+    "rank_and_round",
+    "rank_rows",
     "rotate",
+    "round_out",
     "round_rows",
+    "round_weights",
+    "weigh_b",
 ]
 
 _GATE_BLOCK = 4096

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from gpu_service.domain.quantizer import LIBRARY
 from gpu_service.domain.recomputation import Recomputation
 from gpu_service.engine.builders.optimizers import adamw
-from gpu_service.engine.fast_path import nf4, quantizing, torch_reference
+from gpu_service.engine.fast_path import fp8_reference, nf4, quantizing, torch_reference
 from gpu_service.engine.fast_path.adapters import AdapterNotSupported
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
 from gpu_service.engine.fast_path.fp8 import RoundedGroup
@@ -107,12 +107,12 @@ def test_base_in_nf4(double: bool, keeps_weights: bool, rows: PlannedRows) -> No
     )
 
 
-def _keep_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.float().clone(), torch.ones(len(x), 1)
+def _keep(x: torch.Tensor) -> torch.Tensor:
+    return x.float().clone()
 
 
-def _round_rows_to_bfloat16(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.to(torch.bfloat16).float(), torch.ones(len(x), 1)
+def _round_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.bfloat16).float()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -124,9 +124,9 @@ def test_products_in_8_bits_differ_by_rounding_alone(
     expected = nats(reference, rows)
     exact = plain_gradients(reference, _weighted(expected))
     errors = []
-    for rounding in (_keep_rows, _round_rows_to_bfloat16, torch_reference.round_rows):
+    for rounding in (_keep, _round_to_bfloat16, fp8_reference.to_8_bits):
         with monkeypatch.context() as patch:
-            patch.setattr(torch_reference, "round_rows", rounding)
+            patch.setattr(fp8_reference, "to_8_bits", rounding)
             model = make_peft(family, quantize=hold_in_nf4)
             fast = make_fast(model, in_fp8=True)
             found = nats(fast, rows)
@@ -155,7 +155,7 @@ def test_rows_in_8_bits() -> None:
     """The largest of a row is exact, the others are within half a step of three bits."""
     x = torch.randn(50, 96) * torch.logspace(-6, 3, 50)[:, None]
     x[7] = 0
-    values, scales = torch_reference.round_rows(x)
+    values, scales = torch_reference.round_rows(x, None, 96)
     assert values.dtype is torch.float8_e4m3fn
     assert scales.shape == (50, 1)
     back = values.float() * scales
@@ -163,7 +163,8 @@ def test_rows_in_8_bits() -> None:
     assert torch.equal(values.float().abs().amax(1), torch.where(largest > 0, 448.0, 0.0))
     assert ((back - x).abs() <= x.abs() / 16 + largest[:, None] * 2**-9 / 448).all()
     identity = torch.eye(96).to(torch.float8_e4m3fn)
-    product = torch_reference.multiply_rounded(values, scales, identity, torch.ones(96, 1), torch.float32)
+    product = torch.empty(50, 96)
+    torch_reference.multiply_rounded(values, scales, identity, torch.ones(96, 1), product)
     torch.testing.assert_close(product, back)
 
 
