@@ -82,6 +82,7 @@ class RoundedGroup:
                     values=values[rows, self.in_features + part.first_rank :],
                     scales=scales[rows],
                     step=adapter.num_ranks,
+                    small_ranks=False,
                 )
             )
             values, scales = self._backward
@@ -96,6 +97,7 @@ class RoundedGroup:
                     values=values[:, self.num_rows + part.first_rank :],
                     scales=scales,
                     step=adapter.num_ranks,
+                    small_ranks=True,
                 )
             )
         return found
@@ -107,14 +109,14 @@ class RoundedGroup:
 
     def round(self, rows: torch.Tensor, margin: torch.Tensor | None) -> Rounded:
         """`rows` [T, K] for `multiply`, with the ranks of `margin`; None: without the adapter."""
-        rounded: Rounded = self._operations.round_rows(rows, self._ranks(margin), self._columns)
+        rounded: Rounded = self._operations.round_rows(rows, self._ranks(margin), self._columns, small_ranks=False)
         return rounded
 
     def fill_and_round(self, rows: torch.Tensor, margin: torch.Tensor) -> Rounded:
         """`fill_ranks` and `round` with one read of `rows`; to the same bits."""
         used = self._adapter.num_ranks
         rounded: Rounded = self._operations.rank_and_round(
-            rows, self.margins.below[:used], margin[:, :used], self._columns
+            rows, self.margins.below[:used], margin[:, :used], self._columns, small_ranks=False
         )
         return rounded
 
@@ -126,14 +128,16 @@ class RoundedGroup:
 
     def round_back(self, gradient: torch.Tensor, margin: torch.Tensor | None) -> Rounded:
         """`gradient` [T, N] for `multiply_back`, with the ranks' in `margin`; None: without the adapter."""
-        rounded: Rounded = self._operations.round_rows(gradient, self._ranks(margin), self._columns_back)
+        rounded: Rounded = self._operations.round_rows(
+            gradient, self._ranks(margin), self._columns_back, small_ranks=True
+        )
         return rounded
 
     def fill_and_round_back(self, gradient: torch.Tensor, margin: torch.Tensor) -> Rounded:
         """The ranks' part of `margin` becomes `gradient` times B; and `round_back`; with one read of `gradient`."""
         used = self._adapter.num_ranks
         rounded: Rounded = self._operations.rank_and_round(
-            gradient, self.margins.right[:, :used].t(), margin[:, :used], self._columns_back
+            gradient, self.margins.right[:, :used].t(), margin[:, :used], self._columns_back, small_ranks=True
         )
         return rounded
 

@@ -25,9 +25,9 @@ _OUT_ROWS = 64
 
 
 @triton.jit
-def _rest(units):
-    """What 8 bits leave of it, in 8 bits."""
-    return (units - units.to(tl.float8e4nv).to(tl.float32)).to(tl.float8e4nv)
+def _high(units):
+    """The nearest number of 8 bits."""
+    return units.to(tl.float8e4nv).to(tl.float32)
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _inverse(largest):
 def _round_rows(
     x, ranks, values, scales, x_row, ranks_row,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, USED: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
-    LEAST: tl.constexpr, HEADROOM: tl.constexpr,
+    LEAST: tl.constexpr, HEADROOM: tl.constexpr, OF_LOW: tl.constexpr, OF_LAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column, beside = tl.arange(0, BLOCK), tl.arange(0, TAIL)
@@ -58,8 +58,8 @@ def _round_rows(
     if COLUMNS > WIDTH:
         if USED:
             units = theirs * inverse
-            is_low = (beside >= USED) & (beside < 2 * USED)
-            units = tl.where(is_low, _rest(units).to(tl.float32), units)
+            high = _high(units)
+            units = tl.where(beside < USED, high, tl.where(beside < 2 * USED, (units - high) * OF_LOW, high * OF_LAST))
         else:
             units = tl.zeros((TAIL,), dtype=tl.float32)
         tl.store(at + WIDTH + beside, units.to(tl.float8e4nv), mask=beside < COLUMNS - WIDTH)
@@ -69,7 +69,8 @@ def _round_rows(
 def _rank_and_round(
     x, factors, ranks, values, scales, x_row, factors_rank, factors_column, ranks_row, num_rows,
     WIDTH: tl.constexpr, USED: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, PADDING: tl.constexpr,
-    ROWS: tl.constexpr, AT_ONCE: tl.constexpr, ROUNDS: tl.constexpr, LEAST: tl.constexpr,
+    ROWS: tl.constexpr, AT_ONCE: tl.constexpr, ROUNDS: tl.constexpr, LEAST: tl.constexpr, OF_LOW: tl.constexpr,
+    OF_LAST: tl.constexpr,
 ):  # fmt: skip
     """Rows are read twice, the second time from the cache: their scale is that of their ranks too."""
     begin = tl.program_id(0).to(tl.int64) * ROWS
@@ -106,10 +107,11 @@ def _rank_and_round(
             rounded = (piece * inverse[:, None]).to(tl.float8e4nv)
             tl.store(values + near[:, None] * COLUMNS + column[None, :], rounded, mask=inside)
         units = made * inverse[:, None]
+        high = _high(units)
         at = values + near[:, None] * COLUMNS + WIDTH + rank[None, :]
-        tl.store(at, units.to(tl.float8e4nv), mask=mask)
-        tl.store(at + USED, _rest(units), mask=mask)
-        tl.store(at + 2 * USED, units.to(tl.float8e4nv), mask=mask)
+        tl.store(at, high.to(tl.float8e4nv), mask=mask)
+        tl.store(at + USED, ((units - high) * OF_LOW).to(tl.float8e4nv), mask=mask)
+        tl.store(at + 2 * USED, (high * OF_LAST).to(tl.float8e4nv), mask=mask)
         if COLUMNS > WIDTH + 3 * USED:
             spare = WIDTH + 3 * USED + tl.arange(0, PADDING)
             zeros = tl.zeros((ROWS, PADDING), dtype=tl.float32).to(tl.float8e4nv)
@@ -133,15 +135,17 @@ def _round_out(flat, programs, table, factors, KIND: tl.constexpr, ROWS: tl.cons
     in_rows = row < num_rows
     mask = in_rows[:, None] & (rank < num_ranks)[None, :]
     numbers = tl.load(flat + start + row[:, None] * row_step + rank[None, :] * rank_step, mask=mask, other=0.0)
-    numbers = (numbers * tl.load(factors + part)).to(KIND).to(tl.float32)
+    factors += 3 * part
+    numbers = (numbers * tl.load(factors)).to(KIND).to(tl.float32)
     scale = tl.load(scales + row, mask=in_rows, other=1.0)
     units = numbers * tl.div_rn(tl.zeros_like(scale) + 1.0, scale)[:, None]
     # The conversion would take the largest number for what is larger.
     units = tl.where(tl.abs(units) > _LARGEST, float("nan"), units)
     at = values + row[:, None] * values_row + rank[None, :]
-    tl.store(at, units.to(tl.float8e4nv), mask=mask)
-    tl.store(at + step, units.to(tl.float8e4nv), mask=mask)
-    tl.store(at + 2 * step, _rest(units), mask=mask)
+    high = _high(units)
+    tl.store(at, high.to(tl.float8e4nv), mask=mask)
+    tl.store(at + step, (high * tl.load(factors + 1)).to(tl.float8e4nv), mask=mask)
+    tl.store(at + 2 * step, ((units - high) * tl.load(factors + 2)).to(tl.float8e4nv), mask=mask)
 
 
 def _empty(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,26 +154,36 @@ def _empty(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor,
 
 
 def _round(
-    x: torch.Tensor, ranks: torch.Tensor | None, columns: int, *, least: float, headroom: float
+    x: torch.Tensor, ranks: torch.Tensor | None, columns: int, *, least: float, headroom: float, small_ranks: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = x.shape
     values, scales = _empty(rows, columns, x.device)
     block = triton.next_power_of_2(width)
+    of_low, of_last = fp8_reference.rank_factors(small_ranks=small_ranks)
     _round_rows[(rows,)](
         x, x if ranks is None else ranks, values, scales, x.stride(0), 0 if ranks is None else ranks.stride(0),
         WIDTH=width, BLOCK=block, USED=0 if ranks is None else ranks.shape[1], COLUMNS=columns,
         TAIL=triton.next_power_of_2(max(columns - width, 1)), LEAST=least, HEADROOM=headroom,
-        num_warps=min(16, max(1, block // 1024)), enable_fp_fusion=False,
+        OF_LOW=of_low, OF_LAST=of_last, num_warps=min(16, max(1, block // 1024)), enable_fp_fusion=False,
     )  # fmt: skip
     return values, scales
 
 
-def round_rows(x: torch.Tensor, ranks: torch.Tensor | None, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _round(x, ranks, columns, least=fp8_reference.SMALLEST, headroom=1.0)
+def round_rows(
+    x: torch.Tensor, ranks: torch.Tensor | None, columns: int, *, small_ranks: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _round(x, ranks, columns, least=fp8_reference.SMALLEST, headroom=1.0, small_ranks=small_ranks)
 
 
 def round_weights(weights: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _round(weights, None, columns, least=fp8_reference.LEAST_WEIGHT, headroom=fp8_reference.HEADROOM)
+    return _round(
+        weights,
+        None,
+        columns,
+        least=fp8_reference.LEAST_WEIGHT,
+        headroom=fp8_reference.HEADROOM,
+        small_ranks=False,
+    )
 
 
 def _has_kernel(x: torch.Tensor, factors: torch.Tensor) -> bool:
@@ -178,16 +192,18 @@ def _has_kernel(x: torch.Tensor, factors: torch.Tensor) -> bool:
 
 def _launch_ranks(
     x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
-    *, rounds: bool,
+    *, rounds: bool, small_ranks: bool,
 ) -> None:  # fmt: skip
     (rows, width), used, columns = x.shape, factors.shape[0], values.shape[1]
     block = max(16, triton.next_power_of_2(used))
     at_once, columns_at_once, warps, stages = _RANK_SHAPES[block]
+    of_low, of_last = fp8_reference.rank_factors(small_ranks=small_ranks)
     _rank_and_round[(triton.cdiv(rows, at_once),)](
         x, factors, ranks, values, scales, x.stride(0), factors.stride(0), factors.stride(1), ranks.stride(0), rows,
         WIDTH=width, USED=used, COLUMNS=columns, RANKS=block,
         PADDING=triton.next_power_of_2(max(columns - width - 3 * used, 1)), ROWS=at_once, AT_ONCE=columns_at_once,
-        ROUNDS=rounds, LEAST=fp8_reference.SMALLEST, num_warps=warps, num_stages=stages, enable_fp_fusion=False,
+        ROUNDS=rounds, LEAST=fp8_reference.SMALLEST, OF_LOW=of_low, OF_LAST=of_last, num_warps=warps,
+        num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -195,17 +211,17 @@ def rank_rows(x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor) -> No
     if not _has_kernel(x, factors):
         fp8_reference.rank_rows(x, factors, ranks)
         return
-    _launch_ranks(x, factors, ranks, ranks, ranks, rounds=False)
+    _launch_ranks(x, factors, ranks, ranks, ranks, rounds=False, small_ranks=False)
 
 
 def rank_and_round(
-    x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, columns: int
+    x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, columns: int, *, small_ranks: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if not _has_kernel(x, factors):
         fp8_reference.rank_rows(x, factors, ranks)
-        return round_rows(x, ranks, columns)
+        return round_rows(x, ranks, columns, small_ranks=small_ranks)
     values, scales = _empty(len(x), columns, x.device)
-    _launch_ranks(x, factors, ranks, values, scales, rounds=True)
+    _launch_ranks(x, factors, ranks, values, scales, rounds=True, small_ranks=small_ranks)
     return values, scales
 
 
@@ -235,11 +251,12 @@ def prepare_rounded(copies: Sequence[RoundedCopy]) -> _Rounded | None:
         )
         for one in copies
     ]  # fmt: skip
+    factors = [(one.factor, *fp8_reference.weight_factors(small_ranks=one.small_ranks)) for one in copies]
     return _Rounded(
         copies=tuple(copies),
         programs=torch.tensor(programs, dtype=torch.int32, device=device),
         table=torch.tensor(table, dtype=torch.int64, device=device),
-        factors=torch.tensor([one.factor for one in copies], dtype=torch.float32, device=device),
+        factors=torch.tensor(factors, dtype=torch.float32, device=device),
         block=triton.next_power_of_2(max(one.rank for one in copies)),
     )
 

@@ -2,7 +2,8 @@
 
 An adapter's ranks t = x A' and its B have about as many bits as in bfloat16, each as two numbers of 8 bits, the rounded
 one and what that left: three products of them, high by high, low by high and high by low, are further columns of the
-one product.
+one product. Of a pair the number that may be small, for B is, and what comes back through it, has its low part times 16
+in there and what it meets by 16: else it would end where the type's numbers end.
 `torch_reference` offers these functions as its own.
 """
 
@@ -24,6 +25,8 @@ HEADROOM = 16.0
 # What the largest of a row of weights counts at least: beside rows of zeros, too, an adapter has room.
 LEAST_WEIGHT = 2.0**-5
 _TERMS = 3
+# A low part times this is no larger than its high part.
+_FINER = 16.0
 # Products read so many bytes of a row at a time.
 _TILE = 128
 
@@ -33,7 +36,7 @@ class RoundedCopy:
     """Where one A or B lies in a flat buffer, as [rows, rank], and where it goes in 8 bits.
 
     `values` are the weights' rows from the first column that it goes to, `step` the columns from a term to the next;
-    `scales` are the rows' [rows, 1].
+    `scales` are the rows' [rows, 1]. `small_ranks` as in `round_rows`.
     """
 
     start: int
@@ -45,6 +48,7 @@ class RoundedCopy:
     values: torch.Tensor
     scales: torch.Tensor
     step: int
+    small_ranks: bool
 
 
 def padded(columns: int, num_ranks: int) -> int:
@@ -57,10 +61,20 @@ def to_8_bits(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float8_e4m3fn)
 
 
+def rank_factors(*, small_ranks: bool) -> tuple[float, float]:
+    """What ranks' low part, and their high part where it is once more, are multiplied by."""
+    return (_FINER, 1.0) if small_ranks else (1.0, 1 / _FINER)
+
+
+def weight_factors(*, small_ranks: bool) -> tuple[float, float]:
+    """What weights' high part, where it meets the ranks' low one, and their low part are multiplied by."""
+    return (1 / _FINER, 1.0) if small_ranks else (1.0, _FINER)
+
+
 def _halves(units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`units` in 8 bits, and what that left of it in 8 bits."""
-    high = to_8_bits(units)
-    return high, to_8_bits(units - high.float())
+    """`units` in 8 bits, as float32, and what that left of it."""
+    high = to_8_bits(units).float()
+    return high, units - high
 
 
 def _place(parts: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
@@ -73,10 +87,13 @@ def _place(parts: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
     return values
 
 
-def round_rows(x: torch.Tensor, ranks: torch.Tensor | None, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+def round_rows(
+    x: torch.Tensor, ranks: torch.Tensor | None, columns: int, *, small_ranks: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`x` [T, K], and `ranks` [T, R] beside it, in e4m3 [T, columns]; the scales that rows were divided by [T, 1].
 
-    A row's largest number becomes the type's largest. Ranks are there as high, low and high again, then zeros.
+    A row's largest number becomes the type's largest. Ranks are there as high, low and high again, then zeros; with
+    `small_ranks` it is they that may be small, else the weights that they meet.
     """
     wide, theirs = x.float(), None if ranks is None else ranks.float()
     largest = wide.abs().amax(1, keepdim=True)
@@ -89,7 +106,8 @@ def round_rows(x: torch.Tensor, ranks: torch.Tensor | None, columns: int) -> tup
     parts = [to_8_bits(wide * inverse)]
     if theirs is not None:
         high, low = _halves(theirs * inverse)
-        parts += [high, low, high]
+        of_low, of_last = rank_factors(small_ranks=small_ranks)
+        parts += [to_8_bits(high), to_8_bits(low * of_low), to_8_bits(high * of_last)]
     return _place(parts, columns), largest / full
 
 
@@ -99,11 +117,11 @@ def rank_rows(x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor) -> No
 
 
 def rank_and_round(
-    x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, columns: int
+    x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, columns: int, *, small_ranks: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rank_rows`, and `round_rows` of `x` with what `ranks` became."""
     rank_rows(x, factors, ranks)
-    return round_rows(x, ranks, columns)
+    return round_rows(x, ranks, columns, small_ranks=small_ranks)
 
 
 def round_weights(weights: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,8 +147,9 @@ def round_out(flat: torch.Tensor, prepared: Any, dtype: torch.dtype) -> None:
         numbers = flat.as_strided((one.rows, one.rank), (one.row_step, one.rank_step), start) * one.factor
         units = numbers.to(dtype).float() * (torch.ones_like(one.scales) / one.scales)
         high, low = _halves(torch.where(units.abs() > LARGEST, torch.nan, units))
-        for term, part in enumerate((high, high, low)):
-            one.values[:, term * one.step : term * one.step + one.rank].copy_(part)
+        of_second, of_low = weight_factors(small_ranks=one.small_ranks)
+        for term, part in enumerate((high, high * of_second, low * of_low)):
+            one.values[:, term * one.step : term * one.step + one.rank].copy_(to_8_bits(part))
 
 
 def multiply_rounded(
