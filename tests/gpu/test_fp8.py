@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from gpu_service.domain.recomputation import ELEMENTWISE, FEED_FORWARD, FULL, Recomputation
+
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 
@@ -46,9 +48,9 @@ def test_rows(width: int, used: int, small_ranks: bool) -> None:
     from gpu_service.engine.fast_path.fp8_reference import padded
 
     x, ranks, columns = _draw(200, width, spare=64), _draw(200, used, spare=64), padded(width, 48)
-    given = [ranks if used else None, columns]
-    found = triton_kernels.round_rows(x, *given, small_ranks=small_ranks)
-    _same(found, torch_reference.round_rows(x, *given, small_ranks=small_ranks))
+    given = ranks if used else None
+    found = triton_kernels.round_rows(x, given, columns, small_ranks=small_ranks)
+    _same(found, torch_reference.round_rows(x, given, columns, small_ranks=small_ranks))
     _same(triton_kernels.round_weights(x, columns), torch_reference.round_weights(x, columns))
 
 
@@ -100,7 +102,7 @@ def test_adapter_is_written_beside_the_weights(rank: int) -> None:
             row_step=rank,
             rank_step=1,
             factor=0.3,
-            values=forward[0][20 : 20 + rows, width + rank :],
+            values=forward[0][20 : 20 + rows, rank:],
             scales=forward[1][20 : 20 + rows],
             step=used,
             small_ranks=False,
@@ -112,7 +114,7 @@ def test_adapter_is_written_beside_the_weights(rank: int) -> None:
             row_step=1,
             rank_step=width,
             factor=1.0,
-            values=back[0][:, rows + 40 + rank :],
+            values=back[0][:, rank:],
             scales=back[1],
             small_ranks=True,
         )
@@ -132,7 +134,8 @@ def test_products(size: float, spare: int) -> None:
     from gpu_service.engine.fast_path.fp8_reference import RoundedCopy, padded
 
     rows, width, outputs, rank = 384, 3072, 512, 16
-    x, ranks, columns = torch.randn(rows, width, device="cuda").bfloat16(), _draw(rows, rank), padded(width, rank)
+    x, ranks = (torch.randn(rows, columns, device="cuda").bfloat16() for columns in (width, rank))
+    columns = padded(width, rank)
     values, scales = triton_kernels.round_weights(torch.randn(outputs, width, device="cuda") * 0.02, columns)
     b = torch.randn(outputs, rank, device="cuda") * size
     copy = RoundedCopy(
@@ -142,7 +145,7 @@ def test_products(size: float, spare: int) -> None:
         row_step=rank,
         rank_step=1,
         factor=1.0,
-        values=values[:, width:],
+        values=values,
         scales=scales,
         step=rank,
         small_ranks=False,
@@ -154,10 +157,10 @@ def test_products(size: float, spare: int) -> None:
     triton_kernels.multiply_rounded(*rounded, values, scales, found)
     torch_reference.multiply_rounded(*rounded, values, scales, expected)
     assert (found - expected).float().norm() / expected.float().norm() < 1e-2
-    # Along the adapter's own direction roundings of the sum cancel out.
+    # Along the adapter's own direction roundings of the sum cancel out; what it is added up in has few bits.
     part = ranks.float() @ b.bfloat16().float().t()
     added = (found.float() - before.float()).mul(part).sum() / part.square().sum()
-    assert abs(added.item() - 1) < (0.05 if size == 1e-4 else 0.01)
+    assert abs(added.item() - 1) < (0.15 if size == 1e-4 else 0.02)
 
 
 def test_training_is_what_its_reference_computes() -> None:
@@ -184,15 +187,19 @@ def test_training_is_what_its_reference_computes() -> None:
     assert float((flat - exact).norm() / exact.norm()) < 0.1
 
 
-@pytest.mark.parametrize("level", ["elementwise_layers", "feed_forward_layers", "full_layers"])
+@pytest.mark.parametrize("level", [ELEMENTWISE, FEED_FORWARD, FULL])
 def test_recomputing_changes_nothing(level: str) -> None:
     import torch
 
-    from gpu_service.domain.recomputation import Recomputation
     from tests.fakes.fast_models import fast_gradients, hold_in_nf4, make_fast, make_peft, nats
 
     found = []
-    for way in (Recomputation(), Recomputation(**{level: 2})):
+    ways = {
+        ELEMENTWISE: Recomputation(elementwise_layers=2),
+        FEED_FORWARD: Recomputation(feed_forward_layers=2),
+        FULL: Recomputation(full_layers=2),
+    }
+    for way in (Recomputation(), ways[level]):
         model = make_peft(dtype=torch.bfloat16, quantize=lambda base: hold_in_nf4(base, device="cuda")).to("cuda")
         fast = make_fast(model, device="cuda", dtype=torch.bfloat16, in_fp8=True, recomputation=way)
         values = nats(fast, _rows(), device="cuda")

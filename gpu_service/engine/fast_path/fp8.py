@@ -55,7 +55,7 @@ class RoundedGroup:
         for layer in layers:
             Nf4Weight.of(layer).restore(matrix[first : first + layer.out_features])
             first += layer.out_features
-        # [N, K + ...] with a scale for each of N; [K, N + ...] with one for each of K.
+        # [N, ... + K] with a scale for each of N; [K, ... + N] with one for each of K.
         self._columns = padded(self.in_features, adapter.num_ranks)
         self._columns_back = padded(self.num_rows, adapter.num_ranks)
         self._forward = self._operations.round_weights(matrix, self._columns)
@@ -66,7 +66,7 @@ class RoundedGroup:
         )
 
     def copies(self) -> list[RoundedCopy]:
-        """What `round_out` writes: B beside the weights of the forward direction, A beside the others'."""
+        """What `round_out` writes: B before the weights of the forward direction, A before the others'."""
         adapter, found = self._adapter, []
         for part in adapter.parts:
             rows = slice(part.first_row, part.first_row + part.num_rows)
@@ -79,7 +79,7 @@ class RoundedGroup:
                     row_step=adapter.rank,
                     rank_step=1,
                     factor=adapter.scaling,
-                    values=values[rows, self.in_features + part.first_rank :],
+                    values=values[rows, part.first_rank :],
                     scales=scales[rows],
                     step=adapter.num_ranks,
                     small_ranks=False,
@@ -94,7 +94,7 @@ class RoundedGroup:
                     row_step=1,
                     rank_step=self.in_features,
                     factor=1.0,
-                    values=values[:, self.num_rows + part.first_rank :],
+                    values=values[:, part.first_rank :],
                     scales=scales,
                     step=adapter.num_ranks,
                     small_ranks=True,

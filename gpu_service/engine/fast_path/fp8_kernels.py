@@ -39,11 +39,11 @@ def _inverse(largest):
 @triton.jit
 def _round_rows(
     x, ranks, values, scales, x_row, ranks_row,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, USED: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, USED: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
     LEAST: tl.constexpr, HEADROOM: tl.constexpr, OF_LOW: tl.constexpr, OF_LAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    column, beside = tl.arange(0, BLOCK), tl.arange(0, TAIL)
+    column, beside = tl.arange(0, BLOCK), tl.arange(0, SPAN)
     inside = column < WIDTH
     wide = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(wide))
@@ -54,15 +54,15 @@ def _round_rows(
     inverse = _inverse(largest)
     tl.store(scales + row, tl.div_rn(largest, _LARGEST))
     at = values + row * COLUMNS
-    tl.store(at + column, (wide * inverse).to(tl.float8e4nv), mask=inside)
+    tl.store(at + COLUMNS - WIDTH + column, (wide * inverse).to(tl.float8e4nv), mask=inside)
     if COLUMNS > WIDTH:
         if USED:
             units = theirs * inverse
             high = _high(units)
             units = tl.where(beside < USED, high, tl.where(beside < 2 * USED, (units - high) * OF_LOW, high * OF_LAST))
         else:
-            units = tl.zeros((TAIL,), dtype=tl.float32)
-        tl.store(at + WIDTH + beside, units.to(tl.float8e4nv), mask=beside < COLUMNS - WIDTH)
+            units = tl.zeros((SPAN,), dtype=tl.float32)
+        tl.store(at + beside, units.to(tl.float8e4nv), mask=beside < COLUMNS - WIDTH)
 
 
 @triton.jit
@@ -105,19 +105,19 @@ def _rank_and_round(
             inside = in_rows[:, None] & (column < WIDTH)[None, :]
             piece = tl.load(x + near[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
             rounded = (piece * inverse[:, None]).to(tl.float8e4nv)
-            tl.store(values + near[:, None] * COLUMNS + column[None, :], rounded, mask=inside)
+            tl.store(values + near[:, None] * COLUMNS + (COLUMNS - WIDTH + column)[None, :], rounded, mask=inside)
         units = made * inverse[:, None]
         high = _high(units)
-        at = values + near[:, None] * COLUMNS + WIDTH + rank[None, :]
+        at = values + near[:, None] * COLUMNS + rank[None, :]
         tl.store(at, high.to(tl.float8e4nv), mask=mask)
         tl.store(at + USED, ((units - high) * OF_LOW).to(tl.float8e4nv), mask=mask)
         tl.store(at + 2 * USED, (high * OF_LAST).to(tl.float8e4nv), mask=mask)
         if COLUMNS > WIDTH + 3 * USED:
-            spare = WIDTH + 3 * USED + tl.arange(0, PADDING)
+            spare = 3 * USED + tl.arange(0, PADDING)
             zeros = tl.zeros((ROWS, PADDING), dtype=tl.float32).to(tl.float8e4nv)
             tl.store(
                 values + near[:, None] * COLUMNS + spare[None, :], zeros,
-                mask=in_rows[:, None] & (spare < COLUMNS)[None, :],
+                mask=in_rows[:, None] & (spare < COLUMNS - WIDTH)[None, :],
             )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def _round(
     _round_rows[(rows,)](
         x, x if ranks is None else ranks, values, scales, x.stride(0), 0 if ranks is None else ranks.stride(0),
         WIDTH=width, BLOCK=block, USED=0 if ranks is None else ranks.shape[1], COLUMNS=columns,
-        TAIL=triton.next_power_of_2(max(columns - width, 1)), LEAST=least, HEADROOM=headroom,
+        SPAN=triton.next_power_of_2(max(columns - width, 1)), LEAST=least, HEADROOM=headroom,
         OF_LOW=of_low, OF_LAST=of_last, num_warps=min(16, max(1, block // 1024)), enable_fp_fusion=False,
     )  # fmt: skip
     return values, scales

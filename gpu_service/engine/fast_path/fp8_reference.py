@@ -2,8 +2,9 @@
 
 An adapter's ranks t = x A' and its B have about as many bits as in bfloat16, each as two numbers of 8 bits, the rounded
 one and what that left: three products of them, high by high, low by high and high by low, are further columns of the
-one product. Of a pair the number that may be small, for B is, and what comes back through it, has its low part times 16
-in there and what it meets by 16: else it would end where the type's numbers end.
+one product. They come first: a product in 8 bits is summed up in few bits more than bfloat16 has, and what is small is
+lost beside what is large already. Of a pair one may be small, as B is forward, and backward what comes back through it:
+its low part is times 16, and what that meets a 16th, or else it would end where the type's numbers end.
 `torch_reference` offers these functions as its own.
 """
 
@@ -52,7 +53,7 @@ class RoundedCopy:
 
 
 def padded(columns: int, num_ranks: int) -> int:
-    """Columns in 8 bits of rows of `columns` with so many ranks beside them; the last ones may be zeros."""
+    """Columns in 8 bits of rows of `columns` with so many ranks before them, and zeros between."""
     return -(-(columns + _TERMS * num_ranks) // _TILE) * _TILE if num_ranks else columns
 
 
@@ -77,9 +78,10 @@ def _halves(units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return high, units - high
 
 
-def _place(parts: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
-    """The parts side by side, and zeros."""
-    values = torch.zeros((parts[0].shape[0], columns), dtype=parts[0].dtype, device=parts[0].device)
+def _place(x: torch.Tensor, parts: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
+    """The parts side by side, zeros, and x."""
+    values = torch.zeros((x.shape[0], columns), dtype=x.dtype, device=x.device)
+    values[:, columns - x.shape[1] :].copy_(x)
     first = 0
     for part in parts:
         values[:, first : first + part.shape[1]].copy_(part)
@@ -90,10 +92,10 @@ def _place(parts: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
 def round_rows(
     x: torch.Tensor, ranks: torch.Tensor | None, columns: int, *, small_ranks: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x` [T, K], and `ranks` [T, R] beside it, in e4m3 [T, columns]; the scales that rows were divided by [T, 1].
+    """`x` [T, K], and `ranks` [T, R] before it, in e4m3 [T, columns]; the scales that rows were divided by [T, 1].
 
-    A row's largest number becomes the type's largest. Ranks are there as high, low and high again, then zeros; with
-    `small_ranks` it is they that may be small, else the weights that they meet.
+    A row's largest number becomes the type's largest. Ranks come as high, low and high again, then zeros, then `x`;
+    with `small_ranks` it is they that may be small, else the weights that they meet.
     """
     wide, theirs = x.float(), None if ranks is None else ranks.float()
     largest = wide.abs().amax(1, keepdim=True)
@@ -103,12 +105,12 @@ def round_rows(
     # By a tensor: by a number, CUDA multiplies with its reciprocal, which rounds once more.
     full = torch.full_like(largest, LARGEST)
     inverse = full / largest
-    parts = [to_8_bits(wide * inverse)]
+    parts: list[torch.Tensor] = []
     if theirs is not None:
         high, low = _halves(theirs * inverse)
         of_low, of_last = rank_factors(small_ranks=small_ranks)
-        parts += [to_8_bits(high), to_8_bits(low * of_low), to_8_bits(high * of_last)]
-    return _place(parts, columns), largest / full
+        parts = [to_8_bits(high), to_8_bits(low * of_low), to_8_bits(high * of_last)]
+    return _place(to_8_bits(wide * inverse), parts, columns), largest / full
 
 
 def rank_rows(x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor) -> None:
@@ -125,11 +127,11 @@ def rank_and_round(
 
 
 def round_weights(weights: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`weights` [N, K] in e4m3 [N, columns], zeros beside them, and their scales [N, 1], with headroom."""
+    """`weights` [N, K] in e4m3 [N, columns], zeros before them, and their scales [N, 1], with headroom."""
     wide = weights.float()
     largest = wide.abs().amax(1, keepdim=True).clamp(min=LEAST_WEIGHT) * HEADROOM
     full = torch.full_like(largest, LARGEST)
-    return _place([to_8_bits(wide * (full / largest))], columns), largest / full
+    return _place(to_8_bits(wide * (full / largest)), [], columns), largest / full
 
 
 def prepare_rounded(copies: Sequence[RoundedCopy]) -> Any:
@@ -138,7 +140,7 @@ def prepare_rounded(copies: Sequence[RoundedCopy]) -> Any:
 
 
 def round_out(flat: torch.Tensor, prepared: Any, dtype: torch.dtype) -> None:
-    """Write the matrices that lie in `flat`, times their factors and as they are in `dtype`, beside the weights.
+    """Write the matrices that lie in `flat`, times their factors and as they are in `dtype`, before the weights.
 
     As high, high again and low. What has no room, by more than the headroom, is not a number there.
     """

@@ -104,7 +104,7 @@ def _adapters_part(
             row_step=_RANK,
             rank_step=1,
             factor=factor,
-            values=values[:, _IN:],
+            values=values,
             scales=scales,
             step=_RANK,
             small_ranks=small_ranks,
