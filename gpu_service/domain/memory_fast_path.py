@@ -14,6 +14,8 @@ _FLOAT32, _INT64 = 4, 8
 _COUNTED_BYTES = 5 * _INT64 + 4 * _FLOAT32
 # Margins of the adapters' groups are as wide as this or a multiple of it.
 _ROOM_COLUMNS = 64
+# Rows in 8 bits have so many columns for each rank before them, and are a multiple of so many bytes long.
+_RANK_TERMS, _ROUNDED_COLUMNS = 3, 128
 # Rows of the head's logits that exist at a time.
 _CHUNK_ROWS = 2048
 _WORKSPACE_BYTES = 2 * 32 * 1024**2
@@ -31,7 +33,9 @@ _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """Columns of a token's row in a block. `rooms` are the margins of its four groups of layers."""
+    """Columns of a token's row in a block. `rooms` are the margins of its four groups of layers, `ranks` what
+    of them is an adapter's.
+    """
 
     hidden: int
     inner: int
@@ -40,6 +44,7 @@ class _Sizes:
     queries: int
     keys: int
     rooms: tuple[int, int, int, int]
+    ranks: tuple[int, int, int, int]
     has_head_norms: bool
 
     @property
@@ -60,6 +65,11 @@ class _Sizes:
     def kept_floats(self) -> int:
         """The same, in float32: scales of norms, and attention's sums."""
         return 2 + self.heads + (self.heads + self.key_heads if self.has_head_norms else 0)
+
+    def in_8_bits(self, columns: int, group: int) -> int:
+        """Bytes of a row of `columns` in 8 bits, with its ranks and its scale."""
+        ranks = _RANK_TERMS * self.ranks[group]
+        return _FLOAT32 + (-(-(columns + ranks) // _ROUNDED_COLUMNS) * _ROUNDED_COLUMNS if ranks else columns)
 
     def left_out(self, level: str) -> int:
         """Columns of `kept` that are made again at this level; not of whole blocks."""
@@ -109,9 +119,8 @@ def _sizes(shape: StepShape) -> _Sizes:
     base = shape.base
     heads, queries, keys = attention_sizes(base)
     leaves = {layer.leaf for layer in shape.covered}
-    rooms = [
-        -(-shape.rank * sum(leaf in leaves for leaf in group) // _ROOM_COLUMNS) * _ROOM_COLUMNS for group in _GROUPS
-    ]
+    ranks = [shape.rank * sum(leaf in leaves for leaf in group) for group in _GROUPS]
+    rooms = [-(-width // _ROOM_COLUMNS) * _ROOM_COLUMNS for width in ranks]
     return _Sizes(
         hidden=base.hidden_size,
         inner=base.intermediate_size,
@@ -120,6 +129,7 @@ def _sizes(shape: StepShape) -> _Sizes:
         queries=queries,
         keys=keys,
         rooms=(rooms[0], rooms[1], rooms[2], rooms[3]),
+        ranks=(ranks[0], ranks[1], ranks[2], ranks[3]),
         has_head_norms=base.config_type in _QUERY_KEY_NORMS,
     )
 
@@ -165,13 +175,14 @@ def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     """
     compute, (into_attention, out_of_attention, into_mlp, out_of_mlp) = shape.precision.compute_bytes, sizes.rooms
     down = sizes.inner * one.tokens * compute
+    down += one.tokens * sizes.in_8_bits(sizes.hidden, 3) if shape.rounds_rows else 0
     gates = (sizes.hidden - out_of_mlp) * one.tokens * compute
-    gates += _adapter_tables(shape, one, ("gate_proj", "up_proj"), sizes.inner)
+    tables = _adapter_tables(shape, one, ("gate_proj", "up_proj"), sizes.inner)
+    # Tables go before gradients in 8 bits come.
+    gates += max(tables, one.tokens * sizes.in_8_bits(2 * sizes.inner, 2) if shape.rounds_rows else 0)
     # Where no gradient is kept, the one of gates and ups, which is made whole, is twice the down projection's; that is
     # among the gradients.
     gates += compute * sizes.inner * sizes.hidden if shape.goes_back_twice else 0
-    # Gradients in 8 bits, and the product before the adapter's part is added.
-    gates += one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
     let_go = 3 * sizes.inner + sizes.hidden + 2 * into_mlp + out_of_mlp
     attention = sizes.hidden + sizes.queries + sizes.placed - let_go
     shared = 2 * sizes.queries if sizes.keys != sizes.queries else 0
@@ -179,8 +190,8 @@ def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     num_sequences = 1 if one.tokens <= one.longest else _SEQUENCES * -(-one.tokens // max(one.longest, 1))
     inside = one.tokens * compute * shared + (one.tokens + num_sequences * _SPARE_ROWS) * floats
     after = one.tokens * compute * (sizes.placed + into_attention)
-    rounded = one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
-    moments = [down, gates + rounded, attention * one.tokens * compute + max(inside, after)]
+    after += one.tokens * sizes.in_8_bits(sizes.placed, 0) if shape.rounds_rows else 0
+    moments = [down, gates, attention * one.tokens * compute + max(inside, after)]
     if shape.recomputation.full_layers:
         moments.append(one.tokens * compute * (sizes.queries + out_of_attention + sizes.hidden))
     return max(moments)
@@ -203,8 +214,7 @@ def _adapter_tables(shape: StepShape, one: PassShape, leaves: Sequence[str], row
 def _forward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     """In a block's forward pass: both parts of its input, what it may keep, and what it adds."""
     columns = 2 * sizes.hidden + sizes.queries + sizes.rooms[1] + sizes.hidden
-    # Rows in 8 bits, and the product before the adapter's part is added.
-    rounded = one.tokens * (sizes.hidden + 2 * sizes.inner * shape.precision.compute_bytes) if shape.rounds_rows else 0
+    rounded = one.tokens * sizes.in_8_bits(sizes.inner, 3) if shape.rounds_rows else 0
     return _whole(shape, sizes, one) + one.tokens * columns * shape.precision.compute_bytes + rounded
 
 
@@ -247,10 +257,17 @@ def _standing(shape: StepShape, sizes: _Sizes) -> int:
     )
     wide = [(rows + room) * (columns + room) for room, (rows, columns) in zip(sizes.rooms, sides, strict=True)]
     plain = [rows * columns for rows, columns in sides]
+    margins = sum(room * (rows + columns) for room, (rows, columns) in zip(sizes.rooms, sides, strict=True))
+    if shape.rounds_rows:
+        # Of either direction what stands beside its weights.
+        beside = sum(
+            rows * (sizes.in_8_bits(columns, group) - columns) + columns * (sizes.in_8_bits(rows, group) - rows)
+            for group, (rows, columns) in enumerate(sides)
+        )
+        return shape.base.num_layers * (compute * margins + beside)
     if shape.keeps_weights or not shape.precision.is_quantized:
         # The weights themselves stand in the wide matrices, and are counted as weights.
         return compute * shape.base.num_layers * (sum(wide) - sum(plain))
-    margins = sum(room * (rows + columns) for room, (rows, columns) in zip(sizes.rooms, sides, strict=True))
     return compute * (shape.base.num_layers * margins + max(wide))
 
 

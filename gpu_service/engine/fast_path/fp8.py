@@ -15,7 +15,7 @@ import torch
 
 from gpu_service.engine.fast_path.adapters import AdapterGroup
 from gpu_service.engine.fast_path.fp8_reference import RoundedCopy, padded
-from gpu_service.engine.fast_path.frozen import Margins, Scratch, join_biases
+from gpu_service.engine.fast_path.frozen import Margins, join_biases
 from gpu_service.engine.fast_path.nf4 import Nf4Weight
 from gpu_service.engine.fast_path.operations import operations_for
 
@@ -41,8 +41,8 @@ class RoundedGroup:
     is what `round_out` last wrote; of an adapter too large for that it makes NaN.
     """
 
-    def __init__(self, layers: Sequence[Any], adapter: AdapterGroup, *, scratch: Scratch, dtype: torch.dtype) -> None:
-        """Weights pass through `scratch`, whose views are not valid afterwards. Raises NotNf4."""
+    def __init__(self, layers: Sequence[Any], adapter: AdapterGroup, *, dtype: torch.dtype) -> None:
+        """Raises NotNf4."""
         device = layers[0].weight.device
         self._operations = operations_for(device)
         self._adapter = adapter
@@ -50,8 +50,8 @@ class RoundedGroup:
         self.in_features: int = layers[0].in_features
         self.num_rows = sum(self.out_features)
         self.bias = join_biases(layers, dtype)
-        scratch.reserve(self.num_rows * self.in_features)
-        matrix, first = scratch.view(self.num_rows, self.in_features), 0
+        # Goes again: only here are weights restored.
+        matrix, first = torch.empty(self.num_rows, self.in_features, device=device, dtype=dtype), 0
         for layer in layers:
             Nf4Weight.of(layer).restore(matrix[first : first + layer.out_features])
             first += layer.out_features

@@ -299,7 +299,7 @@ def _freeze(
     layers: Sequence[Any], adapter: AdapterGroup, scratch: Scratch, settings: FastSettings, *, rounds: bool
 ) -> FrozenGroup | RoundedGroup:
     if rounds:
-        return RoundedGroup(layers, adapter, scratch=scratch, dtype=settings.compute_dtype)
+        return RoundedGroup(layers, adapter, dtype=settings.compute_dtype)
     # Kept, a weight takes as many bytes as the two that are rounded for either direction.
     keep = settings.keeps_weights or settings.in_fp8
     return FrozenGroup(layers, room=adapter.room, scratch=scratch, dtype=settings.compute_dtype, keep=keep)
