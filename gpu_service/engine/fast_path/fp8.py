@@ -64,6 +64,13 @@ class RoundedGroup:
             right=torch.zeros(self.num_rows, adapter.room, device=device, dtype=dtype),
             below=torch.zeros(adapter.room, self.in_features, device=device, dtype=dtype),
         )
+        # What `bound_ranks` last wrote of `ranked`.
+        self.bound = torch.zeros((), device=device)
+
+    @property
+    def ranked(self) -> torch.Tensor:
+        """What ranks are made with, [R, K]: a view of the margin."""
+        return self.margins.below[: self._adapter.num_ranks]
 
     def copies(self) -> list[RoundedCopy]:
         """What `round_out` writes: B before the weights of the forward direction, A before the others'."""
@@ -104,8 +111,7 @@ class RoundedGroup:
 
     def fill_ranks(self, rows: torch.Tensor, margin: torch.Tensor) -> None:
         """The ranks' part of `margin` becomes x A', `rows` [T, K] being x."""
-        used = self._adapter.num_ranks
-        self._operations.rank_rows(rows, self.margins.below[:used], margin[:, :used])
+        self._operations.rank_rows(rows, self.ranked, margin[:, : self._adapter.num_ranks])
 
     def round(self, rows: torch.Tensor, margin: torch.Tensor | None) -> Rounded:
         """`rows` [T, K] for `multiply`, with the ranks of `margin`; None: without the adapter."""
@@ -113,11 +119,19 @@ class RoundedGroup:
         return rounded
 
     def fill_and_round(self, rows: torch.Tensor, margin: torch.Tensor) -> Rounded:
-        """`fill_ranks` and `round` with one read of `rows`; to the same bits."""
-        used = self._adapter.num_ranks
+        """`fill_ranks` and `round` in one; to the same bits."""
         rounded: Rounded = self._operations.rank_and_round(
-            rows, self.margins.below[:used], margin[:, :used], self._columns, small_ranks=False
+            rows, self.ranked, margin[:, : self._adapter.num_ranks], self._columns, small_ranks=False
         )
+        return rounded
+
+    def gate_and_round(self, gate_up: torch.Tensor, rows: torch.Tensor, margin: torch.Tensor) -> Rounded:
+        """`rows` [T, K] become silu(gate) * up of `gate_up` [T, 2 * K]; the rest as `fill_and_round`.
+
+        They are rounded while they are made, and so before their ranks are known: scales leave room for any.
+        """
+        rounded: Rounded = self._operations.gate_and_round(gate_up, rows, self.bound, self._columns)
+        self._operations.rank_beside(rows, self.ranked, margin[:, : self._adapter.num_ranks], *rounded)
         return rounded
 
     def multiply(self, rounded: Rounded, out: torch.Tensor) -> None:

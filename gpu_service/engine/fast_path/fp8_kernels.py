@@ -69,10 +69,12 @@ def _round_rows(
 def _rank_and_round(
     x, factors, ranks, values, scales, x_row, factors_rank, factors_column, ranks_row, num_rows,
     WIDTH: tl.constexpr, USED: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, PADDING: tl.constexpr,
-    ROWS: tl.constexpr, AT_ONCE: tl.constexpr, ROUNDS: tl.constexpr, LEAST: tl.constexpr, OF_LOW: tl.constexpr,
-    OF_LAST: tl.constexpr,
+    ROWS: tl.constexpr, AT_ONCE: tl.constexpr, ROUNDS: tl.constexpr, BESIDE: tl.constexpr, LEAST: tl.constexpr,
+    OF_LOW: tl.constexpr, OF_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Rows are read twice, the second time from the cache: their scale is that of their ranks too."""
+    """Rows that are rounded are read twice: their scale is that of their ranks too. `BESIDE` rows that have been
+    rounded, their ranks are by the scale that there is.
+    """
     begin = tl.program_id(0).to(tl.int64) * ROWS
     near, some, rank = tl.arange(0, ROWS), tl.arange(0, AT_ONCE), tl.arange(0, RANKS)
     in_rows, in_ranks = begin + near < num_rows, rank < USED
@@ -94,24 +96,18 @@ def _rank_and_round(
     made = total.to(ranks.dtype.element_ty)
     mask = in_rows[:, None] & in_ranks[None, :]
     tl.store(ranks + begin * ranks_row + near[:, None] * ranks_row + rank[None, :], made, mask=mask)
+    made = made.to(tl.float32)
+    values += begin * COLUMNS
     if ROUNDS:
-        made = made.to(tl.float32)
         largest = tl.maximum(tl.maximum(largest, tl.max(tl.abs(made), 1)), LEAST)
         inverse = _inverse(largest)
         tl.store(scales + begin + near, tl.div_rn(largest, _LARGEST), mask=in_rows)
-        values += begin * COLUMNS
         for first in range(0, WIDTH, AT_ONCE):
             column = first + some
             inside = in_rows[:, None] & (column < WIDTH)[None, :]
             piece = tl.load(x + near[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
             rounded = (piece * inverse[:, None]).to(tl.float8e4nv)
             tl.store(values + near[:, None] * COLUMNS + (COLUMNS - WIDTH + column)[None, :], rounded, mask=inside)
-        units = made * inverse[:, None]
-        high = _high(units)
-        at = values + near[:, None] * COLUMNS + rank[None, :]
-        tl.store(at, high.to(tl.float8e4nv), mask=mask)
-        tl.store(at + USED, ((units - high) * OF_LOW).to(tl.float8e4nv), mask=mask)
-        tl.store(at + 2 * USED, (high * OF_LAST).to(tl.float8e4nv), mask=mask)
         if COLUMNS > WIDTH + 3 * USED:
             spare = 3 * USED + tl.arange(0, PADDING)
             zeros = tl.zeros((ROWS, PADDING), dtype=tl.float32).to(tl.float8e4nv)
@@ -119,6 +115,63 @@ def _rank_and_round(
                 values + near[:, None] * COLUMNS + spare[None, :], zeros,
                 mask=in_rows[:, None] & (spare < COLUMNS - WIDTH)[None, :],
             )  # fmt: skip
+    if BESIDE:
+        inverse = tl.load(scales + begin + near, mask=in_rows, other=1.0)
+        inverse = tl.div_rn(tl.zeros_like(inverse) + 1.0, inverse)
+    if ROUNDS or BESIDE:
+        units = made * inverse[:, None]
+        high = _high(units)
+        at = values + near[:, None] * COLUMNS + rank[None, :]
+        tl.store(at, high.to(tl.float8e4nv), mask=mask)
+        tl.store(at + USED, ((units - high) * OF_LOW).to(tl.float8e4nv), mask=mask)
+        tl.store(at + 2 * USED, (high * OF_LAST).to(tl.float8e4nv), mask=mask)
+
+
+@triton.jit
+def _gate_and_round(
+    gate_up, out, values, scales, bound, in_row, out_row,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr, LEAST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column, beside = tl.arange(0, BLOCK), tl.arange(0, SPAN)
+    inside = column < WIDTH
+    gates = tl.load(gate_up + row * in_row + column, mask=inside, other=0.0).to(tl.float32)
+    ups = tl.load(gate_up + row * in_row + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    gated = (gates * tl.sigmoid(gates) * ups).to(out.dtype.element_ty)
+    tl.store(out + row * out_row + column, gated, mask=inside)
+    wide = gated.to(tl.float32)
+    norm = tl.sqrt_rn(tl.sum(wide * wide))
+    largest = tl.maximum(tl.maximum(tl.max(tl.abs(wide)), norm * tl.load(bound)), LEAST)
+    tl.store(scales + row, tl.div_rn(largest, _LARGEST))
+    at = values + row * COLUMNS
+    tl.store(at + COLUMNS - WIDTH + column, (wide * _inverse(largest)).to(tl.float8e4nv), mask=inside)
+    if COLUMNS > WIDTH:
+        zeros = tl.zeros((SPAN,), dtype=tl.float32).to(tl.float8e4nv)
+        tl.store(at + beside, zeros, mask=beside < COLUMNS - WIDTH)
+
+
+@triton.jit
+def _bound_ranks(
+    table, bounds, MOST_RANKS: tl.constexpr, WIDEST: tl.constexpr, KIND: tl.constexpr, MORE: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0)
+    table += 4 * group
+    factors = tl.load(table).to(tl.pointer_type(KIND))
+    # Sides of layers are multiples of 16: the plan saw to it.
+    num_ranks, width, row = tl.load(table + 1), tl.load(table + 2), tl.multiple_of(tl.load(table + 3), 16)
+    rank, column = tl.arange(0, RANKS), tl.arange(0, BLOCK)
+    largest = tl.zeros((RANKS,), dtype=tl.float32)
+    for first_rank in range(0, MOST_RANKS, RANKS):
+        total = tl.zeros((RANKS, BLOCK), dtype=tl.float32)
+        for first in range(0, WIDEST, BLOCK):
+            mask = (first_rank + rank < num_ranks)[:, None] & (first + column < width)[None, :]
+            at = factors + (first_rank + rank)[:, None] * row + (first + column)[None, :]
+            number = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            total += number * number
+        largest = tl.maximum(largest, tl.sum(total, 1))
+    bound = tl.load(bounds + group).to(tl.pointer_type(tl.float32))
+    tl.store(bound, tl.sqrt_rn(tl.max(largest)) * MORE)
 
 
 @triton.jit
@@ -192,7 +245,7 @@ def _has_kernel(x: torch.Tensor, factors: torch.Tensor) -> bool:
 
 def _launch_ranks(
     x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
-    *, rounds: bool, small_ranks: bool,
+    *, rounds: bool = False, beside: bool = False, small_ranks: bool = False,
 ) -> None:  # fmt: skip
     (rows, width), used, columns = x.shape, factors.shape[0], values.shape[1]
     block = max(16, triton.next_power_of_2(used))
@@ -202,7 +255,7 @@ def _launch_ranks(
         x, factors, ranks, values, scales, x.stride(0), factors.stride(0), factors.stride(1), ranks.stride(0), rows,
         WIDTH=width, USED=used, COLUMNS=columns, RANKS=block,
         PADDING=triton.next_power_of_2(max(columns - width - 3 * used, 1)), ROWS=at_once, AT_ONCE=columns_at_once,
-        ROUNDS=rounds, LEAST=fp8_reference.SMALLEST, OF_LOW=of_low, OF_LAST=of_last, num_warps=warps,
+        ROUNDS=rounds, BESIDE=beside, LEAST=fp8_reference.SMALLEST, OF_LOW=of_low, OF_LAST=of_last, num_warps=warps,
         num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -211,7 +264,7 @@ def rank_rows(x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor) -> No
     if not _has_kernel(x, factors):
         fp8_reference.rank_rows(x, factors, ranks)
         return
-    _launch_ranks(x, factors, ranks, ranks, ranks, rounds=False, small_ranks=False)
+    _launch_ranks(x, factors, ranks, ranks, ranks)
 
 
 def rank_and_round(
@@ -223,6 +276,62 @@ def rank_and_round(
     values, scales = _empty(len(x), columns, x.device)
     _launch_ranks(x, factors, ranks, values, scales, rounds=True, small_ranks=small_ranks)
     return values, scales
+
+
+def rank_beside(
+    x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
+) -> None:  # fmt: skip
+    if not _has_kernel(x, factors):
+        fp8_reference.rank_beside(x, factors, ranks, values, scales)
+        return
+    _launch_ranks(x, factors, ranks, values, scales, beside=True)
+
+
+def gate_and_round(
+    gate_up: torch.Tensor, out: torch.Tensor, bound: torch.Tensor, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, width = out.shape
+    values, scales = _empty(rows, columns, out.device)
+    block = triton.next_power_of_2(width)
+    _gate_and_round[(rows,)](
+        gate_up, out, values, scales, bound, gate_up.stride(0), out.stride(0), WIDTH=width, BLOCK=block,
+        COLUMNS=columns, SPAN=triton.next_power_of_2(max(columns - width, 1)), LEAST=fp8_reference.SMALLEST,
+        num_warps=min(16, max(1, block // 512)), enable_fp_fusion=False,
+    )  # fmt: skip
+    return values, scales
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bounds:
+    """Tables on the device; `factors` and `bounds` are kept alive: the tables hold addresses."""
+
+    factors: tuple[torch.Tensor, ...]
+    bounds: tuple[torch.Tensor, ...]
+    table: torch.Tensor
+    addresses: torch.Tensor
+
+
+def prepare_bounds(factors: Sequence[torch.Tensor], bounds: Sequence[torch.Tensor]) -> _Bounds | None:
+    if not factors:
+        return None
+    table = [(one.data_ptr(), *one.shape, one.stride(0)) for one in factors]
+    device = factors[0].device
+    return _Bounds(
+        factors=tuple(factors),
+        bounds=tuple(bounds),
+        table=torch.tensor(table, dtype=torch.int64, device=device),
+        addresses=torch.tensor([bound.data_ptr() for bound in bounds], dtype=torch.int64, device=device),
+    )
+
+
+def bound_ranks(prepared: _Bounds | None) -> None:
+    if prepared is None:
+        return
+    _bound_ranks[(len(prepared.factors),)](
+        prepared.table, prepared.addresses, MOST_RANKS=max(one.shape[0] for one in prepared.factors),
+        WIDEST=max(one.shape[1] for one in prepared.factors), KIND=_KINDS[prepared.factors[0].dtype],
+        MORE=fp8_reference.MORE, RANKS=16, BLOCK=512, num_warps=8,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

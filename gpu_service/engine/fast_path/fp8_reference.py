@@ -28,6 +28,8 @@ LEAST_WEIGHT = 2.0**-5
 _TERMS = 3
 # A low part times this is no larger than its high part.
 _FINER = 16.0
+# Of a bound, for what rounding adds to what it bounds.
+MORE = 1.01
 # Products read so many bytes of a row at a time.
 _TILE = 128
 
@@ -132,6 +134,40 @@ def round_weights(weights: torch.Tensor, columns: int) -> tuple[torch.Tensor, to
     largest = wide.abs().amax(1, keepdim=True).clamp(min=LEAST_WEIGHT) * HEADROOM
     full = torch.full_like(largest, LARGEST)
     return _place(to_8_bits(wide * (full / largest)), [], columns), largest / full
+
+
+def prepare_bounds(factors: Sequence[torch.Tensor], bounds: Sequence[torch.Tensor]) -> Any:
+    """What `bound_ranks` needs for these: each [R, K], and a float32 that says of it what it says."""
+    return tuple(zip(factors, bounds, strict=True))
+
+
+def bound_ranks(prepared: Any) -> None:
+    """No rank of a row is larger than the row's norm times what each bound becomes, its factors being what they are."""
+    for factors, bound in prepared:
+        bound.copy_(factors.float().norm(dim=1).max() * MORE)
+
+
+def round_bounded(x: torch.Tensor, bound: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`round_rows` without ranks, that leaves room for them: a row is scaled as if its largest were no less than
+    `bound` times its norm. Bits are lost of numbers alone that are nothing in a row of so large a norm.
+    """
+    wide = x.float()
+    largest = torch.maximum(wide.abs().amax(1, keepdim=True), wide.square().sum(1, keepdim=True).sqrt() * bound)
+    largest = largest.clamp(min=SMALLEST)
+    full = torch.full_like(largest, LARGEST)
+    return _place(to_8_bits(wide * (full / largest)), [], columns), largest / full
+
+
+def rank_beside(
+    x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
+) -> None:  # fmt: skip
+    """`rank_rows`, and ranks as `round_rows` has them go before the rows in `values` [T, ...], which have `scales`."""
+    rank_rows(x, factors, ranks)
+    high, low = _halves(ranks.float() * (torch.ones_like(scales) / scales))
+    of_low, of_last = rank_factors(small_ranks=False)
+    used = ranks.shape[1]
+    for term, part in enumerate((high, low * of_low, high * of_last)):
+        values[:, term * used : (term + 1) * used].copy_(to_8_bits(part))
 
 
 def prepare_rounded(copies: Sequence[RoundedCopy]) -> Any:

@@ -122,6 +122,10 @@ class FastModel(torch.nn.Module):
         self._copies = self._prepare_copies()
         rounding = [one.frozen for one in self._projections if isinstance(one.frozen, RoundedGroup)]
         self._rounded = self._operations.prepare_rounded([copy for group in rounding for copy in group.copies()])
+        ranked = [group for group in rounding if len(group.ranked)]
+        self._bounds = self._operations.prepare_bounds(
+            [group.ranked for group in ranked], [group.bound for group in ranked]
+        )
         self._attention = attention or attention_for(self._device, self._dtype)
         self._recomputation = everything(len(layers)) if settings.recomputes else settings.recomputation
         self._decoder = _assemble(
@@ -161,6 +165,7 @@ class FastModel(torch.nn.Module):
         if self._adapted:
             self._operations.copy_out(self.adapter.detach(), self._copies)
             self._operations.round_out(self.adapter.detach(), self._rounded, self._dtype)
+            self._operations.bound_ranks(self._bounds)
         if self._adapted and torch.is_grad_enabled():
             key = self._dropout.draw_key() if self.training else None
             nats: torch.Tensor = _Nats.apply(self.adapter, self, replace(flat, key=key))
@@ -252,7 +257,7 @@ class FastModel(torch.nn.Module):
         self._recordings = None
         if self._decoder.shelf is not None:
             self._decoder.shelf.close()
-        del self._decoder, self._copies, self._rounded, self._projections
+        del self._decoder, self._copies, self._rounded, self._bounds, self._projections
         for parameter, dtype in self._narrowed:
             parameter.data = parameter.data.to(dtype)
         for parameter in self._held[0].parameters():

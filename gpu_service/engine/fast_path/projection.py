@@ -165,7 +165,12 @@ class Projection:
             self.fill_margin(x)
 
     def forward_gated(self, gate_up: torch.Tensor, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
-        """`place_gated`, and `multiply`."""
+        """`place_gated`, and `multiply`; in 8 bits in another order, and with other last bits."""
+        frozen = self.frozen
+        if isinstance(frozen, RoundedGroup) and adapted and self.room and not self.dropout.is_active:
+            rounded = frozen.gate_and_round(gate_up, *self.split(x))
+            frozen.multiply(rounded, out[:, : frozen.num_rows])
+            return
         self.operations.gate(gate_up, x[:, : self.frozen.in_features])
         self.forward(x, out, adapted=adapted)
 

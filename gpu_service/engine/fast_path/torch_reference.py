@@ -12,10 +12,14 @@ from typing import Any
 import torch
 
 from gpu_service.engine.fast_path.fp8_reference import (
+    bound_ranks,
     multiply_rounded,
+    prepare_bounds,
     prepare_rounded,
     rank_and_round,
+    rank_beside,
     rank_rows,
+    round_bounded,
     round_out,
     round_rows,
     round_weights,
@@ -26,22 +30,27 @@ __all__ = [
     "Ranks",
     "adapter_backward",
     "add_norm",
+    "bound_ranks",
     "copy_out",
     "cross_entropy_",
     "gate",
     "gate_adapter_backward_",
+    "gate_and_round",
     "gate_backward_",
     "head_norm",
     "head_norm_backward",
     "multiply_rounded",
     "nf4_dequantize",
     "norm_backward_",
+    "prepare_bounds",
     "prepare_copies",
     "prepare_ranks",
     "prepare_rounded",
     "rank_and_round",
+    "rank_beside",
     "rank_rows",
     "rotate",
+    "round_bounded",
     "round_out",
     "round_rows",
     "round_weights",
@@ -121,6 +130,14 @@ def gate(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """`out` [T, I] becomes silu(gate) * up, of `gate_up` [T, 2 * I] with the gates first."""
     gates, ups = gate_up.float().chunk(2, dim=1)
     out.copy_(gates * torch.sigmoid(gates) * ups)
+
+
+def gate_and_round(
+    gate_up: torch.Tensor, out: torch.Tensor, bound: torch.Tensor, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gate`, and `round_bounded` of what `out` became."""
+    gate(gate_up, out)
+    return round_bounded(out, bound, columns)
 
 
 def gate_backward_(gradient: torch.Tensor, gate_up: torch.Tensor) -> None:
