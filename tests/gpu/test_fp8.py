@@ -78,6 +78,40 @@ def test_rows_with_ranks_made_on_the_way(shape: tuple[int, int, int], turned: bo
     assert torch.equal(again, made)
 
 
+@pytest.mark.parametrize("width", [576, 8192])
+@pytest.mark.parametrize("used", [4, 16, 200])
+def test_gated_rows_are_rounded_where_they_are_made(width: int, used: int) -> None:
+    import torch
+
+    from gpu_service.engine.fast_path import torch_reference, triton_kernels
+    from gpu_service.engine.fast_path.fp8_reference import padded
+
+    rows, columns = 150, padded(width, used)
+    gate_up, out = _draw(rows, 2 * width, spare=64), _draw(rows, width, spare=64)
+    factors, margin = (torch.randn(used, width, device="cuda") * width**-0.5).bfloat16(), _draw(rows, 256)
+    bounds = torch.zeros(2, device="cuda")
+    for module, bound in zip((triton_kernels, torch_reference), bounds, strict=True):
+        module.bound_ranks(module.prepare_bounds([factors], [bound]))
+    assert bounds[0].item() == pytest.approx(bounds[1].item(), rel=1e-5)
+    values, scales = triton_kernels.gate_and_round(gate_up, out, bounds[0], columns)
+    gated = torch.empty_like(out)
+    torch_reference.gate(gate_up, gated)
+    torch.testing.assert_close(out, gated, rtol=1e-2, atol=1e-2)
+    expected, expected_scales = torch_reference.round_bounded(out, bounds[0], columns)
+    # Norms are summed up in another order: a last bit of a scale may move a number to its neighbor.
+    torch.testing.assert_close(scales, expected_scales, rtol=1e-5, atol=0)
+    assert (values.view(torch.uint8) != expected.view(torch.uint8)).float().mean() < 1e-3
+    triton_kernels.rank_beside(out, factors, margin[:, :used], values, scales)
+    again, other = margin.clone(), values.clone()
+    torch_reference.rank_beside(out, factors, again[:, :used], other, scales)
+    ranks, others = margin[:, :used].float(), again[:, :used].float()
+    assert (ranks - others).norm() / others.norm() < 5e-3
+    assert torch.equal(margin[:, used:], again[:, used:])
+    one, two = (part[:, : 3 * used].float() * scales for part in (values, other))
+    assert (one - two).norm() / two.norm() < 5e-2
+    assert torch.equal(values[:, 3 * used :].view(torch.uint8), other[:, 3 * used :].view(torch.uint8))
+
+
 @pytest.mark.parametrize("rank", [4, 16, 80])
 def test_adapter_is_written_beside_the_weights(rank: int) -> None:
     import torch
@@ -170,7 +204,18 @@ def test_training_is_what_its_reference_computes() -> None:
     from gpu_service.engine.fast_path import torch_reference, triton_kernels
     from tests.fakes.fast_models import fast_gradients, hold_in_nf4, make_fast, make_peft, nats
 
-    names = ("round_rows", "rank_rows", "rank_and_round", "multiply_rounded", "prepare_rounded", "round_out")
+    names = (
+        "round_rows",
+        "rank_rows",
+        "rank_and_round",
+        "rank_beside",
+        "gate_and_round",
+        "multiply_rounded",
+        "prepare_rounded",
+        "round_out",
+        "prepare_bounds",
+        "bound_ranks",
+    )
     results = []
     for module in (triton_kernels, torch_reference):
         with pytest.MonkeyPatch.context() as patch:

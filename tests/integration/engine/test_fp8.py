@@ -90,11 +90,10 @@ _TOKENS, _IN, _OUT, _RANK = 96, 1024, 160, 16
 
 
 def _adapters_part(
-    x: torch.Tensor, ranks: torch.Tensor, weights: torch.Tensor, b: torch.Tensor, *, small_ranks: bool
+    rounded: tuple[torch.Tensor, torch.Tensor], weights: torch.Tensor, b: torch.Tensor, *, small_ranks: bool = False
 ) -> torch.Tensor:
     """What B adds to a product in 8 bits: with it, less the same without it."""
     columns, products = fp8_reference.padded(_IN, _RANK), []
-    rounded = torch_reference.round_rows(x, ranks, columns, small_ranks=small_ranks)
     for factor in (2.0, 0.0):
         values, scales = torch_reference.round_weights(weights, columns)
         copy = RoundedCopy(
@@ -126,15 +125,48 @@ def test_adapters_part_has_the_bits_of_bfloat16(size: float, tolerance: float, o
     x, weights = torch.randn(_TOKENS, _IN).bfloat16(), torch.randn(_OUT, _IN) * 0.02
     x[:, 7] *= outlier
     x[::3, 100] *= 5 * outlier
-    a = (torch.rand(_RANK, _IN) * 2 - 1) / _IN**0.5
-    for small_ranks in (False, True):
-        # The larger rows are, the more is small beside them: what comes back is that small where nothing stands out.
-        ranks = (x.float() @ a.t()).bfloat16() * (size / 1e-2 if small_ranks else 1.0)
-        b = (torch.randn(_OUT, _RANK) * (1e-2 if small_ranks else size)).bfloat16()
-        found = _adapters_part(x, ranks, weights, b.float(), small_ranks=small_ranks)
-        expected = ranks.double() @ b.double().t() * 2
-        apart = (found - expected).norm(dim=1) / expected.norm(dim=1)
-        assert apart.max() < tolerance
+    a, columns = ((torch.rand(_RANK, _IN) * 2 - 1) / _IN**0.5).bfloat16(), fp8_reference.padded(_IN, _RANK)
+    ranks = (x.float() @ a.float().t()).bfloat16()
+    b = (torch.randn(_OUT, _RANK) * size).bfloat16()
+    made_before = torch_reference.round_rows(x, ranks, columns, small_ranks=False)
+    bound = torch.zeros(())
+    torch_reference.bound_ranks(torch_reference.prepare_bounds([a], [bound]))
+    made_after = torch_reference.round_bounded(x, bound, columns)
+    torch_reference.rank_beside(x, a, torch.empty_like(ranks), *made_after)
+    for rounded in (made_before, made_after):
+        found = _adapters_part(rounded, weights, b.float())
+        assert _apart(found, ranks, b) < tolerance
+    # The larger rows are, the more is small beside them: what comes back is that small where nothing stands out.
+    ranks, b = ranks * (size / 1e-2), (torch.randn(_OUT, _RANK) * 1e-2).bfloat16()
+    rounded = torch_reference.round_rows(x, ranks, columns, small_ranks=True)
+    found = _adapters_part(rounded, weights, b.float(), small_ranks=True)
+    assert _apart(found, ranks, b) < tolerance
+
+
+def _apart(found: torch.Tensor, ranks: torch.Tensor, b: torch.Tensor) -> float:
+    """Of the row that is farthest off."""
+    expected = ranks.double() @ b.double().t() * 2
+    return float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+def test_no_rank_is_larger_than_its_bound() -> None:
+    """Not even of rows that are all along one factor, and spread so that no number of theirs stands out."""
+    torch.manual_seed(0)
+    factors = (torch.randn(_RANK, _IN).sign() * torch.linspace(0.1, 3, _RANK)[:, None]).bfloat16()
+    x = torch.cat((factors, -3 * factors, torch.randn(4, _IN).bfloat16(), torch.zeros(1, _IN).bfloat16()))
+    bound, ranks = torch.zeros(()), torch.empty(len(x), _RANK, dtype=torch.bfloat16)
+    torch_reference.bound_ranks(torch_reference.prepare_bounds([factors], [bound]))
+    columns = fp8_reference.padded(_IN, _RANK)
+    values, scales = torch_reference.round_bounded(x, bound, columns)
+    torch_reference.rank_beside(x, factors, ranks, values, scales)
+    largest = (ranks.float() / scales).abs().amax(1)
+    assert 400 < largest.max() <= fp8_reference.LARGEST
+    assert values.float().isfinite().all()
+    assert torch.equal(values[:, : 3 * _RANK].float().abs().amax(1) > 0, ranks.abs().amax(1) > 0)
+    assert not values[:, 3 * _RANK : columns - _IN].float().any()
+    # Rows are what they are rounded to, less a few octaves of the smallest.
+    back = values[:, columns - _IN :].float() * scales
+    assert ((back - x.float()).abs() <= x.float().abs() / 16 + scales * 2**-10).all()
 
 
 def test_adapter_without_room_is_not_a_number() -> None:
@@ -142,12 +174,13 @@ def test_adapter_without_room_is_not_a_number() -> None:
     torch.manual_seed(0)
     x, weights, b = torch.randn(_TOKENS, _IN), torch.randn(_OUT, _IN) * 0.02, torch.zeros(_OUT, _RANK)
     weights[5] = 0
-    ranks = torch.randn(_TOKENS, _RANK)
+    ranks, columns = torch.randn(_TOKENS, _RANK), fp8_reference.padded(_IN, _RANK)
+    rounded = torch_reference.round_rows(x, ranks, columns, small_ranks=False)
     # Times two. Row 3 has 16 times its largest weight, row 5 what a row without weights has.
     b[3, 2], b[5, 0] = 7.9 * weights[3].abs().max(), 0.24
-    assert _adapters_part(x, ranks, weights, b, small_ranks=False).isfinite().all()
+    assert _adapters_part(rounded, weights, b).isfinite().all()
     b[3, 2] *= 1.05
-    found = _adapters_part(x, ranks, weights, b, small_ranks=False)
+    found = _adapters_part(rounded, weights, b)
     assert found.isnan().all(0).tolist() == [number == 3 for number in range(_OUT)]
 
 
