@@ -293,10 +293,11 @@ def gate_and_round(
     rows, width = out.shape
     values, scales = _empty(rows, columns, out.device)
     block = triton.next_power_of_2(width)
+    # Compiled as the gate by itself is: its bits are wanted again where rows are made again.
     _gate_and_round[(rows,)](
         gate_up, out, values, scales, bound, gate_up.stride(0), out.stride(0), WIDTH=width, BLOCK=block,
         COLUMNS=columns, SPAN=triton.next_power_of_2(max(columns - width, 1)), LEAST=fp8_reference.SMALLEST,
-        num_warps=min(16, max(1, block // 512)), enable_fp_fusion=False,
+        num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return values, scales
 
