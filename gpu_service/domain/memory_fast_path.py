@@ -14,6 +14,8 @@ _FLOAT32, _INT64 = 4, 8
 _COUNTED_BYTES = 5 * _INT64 + 4 * _FLOAT32
 # Margins of the adapters' groups are as wide as this or a multiple of it.
 _ROOM_COLUMNS = 64
+# Rows in 8 bits have so many columns for each rank before them, and are a multiple of so many bytes long.
+_RANK_TERMS, _ROUNDED_COLUMNS = 3, 128
 _WORKSPACE_BYTES = 2 * 32 * 1024**2
 # FlashAttention's float32 gradient of queries has so many rows more for each sequence.
 _SPARE_ROWS = 128
@@ -29,7 +31,9 @@ _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """Columns of a token's row in a block. `rooms` are the margins of its four groups of layers."""
+    """Columns of a token's row in a block. `rooms` are the margins of its four groups of layers, `ranks` what
+    of them is an adapter's.
+    """
 
     hidden: int
     inner: int
@@ -38,6 +42,7 @@ class _Sizes:
     queries: int
     keys: int
     rooms: tuple[int, int, int, int]
+    ranks: tuple[int, int, int, int]
     has_head_norms: bool
 
     @property
@@ -63,6 +68,11 @@ class _Sizes:
     def kept_floats(self) -> int:
         """The same as `kept`, in float32: scales of norms, and attention's sums."""
         return 2 + self.heads + (self.heads + self.key_heads if self.has_head_norms else 0)
+
+    def in_8_bits(self, columns: int, group: int) -> int:
+        """Bytes of a row of `columns` in 8 bits, with its ranks and its scale."""
+        ranks = _RANK_TERMS * self.ranks[group]
+        return _FLOAT32 + (-(-(columns + ranks) // _ROUNDED_COLUMNS) * _ROUNDED_COLUMNS if ranks else columns)
 
     def left_out(self, level: str) -> int:
         """Columns of `kept` that are made again at this level; not of whole blocks."""
@@ -112,9 +122,8 @@ def _sizes(shape: StepShape) -> _Sizes:
     base = shape.base
     heads, queries, keys = attention_sizes(base)
     leaves = {layer.leaf for layer in shape.covered}
-    rooms = [
-        -(-shape.rank * sum(leaf in leaves for leaf in group) // _ROOM_COLUMNS) * _ROOM_COLUMNS for group in _GROUPS
-    ]
+    ranks = [shape.rank * sum(leaf in leaves for leaf in group) for group in _GROUPS]
+    rooms = [-(-width // _ROOM_COLUMNS) * _ROOM_COLUMNS for width in ranks]
     return _Sizes(
         hidden=base.hidden_size,
         inner=base.intermediate_size,
@@ -123,6 +132,7 @@ def _sizes(shape: StepShape) -> _Sizes:
         queries=queries,
         keys=keys,
         rooms=(rooms[0], rooms[1], rooms[2], rooms[3]),
+        ranks=(ranks[0], ranks[1], ranks[2], ranks[3]),
         has_head_norms=base.config_type in _QUERY_KEY_NORMS,
     )
 
@@ -178,17 +188,17 @@ def _working(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     """
     compute, (_, _, into_mlp, out_of_mlp) = shape.precision.compute_bytes, sizes.rooms
     down = sizes.inner * one.tokens * compute
+    down += one.tokens * sizes.in_8_bits(sizes.hidden, 3) if shape.rounds_rows else 0
     gates = (sizes.hidden - out_of_mlp) * one.tokens * compute
-    gates += _adapter_tables(shape, one, ("gate_proj", "up_proj"), sizes.inner)
+    tables = _adapter_tables(shape, one, ("gate_proj", "up_proj"), sizes.inner)
+    # Tables go before gradients in 8 bits come.
+    gates += max(tables, one.tokens * sizes.in_8_bits(2 * sizes.inner, 2) if shape.rounds_rows else 0)
     # Where no gradient is kept, the one of gates and ups, which is made whole, is twice the down projection's; that is
     # among the gradients.
     gates += compute * sizes.inner * sizes.hidden if shape.goes_back_twice else 0
-    # Gradients in 8 bits, and the product before the adapter's part is added.
-    gates += one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
     let_go = 3 * sizes.inner + 2 * sizes.hidden + 2 * into_mlp + out_of_mlp
     attention = sizes.queries + sizes.placed - let_go
-    rounded = one.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
-    return max(down, gates + rounded, attention * one.tokens * compute + _attention_backward(shape, sizes, one))
+    return max(down, gates, attention * one.tokens * compute + _attention_backward(shape, sizes, one))
 
 
 def _attention_backward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
@@ -198,7 +208,9 @@ def _attention_backward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     floats = _FLOAT32 * (sizes.queries + sizes.heads)
     num_sequences = 1 if one.tokens <= one.longest else _SEQUENCES * -(-one.tokens // max(one.longest, 1))
     inside = one.tokens * compute * shared + (one.tokens + num_sequences * _SPARE_ROWS) * floats
-    return max(inside, one.tokens * compute * (sizes.placed + sizes.rooms[0]))
+    after = one.tokens * compute * (sizes.placed + sizes.rooms[0])
+    after += one.tokens * sizes.in_8_bits(sizes.placed, 0) if shape.rounds_rows else 0
+    return max(inside, after)
 
 
 def _sliced_backward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
@@ -213,9 +225,10 @@ def _sliced_backward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     made = 2 * sizes.hidden + 3 * sizes.inner + 2 * into_mlp + out_of_mlp
     down = part.tokens * (compute * (made + sizes.inner) + _FLOAT32)
     gates = part.tokens * (compute * (made - out_of_mlp + sizes.hidden) + _FLOAT32)
-    gates += _adapter_tables(shape, part, ("gate_proj", "up_proj"), sizes.inner)
+    tables = _adapter_tables(shape, part, ("gate_proj", "up_proj"), sizes.inner)
     # As in `_working`.
-    gates += 2 * part.tokens * (2 * sizes.inner + compute * sizes.hidden) if shape.rounds_rows else 0
+    gates += max(tables, part.tokens * sizes.in_8_bits(2 * sizes.inner, 2) if shape.rounds_rows else 0)
+    down += part.tokens * sizes.in_8_bits(sizes.hidden, 3) if shape.rounds_rows else 0
     added = one.tokens * compute * sizes.hidden
     sums = (
         _FLOAT32
@@ -243,7 +256,7 @@ def _sliced_forward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     attention = one.tokens * (compute * attending + _FLOAT32 * (sizes.kept_floats - 1))
     rows = min(slice_rows(one.tokens, shape.recomputation.feed_forward_slices), one.tokens)
     part = rows * compute * (3 * sizes.inner + into_mlp + out_of_mlp)
-    part += rows * (sizes.hidden + 2 * sizes.inner * compute) if shape.rounds_rows else 0
+    part += rows * sizes.in_8_bits(sizes.inner, 3) if shape.rounds_rows else 0
     return max(attention, one.tokens * compute * (6 * sizes.hidden + into_mlp) + part + _held(shape, sizes))
 
 
@@ -267,8 +280,7 @@ def _forward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
     if recomputation.feed_forward_slices > 1 and recomputation.full_layers >= shape.base.num_layers:
         return _sliced_forward(shape, sizes, one)
     columns = 3 * sizes.hidden
-    # Rows in 8 bits, and the product before the adapter's part is added.
-    rounded = one.tokens * (sizes.hidden + 2 * sizes.inner * shape.precision.compute_bytes) if shape.rounds_rows else 0
+    rounded = one.tokens * sizes.in_8_bits(sizes.inner, 3) if shape.rounds_rows else 0
     return _whole(shape, sizes, one) + one.tokens * columns * shape.precision.compute_bytes + rounded
 
 
@@ -304,12 +316,18 @@ def _head_forward(shape: StepShape, sizes: _Sizes, one: PassShape) -> int:
 
 def _standing(shape: StepShape, sizes: _Sizes) -> int:
     """Margins beside the weights, and where one group's quantized weights are restored."""
-    compute, wide = shape.precision.compute_bytes, _wide(sizes)
+    compute, sides, wide = shape.precision.compute_bytes, _sides(sizes), _wide(sizes)
+    margins = sum(room * (rows + columns) for room, (rows, columns) in zip(sizes.rooms, sides, strict=True))
+    if shape.rounds_rows:
+        # Of either direction what stands beside its weights.
+        beside = sum(
+            rows * (sizes.in_8_bits(columns, group) - columns) + columns * (sizes.in_8_bits(rows, group) - rows)
+            for group, (rows, columns) in enumerate(sides)
+        )
+        return shape.base.num_layers * (compute * margins + beside)
     if not _restores(shape):
         # The weights themselves stand in the wide matrices, and are counted as weights.
-        plain = [rows * columns for rows, columns in _sides(sizes)]
-        return compute * shape.base.num_layers * (sum(wide) - sum(plain))
-    margins = sum(room * (rows + columns) for room, (rows, columns) in zip(sizes.rooms, _sides(sizes), strict=True))
+        return compute * shape.base.num_layers * (sum(wide) - sum(rows * columns for rows, columns in sides))
     recomputation = shape.recomputation
     if recomputation.feed_forward_slices > 1 and recomputation.full_layers >= shape.base.num_layers:
         # Those of the feed-forward half have memory of their own, for a time.
@@ -324,7 +342,7 @@ def _held(shape: StepShape, sizes: _Sizes) -> int:
 
 def _restores(shape: StepShape) -> bool:
     """Whether weights are restored at each use."""
-    return shape.precision.is_quantized and not shape.keeps_weights
+    return shape.precision.is_quantized and not (shape.keeps_weights or shape.rounds_rows)
 
 
 def _sides(sizes: _Sizes) -> Sequence[tuple[int, int]]:

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_NOT_OURS = ("torch_reference.py", "flat_attention.py")
+_NOT_OURS = ("torch_reference.py", "fp8_reference.py", "flat_attention.py")
 
 
 class LiveBytes(TorchDispatchMode):

@@ -181,61 +181,6 @@ def test_bits_are_those_of_bitsandbytes(dtype: str, double: bool, shape: tuple[i
     assert (out[:, shape[1] :] == 7).all()
 
 
-@pytest.mark.parametrize("width", [64, 3072, 16384])
-def test_products_in_8_bits(width: int) -> None:
-    import torch
-
-    from gpu_service.engine.fast_path import torch_reference, triton_kernels
-
-    if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("products of rows with scales are for Hopper")
-    x, weight = (_draw(200, width, dtype="bfloat16", spare=64) for _ in range(2))
-    weight = weight[:160].contiguous()
-    values, scales = triton_kernels.round_rows(x)
-    expected, expected_scales = torch_reference.round_rows(x)
-    assert torch.equal(scales, expected_scales)
-    assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
-    arguments = (values, scales, *triton_kernels.round_rows(weight), torch.bfloat16)
-    found, plain = (module.multiply_rounded(*arguments) for module in (triton_kernels, torch_reference))
-    assert (found - plain).float().norm() / plain.float().norm() < 1e-2
-    ranks, below = _draw(200, 64, dtype="bfloat16", spare=3), _draw(64, 160, dtype="bfloat16", spare=8)
-    wide = _draw(200, 160, dtype="bfloat16", spare=24)
-    _agree("add_ranks", [found, ranks, below, wide], (3,), "bfloat16")
-    _agree("add_ranks", [found, ranks, below.t().contiguous().t(), wide], (3,), "bfloat16")
-
-
-def test_training_in_8_bits_is_what_its_reference_computes() -> None:
-    """The same model over the kernels and over the references of rounding and products, all else alike."""
-    import torch
-
-    from gpu_service.engine.fast_path import torch_reference, triton_kernels
-    from tests.fakes.fast_models import (
-        example_rows,
-        fast_gradients,
-        gradient_error,
-        hold_in_nf4,
-        make_fast,
-        make_peft,
-        nats,
-    )
-
-    if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("products of rows with scales are for Hopper")
-    results = []
-    for module in (triton_kernels, torch_reference):
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("round_rows", "multiply_rounded", "add_ranks"):
-                patch.setattr(triton_kernels, name, getattr(module, name))
-            model = make_peft(dtype=torch.bfloat16, quantize=lambda base: hold_in_nf4(base, device="cuda")).to("cuda")
-            fast = make_fast(model, device="cuda", dtype=torch.bfloat16, in_fp8=True)
-            found = nats(fast, example_rows(), device="cuda").sum() / 100
-            results.append((float(found.detach()), fast_gradients(model, fast, found)))
-    (ours, gradients), (expected, expected_gradients) = results
-    assert ours == pytest.approx(expected, rel=2e-3)
-    # A last bit of bfloat16 may move a value to its neighbor in 8 bits.
-    assert gradient_error(gradients, expected_gradients) < 0.1
-
-
 @pytest.mark.parametrize("dtype", _TOLERANCES)
 def test_adapters_are_copied_out(dtype: str) -> None:
     import torch

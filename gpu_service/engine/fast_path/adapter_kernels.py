@@ -285,6 +285,10 @@ def adapter_backward(
     _reduce(prepared, slabs, of_inner, of_b, inner, gradients, splits)
 
 
+def weigh_b(gradient: torch.Tensor, ranks: torch.Tensor, prepared: _Ranks, gradients: torch.Tensor) -> None:
+    torch_reference.weigh_b(gradient, ranks, prepared.reference, gradients)
+
+
 def gate_adapter_backward_(
     gradient: torch.Tensor,
     gate_up: torch.Tensor,

@@ -45,7 +45,9 @@ class AdapterGroup:
         self.num_rows = num_rows
         self.scaling = scaling
         self.parts = tuple(parts)
-        self.room = -(-rank * len(parts) // _ROOM_COLUMNS) * _ROOM_COLUMNS
+        # Of the room's columns the first so many are ranks.
+        self.num_ranks = rank * len(parts)
+        self.room = -(-self.num_ranks // _ROOM_COLUMNS) * _ROOM_COLUMNS
 
     @property
     def place(self) -> slice:

@@ -110,10 +110,12 @@ class Block:
         gate_up = self.mlp_in.output_buffer(rows, x)
         self.mlp_in.forward(middle_normed, gate_up, adapted=adapted)
         gated = self.mlp_out.input_buffer(rows, x)
-        self.mlp_out.place_gated(gate_up[:, : 2 * self.mlp_out.in_features], gated, adapted=adapted)
+        gates_and_ups = gate_up[:, : 2 * self.mlp_out.in_features]
         if completes:
             # Its memory is the attention's addition, which is spent.
-            self.mlp_out.multiply(gated, added, adapted=adapted)
+            self.mlp_out.forward_gated(gates_and_ups, gated, added, adapted=adapted)
+        else:
+            self.mlp_out.place_gated(gates_and_ups, gated, adapted=adapted)
         kept = Kept(
             **vars(attended),
             middle=middle,
@@ -138,8 +140,7 @@ class Block:
         attended, attention = self.attention.forward(query, key, value, bounds)
         wide = self.attention_out.input_buffer(rows, x)
         added = x.new_empty((rows, hidden))
-        self.attention_out.place(attended.flatten(1), wide, adapted=adapted)
-        self.attention_out.multiply(wide, added, adapted=adapted)
+        self.attention_out.forward_rows(attended.flatten(1), wide, added, adapted=adapted)
         return added, Attended(
             residual=residual,
             scale=scale,

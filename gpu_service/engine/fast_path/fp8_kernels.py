@@ -1,92 +1,393 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Products in 8 bits on CUDA: rounding of rows in Triton, cuBLAS' product, and the adapter's part added to it.
+"""Products in 8 bits on CUDA: rounding of rows in Triton, also with the adapters' ranks made on the way, and cuBLAS'
+product.
 
-`torch_reference` says what each computes.
+`fp8_reference` says what each computes, and computes ranks that are wider than the kernel takes, or float32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from gpu_service.engine.fast_path import torch_reference
+from gpu_service.engine.fast_path import fp8_reference
+from gpu_service.engine.fast_path.fp8_reference import RoundedCopy
 from gpu_service.engine.fast_path.launching import kernel
 
-_LARGEST = tl.constexpr(448.0)
-_SMALLEST = tl.constexpr(1e-12)
-_ADD_ROWS, _ADD_COLUMNS = 64, 128
-_WIDEST_ROOM = 128
+_LARGEST = tl.constexpr(fp8_reference.LARGEST)
+_WIDEST_RANKS = 128
+# Rows, columns at a time, warps and stages of a program that makes ranks, by the width that these are padded to.
+_RANK_SHAPES = {16: (32, 256, 4, 3), 32: (32, 128, 4, 4), 64: (32, 128, 4, 4), 128: (64, 64, 4, 4)}
+_OUT_ROWS = 64
+
+
+@triton.jit
+def _high(units):
+    """The nearest number of 8 bits."""
+    return units.to(tl.float8e4nv).to(tl.float32)
+
+
+@triton.jit
+def _inverse(largest):
+    """Divided as the processor divides: an approximation would round some values to their neighbor."""
+    return tl.div_rn(tl.zeros_like(largest) + _LARGEST, largest)
 
 
 @kernel
-def _round_rows(x, values, scales, x_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _round_rows(
+    x, ranks, values, scales, x_row, ranks_row,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, USED: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
+    LEAST: tl.constexpr, HEADROOM: tl.constexpr, OF_LOW: tl.constexpr, OF_LAST: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
+    column, beside = tl.arange(0, BLOCK), tl.arange(0, SPAN)
     inside = column < WIDTH
     wide = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
-    # Divided as the processor divides: an approximation would round some values to their neighbor.
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(wide)), _SMALLEST), _LARGEST)
-    tl.store(scales + row, scale)
-    tl.store(values + row * WIDTH + column, tl.div_rn(wide, scale).to(tl.float8e4nv), mask=inside)
+    largest = tl.max(tl.abs(wide))
+    if USED:
+        theirs = tl.load(ranks + row * ranks_row + beside % USED, mask=beside < 3 * USED, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(theirs)))
+    largest = tl.maximum(largest, LEAST) * HEADROOM
+    inverse = _inverse(largest)
+    tl.store(scales + row, tl.div_rn(largest, _LARGEST))
+    at = values + row * COLUMNS
+    tl.store(at + COLUMNS - WIDTH + column, (wide * inverse).to(tl.float8e4nv), mask=inside)
+    if COLUMNS > WIDTH:
+        if USED:
+            units = theirs * inverse
+            high = _high(units)
+            units = tl.where(beside < USED, high, tl.where(beside < 2 * USED, (units - high) * OF_LOW, high * OF_LAST))
+        else:
+            units = tl.zeros((SPAN,), dtype=tl.float32)
+        tl.store(at + beside, units.to(tl.float8e4nv), mask=beside < COLUMNS - WIDTH)
 
 
 @kernel
-def _add_ranks(
-    product, ranks, weights, out, product_row, ranks_row, weights_row, weights_column, out_row, num_rows, width,
-    ROOM: tl.constexpr, ROOM_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _rank_and_round(
+    x, factors, ranks, values, scales, x_row, factors_rank, factors_column, ranks_row, num_rows,
+    WIDTH: tl.constexpr, USED: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, PADDING: tl.constexpr,
+    ROWS: tl.constexpr, AT_ONCE: tl.constexpr, ROUNDS: tl.constexpr, BESIDE: tl.constexpr, LEAST: tl.constexpr,
+    OF_LOW: tl.constexpr, OF_LAST: tl.constexpr,
 ):  # fmt: skip
-    begin = (tl.program_id(0) * ROWS).to(tl.int64)
-    near, rank = tl.arange(0, ROWS), tl.arange(0, ROOM_BLOCK)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside, in_width, in_room = begin + near < num_rows, column < width, rank < ROOM
-    mask = inside[:, None] & in_width[None, :]
-    theirs = tl.load(
-        ranks + begin * ranks_row + (near[:, None] * ranks_row + rank[None, :]),
-        mask=inside[:, None] & in_room[None, :], other=0.0,
-    )  # fmt: skip
-    factors = tl.load(
-        weights + rank[:, None] * weights_row + column[None, :] * weights_column,
-        mask=in_room[:, None] & in_width[None, :], other=0.0,
-    )  # fmt: skip
-    place = begin * product_row + (near[:, None] * product_row + column[None, :])
-    total = tl.dot(theirs, factors) + tl.load(product + place, mask=mask, other=0.0).to(tl.float32)
-    place = begin * out_row + (near[:, None] * out_row + column[None, :])
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
+    """Rows that are rounded are read twice: their scale is that of their ranks too. `BESIDE` rows that have been
+    rounded, their ranks are by the scale that there is.
+    """
+    begin = tl.program_id(0).to(tl.int64) * ROWS
+    near, some, rank = tl.arange(0, ROWS), tl.arange(0, AT_ONCE), tl.arange(0, RANKS)
+    in_rows, in_ranks = begin + near < num_rows, rank < USED
+    x += begin * x_row
+    total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
+    largest = tl.zeros((ROWS,), dtype=tl.float32)
+    for first in range(0, WIDTH, AT_ONCE):
+        column = first + some
+        piece = tl.load(
+            x + near[:, None] * x_row + column[None, :], mask=in_rows[:, None] & (column < WIDTH)[None, :], other=0.0
+        )
+        theirs = tl.load(
+            factors + column[:, None] * factors_column + rank[None, :] * factors_rank,
+            mask=(column < WIDTH)[:, None] & in_ranks[None, :], other=0.0,
+        )  # fmt: skip
+        total = tl.dot(piece, theirs, total)
+        if ROUNDS:
+            largest = tl.maximum(largest, tl.max(tl.abs(piece), 1).to(tl.float32))
+    made = total.to(ranks.dtype.element_ty)
+    mask = in_rows[:, None] & in_ranks[None, :]
+    tl.store(ranks + begin * ranks_row + near[:, None] * ranks_row + rank[None, :], made, mask=mask)
+    made = made.to(tl.float32)
+    values += begin * COLUMNS
+    if ROUNDS:
+        largest = tl.maximum(tl.maximum(largest, tl.max(tl.abs(made), 1)), LEAST)
+        inverse = _inverse(largest)
+        tl.store(scales + begin + near, tl.div_rn(largest, _LARGEST), mask=in_rows)
+        for first in range(0, WIDTH, AT_ONCE):
+            column = first + some
+            inside = in_rows[:, None] & (column < WIDTH)[None, :]
+            piece = tl.load(x + near[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            rounded = (piece * inverse[:, None]).to(tl.float8e4nv)
+            tl.store(values + near[:, None] * COLUMNS + (COLUMNS - WIDTH + column)[None, :], rounded, mask=inside)
+        if COLUMNS > WIDTH + 3 * USED:
+            spare = 3 * USED + tl.arange(0, PADDING)
+            zeros = tl.zeros((ROWS, PADDING), dtype=tl.float32).to(tl.float8e4nv)
+            tl.store(
+                values + near[:, None] * COLUMNS + spare[None, :], zeros,
+                mask=in_rows[:, None] & (spare < COLUMNS - WIDTH)[None, :],
+            )  # fmt: skip
+    if BESIDE:
+        inverse = tl.load(scales + begin + near, mask=in_rows, other=1.0)
+        inverse = tl.div_rn(tl.zeros_like(inverse) + 1.0, inverse)
+    if ROUNDS or BESIDE:
+        units = made * inverse[:, None]
+        high = _high(units)
+        at = values + near[:, None] * COLUMNS + rank[None, :]
+        tl.store(at, high.to(tl.float8e4nv), mask=mask)
+        tl.store(at + USED, ((units - high) * OF_LOW).to(tl.float8e4nv), mask=mask)
+        tl.store(at + 2 * USED, (high * OF_LAST).to(tl.float8e4nv), mask=mask)
 
 
-def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@kernel
+def _gate_and_round(
+    gate_up, out, values, scales, bound, in_row, out_row,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr, LEAST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column, beside = tl.arange(0, BLOCK), tl.arange(0, SPAN)
+    inside = column < WIDTH
+    gates = tl.load(gate_up + row * in_row + column, mask=inside, other=0.0).to(tl.float32)
+    ups = tl.load(gate_up + row * in_row + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    gated = (gates * tl.sigmoid(gates) * ups).to(out.dtype.element_ty)
+    tl.store(out + row * out_row + column, gated, mask=inside)
+    wide = gated.to(tl.float32)
+    norm = tl.sqrt_rn(tl.sum(wide * wide))
+    largest = tl.maximum(tl.maximum(tl.max(tl.abs(wide)), norm * tl.load(bound)), LEAST)
+    tl.store(scales + row, tl.div_rn(largest, _LARGEST))
+    at = values + row * COLUMNS
+    tl.store(at + COLUMNS - WIDTH + column, (wide * _inverse(largest)).to(tl.float8e4nv), mask=inside)
+    if COLUMNS > WIDTH:
+        zeros = tl.zeros((SPAN,), dtype=tl.float32).to(tl.float8e4nv)
+        tl.store(at + beside, zeros, mask=beside < COLUMNS - WIDTH)
+
+
+@kernel
+def _bound_ranks(
+    table, bounds, MOST_RANKS: tl.constexpr, WIDEST: tl.constexpr, KIND: tl.constexpr, MORE: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0)
+    table += 4 * group
+    factors = tl.load(table).to(tl.pointer_type(KIND))
+    # Sides of layers are multiples of 16: the plan saw to it.
+    num_ranks, width, row = tl.load(table + 1), tl.load(table + 2), tl.multiple_of(tl.load(table + 3), 16)
+    rank, column = tl.arange(0, RANKS), tl.arange(0, BLOCK)
+    largest = tl.zeros((RANKS,), dtype=tl.float32)
+    for first_rank in range(0, MOST_RANKS, RANKS):
+        total = tl.zeros((RANKS, BLOCK), dtype=tl.float32)
+        for first in range(0, WIDEST, BLOCK):
+            mask = (first_rank + rank < num_ranks)[:, None] & (first + column < width)[None, :]
+            at = factors + (first_rank + rank)[:, None] * row + (first + column)[None, :]
+            number = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            total += number * number
+        largest = tl.maximum(largest, tl.sum(total, 1))
+    bound = tl.load(bounds + group).to(tl.pointer_type(tl.float32))
+    tl.store(bound, tl.sqrt_rn(tl.max(largest)) * MORE)
+
+
+@kernel
+def _round_out(flat, programs, table, factors, KIND: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr):
+    part = tl.load(programs + 2 * tl.program_id(0))
+    row = tl.load(programs + 2 * tl.program_id(0) + 1) + tl.arange(0, ROWS)
+    rank = tl.arange(0, RANKS)
+    table += 9 * part
+    start, num_rows, num_ranks = tl.load(table), tl.load(table + 1), tl.load(table + 2)
+    row_step, rank_step = tl.load(table + 3), tl.load(table + 4)
+    values = tl.load(table + 5).to(tl.pointer_type(tl.float8e4nv))
+    values_row, step = tl.load(table + 6), tl.load(table + 7)
+    scales = tl.load(table + 8).to(tl.pointer_type(tl.float32))
+    in_rows = row < num_rows
+    mask = in_rows[:, None] & (rank < num_ranks)[None, :]
+    numbers = tl.load(flat + start + row[:, None] * row_step + rank[None, :] * rank_step, mask=mask, other=0.0)
+    factors += 3 * part
+    numbers = (numbers * tl.load(factors)).to(KIND).to(tl.float32)
+    scale = tl.load(scales + row, mask=in_rows, other=1.0)
+    units = numbers * tl.div_rn(tl.zeros_like(scale) + 1.0, scale)[:, None]
+    # The conversion would take the largest number for what is larger.
+    units = tl.where(tl.abs(units) > _LARGEST, float("nan"), units)
+    at = values + row[:, None] * values_row + rank[None, :]
+    high = _high(units)
+    tl.store(at, high.to(tl.float8e4nv), mask=mask)
+    tl.store(at + step, (high * tl.load(factors + 1)).to(tl.float8e4nv), mask=mask)
+    tl.store(at + 2 * step, ((units - high) * tl.load(factors + 2)).to(tl.float8e4nv), mask=mask)
+
+
+def _empty(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    values = torch.empty((rows, columns), device=device, dtype=torch.float8_e4m3fn)
+    return values, torch.empty((rows, 1), device=device, dtype=torch.float32)
+
+
+def _round(
+    x: torch.Tensor, ranks: torch.Tensor | None, columns: int, *, least: float, headroom: float, small_ranks: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = x.shape
-    values = torch.empty((rows, width), device=x.device, dtype=torch.float8_e4m3fn)
-    scales = torch.empty((rows, 1), device=x.device, dtype=torch.float32)
+    values, scales = _empty(rows, columns, x.device)
+    block = triton.next_power_of_2(width)
+    of_low, of_last = fp8_reference.rank_factors(small_ranks=small_ranks)
     _round_rows[(rows,)](
-        x, values, scales, x.stride(0), WIDTH=width, BLOCK=triton.next_power_of_2(width),
-        num_warps=16 if width > 8192 else 8,
+        x, x if ranks is None else ranks, values, scales, x.stride(0), 0 if ranks is None else ranks.stride(0),
+        WIDTH=width, BLOCK=block, USED=0 if ranks is None else ranks.shape[1], COLUMNS=columns,
+        SPAN=triton.next_power_of_2(max(columns - width, 1)), LEAST=least, HEADROOM=headroom,
+        OF_LOW=of_low, OF_LAST=of_last, num_warps=min(16, max(1, block // 1024)), enable_fp_fusion=False,
     )  # fmt: skip
     return values, scales
 
 
-def multiply_rounded(
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    weights: torch.Tensor,
-    weight_scales: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    # Scales of rows are offered for this type alone.
-    product = torch._scaled_mm(
-        values, weights.t(), scales, weight_scales.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+def round_rows(
+    x: torch.Tensor, ranks: torch.Tensor | None, columns: int, *, small_ranks: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _round(x, ranks, columns, least=fp8_reference.SMALLEST, headroom=1.0, small_ranks=small_ranks)
+
+
+def round_weights(weights: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _round(
+        weights,
+        None,
+        columns,
+        least=fp8_reference.LEAST_WEIGHT,
+        headroom=fp8_reference.HEADROOM,
+        small_ranks=False,
     )
-    return product.to(dtype)
 
 
-def add_ranks(product: torch.Tensor, ranks: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor) -> None:
-    if weights is None or weights.shape[0] > _WIDEST_ROOM or out.dtype is torch.float32:
-        torch_reference.add_ranks(product, ranks, weights, out)
-        return
-    (rows, width), room = out.shape, weights.shape[0]
-    _add_ranks[(triton.cdiv(rows, _ADD_ROWS), triton.cdiv(width, _ADD_COLUMNS))](
-        product, ranks, weights, out, product.stride(0), ranks.stride(0), weights.stride(0), weights.stride(1),
-        out.stride(0), rows, width, ROOM=room, ROOM_BLOCK=triton.next_power_of_2(room), ROWS=_ADD_ROWS,
-        COLUMNS=_ADD_COLUMNS, num_warps=4,
+def _has_kernel(x: torch.Tensor, factors: torch.Tensor) -> bool:
+    return factors.shape[0] <= _WIDEST_RANKS and x.dtype is not torch.float32
+
+
+def _launch_ranks(
+    x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
+    *, rounds: bool = False, beside: bool = False, small_ranks: bool = False,
+) -> None:  # fmt: skip
+    (rows, width), used, columns = x.shape, factors.shape[0], values.shape[1]
+    block = max(16, triton.next_power_of_2(used))
+    at_once, columns_at_once, warps, stages = _RANK_SHAPES[block]
+    of_low, of_last = fp8_reference.rank_factors(small_ranks=small_ranks)
+    _rank_and_round[(triton.cdiv(rows, at_once),)](
+        x, factors, ranks, values, scales, x.stride(0), factors.stride(0), factors.stride(1), ranks.stride(0), rows,
+        WIDTH=width, USED=used, COLUMNS=columns, RANKS=block,
+        PADDING=triton.next_power_of_2(max(columns - width - 3 * used, 1)), ROWS=at_once, AT_ONCE=columns_at_once,
+        ROUNDS=rounds, BESIDE=beside, LEAST=fp8_reference.SMALLEST, OF_LOW=of_low, OF_LAST=of_last, num_warps=warps,
+        num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def rank_rows(x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor) -> None:
+    if not _has_kernel(x, factors):
+        fp8_reference.rank_rows(x, factors, ranks)
+        return
+    _launch_ranks(x, factors, ranks, ranks, ranks)
+
+
+def rank_and_round(
+    x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, columns: int, *, small_ranks: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not _has_kernel(x, factors):
+        fp8_reference.rank_rows(x, factors, ranks)
+        return round_rows(x, ranks, columns, small_ranks=small_ranks)
+    values, scales = _empty(len(x), columns, x.device)
+    _launch_ranks(x, factors, ranks, values, scales, rounds=True, small_ranks=small_ranks)
+    return values, scales
+
+
+def rank_beside(
+    x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
+) -> None:  # fmt: skip
+    if not _has_kernel(x, factors):
+        fp8_reference.rank_beside(x, factors, ranks, values, scales)
+        return
+    _launch_ranks(x, factors, ranks, values, scales, beside=True)
+
+
+def gate_and_round(
+    gate_up: torch.Tensor, out: torch.Tensor, bound: torch.Tensor, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, width = out.shape
+    values, scales = _empty(rows, columns, out.device)
+    block = triton.next_power_of_2(width)
+    # Compiled as the gate by itself is: its bits are wanted again where rows are made again.
+    _gate_and_round[(rows,)](
+        gate_up, out, values, scales, bound, gate_up.stride(0), out.stride(0), WIDTH=width, BLOCK=block,
+        COLUMNS=columns, SPAN=triton.next_power_of_2(max(columns - width, 1)), LEAST=fp8_reference.SMALLEST,
+        num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
+    return values, scales
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bounds:
+    """Tables on the device; `factors` and `bounds` are kept alive: the tables hold addresses."""
+
+    factors: tuple[torch.Tensor, ...]
+    bounds: tuple[torch.Tensor, ...]
+    table: torch.Tensor
+    addresses: torch.Tensor
+
+
+def prepare_bounds(factors: Sequence[torch.Tensor], bounds: Sequence[torch.Tensor]) -> _Bounds | None:
+    if not factors:
+        return None
+    table = [(one.data_ptr(), *one.shape, one.stride(0)) for one in factors]
+    device = factors[0].device
+    return _Bounds(
+        factors=tuple(factors),
+        bounds=tuple(bounds),
+        table=torch.tensor(table, dtype=torch.int64, device=device),
+        addresses=torch.tensor([bound.data_ptr() for bound in bounds], dtype=torch.int64, device=device),
+    )
+
+
+def bound_ranks(prepared: _Bounds | None) -> None:
+    if prepared is None:
+        return
+    _bound_ranks[(len(prepared.factors),)](
+        prepared.table, prepared.addresses, MOST_RANKS=max(one.shape[0] for one in prepared.factors),
+        WIDEST=max(one.shape[1] for one in prepared.factors), KIND=_KINDS[prepared.factors[0].dtype],
+        MORE=fp8_reference.MORE, RANKS=16, BLOCK=512, num_warps=8,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rounded:
+    """Tables on the device; `copies` keep what is written to alive: the tables hold addresses."""
+
+    copies: tuple[RoundedCopy, ...]
+    programs: torch.Tensor
+    table: torch.Tensor
+    factors: torch.Tensor
+    block: int
+
+
+_KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def prepare_rounded(copies: Sequence[RoundedCopy]) -> _Rounded | None:
+    if not copies:
+        return None
+    device = copies[0].values.device
+    programs = [(number, first) for number, one in enumerate(copies) for first in range(0, one.rows, _OUT_ROWS)]
+    table = [
+        (
+            one.start, one.rows, one.rank, one.row_step, one.rank_step, one.values.data_ptr(), one.values.stride(0),
+            one.step, one.scales.data_ptr(),
+        )
+        for one in copies
+    ]  # fmt: skip
+    factors = [(one.factor, *fp8_reference.weight_factors(small_ranks=one.small_ranks)) for one in copies]
+    return _Rounded(
+        copies=tuple(copies),
+        programs=torch.tensor(programs, dtype=torch.int32, device=device),
+        table=torch.tensor(table, dtype=torch.int64, device=device),
+        factors=torch.tensor(factors, dtype=torch.float32, device=device),
+        block=triton.next_power_of_2(max(one.rank for one in copies)),
+    )
+
+
+def round_out(flat: torch.Tensor, prepared: _Rounded | None, dtype: torch.dtype) -> None:
+    if prepared is None:
+        return
+    _round_out[(len(prepared.programs),)](
+        flat, prepared.programs, prepared.table, prepared.factors, KIND=_KINDS[dtype], ROWS=_OUT_ROWS,
+        RANKS=prepared.block, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def multiply_rounded(
+    values: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, weight_scales: torch.Tensor, out: torch.Tensor
+) -> None:
+    # Scales of rows are offered for this type alone.
+    product = out if out.dtype is torch.bfloat16 else torch.empty_like(out, dtype=torch.bfloat16)
+    torch._scaled_mm(
+        values, weights.t(), scales, weight_scales.t(), out_dtype=torch.bfloat16, use_fast_accum=True, out=product
+    )
+    if product is not out:
+        out.copy_(product)

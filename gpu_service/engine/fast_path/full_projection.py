@@ -51,15 +51,20 @@ class FullProjection:
     def fill_margin(self, x: torch.Tensor) -> None:
         """Nothing: there is none."""
 
-    def place(self, rows: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
-        """`rows` [T, K] become `x`."""
-        del adapted
+    def forward_rows(self, rows: torch.Tensor, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
+        """`forward` of `rows` [T, K], which become `x`."""
         x.copy_(rows)
+        self.multiply(x, out, adapted=adapted)
 
     def place_gated(self, gate_up: torch.Tensor, x: torch.Tensor, *, adapted: bool) -> None:
         """silu(gate) * up of `gate_up` [T, 2 * K] become `x`."""
         del adapted
         self.operations.gate(gate_up, x)
+
+    def forward_gated(self, gate_up: torch.Tensor, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
+        """`place_gated`, and `forward` of `x`."""
+        self.place_gated(gate_up, x, adapted=adapted)
+        self.multiply(x, out, adapted=adapted)
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, *, adapted: bool) -> None:
         """As `forward`."""

@@ -23,7 +23,7 @@ from gpu_service.domain.recomputation import (
     place_bytes,
     step_down,
 )
-from gpu_service.engine.fast_path.adapters import FlatAdapter, plain
+from gpu_service.engine.fast_path.adapters import AdapterGroup, FlatAdapter, plain
 from gpu_service.engine.fast_path.attention import Attention, attention_for
 from gpu_service.engine.fast_path.attention_choice import AttentionChoice
 from gpu_service.engine.fast_path.block import Block, BlockShape
@@ -107,7 +107,7 @@ class FastModel(torch.nn.Module):
             Projection(
                 frozen=_freeze(
                     [plain(module) for module in group],
-                    adapter.room,
+                    adapter,
                     self._scratch,
                     settings,
                     rounds=number // len(GROUPS) in rounded,
@@ -120,6 +120,12 @@ class FastModel(torch.nn.Module):
             for number, (group, adapter) in enumerate(zip(modules, self._flat.groups, strict=True))
         ]
         self._copies = self._prepare_copies()
+        rounding = [one.frozen for one in self._projections if isinstance(one.frozen, RoundedGroup)]
+        self._rounded = self._operations.prepare_rounded([copy for group in rounding for copy in group.copies()])
+        ranked = [group for group in rounding if len(group.ranked)]
+        self._bounds = self._operations.prepare_bounds(
+            [group.ranked for group in ranked], [group.bound for group in ranked]
+        )
         self._attention = attention or attention_for(self._device, self._dtype)
         self._recomputation = everything(len(layers)) if settings.recomputes else settings.recomputation
         self._decoder = _assemble(
@@ -158,6 +164,8 @@ class FastModel(torch.nn.Module):
         self._most_tokens = max(self._most_tokens, len(flat.tokens))
         if self._adapted:
             self._operations.copy_out(self.adapter.detach(), self._copies)
+            self._operations.round_out(self.adapter.detach(), self._rounded, self._dtype)
+            self._operations.bound_ranks(self._bounds)
         if self._adapted and torch.is_grad_enabled():
             key = self._dropout.draw_key() if self.training else None
             nats: torch.Tensor = _Nats.apply(self.adapter, self, replace(flat, key=key))
@@ -259,7 +267,7 @@ class FastModel(torch.nn.Module):
         self._recordings = None
         if self._decoder.shelf is not None:
             self._decoder.shelf.close()
-        del self._decoder, self._copies, self._projections
+        del self._decoder, self._copies, self._rounded, self._bounds, self._projections
         for parameter, dtype in self._narrowed:
             parameter.data = parameter.data.to(dtype)
         for parameter in self._held[0].parameters():
@@ -303,13 +311,13 @@ def _hold_in(causal: Any, dtype: torch.dtype) -> list[tuple[torch.nn.Parameter, 
 
 
 def _freeze(
-    layers: Sequence[Any], room: int, scratch: Scratch, settings: FastSettings, *, rounds: bool
+    layers: Sequence[Any], adapter: AdapterGroup, scratch: Scratch, settings: FastSettings, *, rounds: bool
 ) -> FrozenGroup | RoundedGroup:
     if rounds:
-        return RoundedGroup(layers, room=room, scratch=scratch, dtype=settings.compute_dtype)
+        return RoundedGroup(layers, adapter, dtype=settings.compute_dtype)
     # Kept, a weight takes as many bytes as the two that are rounded for either direction.
     keep = settings.keeps_weights or settings.in_fp8
-    return FrozenGroup(layers, room=room, scratch=scratch, dtype=settings.compute_dtype, keep=keep)
+    return FrozenGroup(layers, room=adapter.room, scratch=scratch, dtype=settings.compute_dtype, keep=keep)
 
 
 def _assemble(

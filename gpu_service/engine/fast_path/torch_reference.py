@@ -11,6 +11,52 @@ from typing import Any
 
 import torch
 
+from gpu_service.engine.fast_path.fp8_reference import (
+    bound_ranks,
+    multiply_rounded,
+    prepare_bounds,
+    prepare_rounded,
+    rank_and_round,
+    rank_beside,
+    rank_rows,
+    round_bounded,
+    round_out,
+    round_rows,
+    round_weights,
+)
+
+__all__ = [
+    "RankPart",
+    "Ranks",
+    "adapter_backward",
+    "add_norm",
+    "bound_ranks",
+    "copy_out",
+    "cross_entropy_",
+    "gate",
+    "gate_adapter_backward_",
+    "gate_and_round",
+    "gate_backward_",
+    "head_norm",
+    "head_norm_backward",
+    "multiply_rounded",
+    "nf4_dequantize",
+    "norm_backward_",
+    "prepare_bounds",
+    "prepare_copies",
+    "prepare_ranks",
+    "prepare_rounded",
+    "rank_and_round",
+    "rank_beside",
+    "rank_rows",
+    "rotate",
+    "round_bounded",
+    "round_out",
+    "round_rows",
+    "round_weights",
+    "weigh_b",
+]
+
 
 def add_norm(
     x: torch.Tensor, add: torch.Tensor | None, weight: torch.Tensor, epsilon: float, out: torch.Tensor
@@ -84,6 +130,14 @@ def gate(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """`out` [T, I] becomes silu(gate) * up, of `gate_up` [T, 2 * I] with the gates first."""
     gates, ups = gate_up.float().chunk(2, dim=1)
     out.copy_(gates * torch.sigmoid(gates) * ups)
+
+
+def gate_and_round(
+    gate_up: torch.Tensor, out: torch.Tensor, bound: torch.Tensor, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gate`, and `round_bounded` of what `out` became."""
+    gate(gate_up, out)
+    return round_bounded(out, bound, columns)
 
 
 def gate_backward_(gradient: torch.Tensor, gate_up: torch.Tensor) -> None:
@@ -182,6 +236,11 @@ def adapter_backward(
     `right` is zero but where a layer's rows meet its own ranks.
     """
     torch.mm(gradient, right, out=inner)
+    weigh_b(gradient, ranks, prepared, gradients)
+
+
+def weigh_b(gradient: torch.Tensor, ranks: torch.Tensor, prepared: Any, gradients: torch.Tensor) -> None:
+    """The part of `adapter_backward` that makes every B's gradient."""
     for part in prepared.parts:
         columns = gradient[:, part.first_row : part.first_row + part.num_rows]
         its_ranks = ranks[:, part.first_rank : part.first_rank + prepared.rank]
@@ -201,36 +260,3 @@ def gate_adapter_backward_(
     """`gate_backward_`, and `adapter_backward` with what `gate_up` [T, 2 * I] became."""
     gate_backward_(gradient, gate_up)
     adapter_backward(gate_up, right, ranks, inner, prepared, gradients)
-
-
-# The largest number of e4m3.
-_LARGEST = 448.0
-_SMALLEST = 1e-12
-
-
-def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x` [T, K] in e4m3, each row divided by a scale so that its largest is the type's largest; scales [T, 1]."""
-    wide = x.float()
-    largest = wide.abs().amax(1, keepdim=True).clamp(min=_SMALLEST)
-    # By a tensor: by a number, CUDA multiplies with its reciprocal, which rounds once more.
-    scales = largest / torch.full_like(largest, _LARGEST)
-    return (wide / scales).to(torch.float8_e4m3fn), scales
-
-
-def multiply_rounded(
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    weights: torch.Tensor,
-    weight_scales: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """`values` [T, K] times `weights` [N, K] transposed, both e4m3, times their scales [T, 1] and [N, 1]: [T, N]."""
-    return (torch.mm(values.float(), weights.float().t()) * scales * weight_scales.t()).to(dtype)
-
-
-def add_ranks(product: torch.Tensor, ranks: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor) -> None:
-    """`out` [T, N] becomes `product` [T, N] plus `ranks` [T, room] times `weights` [room, N]; None: plus nothing."""
-    if weights is None:
-        out.copy_(product)
-    else:
-        out.copy_(torch.addmm(product.float(), ranks.float(), weights.float()))

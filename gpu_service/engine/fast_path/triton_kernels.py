@@ -17,28 +17,50 @@ from gpu_service.engine.fast_path.adapter_kernels import (
     adapter_backward,
     gate_adapter_backward_,
     prepare_ranks,
+    weigh_b,
 )
-from gpu_service.engine.fast_path.fp8_kernels import add_ranks, multiply_rounded, round_rows
+from gpu_service.engine.fast_path.fp8_kernels import (
+    bound_ranks,
+    gate_and_round,
+    multiply_rounded,
+    prepare_bounds,
+    prepare_rounded,
+    rank_and_round,
+    rank_beside,
+    rank_rows,
+    round_out,
+    round_rows,
+    round_weights,
+)
 from gpu_service.engine.fast_path.launching import kernel
 
 __all__ = [
     "adapter_backward",
     "add_norm",
-    "add_ranks",
+    "bound_ranks",
     "copy_out",
     "cross_entropy_",
     "gate",
     "gate_adapter_backward_",
+    "gate_and_round",
     "gate_backward_",
     "head_norm",
     "head_norm_backward",
     "multiply_rounded",
     "nf4_dequantize",
     "norm_backward_",
+    "prepare_bounds",
     "prepare_copies",
     "prepare_ranks",
+    "prepare_rounded",
+    "rank_and_round",
+    "rank_beside",
+    "rank_rows",
     "rotate",
+    "round_out",
     "round_rows",
+    "round_weights",
+    "weigh_b",
 ]
 
 _GATE_BLOCK = 4096

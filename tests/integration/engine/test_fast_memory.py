@@ -16,12 +16,14 @@ from peft import LoraConfig, get_peft_model
 
 from gpu_service.catalog import families, methods, optimizers, quantization
 from gpu_service.catalog.base_models import BaseModel
-from gpu_service.domain.defaults import apply_defaults
+from gpu_service.domain.defaults import FP8, STANDARD, apply_defaults
 from gpu_service.domain.memory_estimate import estimate_memory
 from gpu_service.domain.memory_passes import ExampleSize, LargestPasses
 from gpu_service.domain.recomputation import NOTHING, Recomputation, everything
 from gpu_service.domain.spec import Hyperparameters, decode_message
+from gpu_service.engine.fast_path import fp8
 from gpu_service.engine.fast_path.model import FastModel, FastSettings
+from gpu_service.engine.fast_path.nf4 import Nf4Weight
 from tests.fakes.counted_kernels import META, Flash, Kernels, lay_out
 from tests.fakes.fast_models import ALL_SEVEN
 from tests.fakes.live_bytes import LiveBytes
@@ -51,12 +53,35 @@ def _make_model(family: str, key_value_heads: int, rank: int, targets: tuple[str
         )
 
 
-def _count(family: str, heads: int, rank: int, covered: tuple[str, ...], lengths: Any, part: float, plan: Any) -> int:
+class _Restored:
+    """Stands in for weights of NF4, of which a meta device has none."""
+
+    def restore(self, out: torch.Tensor) -> None:
+        """Allocates nothing."""
+
+
+def _count(
+    family: str,
+    heads: int,
+    rank: int,
+    covered: tuple[str, ...],
+    lengths: Any,
+    part: float,
+    plan: Any,
+    *,
+    in_fp8: bool = False,
+) -> int:
     """Peak of a pass forward and back, with the weights; no optimizer."""
-    with LiveBytes() as live:
+    with LiveBytes() as live, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Nf4Weight, "of", lambda layer: _Restored())
+        patch.setattr(fp8, "operations_for", lambda device: Kernels(live))
         model = _make_model(family, heads, rank, covered)
         settings = FastSettings(
-            device=META, compute_dtype=torch.bfloat16, keeps_weights=False, recomputation=replace(plan, offload=False)
+            device=META,
+            compute_dtype=torch.bfloat16,
+            keeps_weights=False,
+            recomputation=replace(plan, offload=False),
+            in_fp8=in_fp8,
         )
         fast = FastModel(model, settings, operations=Kernels(live), attention=Flash())
         live.peak = live.now
@@ -69,7 +94,17 @@ def _count(family: str, heads: int, rank: int, covered: tuple[str, ...], lengths
         return live.peak
 
 
-def _predict(family: str, heads: int, rank: int, covered: tuple[str, ...], lengths: Any, part: float, plan: Any) -> int:
+def _predict(
+    family: str,
+    heads: int,
+    rank: int,
+    covered: tuple[str, ...],
+    lengths: Any,
+    part: float,
+    plan: Any,
+    *,
+    in_fp8: bool = False,
+) -> int:
     base: BaseModel = replace(
         make_base(**_SIZES, key_value_heads=heads, vocabulary=_VOCABULARY),
         config_type=families.REGISTRY[family].config_types[0],
@@ -84,7 +119,7 @@ def _predict(family: str, heads: int, rank: int, covered: tuple[str, ...], lengt
         length_limit=0,
         num_steps=1,
     )
-    resolved = replace(resolved, trainer="fast", recomputation=plan)
+    resolved = replace(resolved, trainer="fast", recomputation=plan, compute=FP8 if in_fp8 else STANDARD)
     passes = LargestPasses(resolved.batch)
     targets = round(sum(lengths) * part)
     passes.add_step([ExampleSize(length, targets if place == 0 else 0, length) for place, length in enumerate(lengths)])
@@ -99,7 +134,9 @@ def _predict(family: str, heads: int, rank: int, covered: tuple[str, ...], lengt
         passes=passes,
         device_type="cuda",
     )
-    return estimate.peak_bytes - estimate.optimizer_bytes - _WORKSPACE_BYTES
+    # Those in 8 bits, one byte for either direction, stand beside what they are made of.
+    rounded = 2 * base.num_linear_parameters if in_fp8 else 0
+    return estimate.peak_bytes - estimate.optimizer_bytes - _WORKSPACE_BYTES + rounded
 
 
 _DENSE, _MIXED = (1024,) * 4, (700, 31, 512, 1300, 77, 420)
@@ -134,3 +171,9 @@ _CASES: dict[str, tuple[Any, ...]] = {
 def test_what_is_allocated_is_what_was_planned(case: str) -> None:
     arguments = _CASES[case]
     assert _predict(*arguments) == pytest.approx(_count(*arguments), rel=0.006)
+
+
+@pytest.mark.parametrize("case", ["kept", "mixed", "few-targets", "wide", "feed-forward", "whole"])
+def test_what_is_allocated_in_8_bits_is_what_was_planned(case: str) -> None:
+    arguments = _CASES[case]
+    assert _predict(*arguments, in_fp8=True) == pytest.approx(_count(*arguments, in_fp8=True), rel=0.006)

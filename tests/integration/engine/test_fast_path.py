@@ -16,8 +16,6 @@ from gpu_service.engine.builders.optimizers import adamw
 from gpu_service.engine.fast_path import nf4, quantizing, torch_reference
 from gpu_service.engine.fast_path.adapters import AdapterNotSupported
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
-from gpu_service.engine.fast_path.fp8 import RoundedGroup
-from gpu_service.engine.fast_path.frozen import FrozenGroup
 from gpu_service.engine.training import optimizer_state
 from gpu_service.engine.training.batches import MicroBatchLimit
 from tests.fakes.fast_models import (
@@ -105,66 +103,6 @@ def test_base_in_nf4(double: bool, keeps_weights: bool, rows: PlannedRows) -> No
     _check_parity(
         lambda: make_peft(quantize=lambda base: hold_in_nf4(base, double=double)), rows, keeps_weights=keeps_weights
     )
-
-
-def _keep_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.float().clone(), torch.ones(len(x), 1)
-
-
-def _round_rows_to_bfloat16(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.to(torch.bfloat16).float(), torch.ones(len(x), 1)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_products_in_8_bits_differ_by_rounding_alone(
-    family: str, rows: PlannedRows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Exact without rounding. Rows have 4 bits less than in bfloat16, so that errors are about 16 times those of it."""
-    reference = make_peft(family, quantize=hold_in_nf4)
-    expected = nats(reference, rows)
-    exact = plain_gradients(reference, _weighted(expected))
-    errors = []
-    for rounding in (_keep_rows, _round_rows_to_bfloat16, torch_reference.round_rows):
-        with monkeypatch.context() as patch:
-            patch.setattr(torch_reference, "round_rows", rounding)
-            model = make_peft(family, quantize=hold_in_nf4)
-            fast = make_fast(model, in_fp8=True)
-            found = nats(fast, rows)
-            gradients = fast_gradients(model, fast, _weighted(found))
-            with torch.no_grad(), fast.disable_adapter(), reference.disable_adapter():
-                of_base = (nats(fast, rows) - nats(reference, rows)).abs().sum()
-        flat, exact_flat = (torch.cat([one[name].flatten() for name in exact]) for one in (gradients, exact))
-        apart = (found - expected).abs().sum() / expected.sum()
-        errors.append((float(apart), float((flat - exact_flat).norm() / exact_flat.norm()), float(of_base)))
-    kept, narrower, in_8_bits = errors
-    assert max(kept[:2]) < 1e-5
-    assert kept[2] < 1e-3
-    assert 2 * narrower[1] < in_8_bits[1] < 24 * narrower[1]
-    assert 1e-6 < in_8_bits[0] < 0.01
-
-
-@pytest.mark.parametrize(("num_layers", "rounded"), [(2, [0, 1]), (8, [1, 2, 3, 4, 5, 6])])
-def test_first_and_last_blocks_are_not_rounded(num_layers: int, rounded: list[int]) -> None:
-    model = make_peft("llama", {"num_hidden_layers": num_layers}, quantize=hold_in_nf4)
-    found = [type(one.frozen) for one in make_fast(model, in_fp8=True)._projections]
-    # Four of them a block.
-    assert found == [RoundedGroup if number // 4 in rounded else FrozenGroup for number in range(4 * num_layers)]
-
-
-def test_rows_in_8_bits() -> None:
-    """The largest of a row is exact, the others are within half a step of three bits."""
-    x = torch.randn(50, 96) * torch.logspace(-6, 3, 50)[:, None]
-    x[7] = 0
-    values, scales = torch_reference.round_rows(x)
-    assert values.dtype is torch.float8_e4m3fn
-    assert scales.shape == (50, 1)
-    back = values.float() * scales
-    largest = x.abs().amax(1)
-    assert torch.equal(values.float().abs().amax(1), torch.where(largest > 0, 448.0, 0.0))
-    assert ((back - x).abs() <= x.abs() / 16 + largest[:, None] * 2**-9 / 448).all()
-    identity = torch.eye(96).to(torch.float8_e4m3fn)
-    product = torch_reference.multiply_rounded(values, scales, identity, torch.ones(96, 1), torch.float32)
-    torch.testing.assert_close(product, back)
 
 
 def test_library_restores_beside_a_version_that_was_not_compared(
