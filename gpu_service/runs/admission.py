@@ -30,6 +30,8 @@ class Admitted:
     # Under what the node keeps its measurements of such runs, and what it has of them, for the planner.
     kind_of_run: str
     calibrations: Mapping[str, Any]
+    # Its engine may find that it cannot be this one, and that the measurement is of no such run.
+    trainer: str
     # What a leaving run held of the device until now; given back to it when this one comes to nothing.
     displaced: Reservation | None
 
@@ -136,6 +138,7 @@ class Admission:
             quantization=checked.quantization.id,
             kind_of_run=checked.kind_of_run,
             calibrations=self._planning.calibrations(checked),
+            trainer=checked.hyperparameters.trainer,
             displaced=displaced,
         )
 

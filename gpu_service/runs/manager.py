@@ -274,6 +274,7 @@ class RunManager:
             "quantization": admitted.quantization,
             "kind_of_run": admitted.kind_of_run,
             "calibrations": admitted.calibrations,
+            "trainer": admitted.trainer,
             "resume": resume,
             "start_from": start,
         }

@@ -78,7 +78,9 @@ class Node:
 async def test_a_run_is_admitted_by_what_trains_it(tmp_path: Path) -> None:
     """Which may be what trained it before: the libraries need more memory."""
     node = Node(tmp_path, [gpu(0), gpu(1), gpu(2)])
-    kinds = [(await node.admit(f"{by}/1", begun_by=by)).kind_of_run.split("/") for by in ("", "fast", "reference")]
+    admitted = [await node.admit(f"{by}/1", begun_by=by) for by in ("", "fast", "reference")]
+    assert [one.trainer for one in admitted] == ["fast", "fast", "reference"]
+    kinds = [one.kind_of_run.split("/") for one in admitted]
     assert ["fast" in kind for kind in kinds] == [True, True, False]
     assert ["reference" in kind for kind in kinds] == [False, False, True]
 
