@@ -47,6 +47,8 @@ class Node:
         self.spec = make_spec([dataset], base_model="org/name", training_type="lora")
         self.ledger = MemoryLedger()
         self.evictable_bytes = 0
+        # Not known.
+        self.host_memory_bytes = 0
         memory = MemoryRecords(files.memory_records)
         models = ModelShelf(files.models, cache_file=files.cache / "digests.json")
         self.admission = Admission(
@@ -62,6 +64,7 @@ class Node:
             list_devices=lambda: devices,
             problems=problems,
             evictable_bytes=lambda device_id: self.evictable_bytes,
+            host_memory_bytes=lambda: self.host_memory_bytes,
         )
 
     async def admit(self, run_id: str = "a/1", leaving: Sequence[str] = (), begun_by: str = "") -> Admitted:
