@@ -131,13 +131,14 @@ _MEASURED_ON_A_CPU = json.loads((Path(__file__).parents[3] / "benchmarks" / "mem
 def test_measured_peaks_on_a_cpu_are_predicted(cell: dict[str, Any]) -> None:
     """Of SmolLM2-135M's shape. The C library's heap has half of it, and no two runs have the same holes."""
     base = make_base(hidden=576, intermediate=1536, layers=30, heads=9, key_value_heads=3, vocabulary=49_152)
+    options: dict[str, Any] = {"lora": {"rank": cell["rank"]}} if "rank" in cell else {}
     estimate = make_estimate(
         cell["training_type"],
         base=base,
         examples=(ExampleSize(cell["tokens"], cell["targets"], cell["longest"]),),
         device=Device(),
         gradient_checkpointing=cell.get("checkpointing", False),
-        **({"lora": {"rank": cell["rank"]}} if "rank" in cell else {}),
+        **options,
     )
     assert estimate.peak_bytes == pytest.approx(cell["peak_bytes"], rel=0.12)
 
