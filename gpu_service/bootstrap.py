@@ -129,7 +129,15 @@ async def build(
     models = ModelShelf(files.models, cache_file=files.cache / weight_files.CACHE_FILE)
     planner = PlannerProcess(files.requests)
     memory = await asyncio.to_thread(MemoryRecords, files.memory_records)
-    planning = Planning(files=files, models=models, blobs=blobs, planner=planner, versions=versions, memory=memory)
+    planning = Planning(
+        files=files,
+        models=models,
+        blobs=blobs,
+        planner=planner,
+        versions=versions,
+        memory=memory,
+        taken_host_bytes=ledger.host_bytes_beside,
+    )
     quarantine = Quarantine()
     pool = EnginePool(directory=files.engines, settings=engine_settings, quarantine=quarantine)
     admission = Admission(

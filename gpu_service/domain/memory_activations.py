@@ -19,6 +19,11 @@ _LOGITS_COPIES = 3
 # Norms of a decoder layer over the hidden size; two where nothing is said.
 _NORMS_PER_LAYER: Mapping[str, int] = {"gemma3_text": 4, "gemma3": 4}
 _QUERY_KEY_NORMS = frozenset({"qwen3", "gemma3_text", "gemma3"})
+# On a CPU. Blocks up to this come out of the C library's heap, which mends badly the holes that they leave: nearly all
+# that a pass makes in its layers stands there once more, also where it is made again and gone again. (Measured with
+# Debian 12's, glibc 2.36: `benchmarks/memory_cpu.json`.) Larger ones are mapped by themselves.
+_HEAP_BLOCK_BYTES = 32 * 1024**2
+_HEAP_HOLES = 0.9
 # cuBLAS' workspaces on CUDA, taken from torch's allocator: one for the forward and one for the backward thread.
 _WORKSPACE_BYTES = 2 * 32 * 1024**2
 
@@ -134,11 +139,28 @@ def saved_by_layer(shape: StepShape, one: PassShape) -> int:
     per_token += norms * (_FLOAT32 * base.hidden_size * (2 if precision.trains_base else 1) + _FLOAT32)
     if base.config_type in _QUERY_KEY_NORMS:
         per_token += 2 * _FLOAT32 * (queries + key_values)
-    # Rotated queries and keys, values, and what attention gives with its log-sum.
-    per_token += compute * (2 * queries + 2 * key_values) + _FLOAT32 * heads
+    # Rotated queries and keys, values, and what attention gives with its log-sum. A CPU's kernel knows no shared keys.
+    attended = queries if shape.device_type == "cpu" else key_values
+    per_token += compute * (2 * queries + 2 * attended) + _FLOAT32 * heads
     # The gate, its activation, and what it is multiplied with.
     per_token += 3 * precision.inner_bytes * base.intermediate_size
     return one.tokens * per_token + _plain_attention_bytes(shape, one)
+
+
+def heap_holes(shape: StepShape, passes: LargestPasses) -> int:
+    """On a CPU, what the C library's heap has beside what is in use; 0 elsewhere."""
+    if shape.device_type != "cpu":
+        return 0
+    return round(_HEAP_HOLES * shape.base.num_layers * max((_in_heap(shape, one) for one in passes.shapes), default=0))
+
+
+def _in_heap(shape: StepShape, one: PassShape) -> int:
+    """Of what a layer makes, all but blocks that are too large for a heap: the feed-forward part's are the largest."""
+    base = shape.base
+    if one.tokens * base.hidden_size * _FLOAT32 > _HEAP_BLOCK_BYTES:
+        return 0
+    wide = one.tokens * base.intermediate_size * _FLOAT32
+    return max(saved_by_layer(shape, one) - (4 * wide if wide > _HEAP_BLOCK_BYTES else 0), 0)
 
 
 def attention_sizes(base: BaseModel) -> tuple[int, int, int]:

@@ -59,6 +59,8 @@ class RunRequest:
     resume: ResumePoint | None
     # What the node measured of such runs, as the planner takes it.
     calibrations: dict[str, Any] = field(default_factory=dict)
+    # What trains such runs as far as the node knows, `fast` or `reference`; empty where it did not say.
+    trainer: str = ""
     start: StartPoint | None = None
 
     @property
@@ -96,6 +98,7 @@ def read(run_directory: Path) -> RunRequest:
         device=DeviceChoice(type=document["device"]["type"], index=int(document["device"].get("index", -1))),
         resume=None if resume is None else _resume_point(resume),
         calibrations=document.get("calibrations") or {},
+        trainer=document.get("trainer") or "",
         start=None if start is None else StartPoint(directory=Path(start["directory"]), name=start["name"]),
     )
 

@@ -174,9 +174,14 @@ class Session:
         )
 
     def _report_memory(self, *, is_whole: bool) -> None:
-        """Say what memory came to. Only a run that made every pass of its plan tells how good the prediction was."""
+        """Say what memory came to.
+
+        Only a run that made every pass of its plan, by the trainer that its node measures it as, tells how good the
+        prediction was.
+        """
         memory = self._plan.memory
         is_whole = is_whole and self._request.resume is None
+        is_whole = is_whole and self._request.trainer in ("", self._plan.resolved.trainer)
         is_whole = is_whole and not self._progress.pass_limits and not self._keeps_less
         self._reporter.emit(
             event_pb2.MemoryMeasuredEvent(

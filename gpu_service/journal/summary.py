@@ -21,6 +21,7 @@ _FOLDED_KINDS = frozenset(
     {
         event_pb2.EVENT_KIND_RUN_STATE,
         event_pb2.EVENT_KIND_PHASE,
+        event_pb2.EVENT_KIND_PLAN,
         event_pb2.EVENT_KIND_CHECKPOINT,
         event_pb2.EVENT_KIND_ARTIFACT,
         event_pb2.EVENT_KIND_MEMORY_MEASURED,
@@ -40,6 +41,8 @@ class RunSummary:
     # Committed and not deleted since, by name.
     checkpoints: dict[str, event_pb2.CheckpointEvent] = field(default_factory=dict)
 
+    # What the run locks of its host's memory, once it is planned.
+    host_bytes: int | None = None
     # What memory came to, once training was over.
     memory_measured: event_pb2.MemoryMeasuredEvent | None = None
 
@@ -64,6 +67,8 @@ class RunSummary:
                 self.failure = payload.run_state.failure
         elif event.kind == event_pb2.EVENT_KIND_PHASE:
             self.phase = payload.phase.phase
+        elif event.kind == event_pb2.EVENT_KIND_PLAN:
+            self.host_bytes = payload.plan.memory.host_bytes
         elif event.kind == event_pb2.EVENT_KIND_MEMORY_MEASURED:
             self.memory_measured = payload.memory_measured
         elif event.kind == event_pb2.EVENT_KIND_ARTIFACT:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gpu_service import host_memory
 from gpu_service.devices import Device, ListDevices
 from gpu_service.doctor import Problem
 from gpu_service.domain.checked_plan import CheckedPlan
 from gpu_service.domain.errors import Fault, Refusal
-from gpu_service.domain.memory import MemoryLedger, Reservation
+from gpu_service.domain.memory import MemoryLedger, Reservation, check_host_room
 from gpu_service.runs.planning import Planning
 
 
@@ -30,6 +31,10 @@ class Admitted:
     # Under what the node keeps its measurements of such runs, and what it has of them, for the planner.
     kind_of_run: str
     calibrations: Mapping[str, Any]
+    # Its engine may find that it cannot be this one, and that the measurement is of no such run.
+    trainer: str
+    # Of the host's memory, at most.
+    host_bytes: int
     # What a leaving run held of the device until now; given back to it when this one comes to nothing.
     displaced: Reservation | None
 
@@ -46,9 +51,10 @@ class Admission:
         problems: Sequence[Problem],
         evictable_bytes: Callable[[str], int],
         quarantine_reason: Callable[[str], str] = lambda device_id: "",
+        host_memory_bytes: Callable[[], int] = host_memory.total_bytes,
     ) -> None:
         """`evictable_bytes(device_id)` is what an idle engine keeps there; `quarantine_reason(device_id)` why a device
-        that the driver answers for is not to be used.
+        that the driver answers for is not to be used; `host_memory_bytes()` what this machine's processes may have.
         """
         self._planning = planning
         self._ledger = ledger
@@ -56,6 +62,7 @@ class Admission:
         self._problems = problems
         self._evictable_bytes = evictable_bytes
         self._quarantine_reason = quarantine_reason
+        self._host_memory_bytes = host_memory_bytes
 
     async def devices(self) -> list[Device]:
         """All devices; memory that an idle engine keeps counts as free."""
@@ -120,6 +127,13 @@ class Admission:
             )
         await self._planning.check_blobs(spec)
         await self._planning.require_room(checked)
+        host_memory_bytes = await asyncio.to_thread(self._host_memory_bytes)
+        check_host_room(
+            checked.memory.host_bytes,
+            taken_bytes=self._ledger.host_bytes_beside({run_id, *leaving_run_ids}),
+            total_bytes=host_memory_bytes,
+            device_id=device.id,
+        )
         # What a leaving run still holds is on its way out; only then does this one start.
         holder = self._ledger.holder_of(device.id)
         displaced = self._ledger.release(holder) if holder is not None else None
@@ -128,6 +142,7 @@ class Admission:
             device_id=device.id,
             num_bytes=checked.memory.standing_bytes,
             capacity_bytes=_capacity_bytes(device, is_held=holder is not None),
+            host_bytes=checked.memory.host_bytes,
         )
         return Admitted(
             device=device,
@@ -136,6 +151,8 @@ class Admission:
             quantization=checked.quantization.id,
             kind_of_run=checked.kind_of_run,
             calibrations=self._planning.calibrations(checked),
+            trainer=checked.hyperparameters.trainer,
+            host_bytes=checked.memory.host_bytes,
             displaced=displaced,
         )
 

@@ -81,7 +81,9 @@ class Launcher:
             return
         for other in older:
             self._ledger.release(other.key.id)
-        self._ledger.reserve(run_id=run.key.id, device_id=run.device_id, num_bytes=0, capacity_bytes=0)
+        self._ledger.reserve(
+            run_id=run.key.id, device_id=run.device_id, num_bytes=0, capacity_bytes=0, host_bytes=run.host_bytes
+        )
         if engine is None:
             self.begin(run, older)
 

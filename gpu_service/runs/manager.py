@@ -112,9 +112,8 @@ class RunManager:
     async def open(self) -> None:
         """Read every run, adopt every engine, bury the dead, and start what was accepted but never had an engine."""
         for directory, content in await asyncio.to_thread(self._files.read_runs):
-            run = Run(directory=directory, content=content, on_change=self.changed.fire)
+            run = self._follow(directory, content)
             await run.refresh()
-            self._runs[run.key.id] = run
             highest = self._facts.highest_attempts.get(run.key.job_id, 0)
             if run.key.attempt > highest:
                 # The server ended between the run's file and its own.
@@ -274,6 +273,8 @@ class RunManager:
             "quantization": admitted.quantization,
             "kind_of_run": admitted.kind_of_run,
             "calibrations": admitted.calibrations,
+            "trainer": admitted.trainer,
+            "host_bytes": admitted.host_bytes,
             "resume": resume,
             "start_from": start,
         }
@@ -283,8 +284,19 @@ class RunManager:
         await asyncio.to_thread(self._files.write_facts, facts)
         failpoint("accept.after-files")
         self._facts = facts
-        run = self._runs[key.id] = Run(directory=directory, content=content, on_change=self.changed.fire)
+        run = self._follow(directory, content)
         self.changed.fire()
+        return run
+
+    def _follow(self, directory: Path, content: dict[str, Any]) -> Run:
+        """The run of a directory, among the node's from now on."""
+
+        def note_change() -> None:
+            self._ledger.note_host_bytes(run.key.id, run.host_bytes)
+            self.changed.fire()
+
+        run = Run(directory=directory, content=content, on_change=note_change)
+        self._runs[run.key.id] = run
         return run
 
     async def stop(self, key: RunKey, mode: str, grace_seconds: float) -> Run:

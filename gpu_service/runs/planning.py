@@ -7,7 +7,7 @@ Refuses to read datasets or tokenizers itself.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from gpu_service import host_memory
 from gpu_service.devices import Device
 from gpu_service.domain import plan
 from gpu_service.domain.checked_plan import HeldBase
+from gpu_service.domain.memory import is_host_short
 from gpu_service.domain.plan import CheckedPlan
 from gpu_service.domain.plan_base import resolve_base
 from gpu_service.domain.spec import TrainingSpec
@@ -54,14 +55,18 @@ class Planning:
         planner: PlannerProcess,
         versions: Mapping[str, str],
         memory: MemoryRecords,
+        taken_host_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`memory` is what the node measured; plans are calibrated by it."""
+        """`memory` is what the node measured, by which plans are calibrated; `taken_host_bytes()` what its runs hold of
+        the host's.
+        """
         self._files = files
         self._models = models
         self._blobs = blobs
         self._versions = versions
         self._planner = planner
         self._memory = memory
+        self._taken_host_bytes = taken_host_bytes
 
     async def check(
         self, spec: Mapping[str, Any], device: Device, *, spec_digest: str = "", begun_by: str = ""
@@ -107,13 +112,27 @@ class Planning:
         await asyncio.to_thread(require_room, self._files.runs, checked)
 
     async def checked(self, spec: Mapping[str, Any], device: Device) -> dict[str, Any]:
-        """The plan at level CHECK, as proto JSON, with what this node's disk has to say. Raises `Refusal`."""
+        """The plan at level CHECK, as proto JSON, with what this node's disk and its other runs have to say.
+
+        Raises `Refusal`.
+        """
         return await self._with_room(await self.check(spec, device))
 
     async def _with_room(self, checked: CheckedPlan, plan_json: Mapping[str, Any] | None = None) -> dict[str, Any]:
         told = dict(checked.to_json() if plan_json is None else plan_json)
         warnings = await asyncio.to_thread(room_warnings, self._files.runs, checked)
-        return {**told, "warnings": [*told.get("warnings", []), *warnings]}
+        held = await asyncio.to_thread(self._host_warnings, int(told["memory"]["host_bytes"]))
+        return {**told, "warnings": [*told.get("warnings", []), *warnings, *held]}
+
+    def _host_warnings(self, host_bytes: int) -> list[str]:
+        """What a plan says of memory of the host that other runs have. Reads files of the kernel's."""
+        taken, total = self._taken_host_bytes(), host_memory.total_bytes()
+        if not is_host_short(host_bytes, taken_bytes=taken, total_bytes=total):
+            return []
+        return [
+            f"inputs of recomputed layers wait in {host_bytes:,} bytes of the host's memory, of which runs of this "
+            f"node hold {taken:,} now: this one waits until they are over"
+        ]
 
     async def exact(self, spec: Mapping[str, Any], device: Device) -> dict[str, Any]:
         """The plan at level EXACT, as proto JSON. Raises `Refusal`. Cancelling it kills the planner."""

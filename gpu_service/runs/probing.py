@@ -21,9 +21,10 @@ from typing import Any
 
 import structlog
 
+from gpu_service import host_memory
 from gpu_service.devices import Device
 from gpu_service.domain.errors import Fault, Refusal
-from gpu_service.domain.memory import MemoryLedger
+from gpu_service.domain.memory import MemoryLedger, check_host_room
 from gpu_service.runs.engine_directories import ENGINE_ENVIRONMENT
 from gpu_service.runs.memory_records import MemoryRecords
 from gpu_service.runs.planning import PlannedRun, Planning
@@ -66,14 +67,15 @@ class MemoryProber:
     async def plan_and_probe(self, spec: Mapping[str, Any], device: Device) -> dict[str, Any]:
         """The exact plan with `memory_probe`, as proto JSON.
 
-        Raises `Refusal` as planning does, NODE_BUSY when the device is taken, MEMORY_PROBE (details `cause`) when the
-        steps could not be made.
+        Raises `Refusal` as planning does, NODE_BUSY when the device is taken, or memory of the host that it needs,
+        MEMORY_PROBE (details `cause`) when the steps could not be made.
         """
         key = f"probe-{uuid.uuid4().hex}"
         # Before planning, which may take long: the probe must not come to nothing behind it.
         self._ledger.reserve(run_id=key, device_id=device.id, num_bytes=0, capacity_bytes=0)
         try:
             async with self._planning.planned(spec, device) as planned:
+                await self._take_host_memory(key, device, int(planned.plan["memory"].get("host_bytes") or 0))
                 start = time.monotonic()
                 await self._make_room(device.id)
                 measured = await self._measure(self._directory / key, spec, planned, device)
@@ -96,6 +98,13 @@ class MemoryProber:
             "seconds": seconds,
         }
         return {**planned.plan, "memory_probe": probe}
+
+    async def _take_host_memory(self, key: str, device: Device, host_bytes: int) -> None:
+        """What runs beside it must not count on. Raises `Refusal` NODE_BUSY."""
+        total_bytes = await asyncio.to_thread(host_memory.total_bytes)
+        taken_bytes = self._ledger.host_bytes_beside({key})
+        check_host_room(host_bytes, taken_bytes=taken_bytes, total_bytes=total_bytes, device_id=device.id)
+        self._ledger.note_host_bytes(key, host_bytes)
 
     async def _measure(
         self, directory: Path, spec: Mapping[str, Any], planned: PlannedRun, device: Device

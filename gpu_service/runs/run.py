@@ -72,6 +72,14 @@ class Run:
         return spec
 
     @property
+    def host_bytes(self) -> int:
+        """What it locks of the host's memory: at most, before it is planned; nothing once it is over."""
+        if self.is_over:
+            return 0
+        planned = self.summary.host_bytes
+        return int(self.content.get("host_bytes") or 0) if planned is None else planned
+
+    @property
     def may_plan(self) -> bool:
         """Whether its planner may be at work, or its plan not be opened yet."""
         return self.summary.phase not in _PHASES_BEHIND_THE_PLAN
@@ -168,4 +176,4 @@ class Run:
 
 
 def _headline(summary: RunSummary) -> tuple[object, ...]:
-    return summary.state, summary.phase, tuple(summary.checkpoints), tuple(summary.artifacts)
+    return summary.state, summary.phase, summary.host_bytes, tuple(summary.checkpoints), tuple(summary.artifacts)

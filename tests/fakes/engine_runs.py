@@ -92,10 +92,11 @@ class Workspace:
         traits: Sequence[TraitRows] = (),
         start: Path | None = None,
         task: str = "",
+        trainer: str = "",
     ) -> Path:
         """A run directory with its run.json; `traits` replace the two that there are.
 
-        `start`: an artifact or checkpoint of an earlier run to begin with.
+        `start`: an artifact or checkpoint of an earlier run to begin with; `trainer`: what its node expects of it.
         """
         options = options or tiny_models.TinyOptions()
         name = base_model or self.place_model(options)
@@ -129,6 +130,7 @@ class Workspace:
             "cache_directory": str(self.cache_directory),
             "device": dict(device or {"type": "cpu", "index": -1}),
             "resume": resume,
+            "trainer": trainer,
             "start_from": None if start is None else {"directory": str(start), "name": start.name},
         }
         (directory / "run.json").write_text(json.dumps(request), encoding="utf-8")

@@ -222,3 +222,34 @@ def test_float32_is_launched() -> None:
     model, fast = _make("float32", None, records=True)
     _record_all(model, fast)
     assert fast.take_notices() == []
+
+
+def test_what_recordings_hold_is_counted_and_comes_back_with_the_last() -> None:
+    """Measured ones too: what passes take is what they are let have, and no more than that is called free."""
+    import gc
+
+    import torch
+
+    from tests.fakes.fast_models import nats
+    from tests.fakes.flat_models import VOCABULARY_SIZE
+    from tests.fakes.planned_rows import PlannedRows, make_examples
+
+    recorder = _make_recorder()
+    _, fast = _make("bfloat16", recorder)
+    rows = PlannedRows(make_examples((700, 900, 448), vocabulary_size=VOCABULARY_SIZE, seed=3))
+    with torch.no_grad():
+        taken = recorder.taken_bytes(lambda: nats(fast, rows, device="cuda"))
+        for _ in range(3):
+            nats(fast, rows, device="cuda")
+    held = recorder.held_bytes()
+    assert recorder.num_plays > 0
+    # A pool has gaps of its own, and grows by pieces.
+    assert 0 < held <= 2 * taken + 64 * 2**20
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    reserved, (free, _) = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()
+    assert recorder.free_bytes() <= free + max(reserved - torch.cuda.memory_allocated() - held, 0)
+    assert "kernel by kernel" in fast.give_up_recordings()
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert reserved - torch.cuda.memory_reserved() >= held

@@ -3,8 +3,8 @@
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
@@ -45,14 +45,15 @@ class AsyncCaller:
             lambda: method(request, timeout=max(0.001, ends_at - time.monotonic())), ends_at=ends_at
         )
 
-    @contextmanager
-    def telling_of_close(self) -> Iterator[None]:
-        """CallCancelled instead of what a channel says that is being closed, or is closed."""
+    @asynccontextmanager
+    async def telling_of_close(self) -> AsyncIterator[None]:
+        """Around one wait: CallCancelled instead of what a channel says that is being closed, or is closed."""
+        num_before = await count_cancellations()
         try:
             yield
         except (asyncio.CancelledError, grpc.aio.UsageError) as error:
             # A task that was cancelled hears of that, whatever else goes on.
-            if self.is_closed and not is_cancelled():
+            if self.is_closed and not is_cancelled(num_before):
                 raise client_closed() from error
             raise
 
@@ -64,7 +65,7 @@ class AsyncCaller:
         repeats = Repeats(self.config.retry, self._random)
         while True:
             try:
-                with self.telling_of_close():
+                async with self.telling_of_close():
                     return await attempt()
             except grpc.aio.AioRpcError as error:
                 typed = lost_if_cancelled(error_from_aio(error))
@@ -76,7 +77,23 @@ class AsyncCaller:
                     raise typed from error
 
 
-def is_cancelled() -> bool:
-    """Whether somebody cancelled the task that asks."""
+async def count_cancellations() -> int:
+    """How often the task that asks was cancelled, and went on: what `is_cancelled` is told after the wait that follows.
+
+    Raises the cancellation that is on its way to the task.
+    """
+    num_before = _num_cancellations()
+    if num_before:
+        # Whatever was not delivered yet is delivered here.
+        await asyncio.sleep(0)
+    return num_before
+
+
+def is_cancelled(num_before: int) -> bool:
+    """Whether somebody cancelled the task that asks, after it was cancelled as often as this."""
+    return _num_cancellations() > num_before
+
+
+def _num_cancellations() -> int:
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    return 0 if task is None else task.cancelling()

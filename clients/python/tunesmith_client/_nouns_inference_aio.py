@@ -77,12 +77,17 @@ class AsyncInference:
         self, request: inference_service_pb2.GenerateRequest
     ) -> AsyncGenerator[inference_service_pb2.GenerateResponse, None]:
         # Without a deadline of the caller's own an answer may take as long as it takes; keepalive notices a dead link.
-        with self._caller.telling_of_close():
+        async with self._caller.telling_of_close():
             call = self._stub.Generate(request, timeout=self._config.deadline_seconds)
-            try:
-                async for response in call:
-                    yield response
-            except grpc.aio.AioRpcError as error:
-                raise error_from_aio(error) from error
-            finally:
-                call.cancel()
+        responses = aiter(call)
+        try:
+            while True:
+                async with self._caller.telling_of_close():
+                    response = await anext(responses, None)
+                if response is None:
+                    return
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise error_from_aio(error) from error
+        finally:
+            call.cancel()

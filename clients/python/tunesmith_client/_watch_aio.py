@@ -11,7 +11,7 @@ import grpc
 
 from tunesmith.common.v1 import event_pb2
 from tunesmith.control.v1 import job_service_pb2
-from tunesmith_client._caller_aio import is_cancelled
+from tunesmith_client._caller_aio import count_cancellations, is_cancelled
 from tunesmith_client._cursor import Cursor
 from tunesmith_client._errors import TunesmithError, client_closed, error_from_aio
 
@@ -32,8 +32,10 @@ async def watch(
     while True:
         stream = open_stream(cursor.request())
         error: TunesmithError
+        num_before = 0
         try:
             while True:
+                num_before = await count_cancellations()
                 # Only the wait for the server counts as silence, not the time that the user takes with an event.
                 response = await asyncio.wait_for(stream.read(), limit_seconds)
                 if not isinstance(response, job_service_pb2.WatchJobResponse):  # grpc.aio.EOF
@@ -42,7 +44,7 @@ async def watch(
                     yield event
         except asyncio.CancelledError:
             # A channel that is closed tells its readers what a task hears that was cancelled.
-            if is_closed() and not is_cancelled():
+            if is_closed() and not is_cancelled(num_before):
                 return
             raise
         except TimeoutError:

@@ -31,8 +31,9 @@ _SEEN_BEFORE = 1
 _DEVICE_MAY_TAKE = 1.15
 # A recording that gains less than this part of the time is not worth its memory.
 _LEAST_GAIN = 0.1
-# Of the memory that is free, the part that recordings may take.
+# Of the memory that is free without them, the part that all recordings may have for themselves.
 _MEMORY_PART = 0.5
+_TOO_LITTLE_MEMORY = "there is too little free memory for recordings"
 
 
 @dataclass(kw_only=True)
@@ -98,12 +99,14 @@ class PassRecordings:
 
     def _make(self, frame: Frame, flat: FlatPass, kind: Kind) -> bool:
         """Record the frame if that is worth it; whether it was."""
-        took, held_bytes = self._time_launched(flat, kind)
+        took, taken_bytes = self._time_launched(flat, kind)
         if took.whole > _DEVICE_MAY_TAKE * took.handing_out:
             self._stop_at(frame, kind, f"the device is busy for all of their {1000 * took.whole:.1f} ms")
             return False
-        if held_bytes > _MEMORY_PART * self._recorder.free_bytes():
-            self._stop_at(frame, kind, "there is too little free memory for recordings")
+        # They are never played beside each other, so that one works in what another has worked in.
+        limit_bytes = _MEMORY_PART * (self._recorder.free_bytes() + self._recorder.held_bytes())
+        if taken_bytes > limit_bytes:
+            self._stop_at(frame, kind, _TOO_LITTLE_MEMORY)
             return False
         try:
             if not len(self._gradients):
@@ -123,6 +126,10 @@ class PassRecordings:
             # A library that cannot be recorded, or no memory: what is launched one by one needs neither.
             self._stop_at(frame, kind, f"recording them failed: {error}")
             return False
+        if self._recorder.held_bytes() > limit_bytes:
+            # The frame is larger than the pass, and a pool has gaps of its own.
+            self._stop_at(frame, kind, _TOO_LITTLE_MEMORY)
+            return False
         if played.whole > (1 - _LEAST_GAIN) * took.whole:
             self._stop_at(
                 frame, kind, f"played again they take {1000 * played.whole:.1f} of {1000 * took.whole:.1f} ms"
@@ -137,21 +144,17 @@ class PassRecordings:
         return True
 
     def _time_launched(self, flat: FlatPass, kind: Kind) -> tuple[Took, int]:
-        """The faster of two, and the bytes that the pass held when it was forward."""
-        held_bytes = 0
+        """The faster of two, and the bytes that the pass takes at its highest moment."""
 
         def launch() -> None:
-            nonlocal held_bytes
-            before = self._recorder.used_bytes()
             if kind is not Kind.TRAINED:
                 measure(self._decoder, self._dropout, flat, kind)
                 return
             launched = LaunchedPass(self._decoder, self._dropout, flat, self._num_weights)
-            upstream = torch.ones_like(launched.forward())
-            held_bytes = self._recorder.used_bytes() - before
-            launched.backward(upstream)
+            launched.backward(torch.ones_like(launched.forward()))
 
-        return min((self._recorder.time(launch) for _ in range(2)), key=lambda one: one.whole), held_bytes
+        taken_bytes = self._recorder.taken_bytes(launch)
+        return min((self._recorder.time(launch) for _ in range(2)), key=lambda one: one.whole), taken_bytes
 
     def _stop_at(self, frame: Frame, kind: Kind, reason: str) -> None:
         """Larger passes have larger kernels: what is not worth it here is not worth it there."""

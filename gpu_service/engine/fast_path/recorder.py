@@ -32,8 +32,12 @@ class Recorder(Protocol):
         """Run `work` alone on the device, and wait for its end."""
         ...
 
-    def used_bytes(self) -> int:
-        """Device memory in use."""
+    def taken_bytes(self, work: Callable[[], None]) -> int:
+        """Run `work`: device memory that it takes beside what stood before, at its highest moment."""
+        ...
+
+    def held_bytes(self) -> int:
+        """Device memory that recordings have for themselves, whether they are played or not."""
         ...
 
     def free_bytes(self) -> int:
@@ -49,14 +53,14 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         # No work is captured on the stream that all else runs on.
         self._stream = torch.cuda.Stream(device)
+        # What the pool has grown by: it shrinks with the last recording alone.
+        self._held_bytes = 0
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self._device)
-        # What cuBLAS works in would otherwise be memory that is given to others when it is given back.
-        _drop_workspaces()
-        # What was launched one by one has its memory cached, and a recording has memory of its own.
-        torch.cuda.empty_cache()
+        # What cuBLAS works in would otherwise be memory that is given to others when it is given back. What was
+        # launched one by one has its memory cached, and a recording has memory of its own.
+        before = self._clear_cache()
         with torch.cuda.stream(self._stream):
             # Other threads of the engine go on; what they do is not recorded.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -64,6 +68,8 @@ class CudaRecorder:
                 work()
             finally:
                 graph.capture_end()
+                # While a recording is made, nothing that it frees is given back to the device.
+                self._held_bytes += max(torch.cuda.memory_reserved(self._device) - before, 0)
         _drop_workspaces()
         return graph.replay
 
@@ -75,12 +81,26 @@ class CudaRecorder:
         torch.cuda.synchronize(self._device)
         return Took(handing_out=handed_out - start, whole=time.perf_counter() - start)
 
-    def used_bytes(self) -> int:
-        return torch.cuda.memory_allocated(self._device)
+    def taken_bytes(self, work: Callable[[], None]) -> int:
+        # By what the allocator takes from the device: its own count of peaks is the run's, and not to be begun anew.
+        before = self._clear_cache()
+        work()
+        return max(torch.cuda.memory_reserved(self._device) - before, 0)
+
+    def held_bytes(self) -> int:
+        return self._held_bytes
 
     def free_bytes(self) -> int:
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return torch.cuda.mem_get_info(self._device)[0] + cached
+        # What lies in the recordings' pool is free to them alone.
+        return torch.cuda.mem_get_info(self._device)[0] + max(cached - self._held_bytes, 0)
+
+    def _clear_cache(self) -> int:
+        """Give back what nothing lies in; the bytes that the allocator has then."""
+        torch.cuda.synchronize(self._device)
+        _drop_workspaces()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self._device)
 
 
 def _drop_workspaces() -> None:

@@ -200,7 +200,8 @@ def test_measured_passes_are_played_too_and_leave_a_waiting_pass_alone() -> None
 _REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "busy": ({"launched": Took(handing_out=0.5, whole=1.0)}, "busy for all of their 1000.0 ms"),
     "slower": ({"played": Took(handing_out=0.1, whole=0.95)}, "played again they take 950.0 of 1000.0 ms"),
-    "no-memory": ({"free_bytes": -1}, "too little free memory"),
+    "no-memory": ({"free_bytes": 99, "taken_bytes": 50}, "too little free memory"),
+    "larger-than-the-pass": ({"free_bytes": 99, "taken_bytes": 49, "held_bytes": 50}, "too little free memory"),
     "unrecordable": ({"fails": RuntimeError("not while capturing")}, "failed: not while capturing"),
 }
 
@@ -241,6 +242,29 @@ def test_only_what_recording_raises_is_taken_for_what_cannot_be_recorded(monkeyp
     nats(fast, _rows(0))
     with pytest.raises(RuntimeError, match="sizes do not match"):
         nats(fast, _rows(0))
+
+
+@pytest.mark.parametrize("options", [{"taken_bytes": 50}, {"taken_bytes": 49, "held_bytes": 50}, {"taken_bytes": 49}])
+def test_measured_passes_have_the_same_limit_of_memory(options: dict[str, Any]) -> None:
+    recorder = RunAgain(free_bytes=99, **options)
+    fast = _recording(make_peft(), recorder)
+    with torch.no_grad():
+        found = [nats(fast, _rows(0)) for _ in range(3)]
+    assert all(torch.allclose(one, found[0], rtol=1e-5) for one in found)
+    (notice,) = fast.take_notices()
+    fits = options == {"taken_bytes": 49}
+    assert ("too little free memory" in notice) is not fits
+    assert ("are played as recorded" in notice) is fits
+
+
+def test_what_recordings_have_already_is_theirs_to_work_in() -> None:
+    """A second one needs nothing more of what is free: they are played one at a time."""
+    recorder = RunAgain(free_bytes=20, taken_bytes=10, held_bytes=10)
+    fast = _recording(make_peft(), recorder)
+    for number in (0, 1):
+        for _ in range(2):
+            nats(fast, _rows(number))
+    assert all("are played as recorded" in notice for notice in fast.take_notices())
 
 
 class _ForgetsWork(RunAgain):

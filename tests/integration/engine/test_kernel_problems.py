@@ -153,7 +153,8 @@ def test_a_run_is_planned_without_kernels_that_cannot_be_compiled(
     shelf = BaseShelf()
     if is_known:
         shelf.kernel_problem = "RuntimeError: Failed to find C compiler"
-    log = run_in_process(workspace.make_run(f"no-kernels-{is_known}", training_type="lora"), shelf=shelf)
+    directory = workspace.make_run(f"no-kernels-{is_known}", training_type="lora", trainer="fast")
+    log = run_in_process(directory, shelf=shelf)
     assert log.states == ["RUNNING", "SUCCEEDED"]
     (plan,) = log.of("plan")
     assert plan.resolved.trainer == "reference"
@@ -161,6 +162,8 @@ def test_a_run_is_planned_without_kernels_that_cannot_be_compiled(
     assert [event.code for event in log.of("warning")].count(KERNELS_NOT_COMPILED) == 1
     assert any("transformers and PEFT" in event.message for event in log.of("log"))
     assert len(asked) == (0 if is_known else 1)
+    # Its node takes it for a run of the fast path, and must not learn from it what those need.
+    assert log.of("memory_measured")[0].analytic_bytes == 0
 
 
 @pytest.mark.usefixtures("gpu")
@@ -177,7 +180,9 @@ def test_the_fast_path_that_was_asked_for_is_refused(
 
 def test_kernels_that_can_be_compiled_change_nothing(workspace: Workspace, run_in_process: RunInProcess) -> None:
     shelf = BaseShelf()
-    log = run_in_process(workspace.make_run("kernels", hyperparameters={"trainer": "fast"}), shelf=shelf)
+    directory = workspace.make_run("kernels", hyperparameters={"trainer": "fast"}, trainer="fast")
+    log = run_in_process(directory, shelf=shelf)
     assert log.states == ["RUNNING", "SUCCEEDED"]
+    assert log.of("memory_measured")[0].analytic_bytes > 0
     assert not log.of("warning")
     assert shelf.kernel_problem == ""

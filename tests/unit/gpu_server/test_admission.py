@@ -47,6 +47,8 @@ class Node:
         self.spec = make_spec([dataset], base_model="org/name", training_type="lora")
         self.ledger = MemoryLedger()
         self.evictable_bytes = 0
+        # Not known.
+        self.host_memory_bytes = 0
         memory = MemoryRecords(files.memory_records)
         models = ModelShelf(files.models, cache_file=files.cache / "digests.json")
         self.admission = Admission(
@@ -62,6 +64,7 @@ class Node:
             list_devices=lambda: devices,
             problems=problems,
             evictable_bytes=lambda device_id: self.evictable_bytes,
+            host_memory_bytes=lambda: self.host_memory_bytes,
         )
 
     async def admit(self, run_id: str = "a/1", leaving: Sequence[str] = (), begun_by: str = "") -> Admitted:
@@ -78,7 +81,9 @@ class Node:
 async def test_a_run_is_admitted_by_what_trains_it(tmp_path: Path) -> None:
     """Which may be what trained it before: the libraries need more memory."""
     node = Node(tmp_path, [gpu(0), gpu(1), gpu(2)])
-    kinds = [(await node.admit(f"{by}/1", begun_by=by)).kind_of_run.split("/") for by in ("", "fast", "reference")]
+    admitted = [await node.admit(f"{by}/1", begun_by=by) for by in ("", "fast", "reference")]
+    assert [one.trainer for one in admitted] == ["fast", "fast", "reference"]
+    kinds = [one.kind_of_run.split("/") for one in admitted]
     assert ["fast" in kind for kind in kinds] == [True, True, False]
     assert ["reference" in kind for kind in kinds] == [False, False, True]
 

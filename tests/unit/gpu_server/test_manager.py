@@ -165,6 +165,7 @@ async def test_a_start_from_an_earlier_job_needs_its_bytes_and_keeps_them(tmp_pa
     blob.unlink()
     content = json.loads((run.directory / "run.json").read_text())
     assert content["start_from"] == {"directory": str(run.directory / "start"), "name": "adapter"}
+    assert content["trainer"] == "reference"
     assert (run.directory / "start/adapter_model.safetensors").read_bytes() == b"weights"
     await node.manager.close()
 

@@ -53,7 +53,7 @@ async def test_kinds_are_bounded(tmp_path: Path) -> None:
     assert f"kind {MAX_KINDS + 2}" in kinds
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 2}', '{"version": 2, "kinds": {"a": [[0, 0]]}}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 2}', '{"version": 3, "kinds": {"a": [[0, 0]]}}'])
 async def test_a_damaged_file_is_begun_anew(tmp_path: Path, content: str) -> None:
     path = tmp_path / "memory.json"
     path.write_text(content)
@@ -103,6 +103,7 @@ def test_version_rises_when_arithmetic_says_something_else() -> None:
         "reference": _plan(trainer="reference"),
         "reference-lora": _plan("lora", trainer="reference"),
         "reference-full": _plan("full", trainer="reference", gradient_checkpointing=True),
+        "cpu": _plan(device=Device()),
     }
     assert (VERSION, {name: made.memory.analytic_bytes for name, made in ways.items()}) == (
         3,
@@ -117,5 +118,6 @@ def test_version_rises_when_arithmetic_says_something_else() -> None:
             "reference": 61_428_822_016,
             "reference-lora": 52_705_974_272,
             "reference-full": 64_322_105_344,
+            "cpu": 72_372_940_800,
         },
     ), "raise domain.memory_calibration.VERSION, then change the numbers here"

@@ -1109,8 +1109,9 @@ class MemoryMeasuredEvent(_message.Message):
     """MemoryEstimate.peak_bytes of the run's plan."""
     peak_bytes: _builtins.int
     analytic_bytes: _builtins.int
-    """MemoryEstimate.analytic_bytes of the run's plan; 0 when the run did not make all passes of its plan (it was stopped
-    or resumed, or ran out of memory), so that nothing can be learned from its peak.
+    """MemoryEstimate.analytic_bytes of the run's plan; 0 when nothing can be learned from its peak: the run did not make
+    all passes of its plan (it was stopped or resumed, or ran out of memory), or was trained otherwise than its node had
+    expected.
     """
     def __init__(
         self,
