@@ -46,8 +46,7 @@ class Launched:
         known = self._compiled.get(key)
         if known is None:
             compiled = self._function[grid](*arguments, **constants)
-            names = tuple(self._function.arg_names[len(arguments) :])
-            self._compiled[key] = (compiled, names)
+            self._compiled[key] = compiled, tuple(self._function.arg_names[len(arguments) :])
             return
         compiled, names = known
         whole = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
