@@ -7,6 +7,7 @@ elsewhere torch's fused attention, one sequence after another.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,8 +115,7 @@ class DifferentiatedAttention(ABC):
         bounds: Bounds,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         graph, leaves = kept
-        of_query, of_key, of_value = torch.autograd.grad(graph, leaves, gradient)
-        return of_query, of_key, of_value
+        return _go_back(graph, leaves, gradient)
 
 
 class CudnnAttention(DifferentiatedAttention):
@@ -155,8 +155,34 @@ class TorchAttention:
         with torch.enable_grad():
             queries, keys, values = (part.detach().requires_grad_() for part in (query, key, value))
             again = _attend(queries, keys, values, bounds)
-        of_query, of_key, of_value = torch.autograd.grad(again, (queries, keys, values), gradient)
-        return of_query, of_key, of_value
+        return _go_back(again, (queries, keys, values), gradient)
+
+
+class _Handed(torch.autograd.Function):
+    """A number without a value whose gradient is, before `output`, whatever tensor it was given."""
+
+    @staticmethod
+    def forward(context: Any, output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        context.gradient = gradient
+        return output.new_empty(())
+
+    @staticmethod
+    def backward(context: Any, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return context.gradient, None
+
+
+def _go_back(
+    output: torch.Tensor, leaves: Sequence[torch.Tensor], gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the three `leaves`, `gradient` being that of `output`.
+
+    To a gradient that it is given torch holds a shape by way of its symbolic ones, which takes an import of sympy the
+    first time: seconds in the middle of a training.
+    """
+    with torch.enable_grad():
+        handed = _Handed.apply(output, gradient)
+    of_query, of_key, of_value = torch.autograd.grad(handed, leaves)
+    return of_query, of_key, of_value
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds) -> torch.Tensor:

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from gpu_service.engine import trainers
-from gpu_service.engine.fast_path import attention_choice, flash_attention_4
+from gpu_service.engine.fast_path import attention_choice, flash_attention_4, full_model
 from gpu_service.engine.fast_path.attention import Bounds, TorchAttention
 from gpu_service.engine.fast_path.attention_choice import AttentionChoice
 from gpu_service.engine.fast_path.flash_attention_4 import Preparation
-from gpu_service.engine.fast_path.full_model import FullModel
 from gpu_service.engine.fast_path.model import FastModel
 from gpu_service.engine.training.flat_attention import FlatLayout
 from tests.fakes.engine_runs import Workspace
@@ -251,8 +250,14 @@ def test_runs_say_what_is_chosen_until_their_end(
 ) -> None:
     """What is chosen in the last evaluation too."""
     choice = _Decides()
-    for name, kind in (("FastModel", FastModel), ("FullModel", FullModel)):
-        monkeypatch.setattr(trainers, name, partial(kind, attention=choice))
+    monkeypatch.setattr(trainers, "FastModel", partial(FastModel, attention=choice))
+
+    class Chosen(full_model.FullModel):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, attention=choice, **options)
+
+    # Imported by the runs that train every weight.
+    monkeypatch.setattr(full_model, "FullModel", Chosen)
     directory = workspace.make_run(training_type, training_type=training_type, hyperparameters={"trainer": "fast"})
     log = run_in_process(directory)
     assert log.states[-1] == "SUCCEEDED"

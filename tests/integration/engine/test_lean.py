@@ -46,6 +46,7 @@ _LATE = (
     "torch._dynamo",
     "torch._inductor",
     "torch.distributed.tensor",
+    "sympy",
     "matplotlib",
     "scipy",
     "sklearn",
