@@ -50,7 +50,9 @@ def _make_recorder() -> Any:
     return Switching(torch.device("cuda", 0))
 
 
-def _make(dtype: str, recorder: Any, *, dropout: float = 0.0, **settings: Any) -> tuple[Any, Any]:
+def _make(
+    dtype: str, recorder: Any, *, dropout: float = 0.0, attention: Any = None, **settings: Any
+) -> tuple[Any, Any]:
     import torch
 
     from gpu_service.engine.fast_path.model import FastModel, FastSettings
@@ -71,6 +73,7 @@ def _make(dtype: str, recorder: Any, *, dropout: float = 0.0, **settings: Any) -
             keeps_weights=False,
             **{"records": recorder is not None, **settings},
         ),
+        attention=attention,
         recorder=recorder,
     )
     return model, fast.train()
@@ -115,6 +118,34 @@ def test_played_is_launched_to_the_bit(recomputes: bool) -> None:
         assert torch.equal(found, expected)
         assert torch.equal(found, again)
         # Attention's backward kernel adds in no fixed order.
+        assert _error(gradients, expected_gradients) < 1e-3
+
+
+def test_rows_of_one_length_are_played_with_their_own_kernels() -> None:
+    """cuDNN's, which go forward and back by way of autograd."""
+    import torch
+
+    from gpu_service.engine.fast_path.attention import CudnnAttention
+    from gpu_service.engine.fast_path.attention_choice import AttentionChoice
+
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("cuDNN's kernels are tried from Hopper on")
+    recorder = _make_recorder()
+    choice = AttentionChoice(lambda one, *_: 0.0 if isinstance(one, CudnnAttention) else 1.0)
+    model, fast = _make("bfloat16", recorder, attention=choice)
+    even, others = (256, 256), (256, 250)
+    for lengths in (even, others) * 3:
+        _run(model, fast, lengths)
+    (said,) = [notice for notice in choice.take_notices() if "cuDNN" in notice]
+    assert "passes of 512 tokens in rows of 256 tokens" in said
+    for lengths in (even, others, even):
+        plays = recorder.num_plays
+        recorder.launches = False
+        found, gradients = _run(model, fast, lengths)
+        recorder.launches = True
+        expected, expected_gradients = _run(model, fast, lengths)
+        assert recorder.num_plays == plays + 4
+        assert torch.equal(found, expected)
         assert _error(gradients, expected_gradients) < 1e-3
 
 

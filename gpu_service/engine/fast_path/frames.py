@@ -19,16 +19,22 @@ _FEWEST_SEQUENCES = 8
 SHORTEST = 128
 # How much larger than its own a frame may be that a pass is put into because it was recorded already.
 _SEQUENCES_AND_LENGTH_BEYOND = 4
+# Sequences of one length have kernels of their own from this length on, which take no others.
+_SHORTEST_EVEN = 256
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
 class Frame:
-    """What a recording is made for: exactly so many tokens and targets, at most so many sequences of such a length."""
+    """What a recording is made for: exactly so many tokens and targets, at most so many sequences of such a length.
+
+    `is_even`: exactly so many, each of exactly that length.
+    """
 
     tokens: int
     targets: int
     sequences: int
     longest: int
+    is_even: bool = False
 
     def fill(self, lengths: Sequence[int]) -> tuple[int, ...]:
         """`lengths` and those of the sequences that make up for what is missing: `tokens` together."""
@@ -37,7 +43,9 @@ class Frame:
         return (*lengths, *[self.longest] * whole, *([rest] if rest else []))
 
     def holds(self, lengths: Sequence[int], num_targets: int) -> bool:
-        """Whether a pass of these sequences can be filled up to it."""
+        """Whether a pass of these sequences can be filled up to it; an even one takes its own kind alone."""
+        if self.is_even:
+            return tuple(lengths) == (self.longest,) * self.sequences and num_targets <= self.targets
         return (
             sum(lengths) <= self.tokens
             and num_targets <= self.targets
@@ -57,18 +65,23 @@ class Frame:
 
 def frame_of(lengths: Sequence[int], num_targets: int) -> Frame:
     """The smallest frame for a pass of these sequences."""
-    tokens = _round_up(sum(lengths))
-    part = tokens // _TARGET_PARTS
+    is_even = min(lengths) == max(lengths) >= _SHORTEST_EVEN
+    tokens = sum(lengths) if is_even else _round_up(sum(lengths))
+    part = -(-tokens // _TARGET_PARTS)
+    targets = max(-(-num_targets // part), 1) * part
+    if is_even:
+        return Frame(tokens=tokens, targets=targets, sequences=len(lengths), longest=lengths[0], is_even=True)
     longest = _power_of_two(max(SHORTEST, *lengths))
-    frame = Frame(tokens=tokens, targets=max(-(-num_targets // part), 1) * part, sequences=0, longest=longest)
+    frame = Frame(tokens=tokens, targets=targets, sequences=0, longest=longest)
     sequences = _power_of_two(max(_FEWEST_SEQUENCES, len(frame.fill(lengths))))
-    return Frame(tokens=frame.tokens, targets=frame.targets, sequences=sequences, longest=longest)
+    return Frame(tokens=tokens, targets=targets, sequences=sequences, longest=longest)
 
 
 def choose_frame(known: Iterable[Frame], lengths: Sequence[int], num_targets: int) -> Frame | None:
     """The smallest of the `known` frames that holds such a pass without much waste; None where none does."""
     own = frame_of(lengths, num_targets)
-    return min((one for one in known if one.is_near(own) and one.holds(lengths, num_targets)), default=None)
+    alike = (one for one in known if one.is_even == own.is_even and one.is_near(own))
+    return min((one for one in alike if one.holds(lengths, num_targets)), default=None)
 
 
 def _round_up(num_tokens: int) -> int:

@@ -72,7 +72,10 @@ class Recording:
         if self._key is not None and flat.key is not None:
             self._key.copy_(flat.key)
         bounds = Bounds(
-            starts=self._starts, longest=frame.longest, layout=FlatLayout(lengths=filled), lengths_vary=True
+            starts=self._starts,
+            longest=frame.longest,
+            layout=FlatLayout(lengths=filled),
+            lengths_vary=not frame.is_even,
         )
         self._flat = FlatPass(
             tokens=self._tokens,

@@ -28,7 +28,7 @@ from tests.fakes.flat_models import VOCABULARY_SIZE
 from tests.fakes.planned_rows import PlannedRows, make_examples
 from tests.fakes.recorders import RunAgain
 
-_PASSES = ((5, 40, 1, 1, 17, 64, 2, 9), (90, 90), (33,) * 6, (120, 3, 70), (128, 128))
+_PASSES = ((5, 40, 1, 1, 17, 64, 2, 9), (90, 90), (33,) * 6, (120, 3, 70), (128, 128), (256, 256))
 
 
 _PAIRS = [

@@ -40,7 +40,10 @@ def test_a_known_frame_is_taken_only_by_what_fits(lengths: list[int], others: li
 @pytest.mark.parametrize(
     ("lengths", "targets", "expected"),
     [
-        ((2048, 2048), 4094, Frame(tokens=4096, targets=4096, sequences=8, longest=2048)),
+        ((2048, 2047), 4093, Frame(tokens=4096, targets=4096, sequences=8, longest=2048)),
+        ((2048, 2048), 4094, Frame(tokens=4096, targets=4096, sequences=2, longest=2048, is_even=True)),
+        ((300,) * 3, 100, Frame(tokens=900, targets=113, sequences=3, longest=300, is_even=True)),
+        ((200, 200), 0, Frame(tokens=448, targets=56, sequences=8, longest=256)),
         ((5, 40), 20, Frame(tokens=256, targets=32, sequences=8, longest=128)),
         ((700, 333), 0, Frame(tokens=1280, targets=160, sequences=8, longest=1024)),
         ((1,) * 9, 0, Frame(tokens=256, targets=32, sequences=16, longest=128)),
@@ -48,6 +51,15 @@ def test_a_known_frame_is_taken_only_by_what_fits(lengths: list[int], others: li
 )
 def test_sizes(lengths: tuple[int, ...], targets: int, expected: Frame) -> None:
     assert frame_of(lengths, targets) == expected
+
+
+def test_sequences_of_one_length_and_others_have_frames_of_their_own() -> None:
+    even, other = (512, 512), (512, 500)
+    assert choose_frame([frame_of(other, 900)], even, 900) is None
+    assert choose_frame([frame_of(even, 900)], other, 900) is None
+    # As many tokens in other sequences.
+    assert choose_frame([frame_of((1024,), 900)], even, 900) is None
+    assert choose_frame([frame_of(even, 900)], even, 800) == frame_of(even, 900)
 
 
 def test_what_is_far_too_large_is_not_taken() -> None:
