@@ -324,6 +324,7 @@ class SqlStore:
                     job_sequences=touched.job_sequences,
                     jobs_changed=touched.jobs,
                     nodes_changed=touched.nodes,
+                    moved_jobs=frozenset(touched.moved_jobs),
                     events=touched.events,
                 )
                 for listener in reversed(self._listeners):
