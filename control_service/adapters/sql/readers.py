@@ -31,7 +31,7 @@ _NUM_READERS: Final = 4
 # Of one snapshot. A slow one keeps its neighbors waiting, so that there are not many.
 _MAX_READS: Final = 32
 # What is asked for waits for a reader that is at work only so long before it goes to another one.
-_PATIENCE_SECONDS: Final = 0.003
+_PATIENCE_SECONDS: Final = 0.01
 # For so long after a group of several reads there are many who call, and groups are begun no sooner after one another:
 # there are several more by then. One who calls alone waits for nobody.
 _CROWD_SECONDS: Final = 0.05
