@@ -15,6 +15,7 @@ shared machine changes least:
     scale               start-up, calls, 2,000 readers of a log and memory with no history, with 1,000 jobs of 100,000
                         events and with 10,000 jobs of 1,000,000
     scale_full          the same with 1,000,000 and 10,000,000 events (the file takes some GB and two minutes)
+    queue               start-up, looking at a job and one that comes and goes, with 10 and with 10,000 jobs waiting
     mlflow              log_metric and log_batch over MLflow's REST (`--mlflow PYTHON`, an interpreter that has it)
 """
 
@@ -57,6 +58,7 @@ ROWS: Mapping[str, Row] = {
     "watchers": lambda at, o: control_plane_events.crowd(at, counts=(500, 1000, 2000), seconds=2 * o.seconds),
     "scale": lambda at, _: control_plane_scale.scale(at, sizes=((0, 0), (1_000, 100_000), (10_000, 1_000_000))),
     "scale_full": lambda at, _: control_plane_scale.scale(at, sizes=((0, 0), (1_000, 1_000_000), (10_000, 10_000_000))),
+    "queue": lambda at, _: control_plane_scale.queue(at, counts=(10, 10_000)),
     "mlflow": lambda at, o: control_plane_unary.mlflow(at, python=o.mlflow or sys.executable),
 }
 

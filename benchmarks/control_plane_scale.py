@@ -63,14 +63,47 @@ async def scale(directory: Path, *, sizes: tuple[tuple[int, int], ...]) -> dict[
     return found
 
 
+async def queue(directory: Path, *, counts: tuple[int, ...]) -> dict[str, Any]:
+    """For each number of jobs that wait: seconds to serve, what looking at one costs, and what one that comes and goes
+    does."""
+    found = {}
+    for num_jobs in counts:
+        at = World(directory / f"{num_jobs}", module="control_service", flags=())
+        await at.start_control()
+        await at.fill()
+        at.job_id = await _start_job(at)
+        await at.control.end()
+        await asyncio.to_thread(_fill_queue, at, num_jobs)
+        (at.directory / "ready.json").unlink(missing_ok=True)
+        started = time.perf_counter()
+        await at.start_control()
+        result: dict[str, Any] = {"start_seconds": time.perf_counter() - started}
+        try:
+            # The first one to ask has the queue read.
+            await _start_and_cancel(at, 1)
+            await _call(at, "GetJob", at.job_id, result)
+            await _call(at, "ListJobs", at.job_id, result)
+            result["start_and_cancel_cpu_ms"] = await _start_and_cancel(at)
+            result["resident_bytes"] = resident_bytes(at.control.process.pid)
+        finally:
+            await at.end()
+        found[f"{num_jobs} waiting"] = result
+    return found
+
+
+async def _call(at: World, name: str, job_id: str, result: dict[str, Any]) -> None:
+    """Rate and processor time of one kind of call."""
+    call = {**at.call(name, 2.0), "job_id": job_id}
+    before = at.control.cpu_seconds()
+    async with child(_LOAD, json.dumps({"kind": "calls", "calls": [call]})) as load:
+        calls = (await load.line())[0]
+    result[f"{name}_per_second"] = calls["per_second"]
+    result[f"{name}_cpu_us"] = (at.control.cpu_seconds() - before) / calls["calls"] * 1e6
+
+
 async def _measure(at: World, job_id: str, result: dict[str, Any], *, num_in_log: int) -> None:
     for name in ("GetJob", "ListJobs", "CreateProject"):
-        call = {**at.call(name, 2.0), "job_id": job_id}
-        before = at.control.cpu_seconds()
-        async with child(_LOAD, json.dumps({"kind": "calls", "calls": [call]})) as load:
-            calls = (await load.line())[0]
-        result[f"{name}_per_second"] = calls["per_second"]
-        result[f"{name}_cpu_us"] = (at.control.cpu_seconds() - before) / calls["calls"] * 1e6
+        await _call(at, name, job_id, result)
     result["start_and_cancel_cpu_ms"] = await _start_and_cancel(at)
     result["resident_bytes"] = resident_bytes(at.control.process.pid)
     for num_watchers in (_FEW_WATCHERS, _MANY_WATCHERS) if num_in_log else ():
@@ -81,15 +114,15 @@ async def _measure(at: World, job_id: str, result: dict[str, Any], *, num_in_log
         result[f"resident_bytes, {num_watchers} watchers"] = resident_bytes(at.control.process.pid)
 
 
-async def _start_and_cancel(at: World) -> float:
+async def _start_and_cancel(at: World, num_moved: int = _NUM_MOVED) -> float:
     """Milliseconds of control's processor time for a job that is queued and cancelled, with all that its moves wake."""
     client = Client(at.address)
     try:
         before = at.control.cpu_seconds()
-        for _ in range(_NUM_MOVED):
+        for _ in range(num_moved):
             job = await client.start_training(at.project_id)
             await client.jobs.CancelJob(job_service_pb2.CancelJobRequest(job_id=job.job_id), timeout=60.0)
-        return (at.control.cpu_seconds() - before) / _NUM_MOVED * 1e3
+        return (at.control.cpu_seconds() - before) / num_moved * 1e3
     finally:
         await client.close()
 
@@ -100,6 +133,21 @@ async def _start_job(at: World) -> str:
         return str((await client.start_training(at.project_id)).job_id)
     finally:
         await client.close()
+
+
+def _fill_queue(at: World, num_jobs: int) -> None:
+    """Copies of the job that waits."""
+    engine = make_engine(at.directory / "control" / DATABASE_NAME)
+    connection = connect(engine, read_only=False)
+    row = connection.execute(sa.select(schema.jobs)).mappings().one()
+    template = job_from_row({**row})
+    ids = system_ids(newest=template.job_id)
+    jobs = [replace(template, job_id=ids.new_id()) for _ in range(num_jobs)]
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    connection.execute(sa.insert(schema.jobs), [{**job_to_row(job), "last_sequence": 1} for job in jobs])
+    connection.exec_driver_sql("COMMIT")
+    connection.close()
+    engine.dispose()
 
 
 def _fill(at: World, num_jobs: int, num_events: int) -> str:

@@ -134,6 +134,7 @@ async def build(settings: Settings) -> Application:
         blobs=blobs,
         imports=DirectoryImportRoot(settings.import_root),
         nodes=runtime.nodes,
+        queue=runtime.queue,
         hub=runtime.hub,
         codec=codec,
         clock=clock,

@@ -50,6 +50,7 @@ class ArtifactServicer(artifact_service_pb2_grpc.ArtifactServiceServicer):
             timeout_seconds=seconds_for_nodes(context),
             store=self._on.store,
             nodes=self._on.nodes,
+            queue=self._on.queue,
             clock=self._on.clock,
             ids=self._on.ids,
             codec=self._on.codec,

@@ -8,6 +8,7 @@ from control_service.api.paging import PageTokens
 from control_service.app.dataset_intake import DatasetLimits, ReadTurns
 from control_service.app.event_hub import EventHub
 from control_service.app.ports import BlobStore, Clock, DatasetFiles, EventCodec, IdSource, ImportRoot, NodeDirectory
+from control_service.app.queue import JobQueue
 from control_service.app.store_ports import Store
 
 
@@ -30,6 +31,7 @@ class Dependencies:
     imports: ImportRoot
     files: DatasetFiles
     nodes: NodeDirectory
+    queue: JobQueue
     hub: EventHub
     codec: EventCodec
     clock: Clock

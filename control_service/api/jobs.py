@@ -60,6 +60,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
             timeout_seconds=seconds_for_nodes(context),
             store=self._on.store,
             nodes=self._on.nodes,
+            queue=self._on.queue,
             clock=self._on.clock,
             ids=self._on.ids,
             codec=self._on.codec,
@@ -69,7 +70,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
 
     async def GetJob(self, request: messages.GetJobRequest, context: Any) -> Any:
         """Reads one job."""
-        view = await jobs.get_job(request.job_id, store=self._on.store, nodes=self._on.nodes, clock=self._on.clock)
+        view = await jobs.get_job(request.job_id, store=self._on.store, queue=self._on.queue)
         return messages.GetJobResponse(job=job_message(view))
 
     async def ListJobs(self, request: messages.ListJobsRequest, context: Any) -> Any:
@@ -78,8 +79,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         before_job_id = self._on.pages.decode(request.page_token, listing="jobs", filters=filters)
         found = await jobs.list_jobs(
             store=self._on.store,
-            nodes=self._on.nodes,
-            clock=self._on.clock,
+            queue=self._on.queue,
             before_job_id=before_job_id,
             limit=page_limit(request.page_size),
             project_id=request.project_id,
@@ -98,7 +98,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         view = await jobs.cancel_job(
             request.job_id,
             store=self._on.store,
-            nodes=self._on.nodes,
+            queue=self._on.queue,
             clock=self._on.clock,
             codec=self._on.codec,
             request=request_key(request, method="CancelJob"),
@@ -110,7 +110,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         view = await jobs.pause_job(
             request.job_id,
             store=self._on.store,
-            nodes=self._on.nodes,
+            queue=self._on.queue,
             clock=self._on.clock,
             codec=self._on.codec,
             request=request_key(request, method="PauseJob"),
@@ -122,7 +122,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         view = await jobs.resume_job(
             request.job_id,
             store=self._on.store,
-            nodes=self._on.nodes,
+            queue=self._on.queue,
             clock=self._on.clock,
             codec=self._on.codec,
             request=request_key(request, method="ResumeJob"),
@@ -134,7 +134,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         view = await training.retry_job(
             request.job_id,
             store=self._on.store,
-            nodes=self._on.nodes,
+            queue=self._on.queue,
             clock=self._on.clock,
             ids=self._on.ids,
             codec=self._on.codec,

@@ -9,7 +9,7 @@ from control_service.app.idempotency import RequestKey, earlier_reference, once
 from control_service.app.lookups import job_of
 from control_service.app.model_nodes import time_left
 from control_service.app.ports import Clock, EventCodec, IdSource, NodeDirectory
-from control_service.app.queue import views_of
+from control_service.app.queue import JobQueue
 from control_service.app.start_points import StartPoint, StartRequest, find_start
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.training import check_plan
@@ -33,6 +33,7 @@ async def export_artifact(
     timeout_seconds: float | None = None,
     store: Store,
     nodes: NodeDirectory,
+    queue: JobQueue,
     clock: Clock,
     ids: IdSource,
     codec: EventCodec,
@@ -43,24 +44,21 @@ async def export_artifact(
     now = clock.utc_now()
     left = time_left(timeout_seconds, clock)
 
-    def view(tx: Transaction, reference: str) -> JobView:
-        return views_of(tx, [job_of(tx, reference)], nodes.views(), now)[0]
-
     def find(tx: Transaction) -> StartPoint:
         check_verb("export", job_of(tx, job_id).state, CAN_EXPORT)
         return find_start(tx, StartRequest(job_id=job_id))
 
-    def earlier_or_start(tx: Transaction) -> JobView | StartPoint:
+    def earlier_or_start(tx: Transaction) -> Job | StartPoint:
         reference = earlier_reference(tx, request)
-        return find(tx) if reference is None else view(tx, reference)
+        return find(tx) if reference is None else job_of(tx, reference)
 
     found = await store.read(earlier_or_start)
-    if isinstance(found, JobView):
-        return found
+    if isinstance(found, Job):
+        return await queue.view_of(found)
     await check_plan(_spec(found, format, max_logit_difference), nodes, left)
 
-    def work(tx: Transaction) -> JobView:
-        def insert() -> tuple[str, JobView]:
+    def work(tx: Transaction) -> Job:
+        def insert() -> tuple[str, Job]:
             start = find(tx)
             earlier, spec, new_id = start.earlier, _spec(start, format, max_logit_difference), ids.new_id()
             job = Job(
@@ -76,11 +74,11 @@ async def export_artifact(
                 weights_digest=start.weights_digest,
             )
             insert_job(tx, job, codec=codec, now=now, message=f"export of job {earlier.job_id}")
-            return new_id, view(tx, new_id)
+            return new_id, job_of(tx, new_id)
 
-        return once(tx, request, now, work=insert, replay=lambda reference: view(tx, reference))
+        return once(tx, request, now, work=insert, replay=lambda reference: job_of(tx, reference))
 
-    return await store.transact(work)
+    return await queue.view_of(await store.transact(work))
 
 
 def _spec(start: StartPoint, format: str, max_logit_difference: float | None) -> TrainingSpec:

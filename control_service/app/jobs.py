@@ -9,8 +9,8 @@ from datetime import datetime
 from control_service.app.content import free_unnamed
 from control_service.app.idempotency import RequestKey, earlier_reference, once
 from control_service.app.lookups import job_of
-from control_service.app.ports import BlobStore, Clock, EventCodec, NodeDirectory
-from control_service.app.queue import views_of
+from control_service.app.ports import BlobStore, Clock, EventCodec
+from control_service.app.queue import JobQueue
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import change_state
 from control_service.domain.artifact import Checkpoint
@@ -29,16 +29,15 @@ class EventPage:
     last_sequence: int
 
 
-async def get_job(job_id: str, *, store: Store, nodes: NodeDirectory, clock: Clock) -> JobView:
+async def get_job(job_id: str, *, store: Store, queue: JobQueue) -> JobView:
     """One job with its position and why it waits. NotFound JOB_NOT_FOUND."""
-    return await store.read(lambda tx: views_of(tx, [job_of(tx, job_id)], nodes.views(), clock.steady_utc_now())[0])
+    return await queue.view_of(await store.read(lambda tx: job_of(tx, job_id)))
 
 
 async def list_jobs(
     *,
     store: Store,
-    nodes: NodeDirectory,
-    clock: Clock,
+    queue: JobQueue,
     before_job_id: str = "",
     limit: int = 50,
     project_id: int = 0,
@@ -46,18 +45,17 @@ async def list_jobs(
 ) -> Sequence[JobView]:
     """Jobs newest first, before an id; project_id 0 and no states mean all."""
 
-    def read(tx: Transaction) -> Sequence[JobView]:
-        jobs = tx.jobs.list_page(before_job_id=before_job_id, limit=limit, project_id=project_id, states=states)
-        return views_of(tx, jobs, nodes.views(), clock.steady_utc_now())
+    def read(tx: Transaction) -> Sequence[Job]:
+        return tx.jobs.list_page(before_job_id=before_job_id, limit=limit, project_id=project_id, states=states)
 
-    return await store.read(read)
+    return await queue.views_of(await store.read(read))
 
 
 async def cancel_job(
     job_id: str,
     *,
     store: Store,
-    nodes: NodeDirectory,
+    queue: JobQueue,
     clock: Clock,
     codec: EventCodec,
     request: RequestKey | None = None,
@@ -79,14 +77,14 @@ async def cancel_job(
                 keep_failure=True,
             )
 
-    return await _change(job_id, cancel, store=store, nodes=nodes, clock=clock, request=request)
+    return await _change(job_id, cancel, store=store, queue=queue, clock=clock, request=request)
 
 
 async def pause_job(
     job_id: str,
     *,
     store: Store,
-    nodes: NodeDirectory,
+    queue: JobQueue,
     clock: Clock,
     codec: EventCodec,
     request: RequestKey | None = None,
@@ -97,14 +95,14 @@ async def pause_job(
         check_verb("pause", job.state, CAN_PAUSE)
         change_state(tx, job, JobState.PAUSING, codec=codec, now=now, message="pause was asked for", keep_failure=True)
 
-    return await _change(job_id, pause, store=store, nodes=nodes, clock=clock, request=request)
+    return await _change(job_id, pause, store=store, queue=queue, clock=clock, request=request)
 
 
 async def resume_job(
     job_id: str,
     *,
     store: Store,
-    nodes: NodeDirectory,
+    queue: JobQueue,
     clock: Clock,
     codec: EventCodec,
     request: RequestKey | None = None,
@@ -115,7 +113,7 @@ async def resume_job(
         check_verb("resume", job.state, CAN_RESUME)
         change_state(tx, job, JobState.QUEUED, codec=codec, now=now, message="resumed")
 
-    return await _change(job_id, resume, store=store, nodes=nodes, clock=clock, request=request)
+    return await _change(job_id, resume, store=store, queue=queue, clock=clock, request=request)
 
 
 async def _change(
@@ -123,23 +121,20 @@ async def _change(
     change: Callable[[Transaction, Job, datetime], None],
     *,
     store: Store,
-    nodes: NodeDirectory,
+    queue: JobQueue,
     clock: Clock,
     request: RequestKey | None,
 ) -> JobView:
     now = clock.utc_now()
 
-    def work(tx: Transaction) -> JobView:
-        def view(reference: str) -> JobView:
-            return views_of(tx, [job_of(tx, reference)], nodes.views(), now)[0]
-
-        def do() -> tuple[str, JobView]:
+    def work(tx: Transaction) -> Job:
+        def do() -> tuple[str, Job]:
             change(tx, job_of(tx, job_id), now)
-            return job_id, view(job_id)
+            return job_id, job_of(tx, job_id)
 
-        return once(tx, request, now, work=do, replay=view)
+        return once(tx, request, now, work=do, replay=lambda reference: job_of(tx, reference))
 
-    return await store.transact(work)
+    return await queue.view_of(await store.transact(work))
 
 
 async def delete_job(

@@ -23,7 +23,7 @@ class PacerConfig:
 
     # Between two showings of one log, for each of its watchers: what comes meanwhile is shown together. What comes
     # after a silence is shown at once.
-    window_seconds_per_watcher: float = 0.00025
+    window_seconds_per_watcher: float = 0.0003
     max_window_seconds: float = 0.05
     # More watchers than that, all together, are a crowd; fewer are woken as fast as the loop turns.
     num_unpaced: int = 64

@@ -18,6 +18,7 @@ from control_service.app.leftovers import LeftoverSweeper
 from control_service.app.node_monitor import NodeMonitor, NodeMonitorConfig
 from control_service.app.nodes import configure_nodes
 from control_service.app.ports import BlobStore, Clock, EventCodec, NodeDialer, NodeDirectory
+from control_service.app.queue import JobQueue
 from control_service.app.replicator import Replicator
 from control_service.app.scheduler import Scheduler
 from control_service.app.settle import Settler
@@ -55,6 +56,7 @@ class Runtime:
 
     hub: EventHub
     nodes: NodeDirectory
+    queue: JobQueue
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class Runtime:
         self._clock = clock
         self._monitor = NodeMonitor(store=store, dialer=dialer, clock=clock, config=config.nodes)
         self.nodes = self._monitor
+        self.queue = JobQueue(store=store, nodes=self._monitor, clock=clock)
         self.hub = EventHub(store=store, codec=codec, config=config.events)
         retention = config.retention
         settler = Settler(store=store, blobs=blobs, codec=codec, clock=clock)
@@ -102,7 +105,12 @@ class Runtime:
             )
         )
         self._scheduler = Scheduler(
-            store=store, nodes=self._monitor, codec=codec, clock=clock, back_off=config.back_off
+            store=store,
+            nodes=self._monitor,
+            queue=self.queue,
+            codec=codec,
+            clock=clock,
+            back_off=config.back_off,
         )
         self._sweeper = LeftoverSweeper(
             store=store,

@@ -7,15 +7,16 @@ The supervisor does the rest.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
+from functools import partial
 
 import structlog
 
 from control_service.app.back_off import BackOffConfig
 from control_service.app.node_monitor import NodeMonitor
 from control_service.app.ports import Clock, EventCodec
-from control_service.app.queue import read_queue
+from control_service.app.queue import JobQueue, decide_again
 from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.app.tasks import TaskSet
 from control_service.app.transitions import change_state
@@ -31,9 +32,17 @@ class Scheduler:
     """Started once."""
 
     def __init__(
-        self, *, store: Store, nodes: NodeMonitor, codec: EventCodec, clock: Clock, back_off: BackOffConfig
+        self,
+        *,
+        store: Store,
+        nodes: NodeMonitor,
+        queue: JobQueue,
+        codec: EventCodec,
+        clock: Clock,
+        back_off: BackOffConfig,
     ) -> None:
         self._back_off = back_off
+        self._queue = queue
         self._store = store
         self._nodes = nodes
         self._codec = codec
@@ -57,7 +66,7 @@ class Scheduler:
         await self._tasks.stop_all()
 
     def _on_commit(self, notice: CommitNotice) -> None:
-        if notice.jobs_changed or notice.nodes_changed:
+        if notice.moved_jobs or notice.nodes_changed:
             self._wake.set()
 
     async def _run(self) -> None:
@@ -67,12 +76,11 @@ class Scheduler:
             await self._wake.wait()
             self._wake.clear()
             now = self._clock.steady_utc_now()
-            snapshot = await self._store.read(read_queue)
-            if snapshot.decide(self._nodes.views(), now).assignments and not self._draining:
-                await self._store.transact(lambda tx: self._assign(tx, self._nodes.views()))
+            chosen = [job_id for job_id, _ in await self._queue.assignments(now)]
+            if chosen and not self._draining:
+                await self._store.transact(partial(self._assign, chosen))
                 failpoint("dispatch.after-commit")
-            waits = [queued.job.not_before for queued in snapshot.queue if queued.job.not_before is not None]
-            await self._wake_at(min((time for time in waits if time > now), default=None), now)
+            await self._wake_at(self._queue.next_time(now), now)
 
     async def _wake_at(self, time: datetime | None, now: datetime) -> None:
         await self._tasks.stop("scheduler-back-off")
@@ -85,11 +93,12 @@ class Scheduler:
 
         self._tasks.start("scheduler-back-off", wake)
 
-    def _assign(self, tx: Transaction, views: Sequence[NodeView]) -> None:
+    def _assign(self, job_ids: Collection[str], tx: Transaction) -> None:
         # Decided again inside the transaction: what was read before it may be old.
         now = self._clock.utc_now()
+        views: Sequence[NodeView] = self._nodes.views()
         by_name = {view.node.name: view for view in views}
-        for job_id, node in read_queue(tx).decide(views, self._clock.steady_utc_now()).assignments:
+        for job_id, node in decide_again(tx, job_ids, views, self._clock.steady_utc_now()):
             job = tx.jobs.get(job_id)
             if job is None:
                 continue

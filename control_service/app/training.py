@@ -12,7 +12,7 @@ from control_service.app.lookups import datasets_of, job_of, project_of, refuse_
 from control_service.app.model_nodes import nodes_with_model, some_nodes_with_model, time_left
 from control_service.app.plan_asking import ask_in_turn
 from control_service.app.ports import BlobStore, Clock, EventCodec, IdSource, NodeClient, NodeDirectory, PlanLevel
-from control_service.app.queue import views_of
+from control_service.app.queue import JobQueue
 from control_service.app.start_points import StartRequest, check_same_base, find_start
 from control_service.app.store_ports import Store, Transaction
 from control_service.app.transitions import insert_job
@@ -71,6 +71,7 @@ async def start_training(
     timeout_seconds: float | None = None,
     store: Store,
     nodes: NodeDirectory,
+    queue: JobQueue,
     clock: Clock,
     ids: IdSource,
     codec: EventCodec,
@@ -82,9 +83,9 @@ async def start_training(
     now = clock.utc_now()
     left = time_left(timeout_seconds, clock)
 
-    def earlier_or_snapshot(tx: Transaction) -> JobView | TrainingSpec:
+    def earlier_or_snapshot(tx: Transaction) -> Job | TrainingSpec:
         reference = earlier_reference(tx, request)
-        return snapshot(tx)[1] if reference is None else _view(tx, reference)
+        return snapshot(tx)[1] if reference is None else job_of(tx, reference)
 
     def snapshot(tx: Transaction) -> tuple[Project, TrainingSpec, str]:
         project, spec = _snapshot(tx, project_id)
@@ -94,16 +95,13 @@ async def start_training(
         check_same_base(point, spec.base_model)
         return project, replace(spec, start_from=point.value), point.weights_digest
 
-    def _view(tx: Transaction, job_id: str) -> JobView:
-        return views_of(tx, [job_of(tx, job_id)], nodes.views(), now)[0]
-
     found = await store.read(earlier_or_snapshot)
-    if isinstance(found, JobView):
-        return found
+    if isinstance(found, Job):
+        return await queue.view_of(found)
     await check_plan(found, nodes, left)
 
-    def work(tx: Transaction) -> JobView:
-        def insert() -> tuple[str, JobView]:
+    def work(tx: Transaction) -> Job:
+        def insert() -> tuple[str, Job]:
             # The project is read again: it may have changed while a node was asked. Its dispatch plans it again.
             project, spec, weights_digest = snapshot(tx)
             job_id = ids.new_id()
@@ -120,18 +118,18 @@ async def start_training(
                 weights_digest=weights_digest,
             )
             insert_job(tx, job, codec=codec, now=now)
-            return job_id, _view(tx, job_id)
+            return job_id, job_of(tx, job_id)
 
-        return once(tx, request, now, work=insert, replay=lambda reference: _view(tx, reference))
+        return once(tx, request, now, work=insert, replay=lambda reference: job_of(tx, reference))
 
-    return await store.transact(work)
+    return await queue.view_of(await store.transact(work))
 
 
 async def retry_job(
     job_id: str,
     *,
     store: Store,
-    nodes: NodeDirectory,
+    queue: JobQueue,
     clock: Clock,
     ids: IdSource,
     codec: EventCodec,
@@ -141,11 +139,8 @@ async def retry_job(
     DATASET_NOT_FOUND when a dataset of the snapshot was deleted."""
     now = clock.utc_now()
 
-    def work(tx: Transaction) -> JobView:
-        def view(reference: str) -> JobView:
-            return views_of(tx, [job_of(tx, reference)], nodes.views(), now)[0]
-
-        def insert() -> tuple[str, JobView]:
+    def work(tx: Transaction) -> Job:
+        def insert() -> tuple[str, Job]:
             earlier = job_of(tx, job_id)
             check_verb("retry", earlier.state, CAN_RETRY)
             refuse_missing_datasets(tx, [reference.dataset_id for reference in earlier.spec.datasets])
@@ -165,11 +160,11 @@ async def retry_job(
                 weights_digest=earlier.weights_digest if earlier.spec.start_from else "",
             )
             insert_job(tx, job, codec=codec, now=now, message=f"retry of job {earlier.job_id}")
-            return new_id, view(new_id)
+            return new_id, job_of(tx, new_id)
 
-        return once(tx, request, now, work=insert, replay=view)
+        return once(tx, request, now, work=insert, replay=lambda reference: job_of(tx, reference))
 
-    return await store.transact(work)
+    return await queue.view_of(await store.transact(work))
 
 
 def _snapshot(tx: Transaction, project_id: int) -> tuple[Project, TrainingSpec]:

@@ -140,6 +140,7 @@ class Core:
             timeout_seconds=timeout_seconds,
             store=self.store,
             nodes=self.runtime.nodes,
+            queue=self.runtime.queue,
             clock=self.clock,
             ids=self.ids,
             codec=self.codec,
@@ -153,6 +154,7 @@ class Core:
             "merged",
             store=self.store,
             nodes=self.runtime.nodes,
+            queue=self.runtime.queue,
             clock=self.clock,
             ids=self.ids,
             codec=self.codec,
@@ -162,29 +164,29 @@ class Core:
 
     async def retry(self, job_id: str) -> Job:
         view = await training.retry_job(
-            job_id, store=self.store, nodes=self.runtime.nodes, clock=self.clock, ids=self.ids, codec=self.codec
+            job_id, store=self.store, queue=self.runtime.queue, clock=self.clock, ids=self.ids, codec=self.codec
         )
         return view.job
 
     async def view(self, job_id: str) -> JobView:
-        return await jobs.get_job(job_id, store=self.store, nodes=self.runtime.nodes, clock=self.clock)
+        return await jobs.get_job(job_id, store=self.store, queue=self.runtime.queue)
 
     async def cancel(self, job_id: str) -> Job:
         return (
             await jobs.cancel_job(
-                job_id, store=self.store, nodes=self.runtime.nodes, clock=self.clock, codec=self.codec
+                job_id, store=self.store, queue=self.runtime.queue, clock=self.clock, codec=self.codec
             )
         ).job
 
     async def pause(self, job_id: str) -> Job:
         return (
-            await jobs.pause_job(job_id, store=self.store, nodes=self.runtime.nodes, clock=self.clock, codec=self.codec)
+            await jobs.pause_job(job_id, store=self.store, queue=self.runtime.queue, clock=self.clock, codec=self.codec)
         ).job
 
     async def resume(self, job_id: str) -> Job:
         return (
             await jobs.resume_job(
-                job_id, store=self.store, nodes=self.runtime.nodes, clock=self.clock, codec=self.codec
+                job_id, store=self.store, queue=self.runtime.queue, clock=self.clock, codec=self.codec
             )
         ).job
 

@@ -52,7 +52,7 @@ def test_a_schedule_does_not_depend_on_the_order_of_sets() -> None:
 
 
 def test_schedules_are_about_something() -> None:
-    outcomes: list[Outcome] = [simulate(seed) for seed in range(30)]
+    outcomes: list[Outcome] = [simulate(seed) for seed in range(60)]
     assert sum(outcome.num_crashes for outcome in outcomes) > 20
     assert sum(outcome.num_restores for outcome in outcomes) > 1
     assert sum(outcome.num_attempts for outcome in outcomes) > 50

@@ -107,7 +107,8 @@ class SqlEventLog:
         ]
         self._insert(job_id, numbered)
         self._touched.append(job_id, numbered)
-        self._touched.jobs |= any(event.kind in _MOVES_JOB for event in numbered)
+        if any(event.kind in _MOVES_JOB for event in numbered):
+            self._touched.move(job_id)
         return numbered
 
     def _insert(self, job_id: str, events: Sequence[StoredEvent]) -> None:

@@ -43,7 +43,7 @@ class SqlJobs:
         self._connection.execute(sa.insert(schema.jobs).values(**job_to_row(job), last_sequence=0))
         # Its bytes must outlive the job that left them.
         BlobReferences(self._connection).replace(job.job_id, _START, start_files(job.spec))
-        self._touched.jobs = True
+        self._touched.move(job.job_id)
 
     def get(self, job_id: str) -> Job | None:
         """See the port."""
@@ -133,7 +133,7 @@ class SqlJobs:
         """See the port."""
         # Every table of a job refers to it and is deleted with it.
         self._connection.execute(sa.delete(schema.jobs).where(schema.jobs.c.job_id == job_id))
-        self._touched.jobs = True
+        self._touched.move(job_id)
 
     def _jobs(self, statement: sa.Select[tuple[object, ...]]) -> list[Job]:
         return [job_from_row({**row}) for row in self._connection.execute(statement).mappings()]
@@ -157,8 +157,9 @@ class BlobReferences:
 class SqlCheckpoints:
     """Implements `CheckpointRepository`."""
 
-    def __init__(self, connection: sa.Connection) -> None:
+    def __init__(self, connection: sa.Connection, touched: Touched) -> None:
         self._connection = connection
+        self._touched = touched
         self._references = BlobReferences(connection)
 
     def put(self, checkpoint: Checkpoint) -> None:
@@ -169,6 +170,7 @@ class SqlCheckpoints:
         )
         self._connection.execute(sa.insert(table).values(checkpoint_to_row(checkpoint)))
         self._refer(checkpoint)
+        self._touched.moved_jobs.add(checkpoint.job_id)
 
     def list_for_job(self, job_id: str) -> Sequence[Checkpoint]:
         """See the port."""

@@ -14,6 +14,13 @@ from control_service.adapters.sql.prepared import Prepared
 _jobs, _events, _projects = schema.jobs.c, schema.events.c, schema.projects.c
 _datasets, _requests = schema.datasets.c, schema.requests.c
 
+
+def _most(name: str) -> sa.ColumnElement[int]:
+    """A parameter that is a LIMIT. For one that stands alone SQLite prepares the statement anew each time, which takes
+    longer than a small statement does."""
+    return sa.bindparam(name, type_=sa.Integer()) + 0
+
+
 # Written once; a job's spec may be large and is not written again with every batch of events.
 _WRITTEN_ONCE: Final = frozenset(
     {"job_id", "project_id", "project_name", "spec", "spec_digest", "output_path", "create_time", "retry_of_job_id"}
@@ -46,7 +53,7 @@ EVENTS_AFTER: Final = Prepared(
     sa.select(_events.sequence, _events.attempt, _events.run_sequence, _events.kind, _events.time, _events.payload)
     .where(_events.job_id == sa.bindparam("at_job_id"), _events.sequence > sa.bindparam("at_sequence"))
     .order_by(_events.sequence)
-    .limit(sa.bindparam("num_events"))
+    .limit(_most("num_events"))
 )
 NEWEST_SEQUENCE: Final = Prepared(sa.select(_jobs.last_sequence).where(_jobs.job_id == sa.bindparam("at_job_id")))
 OLDEST_SEQUENCE: Final = Prepared(
@@ -59,7 +66,7 @@ PROJECTS_AFTER_STATEMENT: Final = (
     sa.select(schema.projects)
     .where(_projects.project_id > sa.bindparam("at_project_id"))
     .order_by(_projects.project_id)
-    .limit(sa.bindparam("num_projects"))
+    .limit(_most("num_projects"))
 )
 PROJECTS_AFTER: Final = Prepared(PROJECTS_AFTER_STATEMENT)
 INSERT_PROJECT: Final = Prepared(

@@ -1,5 +1,4 @@
-"""The store over SQLAlchemy Core: one writer thread that commits in groups; readers on connections of their own, which
-read in groups too: what is asked for while one reads is the next one's, unless that takes long.
+"""The store over SQLAlchemy Core: one writer thread that commits in groups, and beside it readers (`readers`).
 
 While one group of writes is under way, those that come wait, and are then the next group: the writer runs each in a
 savepoint of one BEGIN IMMEDIATE, commits once, and then answers all. It never retries a function and never commits half
@@ -24,10 +23,12 @@ from control_service.adapters.sql.engine import BUSY_TIMEOUT_MILLISECONDS, conne
 from control_service.adapters.sql.groups import Group, Work
 from control_service.adapters.sql.migrate import migrate
 from control_service.adapters.sql.prepared import Prepared
+from control_service.adapters.sql.readers import Readers
+from control_service.adapters.sql.refusals import full, unavailable
 from control_service.adapters.sql.touched import Touched
 from control_service.adapters.sql.transaction import SqlTransaction
 from control_service.app.store_ports import CommitNotice, Transaction
-from control_service.domain.errors import FailedPrecondition, StoreFull, Unavailable
+from control_service.domain.errors import StoreFull, Unavailable
 from control_service.domain.failpoints import failpoint
 
 T = TypeVar("T")
@@ -35,11 +36,6 @@ T = TypeVar("T")
 # The file's name in control's data directory.
 DATABASE_NAME = "control.sqlite"
 _MAX_GROUP = 256
-_NUM_READERS = 4
-# Of one snapshot. A slow one keeps its neighbors waiting, so that there are not many.
-_MAX_READS = 32
-# What is asked for waits for a reader that is at work only so long before it goes to another one.
-_READ_PATIENCE_SECONDS = 0.003
 # A group of writes is sent when a turn of the loop has brought no more of them, but not later than that.
 _WRITE_PATIENCE_SECONDS = 0.005
 # How long the loop steps aside for each function of a group of writes: as short ones take. What takes longer is the
@@ -50,14 +46,7 @@ _WRITE_ASIDE_SECONDS = 0.0002
 _MOST_ASIDE_SECONDS = 0.01
 # Nobody waits for an answer yet when the database is opened, and a failure would end the service.
 _OPEN_TIMEOUT_MILLISECONDS = 30_000
-# What the database itself says; any other error of SQLAlchemy's is a defect of ours.
-_BROKEN = (sa.exc.DBAPIError, sa.exc.PendingRollbackError)
-# SQLite's result code.
-_SQLITE_FULL = 13
-_FULL_RETRY_SECONDS = 10.0
-
 _BEGIN_WRITE = Prepared(sa.text("BEGIN IMMEDIATE"))
-_BEGIN, _ROLLBACK = Prepared(sa.text("BEGIN")), Prepared(sa.text("ROLLBACK"))
 _SAVEPOINT, _RELEASE = Prepared(sa.text("SAVEPOINT work")), Prepared(sa.text("RELEASE work"))
 
 
@@ -79,16 +68,9 @@ class SqlStore:
         self._writes: list[Work] = []
         # A group is being gathered or is under way.
         self._is_writing = False
-        self._to_read: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
-        self._reads: list[Work] = []
-        self._num_reading = 0
-        self._sending_reads: asyncio.Handle | None = None
-        self._reader_state = threading.local()
-        self._reader_connections: list[sa.Connection] = []
-        self._readers = [threading.Thread(target=self._read_groups, name="store-reader") for _ in range(_NUM_READERS)]
+        self._readers = Readers(engine)
         self._writer = threading.Thread(target=self._write_groups, name="store-writer")
-        for thread in (*self._readers, self._writer):
-            thread.start()
+        self._writer.start()
 
     @classmethod
     async def open(cls, database: Path) -> SqlStore:
@@ -97,7 +79,7 @@ class SqlStore:
         try:
             engine, writer, installation_id = await asyncio.to_thread(_open, database)
         except sa.exc.OperationalError as error:
-            raise _unavailable(error) from error
+            raise unavailable(error) from error
         return cls(engine, writer, installation_id)
 
     @property
@@ -110,15 +92,10 @@ class SqlStore:
         if self._closed:
             return
         self._closed = True
-        for works, size, threads in (
-            (self._writes, _MAX_GROUP, self._to_write),
-            (self._reads, _MAX_READS, self._to_read),
-        ):
-            for start in range(0, len(works), size):
-                threads.put(Group(works[start : start + size]))
-            works.clear()
-        for _ in self._readers:
-            self._to_read.put(None)
+        for start in range(0, len(self._writes), _MAX_GROUP):
+            self._to_write.put(Group(self._writes[start : start + _MAX_GROUP]))
+        self._writes.clear()
+        self._readers.stop()
         self._to_write.put(None)
         await asyncio.to_thread(self._end)
 
@@ -150,44 +127,15 @@ class SqlStore:
         if num_before < num_writes < _MAX_GROUP and self._loop.time() < until:
             self._loop.call_soon(self._send_writes, num_writes, until)
         elif num_writes:
-            group = self._send(self._writes, _MAX_GROUP, self._to_write)
+            group = Group(self._writes[:_MAX_GROUP])
+            del self._writes[:_MAX_GROUP]
+            self._to_write.put(group)
             group.step_aside(min(_WRITE_ASIDE_SECONDS * len(group.works), _MOST_ASIDE_SECONDS))
 
     async def read(self, work: Callable[[Transaction], T]) -> T:
         """See the port."""
         self._refuse_if_closed()
-        answer: asyncio.Future[T] = self._loop.create_future()
-        self._reads.append(Work(function=work, answer=answer))
-        if self._sending_reads is None:
-            self._await_reader()
-        return await answer
-
-    def _await_reader(self) -> None:
-        if self._num_reading:
-            self._sending_reads = self._loop.call_later(_READ_PATIENCE_SECONDS, self._send_reads)
-        else:
-            self._sending_reads = self._loop.call_soon(self._send_reads)
-
-    def _send_reads(self) -> None:
-        self._sending_reads = None
-        if self._reads:
-            self._num_reading += 1
-            self._send(self._reads, _MAX_READS, self._to_read)
-        if self._reads:
-            self._await_reader()
-
-    def _have_read(self, group: Group) -> None:
-        self._num_reading -= 1
-        group.tell()
-        if self._sending_reads is not None and not self._num_reading:
-            self._sending_reads.cancel()
-            self._await_reader()
-
-    def _send(self, works: list[Work], most: int, threads: queue.SimpleQueue[Group | None]) -> Group:
-        group = Group(works[:most])
-        del works[:most]
-        threads.put(group)
-        return group
+        return await self._readers.read(work)
 
     async def check_room(self) -> None:
         """See the port."""
@@ -198,49 +146,12 @@ class SqlStore:
         directory = Path(str(self._engine.url.database)).parent
         if self._was_full or room.is_short(directory):
             if not room.can_be_written(directory):
-                raise _full()
+                raise full()
             self._was_full = False
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise Unavailable("STORE_UNAVAILABLE", "the store is closed", retry_after_seconds=1.0)
-
-    # In reader threads.
-
-    def _read_groups(self) -> None:
-        while (group := self._to_read.get()) is not None:
-            self._read_group(group)
-
-    def _read_group(self, group: Group) -> None:
-        """Reads of one snapshot, which is younger than all of them."""
-        connection: sa.Connection | None = getattr(self._reader_state, "connection", None)
-        try:
-            if connection is None:
-                connection = self._reader_state.connection = connect(self._engine, read_only=True)
-                self._reader_connections.append(connection)
-            _BEGIN.run(connection, {})
-            try:
-                transaction = SqlTransaction(connection, Touched())
-                for work in group.works:
-                    _read_one(work, transaction)
-            finally:
-                _ROLLBACK.run(connection, {})
-        except (*_BROKEN, FailedPrecondition) as error:
-            self._replace_reader()
-            for work in group.works:
-                work.error = _unavailable(error)
-        group.have_run()
-        self._loop.call_soon_threadsafe(self._have_read, group)
-
-    def _replace_reader(self) -> None:
-        """The thread's next read is over a new connection: what is left of this one is not known."""
-        connection: sa.Connection | None = getattr(self._reader_state, "connection", None)
-        self._reader_state.connection = None
-        if connection is not None:
-            self._reader_connections.remove(connection)
-            # What closing says of a broken connection is nobody's to act on.
-            with suppress(sa.exc.SQLAlchemyError):
-                connection.close()
 
     # In the writer thread.
 
@@ -271,7 +182,7 @@ class SqlStore:
             # A statement without room makes SQLite undo the whole transaction: then it is the savepoint that is missed.
             is_full = any(isinstance(work.error, StoreFull) for work in group.works)
             for work in group.works:
-                work.error = _full() if is_full else _unavailable(error)
+                work.error = full() if is_full else unavailable(error)
         self._was_full |= any(isinstance(work.error, StoreFull) for work in group.works)
         return touched
 
@@ -284,7 +195,7 @@ class SqlStore:
                 work.result = work.function(transaction)
                 touched.merge(by_work)
             except BaseException as error:  # noqa: BLE001 - a thread's boundary: raised again where the caller awaits
-                work.error = _unavailable(error) if isinstance(error, sa.exc.OperationalError) else error
+                work.error = unavailable(error) if isinstance(error, sa.exc.OperationalError) else error
                 connection.exec_driver_sql("ROLLBACK TO work")
             by_work.clear()
             _RELEASE.run(connection, {})
@@ -305,11 +216,9 @@ class SqlStore:
 
     def _end(self) -> None:
         self._writer.join()
-        for reader in self._readers:
-            reader.join()
-        for connection in (*self._reader_connections, self._connection):
-            if connection is not None:
-                connection.close()
+        self._readers.join()
+        if self._connection is not None:
+            self._connection.close()
         self._engine.dispose()
 
     # On the event loop.
@@ -324,31 +233,12 @@ class SqlStore:
                     job_sequences=touched.job_sequences,
                     jobs_changed=touched.jobs,
                     nodes_changed=touched.nodes,
+                    moved_jobs=frozenset(touched.moved_jobs),
                     events=touched.events,
                 )
                 for listener in reversed(self._listeners):
                     told.callback(listener, notice)
                 failpoint("store.before-wake")
-
-
-def _read_one(work: Work, transaction: Transaction) -> None:
-    """Errors of the database are the connection's, and everybody's."""
-    try:
-        work.result = work.function(transaction)
-    except _BROKEN:
-        raise
-    except BaseException as error:  # noqa: BLE001 - a thread's boundary: raised again where the caller awaits
-        work.error = error
-
-
-def _unavailable(error: BaseException) -> Unavailable:
-    if getattr(getattr(error, "orig", None), "sqlite_errorcode", None) == _SQLITE_FULL:
-        return _full()
-    return Unavailable("STORE_UNAVAILABLE", f"the database cannot be used just now: {error}", retry_after_seconds=1.0)
-
-
-def _full() -> StoreFull:
-    return StoreFull("DISK_FULL", "the database's disk is full", retry_after_seconds=_FULL_RETRY_SECONDS)
 
 
 def _open(database: Path) -> tuple[sa.Engine, sa.Connection, str]:

@@ -18,7 +18,7 @@ class SqlTransaction:
         self.datasets = SqlDatasets(connection)
         self.jobs = SqlJobs(connection, touched)
         self.events = SqlEventLog(connection, touched)
-        self.checkpoints = SqlCheckpoints(connection)
+        self.checkpoints = SqlCheckpoints(connection, touched)
         self.artifacts = SqlArtifacts(connection)
         self.nodes = SqlNodes(connection, touched)
         self.requests = SqlRequests(connection)

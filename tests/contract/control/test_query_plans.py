@@ -16,7 +16,7 @@ from control_service.domain.job_state import ON_NODE, JobState
 QUESTIONS: dict[str, Callable[[Transaction], Any]] = {
     "checkpoints that nobody needs": lambda tx: tx.checkpoints.list_unneeded(),
     "starts that nobody needs": lambda tx: tx.jobs.list_unneeded_starts(),
-    "jobs in the queue or on nodes": lambda tx: tx.jobs.in_states({JobState.QUEUED, *ON_NODE}),
+    "jobs on nodes": lambda tx: tx.jobs.in_states(ON_NODE),
     "whether content is used": lambda tx: tx.datasets.content_is_used("0" * 64),
     "live jobs of a dataset": lambda tx: tx.jobs.live_job_ids_of_dataset(1),
 }
@@ -24,6 +24,9 @@ PAGES: dict[str, Callable[[Transaction], Any]] = {
     "of all jobs": lambda tx: tx.jobs.list_page(before_job_id="z", limit=50, project_id=0, states=()),
     "of a project": lambda tx: tx.jobs.list_page(before_job_id="z", limit=50, project_id=1, states=()),
     "of a state": lambda tx: tx.jobs.list_page(before_job_id="z", limit=50, project_id=0, states=(JobState.SUCCEEDED,)),
+    "of the queue and what is on nodes": lambda tx: tx.jobs.list_page(
+        before_job_id="z", limit=50, project_id=0, states=(JobState.QUEUED, *ON_NODE)
+    ),
     "of two states": lambda tx: tx.jobs.list_page(
         before_job_id="z", limit=50, project_id=0, states=(JobState.SUCCEEDED, JobState.FAILED)
     ),

@@ -169,7 +169,9 @@ async def test_listeners_hear_of_a_commit_before_its_writer(store: SqlStore) -> 
         tx.events.append(JOB_ID, attempt=0, events=_events(0))
 
     await store.transact(work)
-    assert heard == [CommitNotice(job_sequences={JOB_ID: 1}, jobs_changed=True, nodes_changed=False)]
+    assert heard == [
+        CommitNotice(job_sequences={JOB_ID: 1}, jobs_changed=True, nodes_changed=False, moved_jobs=frozenset({JOB_ID}))
+    ]
     # What is heard of can be read.
     assert (await store.read(lambda tx: tx.events.bounds(JOB_ID))) == (1, 1)
 

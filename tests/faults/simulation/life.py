@@ -177,7 +177,7 @@ class LifeStore:
             if not answer.done():
                 answer.set_exception(error)
             return
-        touched = tx.job_sequences or tx.jobs_changed or tx.nodes_changed
+        touched = tx.job_sequences or tx.moved_jobs or tx.nodes_changed
         dies = False
         if touched and disk.dies_after_commits:
             disk.dies_after_commits -= 1
@@ -193,7 +193,10 @@ class LifeStore:
             return
         if touched:
             notice = CommitNotice(
-                job_sequences=tx.job_sequences, jobs_changed=tx.jobs_changed, nodes_changed=tx.nodes_changed
+                job_sequences=tx.job_sequences,
+                jobs_changed=tx.jobs_changed,
+                nodes_changed=tx.nodes_changed,
+                moved_jobs=frozenset(tx.moved_jobs),
             )
             for listener in self._listeners:
                 listener(notice)

@@ -52,6 +52,7 @@ class MemoryTransaction:
         self.tables = tables
         self.job_sequences: dict[str, int] = {}
         self.jobs_changed = False
+        self.moved_jobs: set[str] = set()
         self.nodes_changed = False
         self._undo: list[Callable[[], object]] = []
         self.projects, self.datasets = _Projects(tables), _Datasets(tables)
@@ -76,6 +77,10 @@ class MemoryTransaction:
         length = len(log)
         log.extend(events)
         self._undo.append(lambda: log.__delitem__(slice(length, None)))
+
+    def move(self, job_id: str) -> None:
+        self.jobs_changed = True
+        self.moved_jobs.add(job_id)
 
     def roll_back(self) -> None:
         for undo in reversed(self._undo):
@@ -117,7 +122,7 @@ class _Jobs:
     def insert(self, job: Job) -> None:
         self._tx.put(self._jobs, job.job_id, replace(job, last_sequence=0))
         self._tx.put(self._tx.tables.events, job.job_id, [])
-        self._tx.jobs_changed = True
+        self._tx.move(job.job_id)
 
     def get(self, job_id: str) -> Job | None:
         return self._jobs.get(job_id)
@@ -191,7 +196,8 @@ class _Events:
         self._tx.extend(log, numbered)
         self._tx.put(self._tx.tables.jobs, job_id, replace(job, last_sequence=len(log)))
         self._tx.job_sequences[job_id] = len(log)
-        self._tx.jobs_changed |= any(event.kind in _MOVES_JOB for event in numbered)
+        if any(event.kind in _MOVES_JOB for event in numbered):
+            self._tx.move(job_id)
         return numbered
 
 
@@ -202,6 +208,7 @@ class _Checkpoints:
 
     def put(self, checkpoint: Checkpoint) -> None:
         self._tx.put(self._table, (checkpoint.job_id, checkpoint.name), checkpoint)
+        self._tx.moved_jobs.add(checkpoint.job_id)
 
     def list_for_job(self, job_id: str) -> Sequence[Checkpoint]:
         found = [checkpoint for (owner, _), checkpoint in self._table.items() if owner == job_id]

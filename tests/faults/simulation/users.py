@@ -65,6 +65,7 @@ class Users:
                 timeout_seconds=5.0,
                 store=life.store,
                 nodes=life.runtime.nodes,
+                queue=life.runtime.queue,
                 clock=life.clock,
                 ids=life.ids,
                 codec=life.codec,
@@ -97,7 +98,7 @@ class Users:
 
         async def change(life: Life) -> Any:
             return await use_case(
-                job_id, store=life.store, nodes=life.runtime.nodes, clock=life.clock, codec=life.codec
+                job_id, store=life.store, queue=life.runtime.queue, clock=life.clock, codec=life.codec
             )
 
         view = await self._lives.ask(change)
@@ -143,7 +144,7 @@ class Users:
                     return await jobs.resume_job(
                         job_id,
                         store=life.store,
-                        nodes=life.runtime.nodes,
+                        queue=life.runtime.queue,
                         clock=life.clock,
                         codec=life.codec,
                     )

@@ -7,7 +7,7 @@ import sqlite3
 import pytest
 import sqlalchemy as sa
 
-from control_service.adapters.sql import store as sql_store
+from control_service.adapters.sql.refusals import unavailable
 from control_service.app import inference
 from control_service.domain.artifact import CheckpointStatus
 from control_service.domain.errors import ResourceExhausted, StoreFull, Unavailable
@@ -168,8 +168,8 @@ async def test_the_next_node_is_asked_when_one_has_no_room_for_the_adapter(open_
 async def test_a_full_database_is_told_from_one_that_does_not_answer() -> None:
     full = sqlite3.OperationalError("database or disk is full")
     full.sqlite_errorcode = sqlite3.SQLITE_FULL
-    error = sql_store._unavailable(sa.exc.OperationalError("INSERT", {}, full))
+    error = unavailable(sa.exc.OperationalError("INSERT", {}, full))
     assert isinstance(error, StoreFull)
     assert error.reason == "DISK_FULL"
-    locked = sql_store._unavailable(sa.exc.OperationalError("INSERT", {}, sqlite3.OperationalError("locked")))
+    locked = unavailable(sa.exc.OperationalError("INSERT", {}, sqlite3.OperationalError("locked")))
     assert (type(locked), locked.reason) == (Unavailable, "STORE_UNAVAILABLE")

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from control_service.app import gathering
 from control_service.app.gathering import MAX_BYTES, MAX_EVENTS, gathered
 from control_service.domain.errors import Unavailable
 from control_service.domain.event import EventKind, StoredEvent
@@ -116,3 +117,18 @@ async def test_a_reader_that_goes_away_closes_the_stream() -> None:
     assert await anext(batches)
     await batches.aclose()
     assert stream.closed
+
+
+async def test_what_comes_soon_after_a_batch_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "PAUSE_SECONDS", 1.0)
+    batches = [[event.run_sequence for event in batch] async for batch in gathered(_Stream(20).batches())]
+    assert [number for batch in batches for number in batch] == list(range(1, 21))
+    assert len(batches) == 2
+
+
+async def test_a_full_batch_is_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "PAUSE_SECONDS", 3600.0)
+    async with asyncio.timeout(60.0):
+        batches = [batch async for batch in gathered(_Stream(2 * MAX_EVENTS).batches()) if len(batch) > 1]
+    # The first one is what came first; the last is the rest of a stream that has ended.
+    assert [len(batch) for batch in batches] == [MAX_EVENTS, MAX_EVENTS - 1]

@@ -13,7 +13,7 @@ from tests.fakes.control_jobs import NOW, SPEC, make_job
 
 def _job(number: int, *, base: str = "org/base", priority: int = 0, bound: str = "", **changes: object) -> QueuedJob:
     spec = replace(SPEC, base_model=base)
-    return QueuedJob(job=make_job(job_id=f"{number:026d}", spec=spec, priority=priority, **changes), bound_node=bound)
+    return QueuedJob.of(make_job(job_id=f"{number:026d}", spec=spec, priority=priority, **changes), bound_node=bound)
 
 
 def _node(
@@ -59,7 +59,7 @@ def _assigned(queue: list[QueuedJob], nodes: list[NodeView], **on_node: list[str
 
 def _reasons(queue: list[QueuedJob], nodes: list[NodeView], **on_node: list[str]) -> list[tuple[int, WaitReason]]:
     places = decide(queue, nodes, jobs_on_node=on_node, now=NOW).places
-    return [(places[queued.job.job_id].position, places[queued.job.job_id].reason) for queued in queue]
+    return [(places[queued.job_id].position, places[queued.job_id].reason) for queued in queue]
 
 
 def test_first_in_first_out_within_a_priority() -> None:
@@ -115,7 +115,7 @@ def test_a_back_off_that_another_clock_wrote_is_over() -> None:
 
 def test_a_node_of_another_installation_is_told_of() -> None:
     foreign = replace(_node("a", "org/base", state=NodeState.UNREACHABLE), problem="WRONG_INSTALLATION: not ours")
-    place = decide([_job(1)], [foreign], jobs_on_node={}, now=NOW).places[_job(1).job.job_id]
+    place = decide([_job(1)], [foreign], jobs_on_node={}, now=NOW).places[_job(1).job_id]
     assert place.reason is WaitReason.NO_NODE
     assert "node a: WRONG_INSTALLATION" in place.message
 
@@ -130,7 +130,7 @@ def test_why_a_job_waits() -> None:
 
 
 def test_a_node_that_is_too_small_for_a_job_does_not_get_it() -> None:
-    small = replace(_node("a", "org/base"), unfit_jobs=frozenset({_job(1).job.job_id}))
+    small = replace(_node("a", "org/base"), unfit_jobs=frozenset({_job(1).job_id}))
     assert _reasons([_job(1)], [small]) == [(1, WaitReason.NO_NODE)]
     assert _assigned([_job(1)], [small, _node("b", "org/base")]) == [(1, "b")]
     assert _assigned([_job(2)], [small]) == [(2, "a")]
@@ -146,18 +146,16 @@ def test_pinned_weights_and_bound_checkpoints_choose_the_node() -> None:
 
 
 def test_a_job_that_moves_comes_after_the_queue_and_never_to_the_node_it_lost() -> None:
-    moving = replace(_job(0), moving=True)
-    moving = replace(moving, job=replace(moving.job, node="a"))
+    moving = replace(_job(0), lost_node="a")
     nodes = [replace(_node("a", "org/base"), state=NodeState.UNREACHABLE), _node("b", "org/base")]
     assert _assigned([moving], nodes) == [(0, "b")]
     decision = decide([moving, _job(1)], [nodes[1]], jobs_on_node={}, now=NOW)
     assert [int(job_id) for job_id, _ in decision.assignments] == [1]
-    assert list(decision.places) == [_job(1).job.job_id]
+    assert list(decision.places) == [_job(1).job_id]
 
 
 def test_a_job_whose_node_is_back_before_it_was_given_away_stays_there() -> None:
-    moving = replace(_job(0), moving=True)
-    moving = replace(moving, job=replace(moving.job, node="a"))
+    moving = replace(_job(0), lost_node="a")
     lost, other = replace(_node("a", "org/base"), state=NodeState.UNREACHABLE), _node("b", "org/base")
     assert _assigned([moving], [replace(lost, state=NodeState.REACHABLE), other]) == []
     # It speaks, and is asked who it is; or control has just begun, and nothing was heard of it yet.
@@ -179,7 +177,7 @@ def test_jobs_before_it_that_want_other_nodes_are_not_why_a_job_waits() -> None:
 def test_a_job_says_why_nodes_that_have_its_base_cannot_train_it() -> None:
     nodes = [replace(_node("a", "org/base"), problem="transformers 4.57.2 is known to be bad"), _node("b", "org/base")]
     job = _job(1, weights_digest="w2")
-    place = decide([job], nodes, jobs_on_node={}, now=NOW).places[job.job.job_id]
+    place = decide([job], nodes, jobs_on_node={}, now=NOW).places[job.job_id]
     assert place.reason is WaitReason.NO_MODEL
     assert "node a: transformers 4.57.2 is known to be bad" in place.message
     assert "node b: it has other weights" in place.message

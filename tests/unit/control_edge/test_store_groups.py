@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from control_service.adapters.sql import readers
 from control_service.adapters.sql.groups import Group, Work
 from control_service.adapters.sql.store import SqlStore
 
@@ -64,6 +65,26 @@ async def test_writes_that_come_during_a_group_are_the_next_one(store: SqlStore)
         await holding
         assert await asyncio.gather(*following) == [*range(10)]
     assert store.num_commits == before + 2
+
+
+async def test_one_who_reads_alone_waits_for_no_others(store: SqlStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_GATHERING_SECONDS", 3600.0)
+    async with asyncio.timeout(30.0):
+        for number in range(10):
+            assert await store.read(partial(_give, number)) == number
+
+
+async def test_where_many_read_what_comes_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_GATHERING_SECONDS", 3600.0)
+    store = await SqlStore.open(tmp_path / "other.db")
+    async with asyncio.timeout(30.0):
+        assert await asyncio.gather(*(store.read(partial(_give, number)) for number in range(2))) == [0, 1]
+        waiting = [asyncio.create_task(store.read(partial(_give, number))) for number in range(100)]
+        # As long as another group of writes takes, and what it takes to begin one of reads.
+        await store.transact(lambda _: None)
+        assert not any(task.done() for task in waiting)
+        await store.close()
+        assert await asyncio.gather(*waiting) == [*range(100)]
 
 
 async def test_closing_answers_what_waits(tmp_path: Path) -> None:
