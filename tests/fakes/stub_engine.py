@@ -175,8 +175,9 @@ class StubRun:
         self._step = int(run["resume"]["step"]) if run["resume"] else 0
 
     def execute(self) -> str:
-        self._ballast = b"x" * int(self._script.get("ballast_bytes", 0))
         self._state(event_pb2.RUN_STATE_ACCEPTED, event_pb2.RUN_STATE_RUNNING)
+        # A run that had not begun when its engine was killed is not over: it goes to another one.
+        self._ballast = b"x" * int(self._script.get("ballast_bytes", 0))
         try:
             self._prepare()
             while self._step < self._total_steps:
