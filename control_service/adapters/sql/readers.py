@@ -31,11 +31,7 @@ _NUM_READERS: Final = 4
 # Of one snapshot. A slow one keeps its neighbors waiting, so that there are not many.
 _MAX_READS: Final = 32
 # What is asked for waits for a reader that is at work only so long before it goes to another one.
-_PATIENCE_SECONDS: Final = 0.01
-# For so long after a group of several reads there are many who call, and groups are begun no sooner after one another:
-# there are several more by then. One who calls alone waits for nobody.
-_CROWD_SECONDS: Final = 0.05
-_GATHERING_SECONDS: Final = 0.003
+_PATIENCE_SECONDS: Final = 0.005
 
 _BEGIN, _ROLLBACK = Prepared(sa.text("BEGIN")), Prepared(sa.text("ROLLBACK"))
 
@@ -47,8 +43,6 @@ class Readers:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[Work] = []
         self._sending: asyncio.Handle | None = None
-        # By the loop's clock: when the next group may be begun, and until when there are many.
-        self._gathered_seconds = self._crowd_seconds = 0.0
         # The first one again and again while it suffices: what it needs is at hand.
         self._idle = list(range(_NUM_READERS))
         self._threads = [_Reader(engine, partial(self._tell, number)) for number in self._idle]
@@ -83,23 +77,16 @@ class Readers:
         return len(self._idle) < len(self._threads)
 
     def _await_turn(self) -> None:
-        pause = self._gathered_seconds - self._loop.time()
         if self._is_reading:
-            pause = max(pause, _PATIENCE_SECONDS)
-        later = self._loop.call_later
-        self._sending = later(pause, self._send) if pause > 0 else self._loop.call_soon(self._send)
+            self._sending = self._loop.call_later(_PATIENCE_SECONDS, self._send)
+        else:
+            self._sending = self._loop.call_soon(self._send)
 
     def _send(self) -> None:
         self._sending = None
         # With every reader at work it is the first one to be done that goes on.
         if self._waiting and self._idle:
-            group = self._gather()
-            now = self._loop.time()
-            if len(group.works) > 1:
-                self._crowd_seconds = now + _CROWD_SECONDS
-            if now < self._crowd_seconds:
-                self._gathered_seconds = now + _GATHERING_SECONDS
-            self._threads[heappop(self._idle)].groups.put(group)
+            self._threads[heappop(self._idle)].groups.put(self._gather())
             if self._waiting:
                 self._await_turn()
 

@@ -68,23 +68,37 @@ async def test_writes_that_come_during_a_group_are_the_next_one(store: SqlStore)
 
 
 async def test_one_who_reads_alone_waits_for_no_others(store: SqlStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_GATHERING_SECONDS", 3600.0)
+    monkeypatch.setattr(readers, "_PATIENCE_SECONDS", 3600.0)
     async with asyncio.timeout(30.0):
         for number in range(10):
             assert await store.read(partial(_give, number)) == number
 
 
-async def test_where_many_read_what_comes_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_GATHERING_SECONDS", 3600.0)
-    store = await SqlStore.open(tmp_path / "other.db")
-    async with asyncio.timeout(30.0):
-        assert await asyncio.gather(*(store.read(partial(_give, number)) for number in range(2))) == [0, 1]
-        waiting = [asyncio.create_task(store.read(partial(_give, number))) for number in range(100)]
-        # As long as another group of writes takes, and what it takes to begin one of reads.
-        await store.transact(lambda _: None)
-        assert not any(task.done() for task in waiting)
-        await store.close()
-        assert await asyncio.gather(*waiting) == [*range(100)]
+@pytest.mark.parametrize("patience_seconds", [0.0, 3600.0])
+async def test_what_is_asked_for_while_one_reads_waits_for_it_for_a_while(
+    store: SqlStore, monkeypatch: pytest.MonkeyPatch, patience_seconds: float
+) -> None:
+    monkeypatch.setattr(readers, "_PATIENCE_SECONDS", patience_seconds)
+    begun, go_on, threads = threading.Event(), threading.Event(), set()
+
+    def hold(_: object) -> None:
+        threads.add(threading.get_ident())
+        begun.set()
+        go_on.wait(30.0)
+
+    async with asyncio.timeout(60.0):
+        holding = asyncio.create_task(store.read(hold))
+        await asyncio.to_thread(begun.wait)
+        waiting = [asyncio.create_task(store.read(lambda _: threads.add(threading.get_ident()))) for _ in range(20)]
+        if patience_seconds:
+            # As long as another group of writes takes, and what it takes to begin one of reads.
+            await store.transact(lambda _: None)
+            assert not any(task.done() for task in waiting)
+        else:
+            await asyncio.gather(*waiting)
+        go_on.set()
+        await asyncio.gather(holding, *waiting)
+    assert (len(threads) > 1) == (patience_seconds == 0.0)
 
 
 async def test_closing_answers_what_waits(tmp_path: Path) -> None:
