@@ -24,7 +24,7 @@ _SLICE_STEP = 128
 # Of the last resort: with more of them the moment that takes the most is another one, and products get slow.
 _LEAST_MEMORY_SLICES = 4
 # Rows of the head's logits that exist at a time: so many that the product back from them fills a GPU; 0.5 GB at a
-# vocabulary of 128,000. Half as many take a little longer.
+# vocabulary of 128,000. Half as many where memory is what counts.
 HEAD_ROWS, FEW_HEAD_ROWS = 2048, 1024
 # Of the host's memory, what is left to everybody else.
 HOST_SPARE_BYTES = 2 * 1024**3

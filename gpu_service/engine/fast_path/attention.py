@@ -176,8 +176,8 @@ def _go_back(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the three `leaves`, `gradient` being that of `output`.
 
-    To a gradient that it is given torch holds a shape by way of its symbolic ones, which takes an import of sympy the
-    first time: seconds in the middle of a training.
+    Not handed to torch: it compares the shape of a gradient that it is given by way of its symbolic shapes, and imports
+    sympy for that the first time, which takes seconds in the middle of a training.
     """
     with torch.enable_grad():
         handed = _Handed.apply(output, gradient)

@@ -13,8 +13,8 @@ import torch
 
 from gpu_service.engine.fast_path.attention import Attention, Bounds, CudnnAttention, FlashAttention
 from gpu_service.engine.fast_path.flash_attention_4 import UNUSABLE, Preparation, is_installed
+from gpu_service.engine.fast_path.frames import SHORTEST_EVEN
 
-_SHORTEST_FOR_CUDNN = 256
 _TIMED_PASSES = 4
 # About 10 ms, in which any host hands out those passes.
 _HEAD_START_CYCLES = 20_000_000
@@ -101,7 +101,7 @@ class AttentionChoice:
     def _kind_of(self, num_tokens: int, bounds: Bounds) -> _Kind:
         longest = bounds.longest
         is_even = not bounds.lengths_vary and all(length == longest for length in bounds.layout.lengths)
-        if is_even and longest >= _SHORTEST_FOR_CUDNN:
+        if is_even and longest >= SHORTEST_EVEN:
             kind = (True, num_tokens, longest)
             if kind in self._chosen or sum(known[0] for known in self._chosen) < _MOST_EVEN_KINDS:
                 return kind

@@ -20,7 +20,7 @@ SHORTEST = 128
 # How much larger than its own a frame may be that a pass is put into because it was recorded already.
 _SEQUENCES_AND_LENGTH_BEYOND = 4
 # Sequences of one length have kernels of their own from this length on, which take no others.
-_SHORTEST_EVEN = 256
+SHORTEST_EVEN = 256
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
@@ -65,7 +65,7 @@ class Frame:
 
 def frame_of(lengths: Sequence[int], num_targets: int) -> Frame:
     """The smallest frame for a pass of these sequences."""
-    is_even = min(lengths) == max(lengths) >= _SHORTEST_EVEN
+    is_even = min(lengths) == max(lengths) >= SHORTEST_EVEN
     tokens = sum(lengths) if is_even else _round_up(sum(lengths))
     part = -(-tokens // _TARGET_PARTS)
     targets = max(-(-num_targets // part), 1) * part

@@ -29,7 +29,10 @@ def kernel(function: Any) -> Any:
 
 
 class Launched:
-    """Use as `triton.jit`'s result: `self[grid](*arguments, **constants)`, constants being all that follow by name."""
+    """Use as `triton.jit`'s result: `self[grid](*arguments, **constants)`.
+
+    What goes by name is a `tl.constexpr` or a number of which there are few: each value is looked up by itself.
+    """
 
     def __init__(self, function: Any, current_device: Callable[[], int]) -> None:
         """`current_device` is the number of the device that Triton launches on."""
