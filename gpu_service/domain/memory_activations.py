@@ -23,7 +23,7 @@ _QUERY_KEY_NORMS = frozenset({"qwen3", "gemma3_text", "gemma3"})
 # that a pass makes in its layers stands there once more, also where it is made again and gone again. (Measured with
 # Debian 12's, glibc 2.36: `benchmarks/memory_cpu.json`.) Larger ones are mapped by themselves.
 _HEAP_BLOCK_BYTES = 32 * 1024**2
-_HEAP_HOLES = 0.9
+_HEAP_HOLES = 0.8
 # cuBLAS' workspaces on CUDA, taken from torch's allocator: one for the forward and one for the backward thread.
 _WORKSPACE_BYTES = 2 * 32 * 1024**2
 

@@ -13,7 +13,7 @@ ANALYTIC = "analytic"
 CALIBRATED = "calibrated"
 # Of what measurements mean: rises when arithmetic says another number for the same run, or a kind of run is told by
 # something else. What was measured under another is worth nothing.
-VERSION = 3
+VERSION = 4
 # Cells kept for a kind of run, and kinds kept; the oldest go first.
 MAX_CELLS = 32
 MAX_KINDS = 64

@@ -25,8 +25,8 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _TRAINED_BYTES = 4  # trained weights and their gradients are float32
 # The driver's context with the kernels of torch and its libraries: 0.82 GiB on an H100.
 _CUDA_CONTEXT_BYTES = 850 * 1024**2
-# An engine's process on a CPU, before it has a model.
-_CPU_PROCESS_BYTES = 450 * 1024**2
+# An engine's process on a CPU beside its model: what was imported, and what the libraries make for their first steps.
+_CPU_PROCESS_BYTES = 540 * 1024**2
 # Two codes, and two float32 scales for every 256 parameters.
 _LOW_STATE_BYTES = 2 + 2 * 4 / 256
 # Gaps between blocks, and room for a prediction that is a little low.
