@@ -32,6 +32,14 @@ class _Entry:
     node: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """(job id, node name) pairs to dispatch now; when the first back-off ends of the jobs that rest, if any does."""
+
+    assignments: Sequence[tuple[str, str]]
+    next_time: datetime | None
+
+
 class JobQueue:
     """One for a store, made before anything is committed that it is to know of."""
 
@@ -64,14 +72,14 @@ class JobQueue:
             for job in jobs
         ]
 
-    async def assignments(self, now: datetime) -> Sequence[tuple[str, str]]:
-        """(job id, node name) pairs to dispatch now, as far as is known: to be decided again where they are stored."""
+    async def choose(self) -> Choice:
+        """What to dispatch now, as far as is known: to be decided again where it is stored."""
         await self._settle()
-        return self._index.assignments(self._nodes.views(), now)
-
-    def next_time(self, now: datetime) -> datetime | None:
-        """When the next back-off ends."""
-        return self._index.next_time(now)
+        # Of after what is known, or a back-off that began meanwhile would be farther off than any. And one for both,
+        # or a back-off that ends between them would be in neither.
+        now = self._clock.steady_utc_now()
+        assignments = self._index.assignments(self._nodes.views(), now)
+        return Choice(assignments=assignments, next_time=self._index.next_time(now))
 
     def _on_commit(self, notice: CommitNotice) -> None:
         self._moved |= notice.moved_jobs

@@ -21,7 +21,8 @@ _Kind = tuple[str, str, str]
 
 
 class QueueIndex:
-    """The times that it is asked with must not go back."""
+    """The times that it is asked with must not go back, nor be of before what was put: a back-off that begins after
+    them is taken for one of a clock that has been set back since."""
 
     def __init__(self) -> None:
         # Jobs of the queue, and their keys in order: of all, and of each kind's that do not rest.
