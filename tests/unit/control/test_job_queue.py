@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -11,7 +12,9 @@ from control_service.app.queue import JobQueue
 from control_service.app.store_ports import CommitNotice
 from control_service.domain.artifact import Checkpoint
 from control_service.domain.job import Job, WaitReason
+from control_service.domain.job_state import JobState
 from control_service.domain.node import Device, Node, NodeCapabilities, NodeModel, NodeReport, NodeState, NodeView
+from control_service.domain.run import RunState
 from tests.fakes.control_clock import FakeClock
 from tests.fakes.control_jobs import NOW, SPEC, make_job
 
@@ -105,3 +108,14 @@ async def test_a_back_off_that_begins_while_the_queue_is_read_keeps_nobody_waiti
         clock.advance(30.0)
         choice = await queue.choose()
     assert (choice.assignments, choice.next_time) == ([(rests.job_id, "a")], None)
+
+
+async def test_a_lost_job_whose_run_has_succeeded_is_chosen_no_more() -> None:
+    store, nodes = _Jobs(), _Nodes()
+    store_port: Any = store
+    nodes_port: Any = nodes
+    queue = JobQueue(store=store_port, nodes=nodes_port, clock=FakeClock())
+    lost = store.put(_job(1, state=JobState.RUNNING, attempt=1, node="lost", node_unreachable=True))
+    assert (await queue.choose()).assignments == [(lost.job_id, "a")]
+    store.put(replace(lost, run_state=RunState.SUCCEEDED))
+    assert (await queue.choose()).assignments == []
