@@ -8,9 +8,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+import structlog
+
 from control_service.app.ports import Clock, NodeDirectory
 from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.domain.artifact import CheckpointStatus
+from control_service.domain.errors import Unavailable
 from control_service.domain.job import Job, JobView
 from control_service.domain.job_state import ON_NODE, JobState
 from control_service.domain.node import NodeView
@@ -19,7 +22,9 @@ from control_service.domain.queue_policy import QueuedJob, decide
 from control_service.domain.resume import bound_node
 from control_service.domain.run import RUN_OVER, RunState
 
-# So many records are in memory at a time while the index is built.
+_log = structlog.get_logger(__name__)
+
+# So many whole records are in memory at a time while the index is built, beside what it keeps of each.
 _JOBS_A_PAGE = 500
 _IN_INDEX = (JobState.QUEUED, *ON_NODE)
 
@@ -55,8 +60,17 @@ class JobQueue:
         store.subscribe(self._on_commit)
 
     async def view_of(self, job: Job) -> JobView:
-        """A job that was read or written just now, with its position and why it waits."""
+        """A job that was read just now, with its position and why it waits."""
         return (await self.views_of([job]))[0]
+
+    async def view_of_stored(self, job: Job) -> JobView:
+        """A job that was written just now; without its place where the queue cannot be read. That it is stored is the
+        answer: who heard of a failure would ask for it again."""
+        try:
+            return await self.view_of(job)
+        except Unavailable as error:
+            _log.warning("place-not-read", job_id=job.job_id, reason=error.reason)
+            return JobView(job=job)
 
     async def views_of(self, jobs: Sequence[Job]) -> list[JobView]:
         """Jobs that were read just now, with their places."""
@@ -123,7 +137,8 @@ def _read_all(tx: Transaction) -> Mapping[str, _Entry]:
         page = tx.jobs.list_page(before_job_id=before_job_id, limit=_JOBS_A_PAGE, project_id=0, states=_IN_INDEX)
         entries |= {job.job_id: _entry(tx, job) for job in page}
         if len(page) < _JOBS_A_PAGE:
-            return entries
+            # As the index has them: what is put at an end moves nothing.
+            return dict(sorted(entries.items()))
         before_job_id = page[-1].job_id
 
 
