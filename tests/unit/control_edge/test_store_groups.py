@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from control_service.adapters.sql import readers
-from control_service.adapters.sql.groups import Group, Work
+from control_service.adapters.sql.groups import Work, WriteGroup
 from control_service.adapters.sql.store import SqlStore
 from control_service.domain.errors import Unavailable
 
@@ -172,7 +172,7 @@ async def test_a_failure_of_one_write_is_its_own(store: SqlStore) -> None:
 
 
 async def test_a_group_that_has_run_keeps_nobody() -> None:
-    group = Group([Work(function=lambda _: None, answer=asyncio.get_running_loop().create_future())])
+    group = WriteGroup([Work(function=lambda _: None, answer=asyncio.get_running_loop().create_future())])
     group.have_run()
     group.have_run()
     group.step_aside(3600.0)
