@@ -78,7 +78,7 @@ async def export_artifact(
 
         return once(tx, request, now, work=insert, replay=lambda reference: job_of(tx, reference))
 
-    return await queue.view_of(await store.transact(work))
+    return await queue.view_of_stored(await store.transact(work))
 
 
 def _spec(start: StartPoint, format: str, max_logit_difference: float | None) -> TrainingSpec:

@@ -134,7 +134,7 @@ async def _change(
 
         return once(tx, request, now, work=do, replay=lambda reference: job_of(tx, reference))
 
-    return await queue.view_of(await store.transact(work))
+    return await queue.view_of_stored(await store.transact(work))
 
 
 async def delete_job(

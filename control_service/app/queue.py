@@ -8,9 +8,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+import structlog
+
 from control_service.app.ports import Clock, NodeDirectory
 from control_service.app.store_ports import CommitNotice, Store, Transaction
 from control_service.domain.artifact import CheckpointStatus
+from control_service.domain.errors import Unavailable
 from control_service.domain.job import Job, JobView
 from control_service.domain.job_state import ON_NODE, JobState
 from control_service.domain.node import NodeView
@@ -19,7 +22,9 @@ from control_service.domain.queue_policy import QueuedJob, decide
 from control_service.domain.resume import bound_node
 from control_service.domain.run import RUN_OVER, RunState
 
-# So many records are in memory at a time while the index is built.
+_log = structlog.get_logger(__name__)
+
+# So many whole records are in memory at a time while the index is built, beside what it keeps of each.
 _JOBS_A_PAGE = 500
 _IN_INDEX = (JobState.QUEUED, *ON_NODE)
 
@@ -30,6 +35,14 @@ class _Entry:
 
     queued: QueuedJob | None
     node: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """(job id, node name) pairs to dispatch now; when the first back-off ends of the jobs that rest, if any does."""
+
+    assignments: Sequence[tuple[str, str]]
+    next_time: datetime | None
 
 
 class JobQueue:
@@ -47,8 +60,17 @@ class JobQueue:
         store.subscribe(self._on_commit)
 
     async def view_of(self, job: Job) -> JobView:
-        """A job that was read or written just now, with its position and why it waits."""
+        """A job that was read just now, with its position and why it waits."""
         return (await self.views_of([job]))[0]
+
+    async def view_of_stored(self, job: Job) -> JobView:
+        """A job that was written just now; without its place where the queue cannot be read. That it is stored is the
+        answer: who heard of a failure would ask for it again."""
+        try:
+            return await self.view_of(job)
+        except Unavailable as error:
+            _log.warning("place-not-read", job_id=job.job_id, reason=error.reason)
+            return JobView(job=job)
 
     async def views_of(self, jobs: Sequence[Job]) -> list[JobView]:
         """Jobs that were read just now, with their places."""
@@ -64,14 +86,14 @@ class JobQueue:
             for job in jobs
         ]
 
-    async def assignments(self, now: datetime) -> Sequence[tuple[str, str]]:
-        """(job id, node name) pairs to dispatch now, as far as is known: to be decided again where they are stored."""
+    async def choose(self) -> Choice:
+        """What to dispatch now, as far as is known: to be decided again where it is stored."""
         await self._settle()
-        return self._index.assignments(self._nodes.views(), now)
-
-    def next_time(self, now: datetime) -> datetime | None:
-        """When the next back-off ends."""
-        return self._index.next_time(now)
+        # Of after what is known, or a back-off that began meanwhile would be farther off than any. And one for both,
+        # or a back-off that ends between them would be in neither.
+        now = self._clock.steady_utc_now()
+        assignments = self._index.assignments(self._nodes.views(), now)
+        return Choice(assignments=assignments, next_time=self._index.next_time(now))
 
     def _on_commit(self, notice: CommitNotice) -> None:
         self._moved |= notice.moved_jobs
@@ -115,7 +137,8 @@ def _read_all(tx: Transaction) -> Mapping[str, _Entry]:
         page = tx.jobs.list_page(before_job_id=before_job_id, limit=_JOBS_A_PAGE, project_id=0, states=_IN_INDEX)
         entries |= {job.job_id: _entry(tx, job) for job in page}
         if len(page) < _JOBS_A_PAGE:
-            return entries
+            # As the index has them: what is put at an end moves nothing.
+            return dict(sorted(entries.items()))
         before_job_id = page[-1].job_id
 
 

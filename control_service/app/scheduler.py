@@ -75,20 +75,21 @@ class Scheduler:
         while not self._draining:
             await self._wake.wait()
             self._wake.clear()
-            now = self._clock.steady_utc_now()
-            chosen = [job_id for job_id, _ in await self._queue.assignments(now)]
+            choice = await self._queue.choose()
+            chosen = [job_id for job_id, _ in choice.assignments]
             if chosen and not self._draining:
                 await self._store.transact(partial(self._assign, chosen))
                 failpoint("dispatch.after-commit")
-            await self._wake_at(self._queue.next_time(now), now)
+            await self._wake_at(choice.next_time)
 
-    async def _wake_at(self, time: datetime | None, now: datetime) -> None:
+    async def _wake_at(self, time: datetime | None) -> None:
         await self._tasks.stop("scheduler-back-off")
         if time is None:
             return
 
         async def wake() -> None:
-            await self._clock.sleep((time - now).total_seconds() + 0.001)
+            seconds = (time - self._clock.steady_utc_now()).total_seconds()
+            await self._clock.sleep(max(0.0, seconds) + 0.001)
             self._wake.set()
 
         self._tasks.start("scheduler-back-off", wake)

@@ -28,7 +28,8 @@ class CommitNotice:
     jobs_changed: bool
     # True when a node's record was stored.
     nodes_changed: bool
-    # Those jobs, and jobs whose checkpoints changed: what an index of the queue knows of them is old.
+    # Those jobs, jobs whose checkpoints changed, and jobs that were updated while their node was unreachable: what an
+    # index of the queue knows of them is old.
     moved_jobs: frozenset[str] = frozenset()
     # By job, the newest events in sequence and without a gap, up to its `job_sequences`: for whom they would be read
     # again at once. May be missing.

@@ -122,7 +122,7 @@ async def start_training(
 
         return once(tx, request, now, work=insert, replay=lambda reference: job_of(tx, reference))
 
-    return await queue.view_of(await store.transact(work))
+    return await queue.view_of_stored(await store.transact(work))
 
 
 async def retry_job(
@@ -164,7 +164,7 @@ async def retry_job(
 
         return once(tx, request, now, work=insert, replay=lambda reference: job_of(tx, reference))
 
-    return await queue.view_of(await store.transact(work))
+    return await queue.view_of_stored(await store.transact(work))
 
 
 def _snapshot(tx: Transaction, project_id: int) -> tuple[Project, TrainingSpec]:

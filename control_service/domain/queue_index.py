@@ -21,7 +21,8 @@ _Kind = tuple[str, str, str]
 
 
 class QueueIndex:
-    """The times that it is asked with must not go back."""
+    """The times that it is asked with must not go back, nor be of before what was put: a back-off that begins after
+    them is taken for one of a clock that has been set back since."""
 
     def __init__(self) -> None:
         # Jobs of the queue, and their keys in order: of all, and of each kind's that do not rest.
@@ -57,7 +58,7 @@ class QueueIndex:
 
     def assignments(self, nodes: Sequence[NodeView], now: datetime) -> list[tuple[str, str]]:
         """(job id, node name) pairs to dispatch now, in order."""
-        walk = _KindWalk(self._wake(now), self._queued, self._policy(nodes, now), nodes)
+        walk = self._walk(nodes, now)
         assigned = walk.go_on(None)
         for moving in sorted(self._moving.values(), key=lambda moving: moving.key):
             if node := walk.policy.take(moving):
@@ -67,7 +68,7 @@ class QueueIndex:
     def places(self, jobs: Collection[Job], nodes: Sequence[NodeView], now: datetime) -> Mapping[str, Place]:
         """Where jobs stand that are or were in the queue. One that has left it stands where it stood, without a
         reason."""
-        walk = _KindWalk(self._wake(now), self._queued, self._policy(nodes, now), nodes)
+        walk = self._walk(nodes, now)
         places = {}
         for key in sorted(queue_key(job.priority, job.job_id) for job in jobs):
             walk.go_on(key)
@@ -81,11 +82,13 @@ class QueueIndex:
         self._wake(now)
         return self._resting[0][0] if self._resting else None
 
-    def _policy(self, nodes: Sequence[NodeView], now: datetime) -> QueueWalk:
-        return QueueWalk(nodes, jobs_on_node=self._jobs_on_node, now=now)
+    def _walk(self, nodes: Sequence[NodeView], now: datetime) -> _KindWalk:
+        self._wake(now)
+        policy = QueueWalk(nodes, jobs_on_node=self._jobs_on_node, now=now)
+        return _KindWalk(self._kinds, self._queued, policy, nodes)
 
-    def _wake(self, now: datetime) -> Mapping[_Kind, Sequence[QueueKey]]:
-        """The kinds, with the jobs that have rested."""
+    def _wake(self, now: datetime) -> None:
+        """Puts the jobs that have rested among their kinds."""
         for queued in self._may_rest:
             assert queued.not_before is not None
             if self._queued.get(queued.job_id) is queued:
@@ -102,7 +105,6 @@ class QueueIndex:
                     break
                 self._end_rest(resting)
             heappop(self._resting)
-        return self._kinds
 
     def _end_rest(self, queued: QueuedJob) -> None:
         awake = self._queued[queued.job_id] = replace(queued, not_before=None)

@@ -32,9 +32,10 @@ async def watch(
     while True:
         stream = open_stream(cursor.request())
         error: TunesmithError
-        num_before = 0
         try:
             while True:
+                # What ends the count itself is a cancellation, however many the last one counted.
+                num_before = 0
                 num_before = await count_cancellations()
                 # Only the wait for the server counts as silence, not the time that the user takes with an event.
                 response = await asyncio.wait_for(stream.read(), limit_seconds)

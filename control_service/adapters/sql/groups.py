@@ -31,6 +31,23 @@ class Group:
 
     def __init__(self, works: list[Work]) -> None:
         self.works = works
+
+    def tell(self) -> None:
+        """On the event loop: gives everybody the answer."""
+        for work in self.works:
+            if work.answer.done():  # the caller was cancelled; its work is committed all the same
+                continue
+            if work.error is not None:
+                work.answer.set_exception(work.error)
+            else:
+                work.answer.set_result(work.result)
+
+
+class WriteGroup(Group):
+    """One that the event loop steps aside for."""
+
+    def __init__(self, works: list[Work]) -> None:
+        super().__init__(works)
         self._running = threading.Lock()
         self._running.acquire()
 
@@ -42,13 +59,3 @@ class Group:
         """In the thread: the functions have run; what follows needs the interpreter little."""
         if self._running.locked():
             self._running.release()
-
-    def tell(self) -> None:
-        """On the event loop: gives everybody the answer."""
-        for work in self.works:
-            if work.answer.done():  # the caller was cancelled; its work is committed all the same
-                continue
-            if work.error is not None:
-                work.answer.set_exception(work.error)
-            else:
-                work.answer.set_result(work.result)

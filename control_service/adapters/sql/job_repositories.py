@@ -75,6 +75,10 @@ class SqlJobs:
         values |= {"at_job_id": job.job_id, "at_revision": job.revision}
         if statements.UPDATE_JOB.count(self._connection, values) != 1:
             raise Aborted("ETAG_MISMATCH", f"job {job.job_id} was changed by someone else")
+        if job.node_unreachable:
+            # Whether it may leave its node is told from what its run came to and by which weights, of which no event
+            # of control's own tells. Such jobs are few and bring little; the steps of the others move nothing.
+            self._touched.moved_jobs.add(job.job_id)
         return following
 
     def list_page(

@@ -23,7 +23,6 @@ from control_service.adapters.sql.refusals import BROKEN, unavailable
 from control_service.adapters.sql.touched import Touched
 from control_service.adapters.sql.transaction import SqlTransaction
 from control_service.app.store_ports import Transaction
-from control_service.domain.errors import FailedPrecondition
 
 T = TypeVar("T")
 
@@ -102,9 +101,13 @@ class Readers:
     def _have_read(self, number: int, group: Group) -> None:
         heappush(self._idle, number)
         group.tell()
-        if self._waiting and (self._sending is None or not self._is_reading):
-            if self._sending is not None:
-                self._sending.cancel()
+        if not self._waiting:
+            return
+        if self._sending is None:
+            # Its patience ran out while every reader was at work.
+            self._send()
+        elif not self._is_reading:
+            self._sending.cancel()
             self._await_turn()
 
 
@@ -136,7 +139,7 @@ class _Reader(threading.Thread):
                     _read_one(work, transaction)
             finally:
                 _ROLLBACK.run(self.connection, {})
-        except (*BROKEN, FailedPrecondition) as error:
+        except Exception as error:  # noqa: BLE001 - a thread's boundary: told to all who wait, and the thread goes on
             self._forget_connection()
             for work in group.works:
                 work.error = unavailable(error)

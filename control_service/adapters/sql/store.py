@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from control_service.adapters.sql import room, schema
 from control_service.adapters.sql.engine import BUSY_TIMEOUT_MILLISECONDS, connect, make_engine
-from control_service.adapters.sql.groups import Group, Work
+from control_service.adapters.sql.groups import Work, WriteGroup
 from control_service.adapters.sql.migrate import migrate
 from control_service.adapters.sql.prepared import Prepared
 from control_service.adapters.sql.readers import Readers
@@ -64,7 +64,7 @@ class SqlStore:
         # A commit found no room, and nobody has found any since.
         self._was_full = False
         self.num_commits = 0
-        self._to_write: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
+        self._to_write: queue.SimpleQueue[WriteGroup | None] = queue.SimpleQueue()
         self._writes: list[Work] = []
         # A group is being gathered or is under way.
         self._is_writing = False
@@ -93,7 +93,7 @@ class SqlStore:
             return
         self._closed = True
         for start in range(0, len(self._writes), _MAX_GROUP):
-            self._to_write.put(Group(self._writes[start : start + _MAX_GROUP]))
+            self._to_write.put(WriteGroup(self._writes[start : start + _MAX_GROUP]))
         self._writes.clear()
         self._readers.stop()
         self._to_write.put(None)
@@ -127,7 +127,7 @@ class SqlStore:
         if num_before < num_writes < _MAX_GROUP and self._loop.time() < until:
             self._loop.call_soon(self._send_writes, num_writes, until)
         elif num_writes:
-            group = Group(self._writes[:_MAX_GROUP])
+            group = WriteGroup(self._writes[:_MAX_GROUP])
             del self._writes[:_MAX_GROUP]
             self._to_write.put(group)
             group.step_aside(min(_WRITE_ASIDE_SECONDS * len(group.works), _MOST_ASIDE_SECONDS))
@@ -160,7 +160,7 @@ class SqlStore:
             touched = self._commit_group(group)
             self._loop.call_soon_threadsafe(self._answer, group, touched)
 
-    def _commit_group(self, group: Group) -> Touched:
+    def _commit_group(self, group: WriteGroup) -> Touched:
         touched = Touched()
         is_committed = False
         try:
@@ -186,7 +186,7 @@ class SqlStore:
         self._was_full |= any(isinstance(work.error, StoreFull) for work in group.works)
         return touched
 
-    def _run_in_savepoints(self, connection: sa.Connection, group: Group, touched: Touched) -> None:
+    def _run_in_savepoints(self, connection: sa.Connection, group: WriteGroup, touched: Touched) -> None:
         by_work = Touched()
         transaction = SqlTransaction(connection, by_work)
         for work in group.works:
@@ -223,7 +223,7 @@ class SqlStore:
 
     # On the event loop.
 
-    def _answer(self, group: Group, touched: Touched) -> None:
+    def _answer(self, group: WriteGroup, touched: Touched) -> None:
         # The last one first: one that fails, which the loop logs, keeps neither the others nor the writers waiting.
         with ExitStack() as told:
             told.callback(self._go_on_writing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from control_service.domain.event import EventKind, StoredEvent
 from control_service.domain.job import Job
 from control_service.domain.job_state import JobState
 from control_service.domain.node import Node
+from control_service.domain.run import RunState
 from tests.fakes.control_jobs import JOB_ID, make_job
 
 NOW = datetime(2030, 1, 1, 12, 30, 0, 123456, tzinfo=UTC)
@@ -174,6 +176,23 @@ async def test_listeners_hear_of_a_commit_before_its_writer(store: SqlStore) -> 
     ]
     # What is heard of can be read.
     assert (await store.read(lambda tx: tx.events.bounds(JOB_ID))) == (1, 1)
+
+
+@pytest.mark.parametrize("unreachable", [True, False])
+async def test_an_update_moves_a_job_whose_node_is_unreachable_and_no_other(store: SqlStore, unreachable: bool) -> None:
+    job = replace(_job(), node_unreachable=unreachable)
+    await store.transact(lambda tx: tx.jobs.insert(job))
+    heard: list[CommitNotice] = []
+    store.subscribe(heard.append)
+
+    def work(tx: Transaction) -> None:
+        tx.events.append(JOB_ID, attempt=0, events=_events(0))
+        # What it came to is in the record, and in no event that moves a job.
+        tx.jobs.update(replace(job, run_state=RunState.SUCCEEDED))
+
+    await store.transact(work)
+    moved = frozenset({JOB_ID} if unreachable else ())
+    assert heard == [CommitNotice(job_sequences={JOB_ID: 1}, jobs_changed=False, nodes_changed=False, moved_jobs=moved)]
 
 
 async def test_a_database_that_cannot_be_written_is_unavailable_and_heals(store: SqlStore, tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ class _Jobs:
             raise Aborted("ETAG_MISMATCH", f"job {job.job_id} was changed by someone else")
         following = replace(job, revision=job.revision + 1)
         self._tx.put(self._jobs, job.job_id, replace(following, last_sequence=stored.last_sequence))
+        if job.node_unreachable:
+            self._tx.moved_jobs.add(job.job_id)
         return following
 
     def list_page(

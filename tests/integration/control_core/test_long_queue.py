@@ -14,6 +14,7 @@ from control_service.adapters.sql import job_repositories, schema
 from control_service.adapters.sql.records import job_to_row
 from control_service.app.jobs import list_jobs
 from control_service.app.store_ports import Transaction
+from control_service.app.training import retry_job
 from control_service.domain.errors import Unavailable
 from control_service.domain.job import Job, WaitReason
 from control_service.domain.job_state import JobState
@@ -127,3 +128,25 @@ async def test_what_moved_while_the_database_could_not_be_read_is_read_later(ope
     core.store.read = read
     second = await core.start(project.project_id)
     assert (await core.view(second.job_id)).queue_position == 1
+
+
+async def test_what_is_stored_is_answered_though_its_place_cannot_be_read(open_core: Any) -> None:
+    core = await open_core()
+    project = await core.project()
+    over = await core.start(project.project_id)
+    await core.cancel(over.job_id)
+    read = core.store.read
+
+    async def refuse(work: Any) -> Any:
+        raise Unavailable("STORE_UNAVAILABLE", "not now", retry_after_seconds=1.0)
+
+    core.store.read = refuse
+    view = await retry_job(
+        over.job_id, store=core.store, queue=core.runtime.queue, clock=core.clock, ids=core.ids, codec=core.codec
+    )
+    assert (view.job.state, view.queue_position, view.wait_reason) == (JobState.QUEUED, 0, WaitReason.UNSPECIFIED)
+    # Who asks for the place alone hears why there is none.
+    with pytest.raises(Unavailable):
+        await core.runtime.queue.view_of(view.job)
+    core.store.read = read
+    assert (await core.view(view.job.job_id)).queue_position == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime
 
 import pytest
@@ -25,8 +26,8 @@ def _event(run_sequence: int, *, size_bytes: int = 1) -> StoredEvent:
 class _Stream:
     """Gives one event a batch; counts what was taken, and says that it was closed."""
 
-    def __init__(self, number: int, *, size_bytes: int = 1, error: Exception | None = None) -> None:
-        self._number, self._size_bytes, self._error = number, size_bytes, error
+    def __init__(self, number: int, *, size_bytes: int = 1, error: Exception | None = None, ends: bool = True) -> None:
+        self._number, self._size_bytes, self._error, self._ends = number, size_bytes, error, ends
         self.num_given = 0
         self.closed = False
 
@@ -38,6 +39,8 @@ class _Stream:
                 await asyncio.sleep(0)
             if self._error is not None:
                 raise self._error
+            if not self._ends:
+                await asyncio.Event().wait()
         finally:
             self.closed = True
 
@@ -132,3 +135,34 @@ async def test_a_full_batch_is_taken_at_once(monkeypatch: pytest.MonkeyPatch) ->
         batches = [batch async for batch in gathered(_Stream(2 * MAX_EVENTS).batches()) if len(batch) > 1]
     # The first one is what came first; the last is the rest of a stream that has ended.
     assert [len(batch) for batch in batches] == [MAX_EVENTS, MAX_EVENTS - 1]
+
+
+async def test_what_has_come_is_taken_when_the_pause_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "PAUSE_SECONDS", 0.05)
+    stream = _Stream(2, ends=False)
+    async with asyncio.timeout(60.0), aclosing(gathered(stream.batches())) as batches:
+        # Few, and the stream goes on: nothing but the pause's end brings the second batch.
+        assert [[event.run_sequence for event in await anext(batches)] for _ in range(2)] == [[1], [2]]
+    assert stream.closed
+
+
+async def test_a_reader_that_is_cancelled_in_the_pause_hears_of_it_and_closes_the_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gathering, "PAUSE_SECONDS", 3600.0)
+    stream = _Stream(MAX_EVENTS // 2, ends=False)
+    seen: list[int] = []
+
+    async def read() -> None:
+        async with aclosing(gathered(stream.batches())) as batches:
+            async for batch in batches:
+                seen.extend(event.run_sequence for event in batch)
+
+    reading = asyncio.create_task(read())
+    await _until_nothing_moves(stream)
+    reading.cancel()
+    async with asyncio.timeout(60.0):
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+    # All but the first were waiting for the pause's end.
+    assert (seen, stream.num_given, stream.closed) == ([1], MAX_EVENTS // 2, True)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from control_service.adapters.sql import readers
-from control_service.adapters.sql.groups import Group, Work
+from control_service.adapters.sql.groups import Work, WriteGroup
 from control_service.adapters.sql.store import SqlStore
+from control_service.domain.errors import Unavailable
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ async def test_writes_that_come_during_a_group_are_the_next_one(store: SqlStore)
 
     before = store.num_commits
     holding = asyncio.create_task(store.transact(hold))
-    await asyncio.to_thread(begun.wait)
+    await asyncio.to_thread(begun.wait, 30.0)
     following = [asyncio.create_task(store.transact(partial(_give, number))) for number in range(10)]
     await asyncio.sleep(0)
     go_on.set()
@@ -88,7 +89,7 @@ async def test_what_is_asked_for_while_one_reads_waits_for_it_for_a_while(
 
     async with asyncio.timeout(60.0):
         holding = asyncio.create_task(store.read(hold))
-        await asyncio.to_thread(begun.wait)
+        await asyncio.to_thread(begun.wait, 30.0)
         waiting = [asyncio.create_task(store.read(lambda _: threads.add(threading.get_ident()))) for _ in range(20)]
         if patience_seconds:
             # As long as another group of writes takes, and what it takes to begin one of reads.
@@ -101,6 +102,41 @@ async def test_what_is_asked_for_while_one_reads_waits_for_it_for_a_while(
     assert (len(threads) > 1) == (patience_seconds == 0.0)
 
 
+async def test_the_first_reader_to_be_done_goes_on_with_what_waited_for_all_of_them(
+    store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = [threading.Event() for _ in range(4)], [threading.Event() for _ in range(4)]
+
+    def hold(number: int, _: object) -> bool:
+        begun[number].set()
+        return go_on[number].wait(60.0)
+
+    holding = []
+    async with asyncio.timeout(60.0):
+        for number in range(4):
+            holding.append(asyncio.create_task(store.read(partial(hold, number))))
+            assert await asyncio.to_thread(begun[number].wait, 30.0)
+        waiting = asyncio.create_task(store.read(partial(_give, 1)))
+        await asyncio.sleep(0)
+        while store._readers._sending is not None:  # noqa: ASYNC110 - nothing tells of a patience that is over
+            await asyncio.sleep(0.001)
+        monkeypatch.setattr(readers, "_PATIENCE_SECONDS", 3600.0)
+        go_on[0].set()
+        assert await waiting == 1
+        for event in go_on:
+            event.set()
+        assert await asyncio.gather(*holding) == [True] * 4
+
+
+async def test_whatever_a_reader_meets_it_goes_on(store: SqlStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(readers, "connect", lambda *_, **__: 1 // 0)
+        with pytest.raises(Unavailable, match="division"):
+            await store.read(partial(_give, 1))
+    async with asyncio.timeout(30.0):
+        assert await store.read(partial(_give, 2)) == 2
+
+
 async def test_closing_answers_what_waits(tmp_path: Path) -> None:
     store = await SqlStore.open(tmp_path / "other.db")
     begun, go_on = threading.Event(), threading.Event()
@@ -111,7 +147,7 @@ async def test_closing_answers_what_waits(tmp_path: Path) -> None:
         return "held"
 
     tasks = [asyncio.create_task(store.transact(hold))]
-    await asyncio.to_thread(begun.wait)
+    await asyncio.to_thread(begun.wait, 30.0)
     tasks += [asyncio.create_task(store.transact(lambda _: "written")) for _ in range(3)]
     tasks += [asyncio.create_task(store.read(lambda _: "read")) for _ in range(3)]
     await asyncio.sleep(0)
@@ -136,7 +172,7 @@ async def test_a_failure_of_one_write_is_its_own(store: SqlStore) -> None:
 
 
 async def test_a_group_that_has_run_keeps_nobody() -> None:
-    group = Group([Work(function=lambda _: None, answer=asyncio.get_running_loop().create_future())])
+    group = WriteGroup([Work(function=lambda _: None, answer=asyncio.get_running_loop().create_future())])
     group.have_run()
     group.have_run()
     group.step_aside(3600.0)

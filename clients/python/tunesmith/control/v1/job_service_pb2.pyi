@@ -108,7 +108,7 @@ class Job(_message.Message):
     node_unreachable: _builtins.bool
     """True while the job's node does not answer; the run may well go on there."""
     queue_position: _builtins.int
-    """1 is next; 0 when the job is not queued."""
+    """1 is next; 0 when the job is not queued, or its change is stored and the queue could not be read for the answer."""
     wait_reason: Global___WaitReason.ValueType
     wait_message: _builtins.str
     """For people, e.g. `waits for job 01J... on node gpu-0`."""
