@@ -29,8 +29,15 @@ from gpu_service.engine.spare_planner import SparePlanner
 
 _LOG = logging.getLogger(__name__)
 
-# Read by the libraries when they are imported.
-_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# Read by the libraries when they are imported, and by the driver when it starts: kernels are loaded when they are first
+# launched, as torch has it. Set before there is another thread: the libraries read it while they are loaded, in no
+# order with whoever would write it then.
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "CUDA_MODULE_LOADING": "LAZY",
+}
 
 # Set by whoever starts an engine for a device: `cuda:0`, and the directory of a model that is likely to be wanted.
 _DEVICE_VARIABLE, _MODEL_VARIABLE = "TUNESMITH_ENGINE_DEVICE", "TUNESMITH_ENGINE_MODEL"
