@@ -26,7 +26,8 @@ entrypoint.main(["--control-fd", str(theirs.detach())])
 _WRITERS = r"""
 import inspect, json, re, sys
 from gpu_service.engine import device_facts, early_start, entrypoint, kernel_facts, planning
-writes = re.compile(r"environ(\[[^]]*\]\s*[|+]?=[^=]|\s*\|=|\.(update|setdefault|pop|clear)\()|del os\.environ|putenv|setenv")
+calls = r"\.(update|setdefault|pop|clear)\("
+writes = re.compile(r"environ(\[[^]]*\]\s*[|+]?=[^=]|\s*\|=|" + calls + r")|del os\.environ|putenv|setenv")
 ours = [(name, module) for name, module in sys.modules.items() if name.startswith("gpu_service.")]
 print(json.dumps({name: bool(writes.search(inspect.getsource(module))) for name, module in ours if module.__file__
     and not name.endswith("__init__")}))

@@ -151,9 +151,7 @@ async def test_a_run_that_keeps_its_device_after_all_holds_what_it_needs_by_then
     monkeypatch.setattr(node.manager._launcher, "needs_device", lambda run: True)
     key = RunKey(installation_id="i", job_id="01NEXT", attempt=1)
     with pytest.raises(Refusal, match="NODE_DRAINING"):
-        await node.manager.start(
-            StartRequest(key=key, spec_digest="d", spec=node.spec, weights_digest="", resume=None)
-        )
+        await node.manager.start(StartRequest(key=key, spec_digest="d", spec=node.spec, weights_digest="", resume=None))
     assert node.ledger.holder_of("cpu:-1") == KEY.id
     assert node.ledger.host_bytes_beside() == node.manager.get(KEY).host_bytes == 0
     await node.manager.close()
