@@ -8,8 +8,10 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from gpu_service import host_memory
+from gpu_service.api.errors import status_of
 from gpu_service.domain.errors import Refusal
 from gpu_service.domain.memory import MemoryLedger, check_host_room, is_host_short
 from gpu_service.domain.recomputation import HOST_SPARE_BYTES
@@ -57,7 +59,13 @@ def test_only_what_others_hold_keeps_a_run_from_it(needed: int, taken: int, tota
         return
     with pytest.raises(Refusal, match="NODE_BUSY") as refused:
         check_host_room(needed, taken_bytes=taken, total_bytes=total, device_id="cuda:1")
-    assert refused.value.details["device"] == "cuda:1"
+    assert refused.value.details == {"device": "cuda:1", "retry_after_seconds": "30"}
+    status = status_pb2.Status.FromString(
+        dict(status_of(refused.value).trailing_metadata or ())["grpc-status-details-bin"]
+    )
+    retry = error_details_pb2.RetryInfo()
+    assert any(detail.Unpack(retry) for detail in status.details)
+    assert retry.retry_delay.ToTimedelta().total_seconds() == 30
 
 
 def _offloading(root: Path) -> Node:
