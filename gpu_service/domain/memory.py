@@ -84,8 +84,8 @@ class MemoryLedger:
 
 
 def check_host_room(host_bytes: int, *, taken_bytes: int, total_bytes: int, device_id: str) -> None:
-    """Raises `Refusal` NODE_BUSY (details `retry_after_seconds`) where other runs hold the host's memory that a run needs;
-    `total_bytes` 0 is unknown.
+    """Raises `Refusal` NODE_BUSY (details `retry_after_seconds`) where other runs hold the host's memory that a run
+    needs; `total_bytes` 0 is unknown.
 
     Alone it may need more than there is: its exact plan says whether it does, and is refused then.
     """
