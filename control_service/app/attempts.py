@@ -28,6 +28,8 @@ from control_service.domain.run import ObservedRun, ResumeFrom
 
 _log = structlog.get_logger(__name__)
 
+# In the details of a refusal whose RetryInfo is not that of every refusal with its reason.
+_RETRY_DETAIL = "retry_after_seconds"
 # The node takes no run just now; the job goes back to the queue and nothing is counted.
 _NOT_NOW: frozenset[str] = frozenset({"NODE_BUSY", "NODE_DRAINING", "STALE_EPOCH", "RUN_CONFLICT", "DISK_FULL"})
 # The node knows attempts that control's record does not: it was restored from a backup. The next one goes above them.
@@ -135,13 +137,17 @@ class AttemptStarter:
             log.warning("node-knows-later-attempts", highest_attempt=highest)
             self._nodes.note_attempt(job.job_id, highest)
         if error.reason in _NOT_NOW:
-            self._nodes.mark_busy(job.node)
+            # A node that itself names the time lacks something that this job needs, and may have it for others.
+            names_time = _RETRY_DETAIL in error.details
+            if not names_time:
+                self._nodes.mark_busy(job.node)
+            knows_time = names_time or error.reason == "DISK_FULL"
             message = f"node {job.node}: {error.reason}"
-            if error.reason == "DISK_FULL":
+            if knows_time:
                 message += f": {error.message}"
             settle = Settle(state=JobState.QUEUED, message=message, keeps_failure=True)
             # A node knows how soon asking again may help: a disk does not get empty in a second.
-            seconds = error.retry_after_seconds if error.reason == "DISK_FULL" else None
+            seconds = error.retry_after_seconds if knows_time else None
             pause = timedelta(seconds=seconds or retry.INITIAL_BACK_OFF_SECONDS)
             await self._settler.settle(job, settle, not_before=self._clock.steady_utc_now() + pause)
             return

@@ -88,9 +88,11 @@ def status_of(refusal: Refusal, *, method: str = "") -> grpc.Status:
     if refusal.field and code is grpc.StatusCode.INVALID_ARGUMENT:
         violation = error_details_pb2.BadRequest.FieldViolation(field=refusal.field, description=refusal.message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if refusal.reason in _RETRY_SECONDS:
+    # A refusal that knows better says so.
+    retry_seconds = refusal.details.get("retry_after_seconds", _RETRY_SECONDS.get(refusal.reason))
+    if retry_seconds is not None:
         delay = Duration()
-        delay.FromMilliseconds(int(_RETRY_SECONDS[refusal.reason] * 1000))
+        delay.FromMilliseconds(int(float(retry_seconds) * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return _status(code, refusal.message, details)
 

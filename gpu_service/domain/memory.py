@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from gpu_service.domain.errors import Fault, Refusal
 from gpu_service.domain.recomputation import HOST_SPARE_BYTES
 
+# After which whoever found too little of the host's memory may ask again.
+_HOST_RETRY_SECONDS = 30.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reservation:
@@ -81,7 +84,8 @@ class MemoryLedger:
 
 
 def check_host_room(host_bytes: int, *, taken_bytes: int, total_bytes: int, device_id: str) -> None:
-    """Raises `Refusal` NODE_BUSY where other runs hold the host's memory that a run needs; `total_bytes` 0 is unknown.
+    """Raises `Refusal` NODE_BUSY (details `retry_after_seconds`) where other runs hold the host's memory that a run
+    needs; `total_bytes` 0 is unknown.
 
     Alone it may need more than there is: its exact plan says whether it does, and is refused then.
     """
@@ -90,6 +94,8 @@ def check_host_room(host_bytes: int, *, taken_bytes: int, total_bytes: int, devi
             f"up to {host_bytes:,} bytes of the host's memory are to be locked for the run, of {total_bytes:,} that "
             f"other runs hold {taken_bytes:,} of",
             device_id,
+            # Until one of them is over, which may take hours; a device that is free meanwhile is for others to take.
+            retry_after_seconds=f"{_HOST_RETRY_SECONDS:g}",
         )
 
 
@@ -100,5 +106,5 @@ def is_host_short(host_bytes: int, *, taken_bytes: int, total_bytes: int) -> boo
     )
 
 
-def _busy(message: str, device_id: str) -> Refusal:
-    return Refusal("NODE_BUSY", Fault.PLATFORM, message, details={"device": device_id})
+def _busy(message: str, device_id: str, **details: str) -> Refusal:
+    return Refusal("NODE_BUSY", Fault.PLATFORM, message, details={"device": device_id, **details})

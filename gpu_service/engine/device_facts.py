@@ -1,13 +1,13 @@
 """What a plan is told of a device, without torch: a run is planned while torch is being imported.
 
 Of a GPU the driver is asked, which makes the device's context: the one that torch uses later, so what is free then is
-free without it. Refuses to guess: where the driver does not answer there are no facts.
+free without it. Refuses to guess: where the driver does not answer there are no facts. Changes nothing of the
+process' environment, which other threads read meanwhile.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,8 +46,6 @@ class _Gpu:
     """A device of the driver's, with its context made. Kept for as long as the process lives."""
 
     def __init__(self, index: int, driver: Any) -> None:
-        # As torch has it: kernels are loaded when they are first launched. The driver reads it at its start.
-        os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
         self._driver = driver
         self._call("cuInit", 0)
         self._device = ctypes.c_int()

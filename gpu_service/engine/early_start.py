@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from google.protobuf import json_format
 
@@ -26,12 +26,12 @@ _LOG = logging.getLogger(__name__)
 
 
 class EarlyStart:
-    """`begin` when imports begin, `offer` each run that comes, `end_imports`, then `take` the run's plan."""
+    """`begin` when imports begin, `offer` each run that comes, `end_imports`, `take` the run's plan, and `close`."""
 
     def __init__(
         self, *, device_id: str, planner: SparePlanner, planner_command: Sequence[str] = PLANNER_COMMAND
     ) -> None:
-        """`device_id`: the engine's device (`cuda:0`); empty: that of the run, which is then known only with it."""
+        """`device_id`: the engine's device (`cuda:0`), which is that of its runs; empty: nothing is begun early."""
         self._device_id = device_id
         self._planner = planner
         self._planner_command = planner_command
@@ -76,22 +76,30 @@ class EarlyStart:
         begun, self._begun = self._begun, None
         return begun
 
+    def close(self) -> None:
+        """The engine leaves: a planner whose run it never took up is ended. Waits until that is known."""
+        self.end_imports()
+        self._thread.join()
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.end()
+
     def _work(self) -> None:
+        if not self._device_id:
+            return
         planning, facts = (import_module(f"gpu_service.engine.{name}") for name in ("planning", "device_facts"))
         expected = (OSError, ValueError, KeyError, json_format.ParseError, facts.DriverFailed)
-        describe: Any = None
         try:
-            if self._device_id:
-                # Before there is a run: making the context takes as long as a part of the imports.
-                kind, _, index = self._device_id.partition(":")
-                describe = facts.open_device(request.DeviceChoice(type=kind, index=int(index)))
-                _LOG.info("%s answers", self._device_id)
+            # Before there is a run: making the context takes as long as a part of the imports.
+            kind, _, index = self._device_id.partition(":")
+            describe = facts.open_device(request.DeviceChoice(type=kind, index=int(index)))
+            _LOG.info("%s answers", self._device_id)
             run_directory = self._offers.get()
             if run_directory is None:
                 return
             asked = request.read(run_directory)
             if planning.needs_planner(asked):
-                device = {**(describe or facts.open_device(asked.device))(), "kernel_problem": ""}
+                device = {**describe(), "kernel_problem": ""}
                 self._begun = planning.begin(asked, command=self._planner_command, device=device, spare=self._planner)
                 _LOG.info("a planner works for %s", asked.job_id)
         except expected as error:

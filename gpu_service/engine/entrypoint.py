@@ -17,9 +17,10 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from gpu_service.engine.control import ControlPipe
 from gpu_service.engine.early_start import EarlyStart
@@ -29,8 +30,15 @@ from gpu_service.engine.spare_planner import SparePlanner
 
 _LOG = logging.getLogger(__name__)
 
-# Read by the libraries when they are imported.
-_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# Read by the libraries when they are imported, and by the driver when it starts: kernels are loaded when they are first
+# launched, as torch has it. Set before there is another thread: the libraries read it while they are loaded, in no
+# order with whoever would write it then.
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "CUDA_MODULE_LOADING": "LAZY",
+}
 
 # Set by whoever starts an engine for a device: `cuda:0`, and the directory of a model that is likely to be wanted.
 _DEVICE_VARIABLE, _MODEL_VARIABLE = "TUNESMITH_ENGINE_DEVICE", "TUNESMITH_ENGINE_MODEL"
@@ -62,40 +70,50 @@ def main(arguments: Sequence[str]) -> int:
         planner.prepare()
         pipe.start()
         early.begin()
-        # Of the millions of objects that imports make nearly all stay; looking for those that do not takes a fifth of
-        # the time.
-        gc.disable()
-        linking = load_ahead()
-        beside = threading.Thread(target=_import_beside, args=(device_id,), name="import-beside", daemon=True)
-        beside.start()
-        # An import that finds the linker at work waits for it, and holds the interpreter meanwhile.
-        linking.join()
-        # Each may take a minute from a slow disk, and is a sign of progress.
-        pipe.note_progress()
-        import_module("torch")
-        _LOG.info("torch is imported")
-        pipe.note_progress()
-        # No two threads import Triton's parts in different orders.
-        beside.join()
-        early.torch_is_there()
-        service = import_module("gpu_service.engine.service")
-        _LOG.info("the engine is imported")
-        pipe.note_progress()
-        early.end_imports()
-        # Else the first collection, a moment from now, looks at all of them.
-        gc.freeze()
-        gc.enable()
-        status: int = service.serve(pipe, planner, device_id, Path(model) if model else None, early)
-        return status
+        # Wherever it leaves, nothing works on for a run that it did not take up.
+        with closing(early):
+            service = _import_libraries(pipe, early, device_id)
+            status: int = service.serve(pipe, planner, device_id, Path(model) if model else None, early)
+            return status
+
+
+def _import_libraries(pipe: ControlPipe, early: EarlyStart, device_id: str) -> ModuleType:
+    """Import torch and the engine, with what goes on beside; the engine's service."""
+    # Of the millions of objects that imports make nearly all stay; looking for those that do not takes a fifth of
+    # the time.
+    gc.disable()
+    linking = load_ahead()
+    beside = threading.Thread(target=_import_beside, args=(device_id,), name="import-beside", daemon=True)
+    beside.start()
+    # An import that finds the linker at work waits for it, and holds the interpreter meanwhile.
+    linking.join()
+    # Each may take a minute from a slow disk, and is a sign of progress.
+    pipe.note_progress()
+    import_module("torch")
+    _LOG.info("torch is imported")
+    pipe.note_progress()
+    # No two threads import Triton's parts in different orders.
+    beside.join()
+    early.torch_is_there()
+    service: ModuleType = import_module("gpu_service.engine.service")
+    _LOG.info("the engine is imported")
+    pipe.note_progress()
+    early.end_imports()
+    # Else the first collection, a moment from now, looks at all of them.
+    gc.freeze()
+    gc.enable()
+    return service
 
 
 def _import_beside(device_id: str) -> None:
     """What needs no torch, while torch is imported: one waits for files where the other computes."""
-    import_module("gpu_service.engine.planning")
     kind, _, index = device_id.partition(":")
     if kind != "cuda":
         return
-    # Builds of torch for CPUs bring none; whoever needs it says so.
-    with suppress(ImportError):
+    try:
         import_module("triton")
-        import_module("gpu_service.engine.kernel_facts").find_out(DeviceChoice(type=kind, index=int(index)))
+    except ImportError as error:
+        # Builds of torch for CPUs bring none; whoever needs it says so.
+        _LOG.info("no Triton: %s", error)
+        return
+    import_module("gpu_service.engine.kernel_facts").find_out(DeviceChoice(type=kind, index=int(index)))

@@ -17,8 +17,10 @@ from gpu_service.engine.device_facts import DriverFailed, open_device
 from gpu_service.engine.request import DeviceChoice
 
 _LOG = logging.getLogger(__name__)
-# Triton finds a program or a library by asking others, and asserts that it is there.
-_EXPECTED = (ImportError, AttributeError, TypeError, OSError, AssertionError, RuntimeError, subprocess.SubprocessError)
+# The name moved, or what it is in needs something that is not there.
+_NOT_FOUND = (ImportError, AttributeError)
+# It takes other arguments by now, or did not find its program or library: it asks others, and asserts what they say.
+_NO_ANSWER = (TypeError, OSError, AssertionError, RuntimeError, subprocess.SubprocessError)
 
 # Name of the module, of its function, and what that takes of the device's compute capability (90 for 9.0).
 _FACTS: Mapping[str, tuple[str, Callable[[int], tuple[Any, ...]]]] = {
@@ -35,9 +37,15 @@ def find_out(device: DeviceChoice) -> None:
     except (OSError, DriverFailed) as error:
         _LOG.info("kernels are not prepared for: %s", error)
         return
+    capability = int(major) * 10 + int(minor)
     for module, (function, arguments) in _FACTS.items():
         try:
-            getattr(import_module(module), function)(*arguments(int(major) * 10 + int(minor)))
-        except _EXPECTED as error:
+            find = getattr(import_module(module), function)
+        except _NOT_FOUND as error:
+            _LOG.info("not found out ahead, %s.%s: %s: %s", module, function, type(error).__name__, error)
+            continue
+        try:
+            find(*arguments(capability))
+        except _NO_ANSWER as error:
             _LOG.info("not found out ahead, %s.%s: %s: %s", module, function, type(error).__name__, error)
     _LOG.info("Triton knows itself")

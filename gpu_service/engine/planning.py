@@ -1,5 +1,7 @@
 """Runs the planner as a child process and reads its answer; a stop kills the child at once.
 
+Not one that was begun while the engine imports its libraries: a stop meets it behind them, when its run is taken up.
+
 Counts nothing itself: a run without data needs no planner, only the checks.
 """
 

@@ -204,10 +204,11 @@ class RunManager:
                 # Whatever kept it from the disk, the device is as it was before; the error goes on to the caller.
                 self._ledger.release(key.id)
                 displaced = admitted.displaced
-                if displaced is not None and any(
-                    run.key.id == displaced.run_id and self._launcher.needs_device(run) for run in leaving
-                ):
-                    self._ledger.restore(displaced)
+                for one in leaving:
+                    if displaced is not None and one.key.id == displaced.run_id and self._launcher.needs_device(one):
+                        self._ledger.restore(displaced)
+                        # Its exact plan may have come, or its end, while the ledger did not know it.
+                        self._ledger.note_host_bytes(one.key.id, one.host_bytes)
                 await asyncio.to_thread(self._files.forget_unaccepted, key)
                 raise
             if self.draining:

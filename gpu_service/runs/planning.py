@@ -121,18 +121,12 @@ class Planning:
     async def _with_room(self, checked: CheckedPlan, plan_json: Mapping[str, Any] | None = None) -> dict[str, Any]:
         told = dict(checked.to_json() if plan_json is None else plan_json)
         warnings = await asyncio.to_thread(room_warnings, self._files.runs, checked)
-        held = await asyncio.to_thread(self._host_warnings, int(told["memory"]["host_bytes"]))
+        total_bytes = await asyncio.to_thread(host_memory.total_bytes)
+        # Here and in no thread: runs come and go on this loop while a thread would add up what they hold.
+        held = _host_warnings(
+            int(told["memory"]["host_bytes"]), taken_bytes=self._taken_host_bytes(), total_bytes=total_bytes
+        )
         return {**told, "warnings": [*told.get("warnings", []), *warnings, *held]}
-
-    def _host_warnings(self, host_bytes: int) -> list[str]:
-        """What a plan says of memory of the host that other runs have. Reads files of the kernel's."""
-        taken, total = self._taken_host_bytes(), host_memory.total_bytes()
-        if not is_host_short(host_bytes, taken_bytes=taken, total_bytes=total):
-            return []
-        return [
-            f"inputs of recomputed layers wait in {host_bytes:,} bytes of the host's memory, of which runs of this "
-            f"node hold {taken:,} now: this one waits until they are over"
-        ]
 
     async def exact(self, spec: Mapping[str, Any], device: Device) -> dict[str, Any]:
         """The plan at level EXACT, as proto JSON. Raises `Refusal`. Cancelling it kills the planner."""
@@ -175,6 +169,16 @@ class Planning:
         """No planner of this server works during the block; calls for one wait."""
         async with self._planner.at_rest():
             yield
+
+
+def _host_warnings(host_bytes: int, *, taken_bytes: int, total_bytes: int) -> list[str]:
+    """What a plan says of memory of the host that other runs have."""
+    if not is_host_short(host_bytes, taken_bytes=taken_bytes, total_bytes=total_bytes):
+        return []
+    return [
+        f"inputs of recomputed layers wait in {host_bytes:,} bytes of the host's memory, of which runs of this "
+        f"node hold {taken_bytes:,} now: this one waits until they are over"
+    ]
 
 
 def _for_planning(device: Device) -> plan.Device:

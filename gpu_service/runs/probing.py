@@ -75,7 +75,7 @@ class MemoryProber:
         self._ledger.reserve(run_id=key, device_id=device.id, num_bytes=0, capacity_bytes=0)
         try:
             async with self._planning.planned(spec, device) as planned:
-                await self._take_host_memory(key, device, int(planned.plan["memory"].get("host_bytes") or 0))
+                await self._take_host_memory(key, device, int(planned.plan["memory"]["host_bytes"]))
                 start = time.monotonic()
                 await self._make_room(device.id)
                 measured = await self._measure(self._directory / key, spec, planned, device)

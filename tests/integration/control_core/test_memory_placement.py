@@ -50,6 +50,27 @@ async def test_a_job_that_fits_only_a_busy_node_waits_for_it(open_core: Any) -> 
     assert (await core.running(waiting.job_id)).node == "b"
 
 
+async def test_a_job_that_waits_for_memory_of_the_host_leaves_the_node_to_others(open_core: Any) -> None:
+    node = FakeNode("a")
+    core = await open_core(node)
+    await core.reachable()
+    project = await core.project()
+    node.start_error = ResourceExhausted(
+        "NODE_BUSY", "other runs hold it", details={"retry_after_seconds": "30"}, retry_after_seconds=30.0
+    )
+    start = core.clock.steady_utc_now()
+    waiting = (await core.start(project.project_id)).job_id
+    refused = await core.until_job(waiting, lambda job: job.attempt == 1 and job.state is JobState.QUEUED)
+    assert (refused.not_before - start).total_seconds() >= 30
+    states = [fact for fact in await core.facts(waiting) if isinstance(fact, JobStateFact)]
+    assert states[-1].message == "node a: NODE_BUSY: other runs hold it"
+    (view,) = core.runtime.nodes.views()
+    assert view.report.accepting
+    node.start_error = None
+    running = await core.running((await core.start(project.project_id)).job_id)
+    assert (running.node, len(node.start_calls)) == ("a", 2)
+
+
 async def test_a_job_that_fits_nowhere_fails(open_core: Any) -> None:
     nodes = [FakeNode("a"), FakeNode("b")]
     core = await open_core(*nodes)

@@ -298,15 +298,17 @@ async def test_a_spare_that_neither_comes_up_nor_ends_keeps_no_server_from_stopp
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spares, "_LAST_START_SECONDS", 0.01)
-    never = asyncio.Event()
+    begun, never = asyncio.Event(), asyncio.Event()
 
     async def start_spare(device: Device, is_free: Callable[[], bool]) -> Engine | None:
+        begun.set()
         await never.wait()
         return None
 
     monkeypatch.setattr(node.pool, "start_spare", start_spare)
     await node.keeper.look()
     async with asyncio.timeout(30):
+        await begun.wait()
         await node.keeper.end()
         await node.keeper.dismiss()
     never.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -100,6 +101,30 @@ def test_a_driver_that_is_not_there_is_left_to_the_run(tmp_path: Path) -> None:
     early.offer(run)
     assert early.take(run) is None
     assert early.head_start is None
+
+
+def test_a_planner_whose_run_was_never_taken_up_ends_with_the_engine(tmp_path: Path) -> None:
+    command = ("/bin/sh", "-c", "exec sleep 600", "planner")
+    early = EarlyStart(device_id="cpu:-1", planner=SparePlanner(("/nothing",)), planner_command=command)
+    early.begin()
+    early.offer(_make_run(tmp_path / "run"))
+    early._thread.join()
+    assert early._begun is not None
+    child = early._begun.child
+    early.close()
+    assert child.returncode == -signal.SIGKILL
+    # Nobody has it any more.
+    assert early.take(tmp_path / "run") is None
+
+
+def test_without_a_device_nothing_is_begun(tmp_path: Path) -> None:
+    early = EarlyStart(device_id="", planner=SparePlanner(("/nothing",)), planner_command=("/bin/true",))
+    early.begin()
+    run = _make_run(tmp_path / "run")
+    early.offer(run)
+    assert early.take(run) is None
+    assert not (run / "planner-request.json").exists()
+    early.close()
 
 
 def _begin(device: Mapping[str, Any], script: str = "sleep 600") -> Begun:

@@ -43,6 +43,19 @@ def test_a_name_that_moved_keeps_nothing_else_from_being_found_out(
     assert caplog.text.count("not found out ahead") == 2
 
 
+def test_a_program_that_is_not_there_keeps_nothing_else_from_being_found_out(
+    asked: list[tuple[str, tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> str:
+        raise FileNotFoundError("ldconfig")
+
+    caplog.set_level("INFO", logger=kernel_facts.__name__)
+    monkeypatch.setattr(sys.modules["triton.backends.nvidia.driver"], "library_dirs", fail)
+    kernel_facts.find_out(_DEVICE)
+    assert asked == [("triton_key", ()), ("get_ptxas_version", (90,))]
+    assert "FileNotFoundError: ldconfig" in caplog.text
+
+
 def test_a_device_that_does_not_answer_is_left_to_the_run(
     asked: list[tuple[str, tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -127,20 +128,36 @@ def test_a_plan_that_another_planner_put_there(tmp_path: Path, monkeypatch: pyte
     assert disk.steps == [("fsync", tmp_path)]
 
 
+class Pauses(threading.Event):
+    """How long a thread meant to wait for it, each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.seconds.append(timeout)
+        return super().wait(timeout)
+
+
 def test_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An outcome is on the disk when append returns, a step within the interval, all of it at the close."""
     path = tmp_path / "journal"
     disk = record_disk_steps(monkeypatch)
+    pauses = Pauses()
     with Writer.open(path, 1) as writer:
+        monkeypatch.setattr(writer, "_closed", pauses)
         assert ("fsync", tmp_path) in disk.steps
         for state in (event_pb2.RUN_STATE_RUNNING, event_pb2.RUN_STATE_SUCCEEDED):
             writer.append(events.wrap(event_pb2.RunStateEvent(state=state)))
             assert disk.has(path)
         writer.append(events.wrap(event_pb2.StepEvent(step=1, total_steps=2)))
         deadline = time.monotonic() + 30
-        while not disk.has(path):
+        while not (disk.has(path) and pauses.seconds):
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        # How long it took says nothing on a busy machine.
+        assert set(pauses.seconds) == {0.2}
         monkeypatch.setattr("gpu_service.journal.file._SYNC_INTERVAL_SECONDS", 3600.0)
         writer.append(events.wrap(event_pb2.StepEvent(step=2, total_steps=2)))
     assert disk.has(path)

@@ -4,11 +4,14 @@ told.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from gpu_service import host_memory
+from gpu_service.api.errors import status_of
 from gpu_service.domain.errors import Refusal
 from gpu_service.domain.memory import MemoryLedger, check_host_room, is_host_short
 from gpu_service.domain.recomputation import HOST_SPARE_BYTES
@@ -56,7 +59,13 @@ def test_only_what_others_hold_keeps_a_run_from_it(needed: int, taken: int, tota
         return
     with pytest.raises(Refusal, match="NODE_BUSY") as refused:
         check_host_room(needed, taken_bytes=taken, total_bytes=total, device_id="cuda:1")
-    assert refused.value.details["device"] == "cuda:1"
+    assert refused.value.details == {"device": "cuda:1", "retry_after_seconds": "30"}
+    status = status_pb2.Status.FromString(
+        dict(status_of(refused.value).trailing_metadata or ())["grpc-status-details-bin"]
+    )
+    retry = error_details_pb2.RetryInfo()
+    assert any(detail.Unpack(retry) for detail in status.details)
+    assert retry.retry_delay.ToTimedelta().total_seconds() == 30
 
 
 def _offloading(root: Path) -> Node:
@@ -100,7 +109,13 @@ async def test_a_plan_says_that_it_is_taken(tmp_path: Path, monkeypatch: pytest.
     node = _offloading(tmp_path)
     monkeypatch.setattr(host_memory, "total_bytes", lambda: HOST_SPARE_BYTES)
     planning: Planning = node.admission._planning
-    monkeypatch.setattr(planning, "_taken_host_bytes", node.ledger.host_bytes_beside)
+
+    def taken_bytes() -> int:
+        # Runs come and go on the loop: a thread that adds up what they hold finds them changing.
+        assert asyncio.get_running_loop()
+        return node.ledger.host_bytes_beside()
+
+    monkeypatch.setattr(planning, "_taken_host_bytes", taken_bytes)
     plain = await planning.checked(node.spec, gpu(1))
     assert not any("host's memory" in warning for warning in plain["warnings"])
     await node.admit("a/1")

@@ -139,6 +139,24 @@ async def test_a_run_that_is_over_is_not_in_the_way_while_it_is_being_settled(tm
     await node.manager.close()
 
 
+async def test_a_run_that_keeps_its_device_after_all_holds_what_it_needs_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it holds of the host's memory changed while its successor was booked instead."""
+    node = Node(tmp_path)
+    node.admission.meanwhile = node.manager.begin_draining
+    node.leave_ended_run()
+    await node.manager.open()
+    node.ledger.reserve(run_id=KEY.id, device_id="cpu:-1", num_bytes=0, capacity_bytes=0, host_bytes=100)
+    monkeypatch.setattr(node.manager._launcher, "needs_device", lambda run: True)
+    key = RunKey(installation_id="i", job_id="01NEXT", attempt=1)
+    with pytest.raises(Refusal, match="NODE_DRAINING"):
+        await node.manager.start(StartRequest(key=key, spec_digest="d", spec=node.spec, weights_digest="", resume=None))
+    assert node.ledger.holder_of("cpu:-1") == KEY.id
+    assert node.ledger.host_bytes_beside() == node.manager.get(KEY).host_bytes == 0
+    await node.manager.close()
+
+
 def _starting_spec(node: Node, **start: Any) -> dict[str, Any]:
     adapter = b"weights"
     sha256 = hashlib.sha256(adapter).hexdigest()

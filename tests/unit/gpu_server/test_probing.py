@@ -56,7 +56,7 @@ class ScriptedPlanner(PlannerProcess):
 
         self.keeper = asyncio.create_task(keep())
         await asyncio.sleep(0)
-        plan = {"memory": {"analytic_bytes": "5", "peak_bytes": "6"}}
+        plan = {"memory": {"analytic_bytes": "5", "peak_bytes": "6", "host_bytes": "0"}}
         (self._directory.parent / "plan.json").write_text(json.dumps(plan))
         return {"plan_directory": str(self._directory.parent)}
 
