@@ -21,7 +21,9 @@ from gpu_service.engine.fast_path.launching import kernel
 _LARGEST = tl.constexpr(fp8_reference.LARGEST)
 _WIDEST_RANKS = 128
 # Rows, columns at a time, warps and stages of a program that makes ranks, by the width that these are padded to.
-_RANK_SHAPES = {16: (32, 256, 4, 3), 32: (32, 128, 4, 4), 64: (32, 128, 4, 4), 128: (64, 64, 4, 4)}
+# At most 32 rows: from 64 on, Hopper multiplies in the background what it reads from shared memory, and there Triton
+# (3.6) keeps one buffer too few where what is multiplied is read by something else as well, as rows for their largest.
+_RANK_SHAPES = {16: (32, 256, 4, 3), 32: (32, 128, 4, 4), 64: (32, 128, 4, 4), 128: (32, 64, 4, 4)}
 _OUT_ROWS = 64
 
 
@@ -218,7 +220,7 @@ def _round(
         x, x if ranks is None else ranks, values, scales, x.stride(0), 0 if ranks is None else ranks.stride(0),
         WIDTH=width, BLOCK=block, USED=0 if ranks is None else ranks.shape[1], COLUMNS=columns,
         SPAN=triton.next_power_of_2(max(columns - width, 1)), LEAST=least, HEADROOM=headroom,
-        OF_LOW=of_low, OF_LAST=of_last, num_warps=min(16, max(1, block // 1024)), enable_fp_fusion=False,
+        OF_LOW=of_low, OF_LAST=of_last, num_warps=min(8, max(1, block // 512)), enable_fp_fusion=False,
     )  # fmt: skip
     return values, scales
 
@@ -256,8 +258,8 @@ def _launch_ranks(
         x, factors, ranks, values, scales, x.stride(0), factors.stride(0), factors.stride(1), ranks.stride(0), rows,
         WIDTH=width, USED=used, COLUMNS=columns, RANKS=block,
         PADDING=triton.next_power_of_2(max(columns - width - 3 * used, 1)), ROWS=at_once, AT_ONCE=columns_at_once,
-        ROUNDS=rounds, BESIDE=beside, LEAST=fp8_reference.SMALLEST, OF_LOW=of_low, OF_LAST=of_last, num_warps=warps,
-        num_stages=stages, enable_fp_fusion=False,
+        ROUNDS=rounds, BESIDE=beside, LEAST=fp8_reference.SMALLEST, OF_LOW=of_low, OF_LAST=of_last,
+        num_warps=warps, num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
 
 

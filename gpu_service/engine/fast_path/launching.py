@@ -41,6 +41,14 @@ class Launched:
         # Compiled kernels, and the constants' names in the order in which they are handed over.
         self._compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
 
+    @property
+    def name(self) -> str:
+        return str(self._function.__name__)
+
+    def compiled(self) -> list[Any]:
+        """Triton's compiled kernels, of every kind of arguments so far."""
+        return [compiled for compiled, _ in self._compiled.values()]
+
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments, **constants: self._launch(grid, arguments, constants)
 
