@@ -284,3 +284,70 @@ def test_what_recordings_hold_is_counted_and_comes_back_with_the_last() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     assert reserved - torch.cuda.memory_reserved() >= held
+
+
+def test_what_cannot_be_captured_leaves_torch_as_it_was() -> None:
+    """Numbers are drawn, memory that two streams use comes back, and what is recorded next is played."""
+    import torch
+
+    from gpu_service.engine.fast_path.recorder import CudaRecorder
+
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    torch.manual_seed(1)
+    expected = torch.rand(8, device="cuda")
+    torch.manual_seed(1)
+    with pytest.raises(RuntimeError):
+        recorder.record(torch.cuda.synchronize)
+    assert torch.equal(torch.rand(8, device="cuda"), expected)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    shared = torch.empty(2**24, dtype=torch.uint8, device="cuda")
+    shared.record_stream(torch.cuda.Stream())
+    del shared
+    torch.cuda.synchronize()
+    # Events of streams are asked for when memory is.
+    kept = torch.empty(2**20, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.memory_allocated() == before + len(kept)
+    counter = torch.zeros((), device="cuda")
+
+    def count() -> None:
+        counter.add_(1)
+
+    play = recorder.record(count)
+    for _ in range(3):
+        play()
+    assert float(counter) == 3
+
+
+def test_nothing_is_collected_while_a_recording_is_made() -> None:
+    """What a collection frees may have to be waited for, which cannot be captured."""
+    import gc
+
+    import torch
+
+    from gpu_service.engine.fast_path.recorder import CudaRecorder
+
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    recording, collected = [], []
+
+    def work() -> None:
+        recording.append(True)
+        for _ in range(100):
+            loop: list[object] = []
+            loop.append(loop)
+        counter.add_(1)
+        recording.clear()
+
+    counter = torch.zeros((), device="cuda")
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(lambda *_: collected.append(bool(recording)))
+    gc.set_threshold(1)
+    try:
+        recorder.record(work)
+        # As before: here it collects.
+        [[one] for one in range(100)]
+    finally:
+        gc.set_threshold(*thresholds)
+        del gc.callbacks[-1]
+    assert collected
+    assert not any(collected)

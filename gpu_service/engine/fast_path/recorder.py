@@ -5,8 +5,10 @@ Knows nothing of what it records; what plays must find its numbers where they la
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,21 +59,39 @@ class CudaRecorder:
         self._held_bytes = 0
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
+        # Made ready to be played by itself, so that it is capturing that failed where its end does.
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         # What cuBLAS works in would otherwise be memory that is given to others when it is given back. What was
         # launched one by one has its memory cached, and a recording has memory of its own.
         before = self._clear_cache()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), _nothing_collected():
             # Other threads of the engine go on; what they do is not recorded.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
             finally:
-                graph.capture_end()
+                try:
+                    graph.capture_end()
+                except RuntimeError:
+                    self._end_capture()
+                    raise
                 # While a recording is made, nothing that it frees is given back to the device.
                 self._held_bytes += max(torch.cuda.memory_reserved(self._device) - before, 0)
         _drop_workspaces()
+        graph.instantiate()
         return graph.replay
+
+    def _end_capture(self) -> None:
+        """Torch leaves a capture that came to nothing half ended: its allocator frees nothing that two streams use, its
+        generator makes no numbers until a capture ended well, and locked memory takes the pool for one in use.
+        """
+        torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+        torch._C._cuda_releasePool(self._device.index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        torch.zeros((), device=self._device)
+        graph.capture_end()
 
     def time(self, work: Callable[[], None]) -> Took:
         torch.cuda.synchronize(self._device)
@@ -101,6 +121,18 @@ class CudaRecorder:
         _drop_workspaces()
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(self._device)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """What a collection frees on the way may be waited for, or given back to the device: neither can be captured."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _drop_workspaces() -> None:
