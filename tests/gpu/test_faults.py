@@ -35,6 +35,8 @@ _HANG_LIMIT_SECONDS = 30
 # more than the limit.
 _WATCH_SECONDS = 300
 _ENDLESS = 1_000_000
+# Of CUDA's allocator in torch: no more than this of its memory lies free between blocks, and it gives no less.
+_LARGEST_GAP_BYTES, _SMALLEST_BLOCK_BYTES = 2**30, 512
 # Long examples over a large vocabulary: what a pass takes is far more than the blocks that memory comes in.
 _WIDE = TinyOptions(vocabulary_size=8192)
 _LONG_ROWS = [{"prompt": f"{n} is", "completion": " left, right and" * 110} for n in range(160)]
@@ -54,24 +56,39 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> InProcessEngine:
 
 
 class _Ballast:
-    """Takes the device's free memory but `leave_bytes` once a run begins to train."""
+    """Takes the device's free memory but `leave_bytes` once a run begins to train; None: none of it.
+
+    Of 0 it takes what lies between the run's own blocks too, which the allocator has and the driver calls taken.
+    """
 
     def __init__(self, leave_bytes: int | None) -> None:
         self._leave_bytes = leave_bytes
-        self._held: Any = None
+        self._held: list[Any] = []
         self.allocated_bytes = 0
 
     def __call__(self, notice: Mapping[str, Any]) -> None:
         import torch
 
-        if notice.get("phase") != "TRAINING" or self._held is not None:
+        if notice.get("phase") != "TRAINING" or self._held:
             return
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         self.allocated_bytes = torch.cuda.memory_allocated()
-        if self._leave_bytes is not None:
-            free, _ = torch.cuda.mem_get_info()
-            self._held = torch.empty(max(free - self._leave_bytes, 0), dtype=torch.uint8, device="cuda")
+        if self._leave_bytes is None:
+            return
+        free, _ = torch.cuda.mem_get_info()
+        self._take(max(free - self._leave_bytes, 0))
+        size = _LARGEST_GAP_BYTES if self._leave_bytes == 0 else 0
+        while size >= _SMALLEST_BLOCK_BYTES:
+            try:
+                self._take(size)
+            except torch.OutOfMemoryError:
+                size //= 2
+
+    def _take(self, num_bytes: int) -> None:
+        import torch
+
+        self._held.append(torch.empty(num_bytes, dtype=torch.uint8, device="cuda"))
 
 
 def _train_beside(workspace: Workspace, job_id: str, ballast: _Ballast, trainer: str) -> Any:
