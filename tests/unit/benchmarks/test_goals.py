@@ -108,11 +108,21 @@ def test_ratios_are_told_their_goals() -> None:
 
 def test_events_cost_what_a_told_step_takes_longer() -> None:
     result = _run("dense", 36_000)
-    silent = {**result["sides"]["tunesmith"], "step_milliseconds": 200.0}
-    told = {**result["sides"]["tunesmith"], "step_milliseconds": 200.8}
-    sides = {"tunesmith": told, SILENT: silent}
+
+    def side(*turns: float) -> dict[str, Any]:
+        return {**result["sides"]["tunesmith"], "intervals": [[(9, turn - 0.1), (10, turn + 0.1)] for turn in turns]}
+
+    # The card was slower at the second alternation than at the first, which is nobody's cost.
+    sides = {"tunesmith": side(200.4, 222.0), SILENT: side(200.0, 222.0)}
     (cells,) = _lines({"h100-silent": {**result, "sides": sides}})["events at every step, of a step's time"]
-    assert cells[:3] == ["at most 0.2 %", "0.40 %", "100.0% over"]
+    assert cells[:3] == ["at most 0.2 %", "0.10 % (± 0.10, 2 alternations)", "reached"]
+    sides["tunesmith"] = side(200.8, 222.888)
+    (cells,) = _lines({"h100-silent": {**result, "sides": sides}})["events at every step, of a step's time"]
+    assert cells[1:3] == ["0.40 % (± 0.00, 2 alternations)", "100.0% over"]
+    (cells,) = _lines({"h100-small": {**result, "row": "small", "sides": sides}})[
+        "events at every step, of a step's time"
+    ]
+    assert cells[1] == "not measured"
 
 
 def test_training_every_weight_is_measured_by_a_script_of_its_own() -> None:
