@@ -104,9 +104,10 @@ class Contest:
         path = [product_path()]
         if side.library in ("trl", "unsloth"):
             stand_in = self._out / "attention"
-            if attention_stand_in.is_wanted() and not stand_in.exists():
-                attention_stand_in.write(stand_in)
-            path += [str(stand_in)]
+            if not side.as_installed:
+                if attention_stand_in.is_wanted() and not stand_in.exists():
+                    attention_stand_in.write(stand_in)
+                path += [str(stand_in)]
             path += [str(self._arguments.peers)] if self._arguments.peers else []
         # Unsloth writes what it compiled into the working directory unless told otherwise, and counts its uses.
         unsloth = {"UNSLOTH_COMPILE_LOCATION": str(self._out / "compiled"), "UNSLOTH_DISABLE_STATISTICS": "1"}

@@ -1,7 +1,7 @@
 """The sides that a row is measured on: ours, and the peers with the settings that each is measured in.
 
 A peer is there as its documentation has it (`transformers`) and at its best (`trl`, `unsloth`); the others say what one
-setting is worth. Starts nothing and imports no training library.
+setting is worth, or what can be installed. Starts nothing and imports no training library.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class Side:
     attention: str = "flash_attention_2"
     # Importing it already takes memory of the device.
     takes_memory_at_import: bool = False
+    # With no kernels under the name of flash-attn 2 but its own, of which PyPI has the source alone.
+    as_installed: bool = False
 
 
 SIDES: Mapping[str, Side] = {
@@ -52,6 +54,12 @@ SIDES: Mapping[str, Side] = {
     "trl-plain": Side(summary="TRL SFTTrainer, packing", library="trl"),
     "trl-plain-recompute": Side(summary="TRL SFTTrainer, packing, checkpointing", library="trl", recomputes=True),
     "unsloth": Side(summary="Unsloth, packing", library="unsloth", takes_memory_at_import=True),
+    "unsloth-as-installed": Side(
+        summary="Unsloth, packing, without flash-attn 2",
+        library="unsloth",
+        takes_memory_at_import=True,
+        as_installed=True,
+    ),
     "unsloth-recompute": Side(
         summary="Unsloth, packing, its offloading checkpointing",
         library="unsloth",
