@@ -20,6 +20,8 @@ from benchmarks.peers import turns
 from benchmarks.peers.kernel_profile import KernelProfile
 
 _PROFILED_STEPS = 3
+# A step may be handed out before the numbers of the one before it are read.
+_READ_LATE = 2
 # torch's own annotations of it are incomplete.
 _CUDA: Any = torch.cuda
 
@@ -34,9 +36,14 @@ class StepClock:
     turn_steps: int
     # Steps of each turn that are counted, with milliseconds: [[(step, ms), ...], ...]. Steps count from 0.
     intervals: list[list[tuple[int, float]]] = field(default_factory=list)
+    # When steps of turns were over on the device, seconds of time.perf_counter. Without the last ones of a turn: their
+    # numbers are read when the next turn comes.
+    ends: dict[int, float] = field(default_factory=dict)
     profile: dict[str, Any] = field(default_factory=dict)
     _step: int = 0
     _marks: list[tuple[int, Any]] = field(default_factory=list)
+    # A mark where the turn began, and when that was.
+    _begun: tuple[Any, float] | None = None
     _wanted: int = 0
     _doing: str = "warm-up"
     _profiler: KernelProfile | None = None
@@ -56,13 +63,16 @@ class StepClock:
             return
         marks, self._marks = self._marks, []
         self._synchronize()
-        if self._doing == turns.GO:
+        if self._doing == turns.GO and self._begun is not None:
             self.intervals.append(
                 [
                     (number, self._milliseconds(before, after))
                     for (_, before), (number, after) in itertools.pairwise(marks)
                 ]
             )
+            mark, seconds = self._begun
+            for number, after in marks[:-_READ_LATE]:
+                self.ends[number] = seconds + self._milliseconds(mark, after) / 1e3
         elif self._doing == turns.PROFILE and self._profiler is not None:
             self.profile = self._profiler.end(_PROFILED_STEPS)
         self._doing = self.taker.tell_and_wait(self._doing)
@@ -73,6 +83,9 @@ class StepClock:
             self._profiler = KernelProfile()
         else:
             self._wanted = self.turn_steps + 1
+            mark = self._mark()
+            self._synchronize()
+            self._begun = mark, time.perf_counter()
 
     def _mark(self) -> Any:
         if not self._cuda:

@@ -9,7 +9,9 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +58,34 @@ def fold(events: Iterable[event_pb2.EventPayload]) -> dict[str, Any]:
     }
 
 
-def _silence() -> list[event_pb2.EventPayload]:
-    """From now on events of steps go into the list that is returned, and no further."""
-    from gpu_service.engine.reporter import Reporter
+@dataclass(kw_only=True)
+class StepEvents:
+    """Stands before the journal, from `listen` on; `silent` keeps the events of steps from it."""
 
-    kept: list[event_pb2.EventPayload] = []
-    emit = Reporter.emit
+    silent: bool
+    kept: list[event_pb2.EventPayload] = field(default_factory=list)
+    # When each step's event was in the journal, seconds of time.perf_counter; steps count from 0.
+    told: dict[int, float] = field(default_factory=dict)
 
-    def emit_all_but_steps(reporter: Reporter, message: Any) -> None:
-        if isinstance(message, event_pb2.StepEvent):
-            kept.append(event_pb2.EventPayload(step=message))
-        else:
+    def listen(self) -> None:
+        from gpu_service.engine.reporter import Reporter
+
+        emit = Reporter.emit
+
+        def follow(reporter: Reporter, message: Any) -> None:
+            is_step = isinstance(message, event_pb2.StepEvent)
+            if is_step and self.silent:
+                self.kept.append(event_pb2.EventPayload(step=message))
+                return
             emit(reporter, message)
+            if is_step:
+                self.told[message.step - 1] = time.perf_counter()
 
-    Reporter.emit = emit_all_but_steps  # type: ignore[assignment,method-assign]
-    return kept
+        Reporter.emit = follow  # type: ignore[assignment,method-assign]
+
+    def told_after_milliseconds(self, ends: Mapping[int, float]) -> list[float]:
+        """From the end of each step on the device until its event was in the journal; none of a silent run."""
+        return [round(1e3 * (self.told[step] - end), 3) for step, end in ends.items() if step in self.told]
 
 
 def main() -> int:
@@ -92,7 +107,8 @@ def main() -> int:
     from gpu_service.engine.service import carry_out
     from gpu_service.engine.stopping import StopMode, StopSwitch
 
-    kept = _silence() if arguments.silent else []
+    events = StepEvents(silent=arguments.silent)
+    events.listen()
     taker.tell_and_wait("imported")
     switch = StopSwitch()
     peaks: list[int] = []
@@ -104,7 +120,7 @@ def main() -> int:
 
     clock = StepClock(taker=taker, end_training=end, warmup_steps=arguments.warmup, turn_steps=arguments.turn_steps)
     carry_out(arguments.run, shelf=BaseShelf(), switch=switch, notify=lambda notice: None)
-    facts = fold([*read_events(arguments.run), *kept])
+    facts = fold([*read_events(arguments.run), *events.kept])
     # A run in which every turn came was cancelled; any other has said why.
     if facts["failure"] or not peaks:
         print(facts["failure"] or "the run ended before its last turn", file=sys.stderr)
@@ -112,6 +128,7 @@ def main() -> int:
     result = {
         **facts,
         "intervals": clock.intervals,
+        "told_after_milliseconds": events.told_after_milliseconds(clock.ends),
         "profile": clock.profile,
         "first_batch_loss": facts["losses"][0],
         "peak_allocated_bytes": peaks[0],

@@ -137,6 +137,15 @@ def cost_of_events(results: Mapping[str, Result]) -> Iterator[Figure]:
             yield Figure(value=statistics.mean(costs), run=name, note=f"(± {error:.2f}, {len(costs)} alternations)")
 
 
+def delays_of_events(results: Mapping[str, Result]) -> Iterator[Figure]:
+    """The longest time from a step's end on the device until its event was in the journal, milliseconds."""
+    for name, result in training(results):
+        found = result["sides"][OURS].get("told_after_milliseconds")
+        if found:
+            median = statistics.median(found)
+            yield Figure(value=max(found), run=name, note=f"(median {median:.1f}, {len(found)} steps)")
+
+
 def loads(results: Mapping[str, Result], *, shape: str, way: str) -> Iterator[Figure]:
     """Median seconds with the files in the page cache."""
     for name, result in results.items():

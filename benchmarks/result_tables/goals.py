@@ -15,8 +15,10 @@ from benchmarks.result_tables.findings import Figure
 from benchmarks.result_tables.markdown import Result, table
 
 _FILES, _DEVICE = "h100-", "H100"
-_TOKENS, _GIB, _SECONDS, _PERCENT = "real tokens/s", "GiB", "s", "%"
-_SPELLINGS: Mapping[str, str] = {_TOKENS: ",.0f", _GIB: ".2f", _SECONDS: ".2f", _PERCENT: ".2f", "": ".2f"}
+_TOKENS, _GIB, _SECONDS, _MILLISECONDS, _PERCENT = "real tokens/s", "GiB", "s", "ms", "%"
+_SPELLINGS: Mapping[str, str] = {
+    _TOKENS: ",.0f", _GIB: ".2f", _SECONDS: ".2f", _MILLISECONDS: ".1f", _PERCENT: ".2f", "": ".2f"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ RATIOS: Mapping[tuple[str, str | None], float] = {
 # From files in the page cache to a quantized model: by shape and way.
 LOADING_SECONDS: Mapping[tuple[str, str], float] = {("3B", "files"): 0.6, ("8B", "files"): 1.5, ("3B", "copy"): 0.25}
 STARTING_SECONDS: Mapping[str, float] = {"warm": 1.0, "spare": 2.5, "fresh": 6.5}
-CURVE_PERCENT, EVENTS_PERCENT = 0.5, 0.2
+CURVE_PERCENT, EVENTS_PERCENT, TOLD_MILLISECONDS = 0.5, 0.2, 20.0
 
 
 def _of_training() -> Iterator[Goal]:
@@ -116,6 +118,7 @@ def _of_the_rest() -> Iterator[Goal]:
     below: list[tuple[str, float, str, Callable[[Mapping[str, Result]], Iterator[Figure]]]] = [
         ("fp8's loss after 200 steps, apart", CURVE_PERCENT, _PERCENT, findings.curves),
         ("events at every step, of a step's time", EVENTS_PERCENT, _PERCENT, findings.cost_of_events),
+        ("a step's event, after its end", TOLD_MILLISECONDS, _MILLISECONDS, findings.delays_of_events),
     ]
     for (shape, way), seconds in LOADING_SECONDS.items():
         name = f"load {shape}, {'4-bit copy' if way == 'copy' else way}"

@@ -87,6 +87,7 @@ class CudaRecorder:
         """
         torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
         torch._C._cuda_releasePool(self._device.index, self._pool)
+        _drop_workspaces()
         self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(capture_error_mode="thread_local")

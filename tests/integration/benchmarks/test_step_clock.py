@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,20 @@ def test_turns_are_counted_without_their_first_step(steps: Any) -> None:
     assert [[step for step, _ in turn] for turn in clock.intervals] == [[4, 5], [7, 8]]
     assert all(milliseconds > 0 for turn in clock.intervals for _, milliseconds in turn)
     assert ends == [1]
+
+
+def test_the_ends_of_steps_are_told_but_of_the_last_ones_of_a_turn(steps: Any) -> None:
+    from benchmarks.peers.clock import StepClock
+
+    taker = _Taker([GO, GO, END])
+    clock = StepClock(taker=taker, end_training=lambda: None, warmup_steps=1, turn_steps=3)
+    before = []
+    for _ in range(1 + 2 * 4):
+        before.append(time.perf_counter())
+        steps()
+    assert list(clock.ends) == [1, 2, 5, 6]
+    for step, end in clock.ends.items():
+        assert before[step] < end < before[step + 1]
 
 
 def test_steps_after_the_end_are_not_followed(steps: Any) -> None:

@@ -125,6 +125,13 @@ def test_events_cost_what_a_told_step_takes_longer() -> None:
     assert cells[1] == "not measured"
 
 
+def test_the_latest_event_of_a_step_is_held_against_its_goal() -> None:
+    result = _run("dense", 36_000)
+    result["sides"]["tunesmith"]["told_after_milliseconds"] = [0.4, 0.5, 24.0]
+    (cells,) = _lines({"h100-told": result})["a step's event, after its end"]
+    assert cells[:3] == ["at most 20 ms", "24.0 ms (median 0.5, 3 steps)", "20.0% over"]
+
+
 def test_training_every_weight_is_measured_by_a_script_of_its_own() -> None:
     row = {"row": "dense", "shape": "3B", "step_tokens": 8192, "recompute": "nothing"}
     standard = {**row, "memory": "standard", "tokens_per_second": 24_500, "peak_gib": 68.0, "parity": _PARITY}
