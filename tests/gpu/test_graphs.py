@@ -296,7 +296,7 @@ def test_what_cannot_be_captured_leaves_torch_as_it_was() -> None:
     torch.manual_seed(1)
     expected = torch.rand(8, device="cuda")
     torch.manual_seed(1)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         recorder.record(torch.cuda.synchronize)
     assert torch.equal(torch.rand(8, device="cuda"), expected)
     torch.cuda.synchronize()

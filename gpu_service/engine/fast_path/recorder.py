@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,30 +69,37 @@ class CudaRecorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
+            except BaseException:
+                # What the end of the capture fails of then is this.
+                with suppress(RuntimeError):
+                    self._end_capture(graph)
+                raise
+            else:
+                self._end_capture(graph)
             finally:
-                try:
-                    graph.capture_end()
-                except RuntimeError:
-                    self._end_capture()
-                    raise
                 # While a recording is made, nothing that it frees is given back to the device.
                 self._held_bytes += max(torch.cuda.memory_reserved(self._device) - before, 0)
         _drop_workspaces()
         graph.instantiate()
         return graph.replay
 
-    def _end_capture(self) -> None:
-        """Torch leaves a capture that came to nothing half ended: its allocator frees nothing that two streams use, its
-        generator makes no numbers until a capture ended well, and locked memory takes the pool for one in use.
+    def _end_capture(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Raises RuntimeError where there is nothing to play. Torch leaves such a capture half ended: its allocator
+        frees nothing that two streams use, its generator makes no numbers until a capture ended well, and locked memory
+        takes the pool for one in use.
         """
-        torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-        torch._C._cuda_releasePool(self._device.index, self._pool)
-        _drop_workspaces()
-        self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(capture_error_mode="thread_local")
-        torch.zeros((), device=self._device)
-        graph.capture_end()
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            torch._C._cuda_releasePool(self._device.index, self._pool)
+            _drop_workspaces()
+            self._pool = torch.cuda.graph_pool_handle()
+            another = torch.cuda.CUDAGraph()
+            another.capture_begin(capture_error_mode="thread_local")
+            torch.zeros((), device=self._device)
+            another.capture_end()
+            raise
 
     def time(self, work: Callable[[], None]) -> Took:
         torch.cuda.synchronize(self._device)
