@@ -6,7 +6,7 @@ What FlashAttention's kernels and cuBLAS take inside stands here as it was read 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -34,23 +34,48 @@ _SIZES: dict[str, Any] = {"hidden": 512, "intermediate": 1408, "layers": _LAYERS
 _WORKSPACE_BYTES = 2 * 32 * 1024**2
 
 
-def _make_model(family: str, key_value_heads: int, rank: int, targets: tuple[str, ...]) -> Any:
-    entry = families.REGISTRY[family]
+_DENSE, _MIXED = (1024,) * 4, (700, 31, 512, 1300, 77, 420)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    """A model with an adapter of `rank` on the layers `targets`, and a pass: `part` of its tokens carry loss."""
+
+    family: str = "llama"
+    key_value_heads: int = 2
+    rank: int = 16
+    targets: tuple[str, ...] = ALL_SEVEN
+    lengths: tuple[int, ...] = _DENSE
+    part: float = 0.5
+    recomputation: Recomputation = NOTHING
+
+    @property
+    def num_targets(self) -> int:
+        return round(sum(self.lengths) * self.part)
+
+
+def _make_model(case: _Case) -> Any:
+    entry = families.REGISTRY[case.family]
     config = getattr(transformers, entry.config_class)(
         vocab_size=_VOCABULARY,
         hidden_size=_SIZES["hidden"],
         intermediate_size=_SIZES["intermediate"],
         num_hidden_layers=_LAYERS,
         num_attention_heads=_HEADS,
-        num_key_value_heads=key_value_heads,
+        num_key_value_heads=case.key_value_heads,
         head_dim=_SIZES["hidden"] // _HEADS,
         tie_word_embeddings=True,
     )
     with torch.device(META):
         base = getattr(transformers, entry.architecture)(config).to(torch.bfloat16)
-        return get_peft_model(
-            base, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=list(targets), bias="none")
+        adapter = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=case.rank,
+            lora_alpha=case.rank,
+            target_modules=list(case.targets),
+            bias="none",
         )
+        return get_peft_model(base, adapter)
 
 
 class _Restored:
@@ -60,32 +85,22 @@ class _Restored:
         """Allocates nothing."""
 
 
-def _count(
-    family: str,
-    heads: int,
-    rank: int,
-    covered: tuple[str, ...],
-    lengths: Any,
-    part: float,
-    plan: Any,
-    *,
-    in_fp8: bool = False,
-) -> int:
+def _count(case: _Case, *, in_fp8: bool = False) -> int:
     """Peak of a pass forward and back, with the weights; no optimizer."""
     with LiveBytes() as live, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Nf4Weight, "of", lambda layer: _Restored())
         patch.setattr(fp8, "operations_for", lambda device: Kernels(live))
-        model = _make_model(family, heads, rank, covered)
+        model = _make_model(case)
         settings = FastSettings(
             device=META,
             compute_dtype=torch.bfloat16,
             keeps_weights=False,
-            recomputation=replace(plan, offload=False),
+            recomputation=replace(case.recomputation, offload=False),
             in_fp8=in_fp8,
         )
         fast = FastModel(model, settings, operations=Kernels(live), attention=Flash())
         live.peak = live.now
-        flat = lay_out(lengths, round(sum(lengths) * part), _SIZES["hidden"] // _HEADS)
+        flat = lay_out(case.lengths, case.num_targets, _SIZES["hidden"] // _HEADS)
         nats, kept = fast.decoder.forward(flat, adapted=True, keeps=True)
         assert kept is not None
         gradients = torch.empty(fast.adapter.numel(), device=META, dtype=torch.bfloat16)
@@ -94,43 +109,38 @@ def _count(
         return live.peak
 
 
-def _predict(
-    family: str,
-    heads: int,
-    rank: int,
-    covered: tuple[str, ...],
-    lengths: Any,
-    part: float,
-    plan: Any,
-    *,
-    in_fp8: bool = False,
-) -> int:
+def _predict(case: _Case, *, in_fp8: bool = False) -> int:
     base: BaseModel = replace(
-        make_base(**_SIZES, key_value_heads=heads, vocabulary=_VOCABULARY),
-        config_type=families.REGISTRY[family].config_types[0],
+        make_base(**_SIZES, key_value_heads=case.key_value_heads, vocabulary=_VOCABULARY),
+        config_type=families.REGISTRY[case.family].config_types[0],
     )
-    given = decode_message(Hyperparameters, {"lora": {"rank": rank}, "batch": {"tokens": sum(lengths)}}, "")
+    written = {"lora": {"rank": case.rank}, "batch": {"tokens": sum(case.lengths)}}
+    given = decode_message(Hyperparameters, written, "")
     resolved = apply_defaults(
         given,
         method=methods.REGISTRY["lora"],
         quantization=quantization.REGISTRY["none"],
-        target_modules=covered,
+        target_modules=case.targets,
         device=H100,
         length_limit=0,
         num_steps=1,
     )
-    resolved = replace(resolved, trainer="fast", recomputation=plan, compute=FP8 if in_fp8 else STANDARD)
+    resolved = replace(resolved, trainer="fast", recomputation=case.recomputation, compute=FP8 if in_fp8 else STANDARD)
     passes = LargestPasses(resolved.batch)
-    targets = round(sum(lengths) * part)
-    passes.add_step([ExampleSize(length, targets if place == 0 else 0, length) for place, length in enumerate(lengths)])
-    layers = tuple(layer for layer in base.linear_layers if layer.leaf in covered)
+    passes.add_step(
+        [
+            ExampleSize(length, case.num_targets if place == 0 else 0, length)
+            for place, length in enumerate(case.lengths)
+        ]
+    )
+    layers = tuple(layer for layer in base.linear_layers if layer.leaf in case.targets)
     estimate = estimate_memory(
         base,
         resolved,
         quantization.REGISTRY["none"],
         optimizers.REGISTRY["adamw"],
         covered_layers=layers,
-        num_trainable_parameters=sum(rank * (layer.in_features + layer.out_features) for layer in layers),
+        num_trainable_parameters=sum(case.rank * (layer.in_features + layer.out_features) for layer in layers),
         passes=passes,
         device_type="cuda",
     )
@@ -139,41 +149,48 @@ def _predict(
     return estimate.peak_bytes - estimate.optimizer_bytes - _WORKSPACE_BYTES + rounded
 
 
-_DENSE, _MIXED = (1024,) * 4, (700, 31, 512, 1300, 77, 420)
-_CASES: dict[str, tuple[Any, ...]] = {
-    "kept": ("llama", 2, 16, ALL_SEVEN, _DENSE, 1.0, NOTHING),
-    "mixed": ("llama", 2, 16, ALL_SEVEN, _MIXED, 0.6, NOTHING),
-    "shared-by-none": ("llama", 8, 16, ALL_SEVEN, _DENSE, 0.5, NOTHING),
-    "head-norms": ("qwen3", 2, 16, ALL_SEVEN, _DENSE, 0.5, NOTHING),
-    "few-targets": ("llama", 4, 8, ("q_proj", "v_proj"), _DENSE, 0.05, NOTHING),
-    "wide": ("llama", 4, 128, ALL_SEVEN, _DENSE, 0.5, NOTHING),
-    "elementwise": ("llama", 2, 16, ALL_SEVEN, _DENSE, 0.5, Recomputation(elementwise_layers=3)),
-    "elementwise-norms": ("qwen3", 2, 16, ALL_SEVEN, _DENSE, 0.5, Recomputation(elementwise_layers=5)),
-    "feed-forward": (
-        "llama", 2, 16, ALL_SEVEN, _DENSE, 0.5, Recomputation(feed_forward_layers=2, elementwise_layers=3)
+_CASES: dict[str, _Case] = {
+    "kept": _Case(part=1.0),
+    "mixed": _Case(lengths=_MIXED, part=0.6),
+    "shared-by-none": _Case(key_value_heads=8),
+    "head-norms": _Case(family="qwen3"),
+    "few-targets": _Case(key_value_heads=4, rank=8, targets=("q_proj", "v_proj"), part=0.05),
+    "wide": _Case(key_value_heads=4, rank=128),
+    "elementwise": _Case(recomputation=Recomputation(elementwise_layers=3)),
+    "elementwise-norms": _Case(family="qwen3", recomputation=Recomputation(elementwise_layers=5)),
+    "feed-forward": _Case(recomputation=Recomputation(feed_forward_layers=2, elementwise_layers=3)),
+    "some-whole": _Case(recomputation=Recomputation(full_layers=2, feed_forward_layers=1)),
+    "whole": _Case(lengths=_MIXED, recomputation=everything(_LAYERS)),
+    "whole-all-targets": _Case(part=1.0, recomputation=everything(_LAYERS)),
+    "sliced": _Case(lengths=_MIXED, recomputation=everything(_LAYERS, feed_forward_slices=4)),
+    "sliced-in-two": _Case(
+        key_value_heads=8, lengths=_MIXED, part=0.1, recomputation=everything(_LAYERS, feed_forward_slices=2)
     ),
-    "some-whole": ("llama", 2, 16, ALL_SEVEN, _DENSE, 0.5, Recomputation(full_layers=2, feed_forward_layers=1)),
-    "whole": ("llama", 2, 16, ALL_SEVEN, _MIXED, 0.5, everything(_LAYERS)),
-    "whole-all-targets": ("llama", 2, 16, ALL_SEVEN, _DENSE, 1.0, everything(_LAYERS)),
-    "sliced": ("llama", 2, 16, ALL_SEVEN, _MIXED, 0.5, everything(_LAYERS, feed_forward_slices=4)),
-    "sliced-in-two": ("llama", 8, 16, ALL_SEVEN, _MIXED, 0.1, everything(_LAYERS, feed_forward_slices=2)),
-    "sliced-finely": ("llama", 4, 8, ("q_proj", "down_proj"), _MIXED, 0.1, everything(_LAYERS, feed_forward_slices=16)),
-    "sliced-all-targets": ("qwen3", 2, 16, ALL_SEVEN, _MIXED, 1.0, everything(_LAYERS, feed_forward_slices=4)),
-    "sliced-in-part": ("llama", 2, 16, ALL_SEVEN, _MIXED, 0.5, Recomputation(full_layers=3, feed_forward_slices=4)),
-    "sliced-before-others": (
-        "llama", 2, 16, ALL_SEVEN, _DENSE, 0.1,
-        Recomputation(full_layers=4, feed_forward_layers=1, feed_forward_slices=4),
+    "sliced-finely": _Case(
+        key_value_heads=4,
+        rank=8,
+        targets=("q_proj", "down_proj"),
+        lengths=_MIXED,
+        part=0.1,
+        recomputation=everything(_LAYERS, feed_forward_slices=16),
     ),
-}  # fmt: skip
+    "sliced-all-targets": _Case(
+        family="qwen3", lengths=_MIXED, part=1.0, recomputation=everything(_LAYERS, feed_forward_slices=4)
+    ),
+    "sliced-in-part": _Case(lengths=_MIXED, recomputation=Recomputation(full_layers=3, feed_forward_slices=4)),
+    "sliced-before-others": _Case(
+        part=0.1, recomputation=Recomputation(full_layers=4, feed_forward_layers=1, feed_forward_slices=4)
+    ),
+}
 
 
-@pytest.mark.parametrize("case", _CASES)
-def test_what_is_allocated_is_what_was_planned(case: str) -> None:
-    arguments = _CASES[case]
-    assert _predict(*arguments) == pytest.approx(_count(*arguments), rel=0.006)
+@pytest.mark.parametrize("name", _CASES)
+def test_what_is_allocated_is_what_was_planned(name: str) -> None:
+    case = _CASES[name]
+    assert _predict(case) == pytest.approx(_count(case), rel=0.006)
 
 
-@pytest.mark.parametrize("case", ["kept", "mixed", "few-targets", "wide", "feed-forward", "whole"])
-def test_what_is_allocated_in_8_bits_is_what_was_planned(case: str) -> None:
-    arguments = _CASES[case]
-    assert _predict(*arguments, in_fp8=True) == pytest.approx(_count(*arguments, in_fp8=True), rel=0.006)
+@pytest.mark.parametrize("name", ["kept", "mixed", "few-targets", "wide", "feed-forward", "whole"])
+def test_what_is_allocated_in_8_bits_is_what_was_planned(name: str) -> None:
+    case = _CASES[name]
+    assert _predict(case, in_fp8=True) == pytest.approx(_count(case, in_fp8=True), rel=0.006)
