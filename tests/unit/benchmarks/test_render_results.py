@@ -1,4 +1,4 @@
-"""docs/performance.md says what benchmarks/results says, and nothing where nothing was measured."""
+"""docs/performance.md and README.md say what benchmarks/results says, and nothing where nothing was measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import render_results
 from benchmarks.peers import rates
-from benchmarks.result_tables import rest, training
+from benchmarks.result_tables import beside, rest, training
 
 
 def _side(milliseconds: float, **changes: Any) -> dict[str, Any]:
@@ -42,19 +42,52 @@ def _result() -> dict[str, Any]:
     }
 
 
-def test_page_and_results_agree() -> None:
-    page = render_results.PAGE.read_text(encoding="utf-8")
+_PAGES = {render_results.PAGE: render_results.SECTIONS, render_results.READ_ME: render_results.SUMMARIES}
+
+
+@pytest.mark.parametrize("path", _PAGES)
+def test_page_and_results_agree(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
     assert page == render_results.render(page, render_results.read_results(render_results.RESULTS))
 
 
-def test_every_section_is_on_the_page() -> None:
-    page = render_results.PAGE.read_text(encoding="utf-8")
-    assert all(page.count(f"<!-- results: {name} -->") == 1 for name in render_results.SECTIONS)
+@pytest.mark.parametrize("path", _PAGES)
+def test_every_section_is_on_its_page(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
+    assert all(page.count(f"<!-- results: {name} -->") == 1 for name in _PAGES[path])
 
 
-@pytest.mark.parametrize("section", render_results.SECTIONS)
-def test_nothing_measured_is_nothing_said(section: str) -> None:
-    assert render_results.SECTIONS[section].render({}) == ""
+@pytest.mark.parametrize("section", [*render_results.SECTIONS.values(), *render_results.SUMMARIES.values()])
+def test_nothing_measured_is_nothing_said(section: render_results.Section) -> None:
+    assert section.render({}) == ""
+
+
+def test_of_several_runs_the_worst_ratio_is_said_and_other_devices_are_not() -> None:
+    best, worst = _result(), _result()
+    best["ratios"]["trl"] = 2.4
+    silent = {
+        **_result(),
+        "ratios": {"tunesmith-silent": 1.0},
+        "sides": {**_result()["sides"], "tunesmith-silent": _side(256.0)},
+    }
+    other = {**_result(), "device": "NVIDIA H200", "ratios": {"trl": 0.5}}
+    lines = beside.beside_table({"h100-one": best, "h100-two": worst, "h100-three": silent, "h200-one": other})
+    (line,) = lines[2:]
+    assert line.endswith("| 2.00 | 1.00 |")
+    assert "TRL" in line
+
+
+def test_starts_and_loads_are_held_against_the_libraries_of_the_same_run() -> None:
+    starts = [{"case": "peer", "seconds": 18.0}, {"case": "warm", "seconds": 0.6}, {"case": "warm", "seconds": 0.4}]
+    loads = [
+        {"size": "3B", "row": "library", "seconds": 1.5},
+        {"size": "3B", "row": "files", "seconds": 0.5},
+        {"size": "3B", "row": "files", "seconds": 4.0, "cold": True},
+        {"size": "8B", "row": "files", "seconds": 9.0},
+    ]
+    alone = [{"size": "3B", "row": "copy", "seconds": 0.1}]
+    found = beside.beside_table({"h100-a": {"rows": starts}, "h100-b": {"rows": loads}, "h100-c": {"rows": alone}})
+    assert [line.split(" | ")[2:] for line in found[2:]] == [["36.0", " |"], ["3.0", " |"]]
 
 
 def test_tables_are_filled_from_results_and_old_text_goes() -> None:
