@@ -264,9 +264,11 @@ def _show(row: Row, *, marks: bool) -> None:
 
 def _save(options: argparse.Namespace, rows: Sequence[Row]) -> None:
     """What was measured so far: a start that fails, or time that ends, takes none of it along."""
+    # What was measured, not where it lay.
+    asked = {name: value for name, value in vars(options).items() if name not in ("model", "out")}
     told = {
         "machine": platform.platform(),
-        "options": {**vars(options), "out": str(options.out)},
+        "options": {**asked, "model": options.model and options.model[1]},
         "rows": [vars(row) for row in rows],
     }
     unfinished = options.out.with_name(f".{options.out.name}")
