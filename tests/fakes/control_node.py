@@ -25,9 +25,10 @@ from control_service.domain.event import (
     StoredEvent,
 )
 from control_service.domain.failure import Failure, Fault
-from control_service.domain.node import CatalogEntry, Device, NodeCapabilities, NodeModel, NodeReport
+from control_service.domain.node import CatalogEntry, Device, NodeCapabilities, NodeReport
 from control_service.domain.run import ObservedRun, Phase, RunKey, RunState, StopMode
 from tests.fakes.control_codec import PickleCodec
+from tests.fakes.control_jobs import make_node_model
 
 _CODEC = PickleCodec()
 
@@ -197,7 +198,9 @@ class FakeNode:
             node_name=self.name,
             instance_id=f"{self.name}-{self.instance}",
             devices=tuple(_device(index) for index in range(self.num_devices)),
-            models=tuple(_model(name) for name in self.models),
+            models=tuple(
+                make_node_model(name, weights_digest="w" * 64, has_chat_template=True) for name in self.models
+            ),
             model_types=(CatalogEntry(id="llama", description="Llama", details={"config_types": "llama"}),),
         )
 
@@ -207,15 +210,3 @@ class FakeNode:
 
 def _device(index: int) -> Device:
     return Device(index=index, type="cuda", name="fake", total_memory_bytes=2**30, free_memory_bytes=2**30)
-
-
-def _model(name: str) -> NodeModel:
-    return NodeModel(
-        name=name,
-        config_type="llama",
-        weights_digest="w" * 64,
-        size_bytes=1,
-        num_parameters=1,
-        vocabulary_size=1,
-        has_chat_template=True,
-    )

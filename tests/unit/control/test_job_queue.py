@@ -13,22 +13,14 @@ from control_service.app.store_ports import CommitNotice
 from control_service.domain.artifact import Checkpoint
 from control_service.domain.job import Job, WaitReason
 from control_service.domain.job_state import JobState
-from control_service.domain.node import Device, Node, NodeCapabilities, NodeModel, NodeReport, NodeState, NodeView
+from control_service.domain.node import Device, Node, NodeCapabilities, NodeReport, NodeState, NodeView
 from control_service.domain.run import RunState
 from tests.fakes.control_clock import FakeClock
-from tests.fakes.control_jobs import NOW, SPEC, make_job
+from tests.fakes.control_jobs import NOW, SPEC, make_job, make_node_model
 
 T = TypeVar("T")
 
-_MODEL = NodeModel(
-    name=SPEC.base_model,
-    config_type="llama",
-    weights_digest="w",
-    size_bytes=1,
-    num_parameters=1,
-    vocabulary_size=1,
-    has_chat_template=False,
-)
+_MODEL = make_node_model(SPEC.base_model)
 _DEVICE = Device(index=0, type="cuda", name="d", total_memory_bytes=1, free_memory_bytes=1)
 _NODE = NodeView(
     node=Node(name="a", address="x:1", create_time=NOW),

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from control_service.domain.job import Job, WaitReason
-from control_service.domain.node import Device, Node, NodeCapabilities, NodeModel, NodeReport, NodeState, NodeView
+from control_service.domain.node import Device, Node, NodeCapabilities, NodeReport, NodeState, NodeView
 from control_service.domain.queue_index import QueueIndex
 from control_service.domain.queue_policy import QueueDecision, QueuedJob, decide
-from tests.fakes.control_jobs import NOW, SPEC, make_job
+from tests.fakes.control_jobs import NOW, SPEC, make_job, make_node_model
 
 _BASES = ("org/one", "org/two")
 _NAMES = ("a", "b", "c")
@@ -23,18 +23,7 @@ _NAMES = ("a", "b", "c")
 
 def _view(name: str, *, num_devices: int, bases: tuple[str, ...]) -> NodeView:
     device = Device(index=0, type="cuda", name="d", total_memory_bytes=1, free_memory_bytes=1)
-    models = tuple(
-        NodeModel(
-            name=base,
-            config_type="llama",
-            weights_digest="w",
-            size_bytes=1,
-            num_parameters=1,
-            vocabulary_size=1,
-            has_chat_template=False,
-        )
-        for base in bases
-    )
+    models = tuple(map(make_node_model, bases))
     return NodeView(
         node=Node(name=name, address="x:1", create_time=NOW),
         state=NodeState.REACHABLE,

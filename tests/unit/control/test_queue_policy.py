@@ -6,9 +6,9 @@ from dataclasses import replace
 from datetime import timedelta
 
 from control_service.domain.job import WaitReason
-from control_service.domain.node import Device, Node, NodeCapabilities, NodeModel, NodeReport, NodeState, NodeView
+from control_service.domain.node import Device, Node, NodeCapabilities, NodeReport, NodeState, NodeView
 from control_service.domain.queue_policy import QueuedJob, decide
-from tests.fakes.control_jobs import NOW, SPEC, make_job
+from tests.fakes.control_jobs import NOW, SPEC, make_job, make_node_model
 
 
 def _job(number: int, *, base: str = "org/base", priority: int = 0, bound: str = "", **changes: object) -> QueuedJob:
@@ -36,19 +36,7 @@ def _node(
             accepting=accepting,
             resident_base_model=resident,
         ),
-        capabilities=NodeCapabilities(node_name=name, instance_id="1", models=tuple(map(_model, models))),
-    )
-
-
-def _model(name: str, digest: str = "w1") -> NodeModel:
-    return NodeModel(
-        name=name,
-        config_type="llama",
-        weights_digest=digest,
-        size_bytes=1,
-        num_parameters=1,
-        vocabulary_size=1,
-        has_chat_template=False,
+        capabilities=NodeCapabilities(node_name=name, instance_id="1", models=tuple(map(make_node_model, models))),
     )
 
 
