@@ -34,15 +34,15 @@ def _rows(rows: int, columns: int, *, room: int = 64) -> Any:
 
 
 def _launch_rounding() -> None:
-    from gpu_service.engine.fast_path import fp8_kernels
+    from gpu_service.engine.fast_path import fp8_rank_kernels
     from gpu_service.engine.fast_path.fp8_reference import padded
 
     for used in (16, 32, 48, 100):
         x, ranks, columns = _rows(_TOKENS, _WIDTH), _rows(_TOKENS, used), padded(_WIDTH, used)
         for factors in (_rows(used, _WIDTH), _rows(_WIDTH, used).t()):
-            rounded = fp8_kernels.rank_and_round(x, factors, ranks, columns, small_ranks=False)
-            fp8_kernels.rank_rows(x, factors, ranks)
-            fp8_kernels.rank_beside(x, factors, ranks, *rounded)
+            rounded = fp8_rank_kernels.rank_and_round(x, factors, ranks, columns, small_ranks=False)
+            fp8_rank_kernels.rank_rows(x, factors, ranks)
+            fp8_rank_kernels.rank_beside(x, factors, ranks, *rounded)
 
 
 def _launch_adapters() -> None:
@@ -85,14 +85,14 @@ def _launch_dropout() -> None:
 
 
 def test_no_copy_overtakes_a_product() -> None:
-    from gpu_service.engine.fast_path import adapter_kernels, dropout_kernels, fp8_kernels
+    from gpu_service.engine.fast_path import adapter_kernels, dropout_kernels, fp8_rank_kernels
     from gpu_service.engine.fast_path.launching import Launched
 
     _launch_rounding()
     _launch_adapters()
     _launch_dropout()
     found: dict[str, set[str]] = {}
-    for module in (fp8_kernels, adapter_kernels, dropout_kernels):
+    for module in (fp8_rank_kernels, adapter_kernels, dropout_kernels):
         for kernel in vars(module).values():
             for compiled in kernel.compiled() if isinstance(kernel, Launched) else ():
                 if "dot" in compiled.asm["ttgir"]:

@@ -1,8 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Products in 8 bits on CUDA: rounding of rows in Triton, also with the adapters' ranks made on the way, and cuBLAS'
-product.
+"""Products in 8 bits on CUDA: rounding of rows in Triton, and cuBLAS' product.
 
-`fp8_reference` says what each computes, and computes ranks that are wider than the kernel takes, or float32.
+`fp8_reference` says what each computes; `fp8_rank_kernels` round rows and make the adapters' ranks on the way.
 """
 
 from __future__ import annotations
@@ -18,25 +17,20 @@ from gpu_service.engine.fast_path import fp8_reference
 from gpu_service.engine.fast_path.fp8_reference import RoundedCopy
 from gpu_service.engine.fast_path.launching import kernel
 
-_LARGEST = tl.constexpr(fp8_reference.LARGEST)
-_WIDEST_RANKS = 128
-# Rows, columns at a time, warps and stages of a program that makes ranks, by the width that these are padded to.
-# At most 32 rows: from 64 on, Hopper multiplies in the background what it reads from shared memory, and there Triton
-# (3.6) keeps one buffer too few where what is multiplied is read by something else as well, as rows for their largest.
-_RANK_SHAPES = {16: (32, 256, 4, 3), 32: (32, 128, 4, 4), 64: (32, 128, 4, 4), 128: (32, 64, 4, 4)}
+LARGEST = tl.constexpr(fp8_reference.LARGEST)
 _OUT_ROWS = 64
 
 
 @triton.jit
-def _high(units):
+def high_part(units):
     """The nearest number of 8 bits."""
     return units.to(tl.float8e4nv).to(tl.float32)
 
 
 @triton.jit
-def _inverse(largest):
+def inverse_of(largest):
     """Divided as the processor divides: an approximation would round some values to their neighbor."""
-    return tl.div_rn(tl.zeros_like(largest) + _LARGEST, largest)
+    return tl.div_rn(tl.zeros_like(largest) + LARGEST, largest)
 
 
 @kernel
@@ -54,80 +48,18 @@ def _round_rows(
         theirs = tl.load(ranks + row * ranks_row + beside % USED, mask=beside < 3 * USED, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(theirs)))
     largest = tl.maximum(largest, LEAST) * HEADROOM
-    inverse = _inverse(largest)
-    tl.store(scales + row, tl.div_rn(largest, _LARGEST))
+    inverse = inverse_of(largest)
+    tl.store(scales + row, tl.div_rn(largest, LARGEST))
     at = values + row * COLUMNS
     tl.store(at + COLUMNS - WIDTH + column, (wide * inverse).to(tl.float8e4nv), mask=inside)
     if COLUMNS > WIDTH:
         if USED:
             units = theirs * inverse
-            high = _high(units)
+            high = high_part(units)
             units = tl.where(beside < USED, high, tl.where(beside < 2 * USED, (units - high) * OF_LOW, high * OF_LAST))
         else:
             units = tl.zeros((SPAN,), dtype=tl.float32)
         tl.store(at + beside, units.to(tl.float8e4nv), mask=beside < COLUMNS - WIDTH)
-
-
-@kernel
-def _rank_and_round(
-    x, factors, ranks, values, scales, x_row, factors_rank, factors_column, ranks_row, num_rows,
-    WIDTH: tl.constexpr, USED: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, PADDING: tl.constexpr,
-    ROWS: tl.constexpr, AT_ONCE: tl.constexpr, ROUNDS: tl.constexpr, BESIDE: tl.constexpr, LEAST: tl.constexpr,
-    OF_LOW: tl.constexpr, OF_LAST: tl.constexpr,
-):  # fmt: skip
-    """Rows that are rounded are read twice: their scale is that of their ranks too. `BESIDE` rows that have been
-    rounded, their ranks are by the scale that there is.
-    """
-    begin = tl.program_id(0).to(tl.int64) * ROWS
-    near, some, rank = tl.arange(0, ROWS), tl.arange(0, AT_ONCE), tl.arange(0, RANKS)
-    in_rows, in_ranks = begin + near < num_rows, rank < USED
-    x += begin * x_row
-    total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
-    largest = tl.zeros((ROWS,), dtype=tl.float32)
-    for first in range(0, WIDTH, AT_ONCE):
-        column = first + some
-        piece = tl.load(
-            x + near[:, None] * x_row + column[None, :], mask=in_rows[:, None] & (column < WIDTH)[None, :], other=0.0
-        )
-        theirs = tl.load(
-            factors + column[:, None] * factors_column + rank[None, :] * factors_rank,
-            mask=(column < WIDTH)[:, None] & in_ranks[None, :], other=0.0,
-        )  # fmt: skip
-        total = tl.dot(piece, theirs, total)
-        if ROUNDS:
-            largest = tl.maximum(largest, tl.max(tl.abs(piece), 1).to(tl.float32))
-    made = total.to(ranks.dtype.element_ty)
-    mask = in_rows[:, None] & in_ranks[None, :]
-    tl.store(ranks + begin * ranks_row + near[:, None] * ranks_row + rank[None, :], made, mask=mask)
-    made = made.to(tl.float32)
-    values += begin * COLUMNS
-    if ROUNDS:
-        largest = tl.maximum(tl.maximum(largest, tl.max(tl.abs(made), 1)), LEAST)
-        inverse = _inverse(largest)
-        tl.store(scales + begin + near, tl.div_rn(largest, _LARGEST), mask=in_rows)
-        for first in range(0, WIDTH, AT_ONCE):
-            column = first + some
-            inside = in_rows[:, None] & (column < WIDTH)[None, :]
-            piece = tl.load(x + near[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            rounded = (piece * inverse[:, None]).to(tl.float8e4nv)
-            tl.store(values + near[:, None] * COLUMNS + (COLUMNS - WIDTH + column)[None, :], rounded, mask=inside)
-        if COLUMNS > WIDTH + 3 * USED:
-            spare = 3 * USED + tl.arange(0, PADDING)
-            zeros = tl.zeros((ROWS, PADDING), dtype=tl.float32).to(tl.float8e4nv)
-            tl.store(
-                values + near[:, None] * COLUMNS + spare[None, :], zeros,
-                mask=in_rows[:, None] & (spare < COLUMNS - WIDTH)[None, :],
-            )  # fmt: skip
-    if BESIDE:
-        inverse = tl.load(scales + begin + near, mask=in_rows, other=1.0)
-        inverse = tl.div_rn(tl.zeros_like(inverse) + 1.0, inverse)
-    if ROUNDS or BESIDE:
-        units = made * inverse[:, None]
-        high = _high(units)
-        at = values + near[:, None] * COLUMNS + rank[None, :]
-        tl.store(at, high.to(tl.float8e4nv), mask=mask)
-        tl.store(at + USED, ((units - high) * OF_LOW).to(tl.float8e4nv), mask=mask)
-        tl.store(at + 2 * USED, (high * OF_LAST).to(tl.float8e4nv), mask=mask)
 
 
 @kernel
@@ -145,9 +77,9 @@ def _gate_and_round(
     wide = gated.to(tl.float32)
     norm = tl.sqrt_rn(tl.sum(wide * wide))
     largest = tl.maximum(tl.maximum(tl.max(tl.abs(wide)), norm * tl.load(bound)), LEAST)
-    tl.store(scales + row, tl.div_rn(largest, _LARGEST))
+    tl.store(scales + row, tl.div_rn(largest, LARGEST))
     at = values + row * COLUMNS
-    tl.store(at + COLUMNS - WIDTH + column, (wide * _inverse(largest)).to(tl.float8e4nv), mask=inside)
+    tl.store(at + COLUMNS - WIDTH + column, (wide * inverse_of(largest)).to(tl.float8e4nv), mask=inside)
     if COLUMNS > WIDTH:
         zeros = tl.zeros((SPAN,), dtype=tl.float32).to(tl.float8e4nv)
         tl.store(at + beside, zeros, mask=beside < COLUMNS - WIDTH)
@@ -196,15 +128,15 @@ def _round_out(flat, programs, table, factors, KIND: tl.constexpr, ROWS: tl.cons
     scale = tl.load(scales + row, mask=in_rows, other=1.0)
     units = numbers * tl.div_rn(tl.zeros_like(scale) + 1.0, scale)[:, None]
     # The conversion would take the largest number for what is larger.
-    units = tl.where(tl.abs(units) > _LARGEST, float("nan"), units)
+    units = tl.where(tl.abs(units) > LARGEST, float("nan"), units)
     at = values + row[:, None] * values_row + rank[None, :]
-    high = _high(units)
+    high = high_part(units)
     tl.store(at, high.to(tl.float8e4nv), mask=mask)
     tl.store(at + step, (high * tl.load(factors + 1)).to(tl.float8e4nv), mask=mask)
     tl.store(at + 2 * step, ((units - high) * tl.load(factors + 2)).to(tl.float8e4nv), mask=mask)
 
 
-def _empty(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_rounded(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.empty((rows, columns), device=device, dtype=torch.float8_e4m3fn)
     return values, torch.empty((rows, 1), device=device, dtype=torch.float32)
 
@@ -213,7 +145,7 @@ def _round(
     x: torch.Tensor, ranks: torch.Tensor | None, columns: int, *, least: float, headroom: float, small_ranks: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = x.shape
-    values, scales = _empty(rows, columns, x.device)
+    values, scales = empty_rounded(rows, columns, x.device)
     block = triton.next_power_of_2(width)
     of_low, of_last = fp8_reference.rank_factors(small_ranks=small_ranks)
     _round_rows[(rows,)](
@@ -242,59 +174,11 @@ def round_weights(weights: torch.Tensor, columns: int) -> tuple[torch.Tensor, to
     )
 
 
-def _has_kernel(x: torch.Tensor, factors: torch.Tensor) -> bool:
-    return factors.shape[0] <= _WIDEST_RANKS and x.dtype is not torch.float32
-
-
-def _launch_ranks(
-    x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
-    *, rounds: bool = False, beside: bool = False, small_ranks: bool = False,
-) -> None:  # fmt: skip
-    (rows, width), used, columns = x.shape, factors.shape[0], values.shape[1]
-    block = max(16, triton.next_power_of_2(used))
-    at_once, columns_at_once, warps, stages = _RANK_SHAPES[block]
-    of_low, of_last = fp8_reference.rank_factors(small_ranks=small_ranks)
-    _rank_and_round[(triton.cdiv(rows, at_once),)](
-        x, factors, ranks, values, scales, x.stride(0), factors.stride(0), factors.stride(1), ranks.stride(0), rows,
-        WIDTH=width, USED=used, COLUMNS=columns, RANKS=block,
-        PADDING=triton.next_power_of_2(max(columns - width - 3 * used, 1)), ROWS=at_once, AT_ONCE=columns_at_once,
-        ROUNDS=rounds, BESIDE=beside, LEAST=fp8_reference.SMALLEST, OF_LOW=of_low, OF_LAST=of_last,
-        num_warps=warps, num_stages=stages, enable_fp_fusion=False,
-    )  # fmt: skip
-
-
-def rank_rows(x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor) -> None:
-    if not _has_kernel(x, factors):
-        fp8_reference.rank_rows(x, factors, ranks)
-        return
-    _launch_ranks(x, factors, ranks, ranks, ranks)
-
-
-def rank_and_round(
-    x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, columns: int, *, small_ranks: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if not _has_kernel(x, factors):
-        fp8_reference.rank_rows(x, factors, ranks)
-        return round_rows(x, ranks, columns, small_ranks=small_ranks)
-    values, scales = _empty(len(x), columns, x.device)
-    _launch_ranks(x, factors, ranks, values, scales, rounds=True, small_ranks=small_ranks)
-    return values, scales
-
-
-def rank_beside(
-    x: torch.Tensor, factors: torch.Tensor, ranks: torch.Tensor, values: torch.Tensor, scales: torch.Tensor,
-) -> None:  # fmt: skip
-    if not _has_kernel(x, factors):
-        fp8_reference.rank_beside(x, factors, ranks, values, scales)
-        return
-    _launch_ranks(x, factors, ranks, values, scales, beside=True)
-
-
 def gate_and_round(
     gate_up: torch.Tensor, out: torch.Tensor, bound: torch.Tensor, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = out.shape
-    values, scales = _empty(rows, columns, out.device)
+    values, scales = empty_rounded(rows, columns, out.device)
     block = triton.next_power_of_2(width)
     # Compiled as the gate by itself is: its bits are wanted again where rows are made again.
     _gate_and_round[(rows,)](

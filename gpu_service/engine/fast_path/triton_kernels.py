@@ -25,13 +25,11 @@ from gpu_service.engine.fast_path.fp8_kernels import (
     multiply_rounded,
     prepare_bounds,
     prepare_rounded,
-    rank_and_round,
-    rank_beside,
-    rank_rows,
     round_out,
     round_rows,
     round_weights,
 )
+from gpu_service.engine.fast_path.fp8_rank_kernels import rank_and_round, rank_beside, rank_rows
 from gpu_service.engine.fast_path.launching import kernel
 
 __all__ = [
