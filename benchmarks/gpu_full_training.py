@@ -25,7 +25,9 @@ from gpu_service.domain.defaults import LOW, STANDARD
 from gpu_service.domain.recomputation import Recomputation
 from gpu_service.engine.builders.methods import full
 from gpu_service.engine.failures import library_versions
+from gpu_service.engine.fast_path.full_low_memory import LowMemoryModel
 from gpu_service.engine.fast_path.full_model import FullModel
+from gpu_service.engine.fast_path.full_weights import Region
 from gpu_service.engine.trainers import Trainer, make_trainer
 from gpu_service.engine.training.batches import MicroBatch
 from gpu_service.engine.training.flat_attention import attending_within_sequences
@@ -102,12 +104,15 @@ def compare(trainer: Trainer, model: Any, batch: MicroBatch, vocabulary: int) ->
         with measuring(one), attending_within_sequences(one), torch.autocast("cuda", torch.bfloat16):
             losses.append(float(objective.forward(one, batch.to(_DEVICE)).total) / weight)
     (short,) = make_steps("mixed", _PARITY_TOKENS, 1, vocabulary, seed=2)
-    # On the host: the device has no room for several.
-    exact = [one.cpu() for one in _plain_gradients(model, short, mixed=False)]
+    exact = _exact_gradients(model, short)
     reference_error = _error(_plain_gradients(model, short, mixed=True), exact)
     torch.autograd.backward(objective.forward(fast, short.to(_DEVICE)).total)
-    ours = [fast.weights.region(one).view(fast.gradients.flat) for one in model.parameters()]
-    fast.gradients.drop()
+    if isinstance(fast, LowMemoryModel):
+        flat = _gather(fast)
+    else:
+        flat = fast.gradients.flat
+        fast.gradients.drop()
+    ours = [fast.weights.region(one).view(flat) for one in model.parameters()]
     return {
         "loss": losses[0],
         "reference_loss": losses[1],
@@ -115,6 +120,29 @@ def compare(trainer: Trainer, model: Any, batch: MicroBatch, vocabulary: int) ->
         "gradient_error": _error(ours, exact),
         "reference_gradient_error": reference_error,
     }
+
+
+def _gather(fast: LowMemoryModel) -> torch.Tensor:
+    """All gradients of the pass that was made, which are otherwise let go of one by one."""
+    flat = torch.empty_like(fast.weights.held)
+
+    def consume(region: Region, gradient: torch.Tensor) -> None:
+        flat[region.start : region.stop].copy_(gradient.flatten())
+
+    fast.sweep(consume, is_last=True)
+    return flat
+
+
+def _exact_gradients(model: Any, batch: MicroBatch) -> list[torch.Tensor]:
+    """From float32 throughout, whatever weights are held in; on the host, as the device has no room for several."""
+    before = [parameter.data for parameter in model.parameters()]
+    try:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+        return [one.cpu() for one in _plain_gradients(model, batch, mixed=False)]
+    finally:
+        for parameter, data in zip(model.parameters(), before, strict=True):
+            parameter.data = data
 
 
 def _plain_gradients(model: Any, batch: MicroBatch, *, mixed: bool) -> list[torch.Tensor]:
@@ -191,7 +219,7 @@ def main() -> None:
     parser.add_argument("--memory", choices=(STANDARD, LOW), default=STANDARD)
     parser.add_argument("--recompute", choices=tuple(_RECOMPUTATIONS), default="nothing")
     parser.add_argument("--accumulates", action="store_true", help="gradients in float32, as for steps of many passes")
-    parser.add_argument("--parity", action="store_true", help="of standard memory alone")
+    parser.add_argument("--parity", action="store_true", help="loss and gradients of the first row")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
