@@ -17,7 +17,7 @@ from gpu_service.engine.pace import NOBODY, Pace
 from gpu_service.engine.training.optimizer_state import digest_of_optimizer, digest_of_tensors
 
 # How far apart the losses of the probe may lie, in nats per target token, or as a part of a loss above 1, where not
-# every addition is made in the same order: another device, another library version, more than one thread.
+# every addition is made in the same order: another device, trainer or library version, more than one thread.
 _TOLERANCE: Mapping[str, float] = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 2e-2}
 _QUANTIZED_TOLERANCE = 2e-2
 
@@ -44,6 +44,8 @@ class Environment:
     compute_dtype: str
     quantization: str
     versions: Mapping[str, str]
+    # Each of them adds up in an order of its own; empty in a certificate of a version that did not say.
+    trainer: str = ""
 
     @property
     def repeats_exactly(self) -> bool:
@@ -51,7 +53,7 @@ class Environment:
         return self.device == "cpu" and self.threads == 1
 
     @classmethod
-    def here(cls, *, device: torch.device, compute_dtype: str, quantization: str) -> Environment:
+    def here(cls, *, device: torch.device, compute_dtype: str, quantization: str, trainer: str = "") -> Environment:
         """Of this process and `device`."""
         is_cuda = device.type == "cuda"
         return cls(
@@ -61,6 +63,7 @@ class Environment:
             compute_dtype=compute_dtype,
             quantization=quantization,
             versions=library_versions(),
+            trainer=trainer,
         )
 
 

@@ -49,7 +49,10 @@ class CheckpointKeeper:
         self._saved_step = 0
         quantization = self.settings.quantization
         self._environment = Environment.here(
-            device=self.device, compute_dtype=quantization.compute_dtype, quantization=quantization.method
+            device=self.device,
+            compute_dtype=quantization.compute_dtype,
+            quantization=quantization.method,
+            trainer=self.settings.trainer or REFERENCE,
         )
 
     def resume(self, directory: Path, source: Path | None = None) -> TrainingProgress:

@@ -33,6 +33,7 @@ def _measured(difference: float, **changes: Any) -> Certificate:
     [
         ({}, 0.0, 1e-12),
         ({"threads": 8}, 1e-3, 3e-3),
+        ({"trainer": "fast"}, 1e-3, 3e-3),
         ({"versions": {"torch": "2.14.0"}}, 1e-3, 3e-3),
         ({"device": "cuda", "device_name": "H100"}, 1e-3, 3e-3),
         ({"device": "cuda", "compute_dtype": "bfloat16"}, 3e-2, 5e-2),

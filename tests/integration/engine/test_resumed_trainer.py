@@ -29,6 +29,7 @@ def _forget_trainer(checkpoint: Path) -> None:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     for name in ("trainer", "facts_sha256"):
         del manifest[name]
+    del manifest["certificate"]["environment"]["trainer"]
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
