@@ -2,7 +2,7 @@
 
 Knows when to evaluate and when to save, not what an artifact is. A stop is honored between steps; a loss or gradient
 that is not finite never reaches the weights. On a device that decides so by itself, a step is handed out before the
-numbers of the one before it are read; whatever looks at weights or progress waits for them first.
+one before it is over; whatever looks at weights or progress waits for that first.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit, col
 from gpu_service.engine.training.checkpoint_keeper import CheckpointKeeper
 from gpu_service.engine.training.clipping import clip_gradient
 from gpu_service.engine.training.flat_attention import attending_within_sequences
-from gpu_service.engine.training.losses import LossTally
 from gpu_service.engine.training.objectives import Objective
 from gpu_service.engine.training.out_of_memory import ADDS_UP_ROUGHLY, PassSize
 from gpu_service.engine.training.progress import TrainingProgress
 from gpu_service.engine.training.schedule import Schedule
-from gpu_service.engine.training.step_report import StepFacts, StepReport, as_history
-from gpu_service.engine.training.updates import StepNumbers, make_updates
+from gpu_service.engine.training.step_report import as_history
+from gpu_service.engine.training.step_telling import IssuedStep, StepTeller, ToldStep
+from gpu_service.engine.training.updates import make_updates
 from gpu_service.journal.events import failure
 from tunesmith.common.v1 import errors_pb2, event_pb2, training_spec_pb2
 
@@ -48,18 +48,6 @@ class _Gradient:
     whole: int
     values: list[torch.Tensor]
     norm: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Issued:
-    """A step that was handed to the device. `read` waits until it is over."""
-
-    step: int
-    batches: list[MicroBatch]
-    weights: list[tuple[int, ...]]
-    learning_rate: float
-    peak_memory_bytes: int
-    read: Callable[[], StepNumbers]
 
 
 @runtime_checkable
@@ -116,14 +104,13 @@ class TrainingLoop:
             num_steps=self.data.num_steps,
         )
         self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._step_report = StepReport(data=self.data)
         self._updates = make_updates(
             accelerator=self.accelerator,
             optimizer=self.optimizer,
-            halts=not _GOES_ON[self.settings.non_finite_policy or "stop"],
+            halts=not self._goes_on_anyway,
         )
-        # Oldest first; their numbers are not read yet, and nothing was said of them.
-        self._in_hand: deque[_Issued] = deque()
+        # Oldest first: what waits for each, and gives what it came to.
+        self._in_hand: deque[Callable[[], ToldStep]] = deque()
         self._settled_any = False
 
     def run(self) -> bool:
@@ -132,6 +119,12 @@ class TrainingLoop:
         Raises StopRequested (for a checkpoint stop after the checkpoint is committed, or found no room) and RunFailure.
         """
         self.model.train()
+        self._teller = StepTeller(
+            data=self.data,
+            reporter=self.reporter,
+            halts=not self._goes_on_anyway,
+            in_background=self._updates.steps_ahead > 0,
+        )
         try:
             with attending_within_sequences(self.model):
                 stopped_early = self._train()
@@ -141,6 +134,8 @@ class TrainingLoop:
             if stop.mode is StopMode.CHECKPOINT:
                 self._save_at_stop()
             raise
+        finally:
+            self._teller.close()
         self.save()
         return stopped_early
 
@@ -156,6 +151,10 @@ class TrainingLoop:
                 gradient = self._accumulate(self.data.step_examples(step), self.pass_size.limit)
                 self._finish(step, 0.0, gradient).read()
         return self.device.peak_bytes()
+
+    @property
+    def _goes_on_anyway(self) -> bool:
+        return _GOES_ON[self.settings.non_finite_policy or "stop"]
 
     def _train(self) -> bool:
         # One that a stop cut short is made after the resume: what follows from it must not depend on the stop.
@@ -193,7 +192,7 @@ class TrainingLoop:
         return bool(limit) and self.progress.steps_done > 0 and self.progress.training_seconds >= limit
 
     def _step(self, step: int) -> None:
-        """Hand the step out, and read the numbers of those that are due: of this one too where nothing runs ahead."""
+        """Hand the step out, and wait for those that are due: for this one too where nothing runs ahead."""
         self._updates.begin()
         learning_rate = self._schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
@@ -203,11 +202,13 @@ class TrainingLoop:
             gradient = self.pass_size.carry_out(
                 lambda limit: self._accumulate(references, limit), references, step=step + 1, undo=self._undo
             )
-            self._in_hand.append(self._finish(step, learning_rate, gradient))
+            issued = self._finish(step, learning_rate, gradient)
         except torch.OutOfMemoryError:
             # The steps before it are over all the same; one that was not finite is what the run fails of.
             self._settle()
             raise
+        tell_notices(self.model, self.reporter)
+        self._in_hand.append(self._teller.hand_over(issued))
         # The first step's numbers are waited for: people wait for them, and kernels are compiled in it.
         self._settle(leaving=self._updates.steps_ahead if self._settled_any else 0)
 
@@ -217,9 +218,9 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _settle(self, leaving: int = 0) -> None:
-        """Report steps in hand, oldest first, until so many are left; waits for their numbers. Raises RunFailure."""
+        """Wait for steps in hand, oldest first, until so many are left, and count them. Raises RunFailure."""
         while len(self._in_hand) > leaving:
-            self._report(self._in_hand.popleft())
+            self._count(self._in_hand.popleft()())
 
     def _settle_at_stop(self) -> None:
         """`_settle`, also where the disk has no room for what it says: a stop ends the waiting for some."""
@@ -227,41 +228,23 @@ class TrainingLoop:
             with suppress(StopRequested):
                 self._settle()
 
-    def _report(self, issued: _Issued) -> None:
-        numbers = issued.read()
+    def _count(self, told: ToldStep) -> None:
         self._settled_any = True
-        tell_notices(self.model, self.reporter)
-        tally, rows = LossTally(), numbers.rows
-        for batch, weight in zip(issued.batches, issued.weights, strict=True):
-            tally.add(batch, weight, rows[: len(weight)], self.data.sources)
-            del rows[: len(weight)]
-        goes_on = numbers.is_finite or _GOES_ON[self.settings.non_finite_policy]
+        numbers = told.numbers
+        goes_on = numbers.is_finite or self._goes_on_anyway
         if goes_on:
             # A skipped step is a step: its data was shown, and its place in data and schedule is used up.
-            self.progress.steps_done = issued.step + 1
+            self.progress.steps_done = told.issued.step + 1
             self.progress.training_seconds += numbers.seconds
-            for batch in issued.batches:
+            for batch in told.issued.batches:
                 self.progress.count(batch, self.examples_per_epoch)
-        event = self._step_report.describe(
-            StepFacts(
-                step=issued.step,
-                batches=issued.batches,
-                tally=tally,
-                norm=numbers.norm,
-                learning_rate=issued.learning_rate,
-                seconds=numbers.seconds,
-                peak_memory_bytes=issued.peak_memory_bytes,
-                skipped=not numbers.updated,
-            )
-        )
-        self.progress.steps.append(as_history(event))
-        self.reporter.emit(event)
-        if not numbers.is_finite:
-            message = self._warn_not_finite(event)
-            if not goes_on:
-                # What was handed out after it left the weights alone, and is not told of.
-                self._in_hand.clear()
-                raise _not_finite(message)
+        self.progress.steps.append(as_history(told.event))
+        if told.stop is not None:
+            raise told.stop
+        if not goes_on:
+            # What was handed out after it left the weights alone, and is not told of.
+            self._in_hand.clear()
+            raise _not_finite(told.problem)
 
     def _accumulate(self, references: Sequence[ExampleReference], limit: MicroBatchLimit) -> _Gradient:
         """The gradient of a step, clipped, and its losses. May be begun again until the update is made."""
@@ -283,8 +266,8 @@ class TrainingLoop:
             values.append(outcome.values)
         return _Gradient(batches=batches, weights=weights, whole=whole, values=values, norm=self._clip())
 
-    def _finish(self, step: int, learning_rate: float, gradient: _Gradient) -> _Issued:
-        return _Issued(
+    def _finish(self, step: int, learning_rate: float, gradient: _Gradient) -> IssuedStep:
+        return IssuedStep(
             step=step,
             batches=gradient.batches,
             weights=gradient.weights,
@@ -296,16 +279,6 @@ class TrainingLoop:
     def _clip(self) -> torch.Tensor:
         max_norm = self.settings.optimizer.max_gradient_norm
         return clip_gradient(self.accelerator, self.optimizer, self._trainable, max_norm)
-
-    def _warn_not_finite(self, event: event_pb2.StepEvent) -> str:
-        """Say which data it came from, as far as the losses tell. The message."""
-        blamed = [value for value in event.dataset_losses if not value.HasField("loss")]
-        what = "the loss" if blamed else "the gradient"
-        where = "".join(f", trait {value.trait_type}, dataset {value.dataset_id}" for value in blamed)
-        message = f"{what} of step {event.step}{where} is not a finite number; its update was not applied"
-        only = blamed[0] if len(blamed) == 1 else event_pb2.LossValue()
-        self.reporter.warn("non-finite-loss", message, trait_type=only.trait_type, dataset_id=only.dataset_id)
-        return message
 
     def save(self) -> None:
         """Commit a checkpoint of the steps done, unless it is there. One for which the disk has no room is left out,

@@ -174,7 +174,8 @@ class _CudaClock:
             self._start.record()
 
     def end(self) -> Callable[[], float]:
-        start, end = self._start, torch.cuda.Event(enable_timing=True)
+        # Whoever waits for it sleeps: otherwise a core would do nothing else for most of each step.
+        start, end = self._start, torch.cuda.Event(enable_timing=True, blocking=True)
         end.record()
         self._last_end = end
 
