@@ -214,7 +214,8 @@ def test_a_kernel_that_never_ends_is_a_hang(node: GpuServer) -> None:
     assert failure.reason == errors_pb2.ERROR_REASON_HANG
     assert failure.stage == "TRAINING"
     # Python's frames down to the call that waits for the device.
-    assert any("_step" in line for line in log_lines(events))
+    lines = log_lines(events)
+    assert any("_step" in line for line in lines), lines
     assert _used_bytes() <= before + _SLACK_BYTES
     assert not [payload for payload in events if payload.warning.code == "device-quarantined"]
 
@@ -322,4 +323,6 @@ def test_the_driver_tells_what_nobody_holds(node: GpuServer) -> None:
     """The number that a shim compares before and behind an engine, through the library that lists the devices."""
     from gpu_service.devices import read_held_bytes
 
-    assert 0 <= read_held_bytes(0) <= _used_bytes() + _SLACK_BYTES
+    # An engine of a test before may be giving its own back.
+    before, held = _used_bytes(), read_held_bytes(0)
+    assert 0 <= held <= max(before, _used_bytes()) + _SLACK_BYTES
