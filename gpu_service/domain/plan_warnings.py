@@ -17,8 +17,8 @@ TOKEN_MIX_WARNING = (
 TOKEN_BATCH_WARNING = "a batch counts tokens, which only the exact plan reads: steps are an upper bound"
 FP8_WARNING = (
     "compute 'fp8' rounds frozen weights, activations and gradients to 8 bits in every product with the base but those "
-    "of the first and the last block, where there are eight or more: other numerics than bfloat16's; losses come near, "
-    "and are not the same"
+    "of the first two blocks and the last, where there are eight or more: other numerics than bfloat16's; losses come "
+    "near, and are not the same"
 )
 LOW_WARNING = (
     "full_memory 'low' holds weights in bfloat16 and moments in 8 bits, both rounded by chance: other numerics "

@@ -104,8 +104,8 @@ def _origin(spec: training_spec_pb2.TrainingSpec, plan: plan_pb2.Plan, job_id: s
     if plan.resolved.compute == "fp8":
         text += (
             " In training, the base's frozen weights, what they were multiplied by, and gradients were rounded to"
-            " 8 bits (fp8 e4m3): other numerics than bfloat16's. Of eight blocks or more, the first and the last were"
-            " left out of it."
+            " 8 bits (fp8 e4m3): other numerics than bfloat16's. Of eight blocks or more, the first two and the last"
+            " were left out of it."
         )
     if kind is Kind.MERGED:
         text += " The adapter was added to the base's original weights in float32, and the sums rounded to 16 bits."

@@ -27,11 +27,11 @@ Rounded = tuple[torch.Tensor, torch.Tensor]
 
 
 def blocks_in_8_bits(num_blocks: int) -> range:
-    """The blocks whose products are rounded: all but the first and the last of a model that has enough of them.
+    """The blocks whose products are rounded: all but the first two and the last of a model that has enough of them.
 
-    What those two lose is much of what all lose together, and they are a small part of the work.
+    What those lose is much of what all lose together, and they are a small part of the work.
     """
-    return range(1, num_blocks - 1) if num_blocks >= _ENOUGH_BLOCKS else range(num_blocks)
+    return range(2, num_blocks - 1) if num_blocks >= _ENOUGH_BLOCKS else range(num_blocks)
 
 
 class RoundedGroup:

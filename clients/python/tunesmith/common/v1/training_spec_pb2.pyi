@@ -549,8 +549,8 @@ class Hyperparameters(_message.Message):
     """
     compute: _builtins.str
     """Numbers that the fast path multiplies frozen weights in: `standard` is quantization.compute_dtype, `fp8` rounds weights of
-    nf4, what they are multiplied by, and gradients to 8 bits (e4m3, a scale a row), in all blocks but the first and the
-    last (of a model of fewer than eight: in all). Faster, and not the same numbers.
+    nf4, what they are multiplied by, and gradients to 8 bits (e4m3, a scale a row), in all blocks but the first two and
+    the last (of a model of fewer than eight: in all). Faster, and not the same numbers.
     """
     full_memory: _builtins.str
     """How the fast path trains every weight (training type `full`). `standard`: weights and moments in float32. `low`: weights in
