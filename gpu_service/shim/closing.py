@@ -14,12 +14,12 @@ from gpu_service.journal import STEPS_LOST, JournalFull, Writer, events, summari
 from gpu_service.journal.failpoints import failpoint
 from gpu_service.shim import durable_json
 from gpu_service.shim.records import ExitRecord
+from gpu_service.shim.stacks import CURRENT_THREAD
 from tunesmith.common.v1 import errors_pb2, event_pb2
 
 # Code of the warning in a job's log.
 DEVICE_QUARANTINED = "device-quarantined"
 _MAX_LINES = 150
-_CURRENT_THREAD = "Current thread"
 # Of the stacks in a failure; more of them is in the job's log.
 _MAX_DETAIL_CHARACTERS = 2000
 
@@ -105,7 +105,7 @@ def _tell(writer: Writer, ending: ExitRecord) -> None:
 
 def _most_telling(stacks: str) -> str:
     """The thread that took the signal, as a rule the one that trains, and what follows; else from the beginning."""
-    start = max(0, stacks.find(_CURRENT_THREAD))
+    start = max(0, stacks.find(CURRENT_THREAD))
     return stacks[start : start + _MAX_DETAIL_CHARACTERS]
 
 

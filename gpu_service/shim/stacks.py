@@ -13,13 +13,15 @@ import time
 from pathlib import Path
 
 STACKS_SIGNAL = signal.SIGUSR1
-# What faulthandler begins with when a signal is deadly.
+# What faulthandler begins with when a signal is deadly, and of the thread that took a signal.
 _CRASH_HEAD = "Fatal Python error"
+CURRENT_THREAD = "Current thread"
 _DEADLY_SIGNALS = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
 _WAIT_SECONDS = 2.0
 _QUIET_SECONDS = 0.2
 _LOOK_AGAIN_SECONDS = 0.02
 _MAX_CHARACTERS = 12_000
+_MAX_LOG_BYTES = 2**20
 _MAX_PROCESSES = 16
 _MAX_THREADS = 8
 _PROC = Path("/proc")
@@ -36,7 +38,8 @@ def of_crash(signal_number: int | None, log: Path) -> str:
         return ""
     text = _read_from(log, max(0, _size(log) - 4 * _MAX_CHARACTERS))
     head = text.rfind(_CRASH_HEAD)
-    return text[head:][:_MAX_CHARACTERS] if head >= 0 else ""
+    title, gap, threads = text[head:].partition("\n\n") if head >= 0 else ("", "", "")
+    return f"{title}{gap}{_current_first(threads)}"[:_MAX_CHARACTERS]
 
 
 def _python_stacks(engine_pid: int, log: Path) -> str:
@@ -53,7 +56,21 @@ def _python_stacks(engine_pid: int, log: Path) -> str:
         elif size > start and now - grown_at >= _QUIET_SECONDS:
             break
         time.sleep(_LOOK_AGAIN_SECONDS)
-    return _read_from(log, start).strip() or f"the engine did not tell its stacks within {_WAIT_SECONDS:g} s"
+    told = _current_first(_read_from(log, start).strip())
+    return told or f"the engine did not tell its stacks within {_WAIT_SECONDS:g} s"
+
+
+def _current_first(told: str) -> str:
+    """The thread that took the signal, as a rule the one that trains, before those that wait for work.
+
+    It is the oldest and comes last, and behind many others a screenful does not reach it.
+    """
+    begin = told.find(CURRENT_THREAD)
+    if begin < 0:
+        return told
+    end = told.find("\n\n", begin)
+    end = len(told) if end < 0 else end
+    return f"{told[begin:end].rstrip()}\n\n{told[:begin]}{told[end:].lstrip()}".rstrip()
 
 
 def _catches(pid: int) -> bool:
@@ -119,6 +136,6 @@ def _read_from(log: Path, start: int) -> str:
     try:
         with log.open("rb") as stream:
             stream.seek(start)
-            return stream.read(4 * _MAX_CHARACTERS).decode(errors="replace")
+            return stream.read(_MAX_LOG_BYTES).decode(errors="replace")
     except OSError:
         return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 from gpu_service.shim import stacks
@@ -102,10 +103,55 @@ def test_a_process_that_does_not_tell_its_stacks_is_told_of_by_the_kernel(tmp_pa
     assert "before" not in told
 
 
+_MANY_THREADS = """
+import faulthandler, signal, sys, threading
+
+faulthandler.register(signal.SIGUSR1, all_threads=True)
+waits = threading.Event()
+for _ in range(60):
+    threading.Thread(target=waits.wait, daemon=True).start()
+
+
+def train_a_step():
+    print("ready", flush=True)
+    waits.wait()
+
+
+train_a_step()
+"""
+
+
+def test_the_thread_that_trains_is_told_of_first(tmp_path: Path) -> None:
+    """Behind many that wait for work a screenful would not reach it."""
+    log = tmp_path / "engine.log"
+    command = [sys.executable, "-c", _MANY_THREADS]
+    with log.open("wb") as stream, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        told = stacks.capture(engine_pid=child.pid, members=[child.pid], log=log)
+        assert child.poll() is None
+        child.kill()
+    current, _, rest = told.partition("\n\n")
+    assert current.startswith("Current thread")
+    assert "in train_a_step" in current
+    assert "in train_a_step" not in rest
+    # The others follow, as far as there is room.
+    assert rest.count("in wait") > 10
+    assert len(told) == 12_000
+    assert log.stat().st_size > 12_000
+
+
 def test_what_a_deadly_signal_left_in_the_log_is_the_last_of_it(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     log.write_text("a line\nFatal Python error: Aborted\nold\nFatal Python error: Segmentation fault\nnew\n")
     assert stacks.of_crash(signal.SIGSEGV, log) == "Fatal Python error: Segmentation fault\nnew\n"
+    log.write_text(
+        "Fatal Python error: Aborted\n\nThread 1:\n  waits\n\nCurrent thread 2:\n  aborts\n\nExtension modules: a\n"
+    )
+    expected = (
+        "Fatal Python error: Aborted\n\nCurrent thread 2:\n  aborts\n\nThread 1:\n  waits\n\nExtension modules: a"
+    )
+    assert stacks.of_crash(signal.SIGABRT, log) == expected
     assert stacks.of_crash(signal.SIGKILL, log) == ""
     assert stacks.of_crash(None, log) == ""
     assert stacks.of_crash(signal.SIGSEGV, tmp_path / "absent") == ""
