@@ -155,9 +155,17 @@ def loads(results: Mapping[str, Result], *, shape: str, way: str) -> Iterator[Fi
             if one.get("size") == shape and one.get("row") == way and not one.get("cold")
         ]
         if found:
-            num_bytes = result.get(f"parity_bytes_{shape}")
-            parity = f"{num_bytes:,} quantized bytes are the library's" if num_bytes else _NONE
-            yield Figure(value=statistics.median(found), run=name, parity=parity)
+            yield Figure(value=statistics.median(found), run=name, parity=_of_bytes(name, results, shape=shape))
+
+
+def _of_bytes(name: str, results: Mapping[str, Result], *, shape: str) -> str:
+    """Of the run itself; else of another one that loaded the same shape and compared."""
+    compared = {run: result.get(f"parity_bytes_{shape}") for run, result in results.items()}
+    run = name if compared[name] else next((run for run, num_bytes in compared.items() if num_bytes), None)
+    if run is None:
+        return _NONE
+    text = f"{compared[run]:,} quantized bytes are the library's"
+    return text if run == name else f"{text}, {run}"
 
 
 def starts(results: Mapping[str, Result], *, case: str) -> Iterator[Figure]:

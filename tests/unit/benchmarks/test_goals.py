@@ -171,17 +171,19 @@ def test_loading_starting_and_the_curve_are_of_their_own_scripts() -> None:
         load("files", "8B", 1.8),
         load("copy", "3B", 0.2),
     ]
-    lines = _lines(
-        {
-            "h100-load": {"device": "NVIDIA H100", "rows": loads, "parity_bytes_3B": 1000},
-            "h100-starting": {"rows": [{"case": case, "seconds": 2.0} for case in ("warm", "spare", "peer")]},
-            "h100-curve": {"last_steps_relative_difference": -0.004, "model": "small", "steps": 200},
-        }
-    )
+    started = {
+        "h100-starting": {"rows": [{"case": case, "seconds": 2.0} for case in ("warm", "spare", "peer")]},
+        "h100-curve": {"last_steps_relative_difference": -0.004, "model": "small", "steps": 200},
+    }
+    lines = _lines({"h100-load": {"device": "NVIDIA H100", "rows": loads, "parity_bytes_3B": 1000}, **started})
     said = "1,000 quantized bytes are the library's"
     assert lines["load 3B, files"][0][1:] == ["0.50 s", "reached", "h100-load", said]
     assert lines["load 8B, files"][0][1:] == ["1.80 s", "20.0% over", "h100-load", "none"]
     assert lines["load 3B, 4-bit copy"][0][1:] == ["0.20 s", "reached", "h100-load", said]
+    slower = {"device": "NVIDIA H100", "rows": [load("files", "3B", 0.55), load("files", "8B", 1.9)]}
+    lines = _lines({"h100-cold": slower, "h100-load": {"rows": loads, "parity_bytes_3B": 1000}, **started})
+    assert lines["load 3B, files"][0][1:] == ["0.55 s", "reached", "h100-cold", f"{said}, h100-load"]
+    assert lines["load 8B, files"][0][3:] == ["h100-cold", "none"]
     assert [lines[f"start, {case}"][0][2] for case in ("warm", "spare", "fresh")] == ["100.0% over", "reached", ""]
     (curve,) = lines["fp8's loss after 200 steps, apart"]
     assert curve[1:4] == ["0.40 % (small, 200 steps)", "reached", "h100-curve"]
