@@ -123,7 +123,7 @@ class TrainingLoop:
             data=self.data,
             reporter=self.reporter,
             halts=not self._goes_on_anyway,
-            in_background=self._updates.steps_ahead > 0,
+            background_on=self.accelerator.device if self._updates.steps_ahead else None,
         )
         try:
             with attending_within_sequences(self.model):

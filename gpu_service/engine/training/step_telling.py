@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 from gpu_service.domain.planned_data import PlannedData
 from gpu_service.engine.reporter import Reporter
@@ -44,15 +47,25 @@ class ToldStep:
     stop: StopRequested | None
 
 
+def _make_thread(device: torch.device) -> ThreadPoolExecutor:
+    # Whoever waits for one device with another one current makes a context there.
+    prepare = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="steps", initializer=prepare)
+
+
 class StepTeller:
     """Of one training. `hand_over` and `close` are the training thread's."""
 
-    def __init__(self, *, data: PlannedData, reporter: Reporter, halts: bool, in_background: bool) -> None:
-        """`halts`: nothing is told behind a step that was not finite."""
+    def __init__(
+        self, *, data: PlannedData, reporter: Reporter, halts: bool, background_on: torch.device | None
+    ) -> None:
+        """`halts`: nothing is told behind a step that was not finite. `background_on` is the device whose steps a
+        thread waits for; None: there is no thread.
+        """
         self._data, self._reporter, self._halts = data, reporter, halts
         self._report = StepReport(data=data)
         self._over = False
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="steps") if in_background else None
+        self._thread = None if background_on is None else _make_thread(background_on)
 
     def hand_over(self, issued: IssuedStep) -> Callable[[], ToldStep]:
         """What is given waits until the step is told, and raises what kept it from that but a stop.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,7 +23,8 @@ from gpu_service.engine.training.loop import TrainingLoop
 from gpu_service.engine.training.objectives import Outcome
 from gpu_service.engine.training.out_of_memory import PassSize
 from gpu_service.engine.training.progress import TrainingProgress
-from gpu_service.engine.training.updates import UpdatesOnDevice, UpdatesOnHost
+from gpu_service.engine.training.step_telling import IssuedStep, StepTeller
+from gpu_service.engine.training.updates import StepNumbers, UpdatesOnDevice, UpdatesOnHost
 from tests.fakes.fast_models import make_fast, make_peft, nats
 from tests.fakes.flat_models import VOCABULARY_SIZE
 from tests.fakes.planned_rows import PlannedRows, make_examples
@@ -261,6 +262,24 @@ def test_a_step_is_told_at_its_end_while_the_next_one_is_still_handed_out(monkey
     training.loop.run()
     assert waited == [True] * (_STEPS - 1)
     assert _words(training) == [f"step {number + 1}" for number in range(_STEPS)]
+
+
+def test_steps_are_waited_for_with_their_own_device_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other would get a context of this process."""
+    training, device, made = _make(on_device=True), torch.device("cuda", 1), []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda one: made.append((one, threading.current_thread().name)))
+    teller = StepTeller(data=training.loop.data, reporter=training.loop.reporter, halts=True, background_on=device)
+    numbers = StepNumbers(rows=[], norm=1.0, is_finite=True, updated=True, seconds=1.0)
+    issued = IssuedStep(
+        step=0, batches=[], weights=[], learning_rate=0.1, peak_memory_bytes=0,
+        read=lambda: replace(numbers, norm=float(len(made))),
+    )  # fmt: skip
+    told = teller.hand_over(issued)()
+    teller.close()
+    assert told.numbers.norm == 1.0
+    ((one, name),) = made
+    assert one == device
+    assert name != threading.current_thread().name
 
 
 @pytest.mark.parametrize("step", [1, 3])
