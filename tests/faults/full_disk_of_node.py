@@ -94,11 +94,19 @@ def _journal(directory: Path, ledger: Ledger) -> None:
     num_steps = 20_000
     with stub_pair(directory) as pair:
         pids = pids_of(pair)
-        job = pair.start("writes", num_steps=num_steps, script={"step_seconds": 0})
-        pair.wait_for_step(job.job_id, 10)
+        # It writes faster than it is looked at, and goes on once there is no room beside what is allotted.
+        full = directory / "full"
+        script = {"hold_at": 10, "until_file": str(full), "step_seconds": 0}
+        job = pair.start("writes", num_steps=num_steps, script=script)
+        pair.wait_for_step(job.job_id, 9)
         journal = data / "node-local/runs" / job.job_id / "1/journal"
         with volume.full():
-            ledger.comes_true("training stands still when its events find no room", lambda: stands_still(journal))
+            held = journal.stat().st_size
+            full.touch()
+            ledger.comes_true(
+                "training stands still when its events find no room",
+                lambda: journal.stat().st_size > held and stands_still(journal),
+            )
             ledger.hold("the job is not over", state_of(pair, job.job_id) == event_pb2.JOB_STATE_RUNNING)
         ledger.comes_true("the job ends well", lambda: state_of(pair, job.job_id) == SUCCEEDED)
         events = hold_log(pair, job.job_id, ledger)
