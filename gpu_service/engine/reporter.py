@@ -6,7 +6,6 @@ and keeps no history.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +20,12 @@ DISK_FULL = "disk-full"
 
 
 class Reporter:
-    """The one voice of a run. The training thread's, but for `emit` and `warn`, which several may call."""
+    """The one voice of a run. The training thread's, but for `emit` and `warn`, which any thread may call."""
 
     def __init__(self, *, run_directory: Path, writer: Writer, notify: Notify) -> None:
         self._run_directory = str(run_directory)
         self._writer = writer
         self._notify = notify
-        # Notices come in the order of what they are of.
-        self._lock = threading.Lock()
         self._state: event_pb2.RunState.ValueType = event_pb2.RUN_STATE_ACCEPTED
         self._phase = ""
         # Set by the loading table while a stage is in hand.
@@ -46,15 +43,15 @@ class Reporter:
         start, waited = time.monotonic(), False
         while True:
             try:
-                with self._lock:
-                    sequence = self._writer.append(wrap(message))
-                    self._notify({"type": "journal", "run_directory": self._run_directory, "run_sequence": sequence})
+                sequence = self._writer.append(wrap(message))
                 break
             except JournalFull:
                 if self.when_full is None:
                     raise
                 waited = True
                 self.when_full()
+        # Says that there is something to read: two that overtake each other do no harm.
+        self._notify({"type": "journal", "run_directory": self._run_directory, "run_sequence": sequence})
         if waited:
             seconds = time.monotonic() - start
             self.warn(DISK_FULL, f"training stood still for {seconds:.0f} s: the disk had no room for its events")
