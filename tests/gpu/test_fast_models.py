@@ -168,32 +168,18 @@ def test_no_step_waits_for_the_device() -> None:
 
 @pytest.mark.parametrize("training_type", ["qlora", "lora"])
 def test_whole_run_is_that_of_the_plain_path(training_type: str, tmp_path: Any) -> None:
-    """Forty steps through planner and engine, on both paths: the plan takes the fast one by itself."""
-    from gpu_service.engine.resident import BaseShelf
-    from gpu_service.engine.service import carry_out
-    from gpu_service.engine.stopping import StopSwitch
-    from tests.fakes.engine_runs import Workspace, read_log
+    """Two hundred steps through planner and engine, by both."""
+    from tests.fakes.curves import hold_same_curve, read_both, train_by_both
+    from tests.fakes.engine_runs import Workspace
 
-    workspace, shelf = Workspace(root=tmp_path), BaseShelf()
-    logs = {}
-    for trainer in ("fast", "reference"):
-        directory = workspace.make_run(
-            f"run-{trainer}",
-            training_type=training_type,
-            hyperparameters={"num_steps": 40, "trainer": trainer, "optimizer": {"learning_rate": 1e-3}},
-            device={"type": "cuda", "index": 0},
-        )
-        carry_out(directory, shelf=shelf, switch=StopSwitch(), notify=lambda notice: None)
-        logs[trainer] = read_log(directory)
-        assert logs[trainer].states[-1] == "SUCCEEDED", logs[trainer].payloads[-1]
-    (plan,) = logs["fast"].of("plan")
-    assert plan.resolved.trainer == "fast"
-    assert any("fast path" in event.message for event in logs["fast"].of("log"))
-    (plan,) = logs["reference"].of("plan")
-    assert plan.resolved.trainer == "reference"
-    fast, plain = logs["fast"].losses, logs["reference"].losses
-    apart = [abs(fast[step] - plain[step]) for step in plain]
-    assert sum(apart) / len(apart) <= 0.02
-    assert plain[40] < plain[1] - 0.1
-    ends = [logs[trainer].of("evaluation")[-1].loss for trainer in logs if logs[trainer].of("evaluation")]
+    device = {"type": "cuda", "index": 0}
+    directories = train_by_both(
+        Workspace(root=tmp_path), training_type=training_type, device=device, compute_dtype="bfloat16"
+    )
+    fast, plain = read_both(directories)
+    hold_same_curve(fast, plain)
+    assert fast.of("plan")[0].resolved.trainer == "fast"
+    assert any("fast path" in event.message for event in fast.of("log"))
+    assert plain.of("plan")[0].resolved.trainer == "reference"
+    ends = [log.of("evaluation")[-1].loss for log in (fast, plain) if log.of("evaluation")]
     assert not ends or ends[0] == pytest.approx(ends[1], rel=1e-2)
