@@ -82,6 +82,8 @@ class StepTeller:
             self._thread.shutdown(cancel_futures=True)
 
     def _tell(self, issued: IssuedStep) -> ToldStep:
+        # Nor is anything told behind what could not be.
+        was_over, self._over = self._over, True
         numbers, tally = issued.read(), LossTally()
         rows = list(numbers.rows)
         for batch, weight in zip(issued.batches, issued.weights, strict=True):
@@ -100,9 +102,7 @@ class StepTeller:
             )
         )
         problem, stop = "", None
-        if not self._over:
-            # Nor is anything told behind what could not be.
-            self._over = True
+        if not was_over:
             try:
                 self._reporter.emit(event)
                 problem = "" if numbers.is_finite else self._warn_not_finite(event)

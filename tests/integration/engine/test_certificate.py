@@ -52,6 +52,9 @@ def test_how_far_the_probe_may_lie_off(changes: dict[str, Any], allowed: float, 
 def test_two_runs_on_a_gpu_need_not_be_equal() -> None:
     on_gpu = replace(CERTIFICATE, environment=replace(HERE, device="cuda"))
     on_gpu.compare(_measured(1e-4, device="cuda"))
+    assert on_gpu.tolerance(on_gpu.environment) == 1e-3
+    with pytest.raises(CertificateBroken):
+        on_gpu.compare(_measured(3e-3, device="cuda"))
 
 
 @pytest.mark.parametrize("what", ["weights_sha256", "optimizer_sha256"])

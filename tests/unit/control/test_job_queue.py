@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from control_service.app.queue import JobQueue
+from control_service.app.queue import Choice, JobQueue
 from control_service.app.store_ports import CommitNotice
 from control_service.domain.artifact import Checkpoint
 from control_service.domain.job import Job, WaitReason
@@ -31,12 +31,13 @@ _NODE = NodeView(
 
 
 class _Jobs:
-    """A store of jobs, and its transaction; reads wait while the gate is closed."""
+    """A store of jobs, and its transaction; reads wait while the gate is closed, and say so."""
 
     def __init__(self) -> None:
         self.jobs = self.checkpoints = self
         self.gate = asyncio.Event()
         self.gate.set()
+        self.is_read = asyncio.Event()
         self._jobs: dict[str, Job] = {}
         self._listeners: list[Callable[[CommitNotice], None]] = []
 
@@ -44,6 +45,7 @@ class _Jobs:
         self._listeners.append(listener)
 
     async def read(self, work: Callable[[Any], T]) -> T:
+        self.is_read.set()
         await self.gate.wait()
         return work(self)
 
@@ -82,10 +84,17 @@ async def test_a_back_off_that_begins_while_the_queue_is_read_keeps_nobody_waiti
     assert (await queue.choose()).assignments == [(waits.job_id, "a")]
     store.put(_job(3))
     store.gate.clear()
+    store.is_read.clear()
     reading = asyncio.create_task(queue.view_of(waits))
-    await asyncio.sleep(0)
-    choosing = asyncio.create_task(queue.choose())
-    await asyncio.sleep(0)
+    await store.is_read.wait()
+    has_begun = asyncio.Event()
+
+    async def choose() -> Choice:
+        has_begun.set()
+        return await queue.choose()
+
+    choosing = asyncio.create_task(choose())
+    await has_begun.wait()
     clock.advance(0.003)
     ends = clock.steady_utc_now() + timedelta(seconds=60)
     rests = store.put(_job(1, attempt=7, not_before=ends))
