@@ -54,8 +54,9 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _LOG.info("begun")
     faulthandler.enable()
-    # The shim asks for the stacks of all threads before it ends an engine that hangs.
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    # The shim asks for the stacks of all threads before it ends an engine that hangs. Not by SIGUSR1, whose handler is
+    # LLVM's once Triton has compiled a kernel.
+    faulthandler.register(signal.SIGRTMIN, all_threads=True)
     os.environ.update(_ENVIRONMENT)
     with socket.socket(fileno=options.control_fd) as connection:
         # Children must not hold the pipe open after the engine.

@@ -12,7 +12,9 @@ import signal
 import time
 from pathlib import Path
 
-STACKS_SIGNAL = signal.SIGUSR1
+# A real-time one: LLVM, which Triton compiles kernels with, takes SIGUSR1 from whoever had it (its
+# lib/Support/Unix/Signals.inc).
+STACKS_SIGNAL = signal.SIGRTMIN
 # What faulthandler begins with when a signal is deadly, and of the thread that took a signal.
 _CRASH_HEAD = "Fatal Python error"
 CURRENT_THREAD = "Current thread"

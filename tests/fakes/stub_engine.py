@@ -376,7 +376,7 @@ def reference_of(path: str, content: bytes) -> dict[str, Any]:
 
 def main() -> int:
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGRTMIN, all_threads=True)
     parser = argparse.ArgumentParser()
     parser.add_argument("--control-fd", type=int, required=True)
     return StubEngine(Control(parser.parse_args().control_fd)).serve()

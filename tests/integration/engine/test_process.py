@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ import pytest
 
 from gpu_service.engine.control import ControlPipe
 from gpu_service.engine.service import EXIT_AFTER_FAILURE, serve
+from gpu_service.shim.stacks import STACKS_SIGNAL
 from tests.fakes.engine_process import EngineProcess
 from tests.fakes.engine_runs import Workspace, read_log
 from tests.fakes.gpu_runs import wait_for
@@ -173,7 +173,7 @@ def test_stacks_are_told_when_asked_for_and_harm_nothing(engine: EngineProcess, 
     directory = workspace.make_run("stacks", hyperparameters=_LONG)
     engine.send(type="start_run", run_directory=str(directory))
     _wait_for_step(engine, directory, 1)
-    engine.process.send_signal(signal.SIGUSR1)
+    engine.process.send_signal(STACKS_SIGNAL)
     _wait_for_step(engine, directory, 3)
     engine.send(type="stop_run", run_directory=str(directory), mode="cancel", grace_seconds=30)
     engine.wait_finished(directory)

@@ -106,7 +106,7 @@ def test_a_process_that_does_not_tell_its_stacks_is_told_of_by_the_kernel(tmp_pa
 _MANY_THREADS = """
 import faulthandler, signal, sys, threading
 
-faulthandler.register(signal.SIGUSR1, all_threads=True)
+faulthandler.register(signal.SIGRTMIN, all_threads=True)
 waits = threading.Event()
 for _ in range(60):
     threading.Thread(target=waits.wait, daemon=True).start()
@@ -140,6 +140,31 @@ def test_the_thread_that_trains_is_told_of_first(tmp_path: Path) -> None:
     assert rest.count("in wait") > 10
     assert len(told) == 12_000
     assert log.stat().st_size > 12_000
+
+
+# What LLVM does when Triton compiles a kernel, to the signals of its own list (lib/Support/Unix/Signals.inc).
+_COMPILES = """
+import ctypes, faulthandler, signal, time
+
+faulthandler.register(signal.SIGRTMIN, all_threads=True)
+library = ctypes.CDLL(None)
+library.signal.argtypes = ctypes.c_int, ctypes.c_void_p
+for name in "HUP INT TERM USR2 ILL TRAP ABRT FPE BUS SEGV QUIT SYS XCPU XFSZ USR1".split():
+    library.signal(getattr(signal, f"SIG{name}"), ctypes.cast(library.getpid, ctypes.c_void_p))
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_compiler_that_takes_signals_leaves_the_one_for_stacks(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    command = [sys.executable, "-c", _COMPILES]
+    with log.open("wb") as stream, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        told = stacks.capture(engine_pid=child.pid, members=[], log=log)
+        child.kill()
+    assert told.startswith("Current thread")
 
 
 def test_what_a_deadly_signal_left_in_the_log_is_the_last_of_it(tmp_path: Path) -> None:
