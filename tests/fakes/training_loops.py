@@ -1,13 +1,15 @@
-"""A training loop over a tiny model, steps that end on the host or on the device, and everything that it said."""
+"""Training loops without files or libraries: what they are made of, one over a tiny model, and all that they said."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from gpu_service.domain.planned_data import Example, ExampleReference, PlannedData
 from gpu_service.engine.devices import CpuDevice
 from gpu_service.engine.fast_path.flat_adamw import FlatAdamW
 from gpu_service.engine.request import DeviceChoice
@@ -64,12 +66,14 @@ class SpoiledLikelihood:
 class KeptReporter:
     def __init__(self) -> None:
         self.said: list[Any] = []
+        self.warnings: list[str] = []
 
     def emit(self, message: Any) -> None:
         self.said.append(message)
 
     def warn(self, code: str, message: str, **about: Any) -> None:
         self.said.append(code)
+        self.warnings.append(code)
 
     def enter_phase(self, name: str) -> None:
         self.said.append(name)
@@ -96,16 +100,52 @@ class KeptCheckpoints:
         assert progress.steps_done in self.saved
 
 
-class PairSteps(PlannedRows):
-    """Two examples a step."""
+class StepRows(PlannedRows):
+    """So many examples a step, each shown once."""
 
-    num_steps = NUM_STEPS
+    def __init__(self, rows: Sequence[Example], *, examples_per_step: int) -> None:
+        super().__init__(rows)
+        self._examples_per_step = examples_per_step
+        self.num_steps = len(rows) // examples_per_step
 
-    def step_examples(self, step: int) -> Any:
-        return self.references[2 * step : 2 * step + 2]
+    def step_examples(self, step: int) -> list[ExampleReference]:
+        start = step * self._examples_per_step
+        return self.references[start : start + self._examples_per_step]
 
     def epoch_of_step(self, step: int) -> float:
-        return step / NUM_STEPS
+        return step / self.num_steps
+
+
+def make_loop(
+    *,
+    accelerator: Any,
+    model: Any,
+    optimizer: Any,
+    data: PlannedData,
+    settings: training_spec_pb2.Hyperparameters,
+    objective: Any,
+    checkpoints: Any,
+    reporter: Any,
+    switch: StopSwitch,
+) -> TrainingLoop:
+    """A loop on the CPU from the first step on, whose passes hold all that a step has."""
+    device, progress = CpuDevice(DeviceChoice(type="cpu", index=-1)), TrainingProgress()
+    return TrainingLoop(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        data=data,
+        settings=settings,
+        objective=objective,
+        pass_size=PassSize(planned=MicroBatchLimit(), data=data, device=device, reporter=reporter, progress=progress),
+        examples_per_epoch=data.num_steps,
+        checkpoints=checkpoints,
+        progress=progress,
+        device=device,
+        switch=switch,
+        reporter=reporter,
+        evaluate=lambda: None,
+    )
 
 
 @dataclass(kw_only=True)
@@ -141,15 +181,12 @@ def make_training(
         StopSwitch(),
     )
     checkpoints.model = model
-    progress = TrainingProgress()
     examples = make_examples([9, 17] * NUM_STEPS, vocabulary_size=VOCABULARY_SIZE, seed=0)
-    data = PairSteps(examples).as_data()
-    device = CpuDevice(DeviceChoice(type="cpu", index=-1))
-    loop = TrainingLoop(
+    loop = make_loop(
         accelerator=StandInAccelerator(),
         model=model,
         optimizer=optimizer,
-        data=data,
+        data=StepRows(examples, examples_per_step=2).as_data(),
         settings=training_spec_pb2.Hyperparameters(
             optimizer=SETTINGS,
             schedule=training_spec_pb2.Schedule(name="linear", warmup_steps=1),
@@ -157,20 +194,9 @@ def make_training(
             save_every_steps=save_every,
         ),
         objective=objective,
-        pass_size=PassSize(
-            planned=MicroBatchLimit(),
-            data=data,
-            device=device,
-            reporter=reporter,  # type: ignore[arg-type]
-            progress=progress,
-        ),
-        examples_per_epoch=NUM_STEPS,
-        checkpoints=checkpoints,  # type: ignore[arg-type]
-        progress=progress,
-        device=device,
+        checkpoints=checkpoints,
+        reporter=reporter,
         switch=switch,
-        reporter=reporter,  # type: ignore[arg-type]
-        evaluate=lambda: None,
     )
     if on_device:
         loop._updates = UpdatesOnDevice(optimizer=optimizer, inner=optimizer, device=CPU, halts=policy == "stop")

@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_service.engine.devices import CpuDevice
-from gpu_service.engine.request import DeviceChoice
 from gpu_service.engine.stopping import StopSwitch
-from gpu_service.engine.training.batches import MicroBatch, MicroBatchLimit
-from gpu_service.engine.training.loop import TrainingLoop
+from gpu_service.engine.training.batches import MicroBatch
 from gpu_service.engine.training.objectives import Outcome
-from gpu_service.engine.training.out_of_memory import PassSize
 from gpu_service.engine.training.progress import TrainingProgress
-from tests.fakes.planned_rows import PlannedRows, make_examples
-from tunesmith.common.v1 import event_pb2, training_spec_pb2
+from tests.fakes.planned_rows import make_examples
+from tests.fakes.training_loops import KeptReporter, StepRows, make_loop
+from tunesmith.common.v1 import training_spec_pb2
 
 _STEPS = 4
 # What the second step's loss is multiplied by.
@@ -92,37 +89,9 @@ class _Objective:
         return Outcome(total=total, values=values)
 
 
-class _Reporter:
-    def __init__(self) -> None:
-        self.steps: list[event_pb2.StepEvent] = []
-        self.warnings: list[str] = []
-
-    def emit(self, message: Any) -> None:
-        if isinstance(message, event_pb2.StepEvent):
-            self.steps.append(message)
-
-    def warn(self, code: str, message: str, **about: Any) -> None:
-        self.warnings.append(code)
-
-    def enter_phase(self, name: str) -> None:
-        pass
-
-
 class _NoCheckpoints:
     def save(self, progress: TrainingProgress) -> None:
         pass
-
-
-class _Steps(PlannedRows):
-    """One example a step."""
-
-    num_steps = _STEPS
-
-    def step_examples(self, step: int) -> Any:
-        return [self.references[step]]
-
-    def epoch_of_step(self, step: int) -> float:
-        return step / _STEPS
 
 
 @pytest.mark.parametrize(("fault", "warnings"), [(_LOSS_NOT_FINITE, ["non-finite-loss"]), (_GRADIENT_NOT_FINITE, [])])
@@ -131,43 +100,30 @@ def test_a_step_that_is_left_out_does_not_stop_the_next(fault: float, warnings: 
     model = _Model(1, 1, bias=False)
     inner = torch.optim.AdamW(model.parameters(), lr=0.1)
     optimizer = _ScaledOptimizer(inner)
-    reporter = _Reporter()
+    reporter = KeptReporter()
     settings = training_spec_pb2.Hyperparameters(
         optimizer=training_spec_pb2.Optimizer(learning_rate=0.1, max_gradient_norm=1.0),
         schedule=training_spec_pb2.Schedule(name="constant", warmup_steps=0),
         non_finite_policy="skip",
     )
-    progress = TrainingProgress()
-    data = _Steps(make_examples([9] * _STEPS, vocabulary_size=9, seed=0)).as_data()
-    device = CpuDevice(DeviceChoice(type="cpu", index=-1))
-    loop = TrainingLoop(
+    rows = StepRows(make_examples([9] * _STEPS, vocabulary_size=9, seed=0), examples_per_step=1)
+    loop = make_loop(
         accelerator=optimizer.accelerator,
         model=model,
         optimizer=optimizer,
-        data=data,
+        data=rows.as_data(),
         settings=settings,
         objective=_Objective(fault),
-        pass_size=PassSize(
-            planned=MicroBatchLimit(),
-            data=data,
-            device=device,
-            reporter=reporter,  # type: ignore[arg-type]
-            progress=progress,
-        ),
-        examples_per_epoch=_STEPS,
-        checkpoints=_NoCheckpoints(),  # type: ignore[arg-type]
-        progress=progress,
-        device=device,
+        checkpoints=_NoCheckpoints(),
+        reporter=reporter,
         switch=StopSwitch(),
-        reporter=reporter,  # type: ignore[arg-type]
-        evaluate=lambda: None,
     )
     assert not loop.run()
 
     assert [event.skipped for event in reporter.steps] == [False, True, False, False]
     assert reporter.warnings == warnings
-    assert progress.steps_done == _STEPS
-    assert progress.num_examples == _STEPS
+    assert loop.progress.steps_done == _STEPS
+    assert loop.progress.num_examples == _STEPS
     # The optimizer counted three updates, and the scale was halved once.
     assert inner.state[model.weight]["step"] == 3
     assert optimizer.accelerator.scaler.get_scale() == 32.0

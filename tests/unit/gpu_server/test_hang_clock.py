@@ -104,9 +104,9 @@ def test_a_process_that_does_not_tell_its_stacks_is_told_of_by_the_kernel(tmp_pa
 
 
 _MANY_THREADS = """
-import faulthandler, signal, sys, threading
+import faulthandler, sys, threading
 
-faulthandler.register(signal.SIGRTMIN, all_threads=True)
+faulthandler.register(int(sys.argv[1]), all_threads=True)
 waits = threading.Event()
 for _ in range(60):
     threading.Thread(target=waits.wait, daemon=True).start()
@@ -121,10 +121,9 @@ train_a_step()
 """
 
 
-def test_the_thread_that_trains_is_told_of_first(tmp_path: Path) -> None:
-    """Behind many that wait for work a screenful would not reach it."""
-    log = tmp_path / "engine.log"
-    command = [sys.executable, "-c", _MANY_THREADS]
+def _told_by(program: str, log: Path) -> str:
+    """What a process tells that runs `program`, which is given the signal's number; it lives on afterwards."""
+    command = [sys.executable, "-c", program, str(int(stacks.STACKS_SIGNAL))]
     with log.open("wb") as stream, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream) as child:
         assert child.stdout is not None
         child.stdout.readline()
@@ -132,6 +131,13 @@ def test_the_thread_that_trains_is_told_of_first(tmp_path: Path) -> None:
         lives_on = child.poll() is None
         child.kill()
     assert lives_on
+    return told
+
+
+def test_the_thread_that_trains_is_told_of_first(tmp_path: Path) -> None:
+    """Behind many that wait for work a screenful would not reach it."""
+    log = tmp_path / "engine.log"
+    told = _told_by(_MANY_THREADS, log)
     current, _, rest = told.partition("\n\n")
     assert current.startswith("Current thread")
     assert "in train_a_step" in current
@@ -144,9 +150,9 @@ def test_the_thread_that_trains_is_told_of_first(tmp_path: Path) -> None:
 
 # What LLVM does when Triton compiles a kernel, to the signals of its own list (lib/Support/Unix/Signals.inc).
 _COMPILES = """
-import ctypes, faulthandler, signal, time
+import ctypes, faulthandler, signal, sys, time
 
-faulthandler.register(signal.SIGRTMIN, all_threads=True)
+faulthandler.register(int(sys.argv[1]), all_threads=True)
 library = ctypes.CDLL(None)
 library.signal.argtypes = ctypes.c_int, ctypes.c_void_p
 for name in "HUP INT TERM USR2 ILL TRAP ABRT FPE BUS SEGV QUIT SYS XCPU XFSZ USR1".split():
@@ -157,14 +163,7 @@ time.sleep(600)
 
 
 def test_a_compiler_that_takes_signals_leaves_the_one_for_stacks(tmp_path: Path) -> None:
-    log = tmp_path / "engine.log"
-    command = [sys.executable, "-c", _COMPILES]
-    with log.open("wb") as stream, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream) as child:
-        assert child.stdout is not None
-        child.stdout.readline()
-        told = stacks.capture(engine_pid=child.pid, members=[], log=log)
-        child.kill()
-    assert told.startswith("Current thread")
+    assert _told_by(_COMPILES, tmp_path / "engine.log").startswith("Current thread")
 
 
 def test_what_a_deadly_signal_left_in_the_log_is_the_last_of_it(tmp_path: Path) -> None:
