@@ -318,7 +318,7 @@ def _predict(cell: Cell, resolved: ResolvedHyperparameters, device: devices.Devi
         covered_layers=covered,
         num_trainable_parameters=sum(cell.rank * (layer.in_features + layer.out_features) for layer in covered),
         passes=passes,
-        device_type=device.torch_device.type,
+        device=Device.from_json(device.describe()),
     )
 
 

@@ -10,7 +10,8 @@ class Device:
     """`type` is `cuda` or `cpu`. 0 bytes means not known; `compute_capability` is `major.minor`, empty if not known.
 
     `host_memory_bytes` is all that the machine's processes may have. `kernel_problem` is why an engine there cannot
-    compile kernels; empty where it can, or was not asked.
+    compile kernels; empty where it can, or was not asked. `has_cuda_build`: an engine's torch is a build for CUDA,
+    whose libraries take memory of a CPU's process too.
     """
 
     type: str = "cpu"
@@ -20,6 +21,7 @@ class Device:
     compute_capability: str = ""
     host_memory_bytes: int = 0
     kernel_problem: str = ""
+    has_cuda_build: bool = False
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Device":
@@ -32,6 +34,7 @@ class Device:
             compute_capability=str(value.get("compute_capability") or ""),
             host_memory_bytes=int(value.get("host_memory_bytes") or 0),
             kernel_problem=str(value.get("kernel_problem") or ""),
+            has_cuda_build=bool(value.get("has_cuda_build")),
         )
 
     @property

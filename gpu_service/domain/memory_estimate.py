@@ -15,6 +15,7 @@ from gpu_service.catalog.optimizers.entry import OptimizerEntry
 from gpu_service.catalog.quantization.entry import QuantizationEntry
 from gpu_service.domain import memory_activations, memory_fast_path
 from gpu_service.domain.defaults import FP8, LOW, RESIDENT, ResolvedHyperparameters
+from gpu_service.domain.device import Device
 from gpu_service.domain.memory_activations import Precision, StepShape
 from gpu_service.domain.memory_calibration import ANALYTIC, UNCALIBRATED, Calibration
 from gpu_service.domain.memory_passes import LargestPasses
@@ -27,6 +28,9 @@ _TRAINED_BYTES = 4  # trained weights and their gradients are float32
 _CUDA_CONTEXT_BYTES = 850 * 1024**2
 # An engine's process on a CPU beside its model: what was imported, and what the libraries make for their first steps.
 _CPU_PROCESS_BYTES = 540 * 1024**2
+# What the libraries of a build of torch for CUDA add to that: they are relocated when they are loaded, used or not.
+# (`benchmarks/memory_cpu_cuda_build.json`.)
+_CUDA_LIBRARIES_BYTES = 350 * 1024**2
 # Two codes, and two float32 scales for every 256 parameters.
 _LOW_STATE_BYTES = 2 + 2 * 4 / 256
 # Gaps between blocks, and room for a prediction that is a little low.
@@ -50,6 +54,8 @@ class MemoryEstimate:
     activations_bytes: int
     overhead_bytes: int
     analytic_bytes: int
+    # Of `overhead_bytes`, what is there before there is a model.
+    process_bytes: int
     # Beside all of it, locked memory of the host; 0 where nothing is offloaded.
     host_bytes: int = 0
     is_cpu: bool = False
@@ -69,8 +75,7 @@ class MemoryEstimate:
     @property
     def standing_bytes(self) -> int:
         """What is needed however short the data is: no activations, and no margin for them."""
-        context_bytes = _CPU_PROCESS_BYTES if self.is_cpu else _CUDA_CONTEXT_BYTES
-        return self.total_bytes - self.activations_bytes - self.overhead_bytes + context_bytes
+        return self.total_bytes - self.activations_bytes - self.overhead_bytes + self.process_bytes
 
     def to_json(self) -> dict[str, str]:
         """`MemoryEstimate` as proto JSON."""
@@ -91,7 +96,7 @@ def estimate_memory(
     covered_layers: Sequence[LinearLayer],
     num_trainable_parameters: int,
     passes: LargestPasses,
-    device_type: str,
+    device: Device,
     calibration: Calibration = UNCALIBRATED,
 ) -> MemoryEstimate:
     """`passes` are the largest that the plan has, or may have; `calibration` is what this node measured of its like."""
@@ -127,7 +132,7 @@ def estimate_memory(
         recomputes=resolved.gradient_checkpointing,
         has_dropout=resolved.lora is not None and resolved.lora.dropout > 0,
         step_bytes_per_parameter=optimizer.step_bytes_per_parameter,
-        device_type=device_type,
+        device_type=device.type,
         recomputation=resolved.recomputation
         or (everything(base.num_layers) if resolved.gradient_checkpointing else NOTHING),
         keeps_weights=takes_fast_path and is_quantized and resolved.base_weights == RESIDENT,
@@ -144,16 +149,19 @@ def estimate_memory(
     if takes_fast_path and not trains_adapter and compute_bytes != held_bytes:
         # Products take a copy.
         weights += compute_bytes * base.num_parameters
+    is_cpu = device.type == "cpu"
+    process_bytes = _process_bytes(device)
     estimate = MemoryEstimate(
         weights_bytes=weights,
         adapter_bytes=trained if trains_adapter else 0,
         gradients_bytes=gradients,
         optimizer_bytes=0 if optimizer.is_paged else math.ceil(state_bytes * num_trainable_parameters),
         activations_bytes=max(beside - gradients, 0),
-        overhead_bytes=_CPU_PROCESS_BYTES + holes if device_type == "cpu" else _CUDA_CONTEXT_BYTES,
+        overhead_bytes=process_bytes + holes if is_cpu else process_bytes,
         analytic_bytes=0,
         host_bytes=memory_fast_path.host_bytes(shape, passes) if takes_fast_path else 0,
-        is_cpu=device_type == "cpu",
+        process_bytes=process_bytes,
+        is_cpu=is_cpu,
     )
     estimate = replace(estimate, analytic_bytes=estimate.peak_bytes)
     peak_bytes = calibration.scale(estimate.peak_bytes)
@@ -161,9 +169,15 @@ def estimate_memory(
         # Weights and states are known to the byte: what was measured otherwise is the activations' doing.
         others = estimate.peak_bytes - estimate.activations_bytes
         estimate = replace(estimate, activations_bytes=max(peak_bytes - others, 0), basis=calibration.basis)
-    if device_type == "cpu":
+    if is_cpu:
         return estimate
-    return replace(estimate, overhead_bytes=_CUDA_CONTEXT_BYTES + estimate.peak_bytes // _MARGIN)
+    return replace(estimate, overhead_bytes=process_bytes + estimate.peak_bytes // _MARGIN)
+
+
+def _process_bytes(device: Device) -> int:
+    if device.type != "cpu":
+        return _CUDA_CONTEXT_BYTES
+    return _CPU_PROCESS_BYTES + (_CUDA_LIBRARIES_BYTES if device.has_cuda_build else 0)
 
 
 def _gradients_at_a_time(base: BaseModel) -> int:

@@ -156,7 +156,7 @@ def resolve(
             covered_layers=covered,
             num_trainable_parameters=trainable,
             passes=largest_possible(resolved.batch, resolved.max_length),
-            device_type=device.type,
+            device=device,
             calibration=calibrations.get(kind, UNCALIBRATED),
         ),
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from gpu_service import host_memory
+from gpu_service import host_memory, torch_build
 from gpu_service.engine.request import DeviceChoice
 
 _DRIVER = "libcuda.so.1"
@@ -34,6 +34,7 @@ def describe_cpu() -> dict[str, Any]:
         "name": "cpu",
         "total_memory_bytes": int(memory.total),
         "free_memory_bytes": int(memory.available),
+        "has_cuda_build": torch_build.has_cuda(),
     }
 
 

@@ -202,7 +202,7 @@ def _complete(
             covered_layers=checked.covered_layers,
             num_trainable_parameters=checked.num_trainable_parameters,
             passes=find_largest_passes(sources, selection, run, resolved),
-            device_type=checked.device.type,
+            device=checked.device,
             calibration=calibration,
         ),
     )

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpu_service import host_memory
+from gpu_service import host_memory, torch_build
 from gpu_service.devices import Device
 from gpu_service.domain import plan
 from gpu_service.domain.checked_plan import HeldBase
@@ -182,7 +182,7 @@ def _host_warnings(host_bytes: int, *, taken_bytes: int, total_bytes: int) -> li
 
 
 def _for_planning(device: Device) -> plan.Device:
-    """Reads files of the kernel's."""
+    """Reads files of the kernel's, and looks for one of torch's."""
     return plan.Device(
         type=device.type,
         name=device.name,
@@ -190,4 +190,5 @@ def _for_planning(device: Device) -> plan.Device:
         free_memory_bytes=device.free_memory_bytes,
         compute_capability=device.compute_capability,
         host_memory_bytes=host_memory.total_bytes(),
+        has_cuda_build=device.type == "cpu" and torch_build.has_cuda(),
     )

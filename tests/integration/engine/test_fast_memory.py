@@ -142,7 +142,7 @@ def _predict(case: _Case, *, in_fp8: bool = False) -> int:
         covered_layers=layers,
         num_trainable_parameters=sum(case.rank * (layer.in_features + layer.out_features) for layer in layers),
         passes=passes,
-        device_type="cuda",
+        device=H100,
     )
     # Those in 8 bits, one byte for either direction, stand beside what they are made of.
     rounded = 2 * base.num_linear_parameters if in_fp8 else 0

@@ -114,7 +114,7 @@ def _predict(family: str, heads: int, lengths: Any, part: float, plan: Any, batc
         covered_layers=(),
         num_trainable_parameters=base.num_parameters,
         passes=passes,
-        device_type="cuda",
+        device=H100,
     )
     return estimate.peak_bytes - estimate.optimizer_bytes - _WORKSPACE_BYTES
 

@@ -195,7 +195,12 @@ BREAKS = {
         pinned=False,
     ),
     "a device that cannot": Break(
-        stage="QUANTIZATION", exception_type="AssertionError", message="not compiled with CUDA", file="", device="cuda"
+        stage="QUANTIZATION",
+        # Torch's own, by what it was built for.
+        exception_type="AssertionError" if torch.version.cuda is None else "RuntimeError",
+        message="not compiled with CUDA" if torch.version.cuda is None else "no NVIDIA driver",
+        file="",
+        device="cuda",
     ),
     "targets match nothing": Break(
         stage="ADAPTER",

@@ -8,6 +8,9 @@ import sys
 from typing import Any
 
 import pytest
+import torch
+
+from gpu_service import torch_build
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -41,3 +44,7 @@ def test_they_are_there_before_torch_is() -> None:
 def test_one_that_is_not_there_ends_it_and_torch_is_imported_all_the_same() -> None:
     told = _ask('(("libnothing.so", os.RTLD_NOW), *TORCH_LIBRARIES)')
     assert told == {"before": False, "after": False, "imported": False, "sum": 512.0}
+
+
+def test_what_torch_is_built_for_is_told_by_its_files() -> None:
+    assert torch_build.has_cuda() is (torch.version.cuda is not None)

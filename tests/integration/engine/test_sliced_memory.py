@@ -119,7 +119,7 @@ def _predict(way: Recomputation, part: float, *, trained: bool) -> int:
         covered_layers=layers,
         num_trainable_parameters=sum(_RANK * (layer.in_features + layer.out_features) for layer in layers),
         passes=passes,
-        device_type="cuda",
+        device=H100,
     )
     return estimate.peak_bytes - estimate.optimizer_bytes - _WORKSPACE_BYTES
 

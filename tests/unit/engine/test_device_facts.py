@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gpu_service import torch_build
 from gpu_service.engine.device_facts import DriverFailed, open_device
 from gpu_service.engine.request import DeviceChoice
 
@@ -80,3 +82,12 @@ def test_the_machine_itself_is_a_device() -> None:
     device = open_device(DeviceChoice(type="cpu"))()
     assert (device["type"], device["name"]) == ("cpu", "cpu")
     assert device["total_memory_bytes"] >= device["free_memory_bytes"] > 0
+    assert device["has_cuda_build"] is torch_build.has_cuda()
+
+
+def test_a_build_for_cuda_is_known_by_its_library(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libtorch_cpu.so").touch()
+    assert not torch_build.has_cuda_library(tmp_path)
+    (tmp_path / "lib" / "libtorch_cuda.so").touch()
+    assert torch_build.has_cuda_library(tmp_path)

@@ -95,6 +95,6 @@ def make_estimate(
         covered_layers=base.linear_layers,
         num_trainable_parameters=trainable,
         passes=passes,
-        device_type=device.type,
+        device=device,
         calibration=calibration,
     )

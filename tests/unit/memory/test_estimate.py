@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,15 @@ def test_on_a_cpu_the_peak_is_the_process() -> None:
     assert estimate.overhead_bytes > 0
 
 
-_MEASURED_ON_A_CPU = json.loads((Path(__file__).parents[3] / "benchmarks" / "memory_cpu.json").read_text())["cells"]
+def _measured_on_a_cpu() -> Iterator[Any]:
+    for name in ("memory_cpu", "memory_cpu_cuda_build"):
+        found = json.loads((Path(__file__).parents[3] / "benchmarks" / f"{name}.json").read_text())
+        device = Device(has_cuda_build="+cu" in found["torch"])
+        yield from (pytest.param(device, cell, id=f"{name}-{cell['cell']}") for cell in found["cells"])
 
 
-@pytest.mark.parametrize("cell", _MEASURED_ON_A_CPU, ids=lambda cell: cell["cell"])
-def test_measured_peaks_on_a_cpu_are_predicted(cell: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("device", "cell"), _measured_on_a_cpu())
+def test_measured_peaks_on_a_cpu_are_predicted(device: Device, cell: dict[str, Any]) -> None:
     """By `benchmarks/memory_grid.py`. The C library's heap has half of it, and no two runs have the same holes."""
     facts = cell["facts"]
     base = make_base(hidden=576, intermediate=1536, layers=30, heads=9, key_value_heads=3, vocabulary=49_152)
@@ -139,13 +144,28 @@ def test_measured_peaks_on_a_cpu_are_predicted(cell: dict[str, Any]) -> None:
         base=base,
         examples=(ExampleSize(length, round(length * facts["targets"]), length),) * facts["examples"],
         batch={"examples": facts["examples"]},
-        device=Device(),
+        device=device,
         gradient_checkpointing=facts["checkpointing"],
         **options,
     )
     assert estimate.peak_bytes == pytest.approx(cell["measured"], rel=0.15)
     # As the plan of that run had it, whose rows have a target less each.
     assert estimate.peak_bytes == pytest.approx(cell["predicted"], rel=0.02)
+
+
+def test_a_build_for_cuda_takes_more_of_a_cpus_process_alone() -> None:
+    facts = {"type": "cpu", "name": "cpu", "total_memory_bytes": 1 << 36}
+    plain, larger = (make_estimate(device=Device.from_json({**facts, "has_cuda_build": has})) for has in (False, True))
+    added = larger.overhead_bytes - plain.overhead_bytes
+    assert added > 2**28
+    assert larger == replace(
+        plain,
+        overhead_bytes=plain.overhead_bytes + added,
+        process_bytes=plain.process_bytes + added,
+        analytic_bytes=plain.analytic_bytes + added,
+    )
+    assert larger.standing_bytes == plain.standing_bytes + added
+    assert make_estimate(device=replace(H100, has_cuda_build=True)) == make_estimate()
 
 
 def test_holes_of_a_heap_are_a_cpus_and_of_blocks_that_it_has() -> None:
